@@ -1,0 +1,36 @@
+// Philox 4x32: a bijection of 128-bit counters under a 64-bit key, good enough to serve as a random
+// function (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC11).
+// No state, no order: whoever knows the counter and the key knows the words.
+#pragma once
+
+#include <cstdint>
+
+namespace scalabl {
+
+struct Block {
+    uint32_t word[4];
+};
+
+// The 64-bit product of two words, as a high and a low word.
+inline void multiply(uint32_t a, uint32_t b, uint32_t &high, uint32_t &low) {
+    const uint64_t product = static_cast<uint64_t>(a) * b;
+    high = static_cast<uint32_t>(product >> 32);
+    low = static_cast<uint32_t>(product);
+}
+
+// counter -> four words, after `rounds` rounds under the key (k0, k1). Word sums wrap at 2^32.
+inline Block philox4x32(Block counter, uint32_t k0, uint32_t k1, int rounds) {
+    uint32_t *c = counter.word;
+    for (int round = 0; round < rounds; ++round) {
+        uint32_t hi0, lo0, hi1, lo1;
+        multiply(0xD2511F53u, c[0], hi0, lo0);
+        multiply(0xCD9E8D57u, c[2], hi1, lo1);
+        const Block next = {{hi1 ^ c[1] ^ k0, lo1, hi0 ^ c[3] ^ k1, lo0}};
+        counter = next;
+        k0 += 0x9E3779B9u;  // golden ratio
+        k1 += 0xBB67AE85u;  // sqrt(3) - 1
+    }
+    return counter;
+}
+
+}  // namespace scalabl

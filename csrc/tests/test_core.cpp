@@ -1,0 +1,127 @@
+// The C interface without Python: known answers and bad arguments. No test framework: each check
+// that fails prints its line, and the number of failures is the exit status.
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#include "scalabl.h"
+
+static int failures = 0;
+
+#define CHECK(condition)                                                   \
+    do {                                                                   \
+        if (!(condition)) {                                                \
+            std::printf("%s:%d: %s\n", __FILE__, __LINE__, #condition);    \
+            ++failures;                                                    \
+        }                                                                  \
+    } while (0)
+
+// Random123, kat_vectors: rounds, counter, key, answer.
+struct KnownAnswer {
+    int rounds;
+    uint32_t counter[4], key[2], answer[4];
+};
+
+constexpr uint32_t F = 0xffffffff;
+static const KnownAnswer KNOWN[] = {
+    {7, {0, 0, 0, 0}, {0, 0}, {0x5f6fb709, 0x0d893f64, 0x4f121f81, 0x4f730a48}},
+    {7, {F, F, F, F}, {F, F}, {0x5207ddc2, 0x45165e59, 0x4d8ee751, 0x8c52f662}},
+    {7,
+     {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344},
+     {0xa4093822, 0x299f31d0},
+     {0x4dfccaba, 0x190a87f0, 0xc47362ba, 0xb6b5242a}},
+    {10, {0, 0, 0, 0}, {0, 0}, {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}},
+    {10, {F, F, F, F}, {F, F}, {0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}},
+    {10,
+     {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344},
+     {0xa4093822, 0x299f31d0},
+     {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}},
+};
+
+static void test_known_answers() {
+    for (const KnownAnswer &known : KNOWN) {
+        uint32_t out[4];
+        CHECK(scalabl_philox4x32(known.counter, known.key, known.rounds, out) == SCALABL_OK);
+        CHECK(std::memcmp(out, known.answer, sizeof out) == 0);
+    }
+}
+
+static void test_philox_bad_arguments() {
+    const uint32_t counter[4] = {}, key[2] = {};
+    uint32_t out[4];
+    CHECK(scalabl_philox4x32(nullptr, key, 10, out) == SCALABL_NULL);
+    CHECK(scalabl_philox4x32(counter, nullptr, 10, out) == SCALABL_NULL);
+    CHECK(scalabl_philox4x32(counter, key, 10, nullptr) == SCALABL_NULL);
+    CHECK(scalabl_philox4x32(counter, key, 0, out) == SCALABL_ROUNDS);
+    CHECK(scalabl_philox4x32(counter, key, 17, out) == SCALABL_ROUNDS);
+}
+
+// The worked example of docs/conformance.md, before rounding: sees a fused multiply-add.
+static void test_box_muller() {
+    const uint32_t words[][2] = {{0x38a35434, 0x6c19612b}, {0xbe898f2d, 0xc2eea5ae},
+                                 {0x210b1ead, 0x33308b2b}, {0x7db2cd8d, 0x4fd56383}};
+    const double normals[][2] = {{-0x1.88a9c8e85fbc4p+0, 0x1.a14fe5065a0d6p-1},
+                                 {0x1.c4b57984ed2f3p-5, -0x1.8879ba3089ad7p-1},
+                                 {0x1.4068970ff0afcp-1, 0x1.eca1921c8aba3p+0},
+                                 {-0x1.cec67c700f47dp-2, 0x1.1a91b7b9e17c5p+0}};
+    for (int i = 0; i < 4; ++i) {
+        double z[2];
+        CHECK(scalabl_box_muller(words[i][0], words[i][1], z) == SCALABL_OK);
+        CHECK(z[0] == normals[i][0] && z[1] == normals[i][1]);
+    }
+    CHECK(scalabl_box_muller(0, 0, nullptr) == SCALABL_NULL);
+}
+
+// Every rank's rows are prefixes of the longest rank's, wherever the group stands in the list; the
+// exact sizes let the sanitizers see a write past the end.
+static void test_rows_do_not_depend_on_rank_or_place() {
+    const int64_t groups[] = {int64_t{F}, 0, 5, 0};
+    const int64_t longest = 9;
+    std::vector<float> all(4 * longest);
+    CHECK(scalabl_normals(1, 2, 3, groups, 4, longest, all.data()) == SCALABL_OK);
+    CHECK(std::memcmp(&all[longest], &all[3 * longest], longest * sizeof(float)) == 0);
+    CHECK(std::memcmp(&all[0], &all[longest], longest * sizeof(float)) != 0);
+    for (int64_t rank = 1; rank < longest; ++rank) {
+        std::vector<float> rows(4 * rank);
+        CHECK(scalabl_normals(1, 2, 3, groups, 4, rank, rows.data()) == SCALABL_OK);
+        for (int64_t g = 0; g < 4; ++g) {
+            CHECK(std::memcmp(&rows[g * rank], &all[g * longest], rank * sizeof(float)) == 0);
+        }
+    }
+}
+
+static void test_normals_bad_arguments() {
+    const int64_t good[] = {0}, low[] = {-1}, high[] = {int64_t{1} << 32};
+    float out[1] = {7.0f};
+    CHECK(scalabl_normals(0, 0, F, good, 1, 1, out) == SCALABL_LAYER);
+    CHECK(scalabl_normals(0, 0, 0, good, -1, 1, out) == SCALABL_COUNT);
+    CHECK(scalabl_normals(0, 0, 0, good, (int64_t{1} << 32) + 1, 1, out) == SCALABL_COUNT);
+    CHECK(scalabl_normals(0, 0, 0, good, 1, 0, out) == SCALABL_RANK);
+    CHECK(scalabl_normals(0, 0, 0, good, 1, (int64_t{1} << 34) + 1, out) == SCALABL_RANK);
+    CHECK(scalabl_normals(0, 0, 0, low, 1, 1, out) == SCALABL_GROUP);
+    CHECK(scalabl_normals(0, 0, 0, high, 1, 1, out) == SCALABL_GROUP);
+    CHECK(scalabl_normals(0, 0, 0, nullptr, 1, 1, out) == SCALABL_NULL);
+    CHECK(scalabl_normals(0, 0, 0, good, 1, 1, nullptr) == SCALABL_NULL);
+    CHECK(out[0] == 7.0f);
+    CHECK(scalabl_normals(0, 0, 0, nullptr, 0, 1, nullptr) == SCALABL_OK);
+}
+
+static void test_messages() {
+    for (int status = SCALABL_OK; status <= SCALABL_RANK; ++status) {
+        CHECK(std::strcmp(scalabl_message(status), "unknown status") != 0);
+    }
+    CHECK(std::strcmp(scalabl_message(-1), "unknown status") == 0);
+    CHECK(std::strlen(scalabl_digest()) == 64);
+}
+
+int main() {
+    test_known_answers();
+    test_philox_bad_arguments();
+    test_box_muller();
+    test_rows_do_not_depend_on_rank_or_place();
+    test_normals_bad_arguments();
+    test_messages();
+    std::printf("%d failures\n", failures);
+    return failures != 0;
+}

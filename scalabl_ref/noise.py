@@ -1,0 +1,168 @@
+"""Reproducible noise: a pure function of (seed, draw, layer, group), on any machine, in any order.
+
+philox.py defines it. Here are the two fast bodies, vectorised PyTorch and the native core; all
+three agree bit for bit. No global generator is read and nothing is stored.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import native
+from .errors import InputError
+from .philox import (
+    ATANH,
+    COS,
+    KEY_STEPS,
+    LN_2,
+    MULTIPLIERS,
+    SIN,
+    SQRT_HALF,
+    TURN,
+    WORD,
+    in_range,
+    philox4x32,
+)
+
+__all__ = ["NOISE_VERSION", "Noise", "philox4x32", "philox_words"]
+
+NOISE_VERSION = 1  # of the map from coordinates to normals: docs/conformance.md
+SEED_END = 1 << 64
+Word = int | Tensor
+RESERVED_LAYER = WORD - 1  # the layer word of philox_words: no layer of a model may use it
+
+
+@dataclass(frozen=True)
+class Noise:
+    """One draw of the weights: eps of every layer and group, as a pure function.
+
+    seed: integer in [0, 2^64), the Philox key. draw: integer in [0, 2^32), for example the step or
+    the sample. Raises InputError for anything else.
+    """
+
+    seed: int
+    draw: int
+
+    def __post_init__(self) -> None:
+        in_range("seed", self.seed, 0, SEED_END)
+        in_range("draw", self.draw, 0, WORD)
+
+    def normal(self, layer: int, groups: int | Tensor, rank: int) -> Tensor:
+        """Standard normals of one layer, (G, rank) float32 on the CPU; row g belongs to group g.
+
+        layer: id in [0, 2^32 - 1). groups: the number G of groups, which then have the ids
+        0 .. G-1, or a 1-D integer tensor of G ids in [0, 2^32), in any order, repeats allowed.
+        rank: >= 1. Raises InputError for anything else.
+        """
+        in_range("layer", layer, 0, RESERVED_LAYER)
+        in_range("rank", rank, 1, 4 * WORD + 1)
+        ids = _group_ids(groups)
+        core = native.core()
+        if core is None:
+            return _normals(self.seed, self.draw, layer, ids, rank)
+        out = torch.empty(len(ids), rank, dtype=torch.float32, device="cpu")
+        core.normals(self.seed, self.draw, layer, ids.data_ptr(), len(ids), rank, out.data_ptr())
+        return out
+
+
+def philox_words(seed: int, stream: int, n: int) -> Tensor:
+    """n uniform 32-bit words, (n,) int64, for whatever is random besides the noise.
+
+    seed, stream: integers in [0, 2^64); streams of one seed are independent of each other and of
+    its noise, since their counters carry a layer word that no layer may use. Words i = 4j .. 4j + 3
+    are the block of counter (j, stream mod 2^32, 2^32 - 1, stream div 2^32).
+    """
+    in_range("seed", seed, 0, SEED_END)
+    in_range("stream", stream, 0, SEED_END)
+    in_range("n", n, 0, 4 * WORD + 1)
+    block = _arange((n + 3) // 4)
+    words = _philox(block, stream % WORD, RESERVED_LAYER, stream // WORD, seed)
+    return torch.stack(words, dim=-1).reshape(-1)[:n]
+
+
+def _group_ids(groups: int | Tensor) -> Tensor:
+    """Group ids (G,), int64, contiguous, on the CPU."""
+    if not isinstance(groups, Tensor):
+        return _arange(in_range("groups", groups, 0, WORD + 1))
+    if groups.ndim != 1 or groups.is_floating_point() or groups.is_complex():
+        raise InputError(f"groups must be a 1-D integer tensor, not {groups.ndim}-D {groups.dtype}")
+    ids = groups.detach().to("cpu", torch.int64).contiguous()
+    if len(ids):
+        low, high = (int(end) for end in ids.aminmax())
+        in_range("group id", low, 0, WORD)
+        in_range("group id", high, 0, WORD)
+    return ids
+
+
+def _normals(seed: int, draw: int, layer: int, ids: Tensor, rank: int) -> Tensor:
+    """philox.normal for all groups and components: ids (G,) -> (G, rank) float32."""
+    words = _philox(_arange((rank + 3) // 4), ids[:, None], layer, draw, seed)
+    pairs = [z for a in (0, 2) for z in _box_muller(words[a], words[a + 1])]
+    z = torch.stack(pairs, dim=-1)  # (G, blocks, 4)
+    return z.flatten(1)[:, :rank].to(torch.float32)
+
+
+def _arange(n: int) -> Tensor:
+    return torch.arange(n, dtype=torch.int64, device="cpu")
+
+
+def _philox(c0: Tensor, c1: Word, c2: Word, c3: Word, seed: int) -> tuple[Tensor, ...]:
+    """philox4x32 with 10 rounds on int64 tensors of counter words, broadcast against each other."""
+    c0, c1, c2, c3 = torch.broadcast_tensors(
+        c0, *(torch.as_tensor(word, dtype=torch.int64, device="cpu") for word in (c1, c2, c3))
+    )
+    k0, k1 = seed % WORD, seed // WORD
+    for _ in range(10):
+        hi0, lo0 = _multiply(c0, MULTIPLIERS[0])
+        hi1, lo1 = _multiply(c2, MULTIPLIERS[1])
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + KEY_STEPS[0]) % WORD, (k1 + KEY_STEPS[1]) % WORD
+    return c0, c1, c2, c3
+
+
+def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """High and low word of a 64-bit product, by halves of the factor: int64 must not overflow."""
+    low = word * (factor & 0xFFFF)
+    high = word * (factor >> 16) + (low >> 16)
+    return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
+
+
+def _box_muller(word_a: Tensor, word_b: Tensor) -> tuple[Tensor, Tensor]:
+    """philox.box_muller, the same operations in the same order on float64 tensors."""
+    radius = _sqrt(-2.0 * _ln((word_a.double() + 0.5) * 2.0**-32))
+    cos, sin = _cos_sin(word_b)
+    return radius * cos, radius * sin
+
+
+def _ln(u: Tensor) -> Tensor:
+    m, e = torch.frexp(u)
+    small = m < SQRT_HALF
+    m, e = torch.where(small, m + m, m), e - small.int()
+    f = (m - 1.0) / (m + 1.0)
+    return e.double() * LN_2 + (f + f) * _polynomial(ATANH, f * f)
+
+
+def _cos_sin(word: Tensor) -> tuple[Tensor, Tensor]:
+    quarter = (word + (1 << 29)) >> 30
+    x = (word - (quarter << 30)).double() * TURN
+    cos, sin = _polynomial(COS, x * x), x * _polynomial(SIN, x * x)
+    odd, upper = quarter & 1 == 1, quarter & 2 == 2
+    cos, sin = torch.where(odd, -sin, cos), torch.where(odd, cos, sin)
+    return torch.where(upper, -cos, cos), torch.where(upper, -sin, sin)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded, as IEEE 754 has it: torch.sqrt misses the last bit in one case of 80."""
+    roots = [math.sqrt(value) for value in x.flatten().tolist()]
+    return torch.tensor(roots, dtype=torch.float64, device="cpu").view(x.shape)
+
+
+def _polynomial(coefficients: tuple[float, ...], z: Tensor) -> Tensor:
+    value = torch.full_like(z, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        value = value * z + coefficient
+    return value

@@ -1,0 +1,36 @@
+"""Options and fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import scalabl_ref  # noqa: F401  before torch, whose warning about a missing NumPy it keeps away
+
+# isort: split
+import pytest
+import torch
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+settings.register_profile("suite", deadline=None, print_blob=True)
+settings.load_profile("suite")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="device of the tests that can use one")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """Folder of real data and weights, which are not part of the repository."""
+    folder = Path(os.environ.get("SCALABL_ASSETS", ROOT.parent / "shared" / "assets"))
+    if not folder.is_dir():
+        pytest.skip(f"no test assets at {folder}; SCALABL_ASSETS names another folder")
+    return folder

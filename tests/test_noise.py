@@ -1,0 +1,306 @@
+"""Noise: the three bodies against each other, known answers, exact mathematics and chance."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import struct
+from decimal import Decimal, localcontext
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from scalabl_ref import InputError, Noise, native_status, noise, philox, philox4x32
+from scalabl_ref.native import core
+
+from .stats import chi_square_limit, ks_limit, normal_limit
+from .tolerances import normal_double, normal_ulps
+
+WORDS = st.integers(0, 2**32 - 1)
+SEEDS = st.integers(0, 2**64 - 1)
+LAYERS = st.integers(0, 2**32 - 2)
+PI = "3.14159265358979323846264338327950288419716939937510582097494459230781640628620899"
+
+# Random123, kat_vectors: rounds, counter, key, answer
+KNOWN = """
+7  00000000 00000000 00000000 00000000  00000000 00000000  5f6fb709 0d893f64 4f121f81 4f730a48
+7  ffffffff ffffffff ffffffff ffffffff  ffffffff ffffffff  5207ddc2 45165e59 4d8ee751 8c52f662
+7  243f6a88 85a308d3 13198a2e 03707344  a4093822 299f31d0  4dfccaba 190a87f0 c47362ba b6b5242a
+10 00000000 00000000 00000000 00000000  00000000 00000000  6627e8d5 e169c58d bc57ac4c 9b00dbd8
+10 ffffffff ffffffff ffffffff ffffffff  ffffffff ffffffff  408f276d 41c83b0e a20bc7c6 6d5451fd
+10 243f6a88 85a308d3 13198a2e 03707344  a4093822 299f31d0  d16cfe09 94fdcceb 5001e420 24126ea1
+"""
+
+
+@pytest.fixture
+def native():
+    """The native core, or a skip that says why it is not used."""
+    if core() is None:
+        pytest.skip(f"native core: {native_status()['reason']}")
+    return core()
+
+
+def native_normals(native, seed, draw, layer, ids, rank):
+    out = torch.empty(len(ids), rank)
+    native.normals(seed, draw, layer, ids.data_ptr(), len(ids), rank, out.data_ptr())
+    return out
+
+
+def bits(z: torch.Tensor) -> list:
+    """Bit patterns, so that -0.0 is not 0.0."""
+    return z.view(torch.int32 if z.dtype == torch.float32 else torch.int64).tolist()
+
+
+def known_answers():
+    for line in KNOWN.split("\n")[1:-1]:
+        rounds, *words = line.split()
+        words = [int(word, 16) for word in words]
+        yield int(rounds), words[:4], words[4:6], tuple(words[6:])
+
+
+# --- known answers -------------------------------------------------------------------------------
+
+
+def test_philox_known_answers():
+    assert len(list(known_answers())) == 6
+    for rounds, counter, key, answer in known_answers():
+        assert philox4x32(counter, key, rounds) == answer
+
+
+def test_philox_known_answers_native(native):
+    for rounds, counter, key, answer in known_answers():
+        assert tuple(native.philox4x32(counter, key, rounds)) == answer
+
+
+def test_worked_example_of_the_porting_guide():
+    """docs/conformance.md prints words and normals: they are what the code gives."""
+    text = (Path(__file__).parent.parent / "docs" / "conformance.md").read_text()
+    seed, draw, layer, group = (
+        int(value) for value in re.search(r"seed (\d+), draw (\d+), layer (\d+), group (\d+)", text)
+        .groups()
+    )  # fmt: skip
+    rows = re.findall(r"^\| (\d+) \| ([0-9a-f]{8}) \| (\S+) \| ([0-9a-f]{8}) \|$", text, re.M)
+    assert [int(k) for k, *_ in rows] == list(range(8))
+    z = Noise(seed, draw).normal(layer, torch.tensor([group]), 8)[0]
+    for k, word, double, single in rows:
+        k = int(k)
+        words = philox4x32((k // 4, group, layer, draw), (seed % 2**32, seed // 2**32))
+        assert words[k % 4] == int(word, 16)
+        assert philox.box_muller(*words[k % 4 // 2 * 2 :][:2])[k % 2] == float.fromhex(double)
+        assert struct.pack(">f", z[k]).hex() == single
+
+
+# --- the three bodies agree bit for bit ----------------------------------------------------------
+
+
+@given(SEEDS, WORDS, LAYERS, st.lists(WORDS, min_size=0, max_size=5), st.integers(1, 19))
+def test_three_bodies_agree(seed, draw, layer, groups, rank):
+    ids = torch.tensor(groups, dtype=torch.int64)
+    scalar = [[philox.normal(seed, draw, layer, g, k) for k in range(rank)] for g in groups]
+    expected = bits(torch.tensor(scalar, dtype=torch.float32).reshape(len(groups), rank))
+    assert bits(noise._normals(seed, draw, layer, ids, rank)) == expected
+    assert bits(Noise(seed, draw).normal(layer, ids, rank)) == expected
+    if core() is not None:
+        assert bits(native_normals(core(), seed, draw, layer, ids, rank)) == expected
+
+
+def test_many_normals_agree(native):
+    """200,000 at once, so that whatever differs in one case of thousands shows."""
+    ids = torch.arange(25_000)
+    fast = native_normals(native, 3, 1, 4, ids, 8)
+    assert torch.equal(fast, noise._normals(3, 1, 4, ids, 8))
+
+
+def test_doubles_agree_before_rounding():
+    """Rounding to float32 hides almost every difference of a last bit: compare the doubles."""
+    words = noise.philox_words(seed=11, stream=0, n=40_000).reshape(2, -1)
+    vectorised = torch.stack(noise._box_muller(words[0], words[1]), dim=1)
+    scalar = [philox.box_muller(a, b) for a, b in words.T.tolist()]
+    assert bits(vectorised) == bits(torch.tensor(scalar, dtype=torch.float64))
+
+
+def test_doubles_agree_before_rounding_native(native):
+    """Sees a fused multiply-add, which the float32 normals show once in 2^28."""
+    for a, b in noise.philox_words(seed=12, stream=0, n=10_000).reshape(-1, 2).tolist():
+        assert tuple(native.box_muller(a, b)) == philox.box_muller(a, b)
+
+
+@given(SEEDS, SEEDS, st.integers(0, 13))
+def test_philox_words_are_blocks_of_the_reserved_layer(seed, stream, n):
+    key = (seed % 2**32, seed // 2**32)
+    counters = [(j, stream % 2**32, 2**32 - 1, stream // 2**32) for j in range(4)]
+    expected = [word for counter in counters for word in philox4x32(counter, key)]
+    assert noise.philox_words(seed, stream, n).tolist() == expected[:n]
+
+
+# --- a pure function of its coordinates ----------------------------------------------------------
+
+
+@given(SEEDS, WORDS, LAYERS, st.integers(0, 9), st.integers(1, 9), st.data())
+def test_rows_follow_the_group_id(seed, draw, layer, G, rank, data):
+    """Not the place in the list, the length of the list, the rank asked for, or the strides."""
+    whole = Noise(seed, draw).normal(layer, G, rank)
+    assert whole.shape == (G, rank) and whole.dtype == torch.float32
+    order = data.draw(st.lists(st.integers(0, max(G - 1, 0)), max_size=9 if G else 0))
+    ids = torch.tensor(order, dtype=torch.int64)
+    strided = torch.stack([ids, ids + 1], dim=1)[:, 0]
+    for explicit in (ids, strided, ids.int()):
+        assert torch.equal(Noise(seed, draw).normal(layer, explicit, rank), whole[ids])
+    assert torch.equal(Noise(seed, draw).normal(layer, G, rank + 5)[:, :rank], whole)
+
+
+@given(SEEDS, WORDS, LAYERS, WORDS, st.integers(0, 4), st.integers(0, 63))
+def test_every_bit_of_every_coordinate_counts(seed, draw, layer, group, which, bit):
+    """Flipping one bit of one coordinate changes all four normals of a block."""
+    here = [seed, draw, layer, group, 0]
+    there = list(here)
+    there[which] ^= 1 << (bit if which == 0 else bit % 32)
+    if there[2] == 2**32 - 1:  # reserved
+        return
+    rows = [[philox.normal(*at[:4], 4 * at[4] + k) for k in range(4)] for at in (here, there)]
+    assert all(a != b for a, b in zip(*rows, strict=True))
+
+
+def test_noise_ignores_and_leaves_alone_the_global_state():
+    expected = Noise(1, 2).normal(3, 4, 5)
+    state = torch.get_rng_state()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            again = Noise(1, 2).normal(3, 4, 5)
+            slow = noise._normals(1, 2, 3, noise._group_ids(4), 5)
+            words = noise.philox_words(1, 2, 3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(again, expected) and torch.equal(slow, expected)
+    assert words.tolist() == noise.philox_words(1, 2, 3).tolist()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_noise_is_immutable_and_comparable():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Noise(1, 2).seed = 3
+    assert Noise(1, 2) == Noise(1, 2) and hash(Noise(1, 2)) == hash(Noise(1, 2))
+    assert Noise(1, 2) != Noise(2, 1)
+
+
+# --- bad arguments -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call, complaint",
+    [
+        (lambda: Noise(-1, 0), "seed must be in"),
+        (lambda: Noise(2**64, 0), "seed must be in"),
+        (lambda: Noise(1.5, 0), "seed must be an integer"),
+        (lambda: Noise(0, 2**32), "draw must be in"),
+        (lambda: Noise(0, 0).normal(2**32 - 1, 1, 1), "layer must be in"),
+        (lambda: Noise(0, 0).normal(-1, 1, 1), "layer must be in"),
+        (lambda: Noise(0, 0).normal(0, -1, 1), "groups must be in"),
+        (lambda: Noise(0, 0).normal(0, 1, 0), "rank must be in"),
+        (lambda: Noise(0, 0).normal(0, torch.tensor([0, -1]), 1), "group id must be in"),
+        (lambda: Noise(0, 0).normal(0, torch.tensor([2**32]), 1), "group id must be in"),
+        (lambda: Noise(0, 0).normal(0, torch.zeros(2), 1), "1-D integer tensor"),
+        (lambda: Noise(0, 0).normal(0, torch.zeros(2, 2).long(), 1), "1-D integer tensor"),
+        (lambda: philox4x32((0, 0, 0), (0, 0)), "counter must have 4 words"),
+        (lambda: philox4x32((0, 0, 0, 2**32), (0, 0)), "counter word must be in"),
+        (lambda: philox4x32((0, 0, 0, 0), (0, -1)), "key word must be in"),
+        (lambda: philox4x32((0, 0, 0, 0), (0, 0), 0), "rounds must be in"),
+        (lambda: noise.philox_words(0, 0, -1), "n must be in"),
+    ],
+)
+def test_bad_arguments(call, complaint):
+    with pytest.raises(InputError, match=complaint):
+        call()
+
+
+def test_native_core_checks_for_itself(native):
+    ids = torch.tensor([-1])
+    with pytest.raises(ValueError, match="group id must be in"):
+        native_normals(native, 0, 0, 0, ids, 1)
+    with pytest.raises(ValueError, match="rounds must be in"):
+        native.philox4x32([0] * 4, [0] * 2, 17)
+
+
+# --- accuracy ------------------------------------------------------------------------------------
+
+
+def exact_normals(word_a: int, word_b: int) -> list[Decimal]:
+    """Box-Muller to 60 digits, by another road: no reduction of the angle, decimal logarithm."""
+    with localcontext() as context:
+        context.prec = 60
+        radius = (-2 * ((Decimal(word_a) + Decimal("0.5")) / 2**32).ln()).sqrt()
+        angle = 2 * Decimal(PI) * word_b / 2**32
+        if word_b % 2**30 == 0:  # whole quarter turns, where 80 digits of pi are not enough
+            cos, sin = ((1, 0), (0, 1), (-1, 0), (0, -1))[word_b >> 30]
+            return [radius * cos, radius * sin]
+        term, sums, k = Decimal(1), [Decimal(0)] * 2, 0  # e^{i angle} by its power series
+        while abs(term) > Decimal(10) ** -58:
+            sums[k % 2] += -term if k & 2 else term
+            k += 1
+            term = term * angle / k
+        return [radius * sums[0], radius * sums[1]]
+
+
+@given(WORDS, WORDS)
+@example(0, 0)
+@example(2**32 - 1, 2**32 - 1)
+@example(2**32 - 1, 2**30)
+@example(0, 2**31 - 1)
+@example(2**31, 2**29)
+@example(2**31 - 1, 2**29 - 1)
+@example(3037000500, 3 * 2**29)  # u1 about sqrt(1/2), where ln changes its exponent
+@example(3037000499, 2**30 + 1)
+def test_normals_are_accurate(word_a, word_b):
+    rounded = struct.unpack("2f", struct.pack("2f", *philox.box_muller(word_a, word_b)))
+    exact = exact_normals(word_a, word_b)
+    for double, single, z in zip(philox.box_muller(word_a, word_b), rounded, exact, strict=True):
+        assert abs(Decimal(double) - z) <= Decimal(normal_double()) * abs(z)
+        ulp = 2.0 ** (math.frexp(z)[1] - 24) if z else 0.0
+        assert abs(Decimal(single) - z) <= Decimal(normal_ulps() * ulp)
+
+
+# --- statistics, at a fixed seed: each would fail a true normal generator once in a million seeds -
+
+
+def test_distribution_is_normal():
+    """Kolmogorov-Smirnov, n = 200,000: sees any difference of the distributions above .008."""
+    z = Noise(5, 0).normal(0, 25_000, 8).double().flatten().sort().values
+    n = len(z)
+    cdf, steps = torch.special.ndtr(z), torch.arange(n + 1, dtype=torch.float64) / n
+    distance = torch.maximum((cdf - steps[:-1]).abs().max(), (cdf - steps[1:]).abs().max())
+    assert distance <= ks_limit(n, rate=1e-6)
+
+
+@pytest.mark.parametrize("coordinate", ["seed", "draw", "layer", "group", "component"])
+def test_neighbours_are_uncorrelated(coordinate):
+    """Along each coordinate, and squared too; n = 80,000: sees correlations above .035."""
+    n = 10_000
+    if coordinate in ("group", "component"):
+        z = Noise(6, 0).normal(0, n, 9).double()
+        a, b = (z[:-1, :8], z[1:, :8]) if coordinate == "group" else (z[:, :8], z[:, 1:])
+    else:
+        at = {"seed": 6, "draw": 0, "layer": 0}
+        a, b = (
+            Noise(at["seed"] + (step if coordinate == "seed" else 0),
+                  at["draw"] + (step if coordinate == "draw" else 0))
+            .normal(at["layer"] + (step if coordinate == "layer" else 0), n, 8).double()
+            for step in (0, 1)
+        )  # fmt: skip
+    limit = normal_limit(rate=1e-6 / 2) / math.sqrt(a.numel())
+    assert (a * b).mean().abs() <= limit
+    assert ((a**2 - 1) * (b**2 - 1)).mean().abs() / 2 <= limit
+
+
+def test_bytes_of_the_words_are_uniform():
+    """Chi-square of each of the four bytes over 256 values, n = 200,000."""
+    words = noise.philox_words(seed=7, stream=0, n=200_000)
+    for shift in (0, 8, 16, 24):
+        counts = torch.bincount(words >> shift & 0xFF, minlength=256).double()
+        expected = len(words) / 256
+        statistic = ((counts - expected) ** 2 / expected).sum()
+        assert statistic <= chi_square_limit(255, rate=1e-6 / 4)

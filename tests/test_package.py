@@ -1,0 +1,73 @@
+"""What a user meets at the door: a quick, quiet import that needs PyTorch and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from importlib.metadata import requires, version
+
+import pytest
+
+import scalabl_ref
+
+from .conftest import ROOT
+
+PACKAGE = sorted((ROOT / "scalabl_ref").rglob("*.py"))
+TESTS = sorted(path for path in (ROOT / "tests").rglob("*.py") if "peer" not in path.parts)
+
+
+def python(code: str) -> str:
+    """All that a fresh interpreter prints, with every warning an error; it must end well."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_import_prints_nothing():
+    assert python("import scalabl_ref") == ""
+
+
+def test_import_and_noise_load_nothing_but_torch():
+    """Not NumPy, and none of the packages that only some commands need."""
+    loaded = python(
+        """if True:
+        import sys, warnings
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import torch
+        before = {name.split(".")[0] for name in sys.modules}
+        import scalabl_ref
+        scalabl_ref.Noise(1, 2).normal(3, 4, 5)
+        after = {name.split(".")[0] for name in sys.modules}
+        print(*sorted(after - before - set(sys.stdlib_module_names)))
+        """
+    )
+    assert loaded.split() == ["scalabl_ref"]
+
+
+@pytest.mark.parametrize("path", PACKAGE + TESTS, ids=lambda path: path.name)
+def test_no_numpy(path):
+    """No import of NumPy and no call of Tensor.numpy(), in the package and in its tests."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert not any(name.name.split(".")[0] == "numpy" for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert (node.module or "").split(".")[0] != "numpy"
+        elif isinstance(node, ast.Attribute):
+            assert node.attr != "numpy"
+
+
+def test_metadata():
+    assert version("scalabl_ref") == scalabl_ref.__version__
+    assert "torch>=2.4" in requires("scalabl_ref")
+
+
+def test_every_public_name_exists():
+    assert [name for name in scalabl_ref.__all__ if not hasattr(scalabl_ref, name)] == []

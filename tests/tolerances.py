@@ -1,0 +1,47 @@
+"""Every tolerance of the suite, derived from the precision, the length of sums, and the data."""
+
+from __future__ import annotations
+
+import torch
+
+
+def rounding(dtype: torch.dtype, terms: int) -> float:
+    """Largest relative error of a chain of `terms` roundings: terms * eps, to first order.
+
+    Relative to the size of what is summed; callers multiply by that where it is not about 1.
+    """
+    return terms * torch.finfo(dtype).eps
+
+
+def op_bound(case) -> torch.Tensor:
+    """Largest rounding error of each output of `subspace_lora_linear`, (..., d_out) float64.
+
+    Standard model of floating point: a sum of n products is off by at most n eps times the sum of
+    their magnitudes. W x has n = d_in; the update is a sum over r of d_in-long sums, each then
+    multiplied by three more factors: n = d_in + r + 4; one more addition joins the two.
+    """
+    x, A, B, W = (getattr(case, name).double().abs() for name in ("x", "A", "B", "weight"))
+    rank, d_in = A.shape
+    eps = case.row_noise().abs()
+    scale = case.s.double().abs() + case.sigma.double().abs() * eps  # (rows, r)
+    h = (x.reshape(-1, d_in) @ A.T) * scale
+    size = x.reshape(-1, d_in) @ W.T + case.scaling * h @ B.T
+    if case.bias is not None:
+        size = size + case.bias.double().abs()
+    rounded = 2 if case.x.dtype == torch.float64 else 1  # the float64 reference rounds as well
+    bound = rounded * rounding(case.x.dtype, d_in + rank + 5) * size
+    return bound.reshape(*case.x.shape[:-1], -1)
+
+
+def normal_ulps() -> float:
+    """Largest error of a normal, in units in the last place of float32: rounding once, 1/2, and
+    what `normal_double` allows before that, 2^-49 |z|, where an ulp is at least 2^-24 |z|."""
+    return 0.5 + 2.0**-25
+
+
+def normal_double() -> float:
+    """Largest relative error of a normal before it is rounded to float32: 16 roundings of 2^-53.
+
+    docs/conformance.md counts 11.
+    """
+    return 16 * 2.0**-53
