@@ -1,0 +1,526 @@
+"""Data: every format, every malformed row, encoding, and orders that are functions of the seed."""
+
+import csv
+import json
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scalabl_ref import data
+from scalabl_ref.data import (
+    FORMATS,
+    Encoded,
+    Example,
+    TrainingOrder,
+    collate,
+    encode,
+    evaluation_batches,
+    load,
+    num_classes,
+    question,
+    split,
+)
+from scalabl_ref.errors import InputError
+from scalabl_ref.tokenizer import Tokenizer, load_tokenizer
+
+
+class Characters(Tokenizer):
+    """One token per character, 0 for BOS; but a space and a letter together are one token."""
+
+    bos_id, eos_id, files, _prefix = 0, None, {}, [0]
+
+    def _encode(self, text):
+        tokens = text.replace(" A", "\ue000").replace(" B", "\ue001")
+        return [ord(character) for character in tokens]
+
+    def _decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+def lines(*rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def arc_row(key, names, texts=None, id="q1"):
+    texts = texts or [f"text {name}" for name in names]
+    choices = [{"text": t, "label": n} for t, n in zip(texts, names, strict=True)]
+    return {"id": id, "question": {"stem": "Why?", "choices": choices}, "answerKey": key}
+
+
+GAP = {"qID": "w-1", "sentence": "The _ is big.", "option1": "cup", "option2": "tree"}
+HEADER = "question,choice0,choice1,choice2,choice3,answer\n"
+
+
+# --- formats -----------------------------------------------------------------------------------
+
+# format, content of the file, its examples
+FIXTURES = [
+    (
+        "jsonl",
+        "\ufeff"  # as some editors begin a file
+        + lines(
+            {"prompt": "1 + 1?", "choices": ["2", "3\u2028"], "label": 0, "id": "sum"},
+            {"prompt": "Q\nAnswer:", "choices": ["A", "B", "C"], "label": 2},
+            {"prompt": "größe", "choices": ["{x}", "B", "C"], "label": 1, "id": 7},
+        ),
+        [
+            Example("1 + 1?\nA. 2\nB. 3\u2028\nAnswer:", 0, "sum", ("2", "3\u2028")),
+            Example("Q\nAnswer:", 2, "1", ("A", "B", "C")),
+            Example("größe\nA. {x}\nB. B\nC. C\nAnswer:", 1, "7", ("{x}", "B", "C")),
+        ],
+    ),
+    (
+        "arc",
+        lines(arc_row("D", "ABCDE")) + "\n" + lines(arc_row("3", "123")),
+        [
+            Example(
+                "Why?\nA. text A\nB. text B\nC. text C\nD. text D\nE. text E\nAnswer:",
+                3,
+                "q1",
+                ("text A", "text B", "text C", "text D", "text E"),
+            ),
+            Example(
+                "Why?\nA. text 1\nB. text 2\nC. text 3\nAnswer:",
+                2,
+                "q1",
+                ("text 1", "text 2", "text 3"),
+            ),
+        ],
+    ),
+    (
+        "obqa",
+        lines(arc_row("B", "AB", ["u", "v"], id="8-1")),
+        [Example("Why?\nA. u\nB. v\nAnswer:", 1, "8-1", ("u", "v"))],
+    ),
+    (
+        "winogrande",
+        lines(GAP | {"answer": "2"}),
+        [Example("The _ is big.\nA. cup\nB. tree\nAnswer:", 1, "w-1", ("cup", "tree"))],
+    ),
+    (
+        "boolq",
+        lines({"question": "is it so", "title": "T", "answer": True, "passage": "It is."}),
+        [Example("It is.\nis it so?\nA. No\nB. Yes\nAnswer:", 1, "0", ("No", "Yes"))],
+    ),
+    (
+        "mmlu",
+        HEADER + '"Which,\nof ""these""?",a,b,"c, d",e,2\r\nNext?,1,2,3,4,0\n',
+        [
+            Example(
+                'Which,\nof "these"?\nA. a\nB. b\nC. c, d\nD. e\nAnswer:',
+                2,
+                "0",
+                ("a", "b", "c, d", "e"),
+            ),
+            Example("Next?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:", 0, "1", ("1", "2", "3", "4")),
+        ],
+    ),
+    (
+        "sst2",
+        "0 crème brûlée .\r\n1 a gem .\n",
+        [
+            Example("crème brûlée .\nSentiment:", 0, "0", ("negative", "positive")),
+            Example("a gem .\nSentiment:", 1, "1", ("negative", "positive")),
+        ],
+    ),
+    (
+        "trec",
+        "".join(f"{c}:x Who ?\n" for c in ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")),
+        [
+            Example("Who ?\nType:", label, str(label), data.FIXED_CHOICES["trec"])
+            for label in range(6)
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize("format, content, expected", FIXTURES, ids=[f[0] for f in FIXTURES])
+def test_format(tmp_path, format, content, expected):
+    path = tmp_path / "file"
+    path.write_bytes(content.encode())
+    assert load(path, format) == expected
+    assert load(path, format, limit=1) == expected[:1]
+    assert load(path, format, limit=10**9) == expected
+
+
+def test_every_format_has_a_fixture():
+    assert [fixture[0] for fixture in FIXTURES] == list(FORMATS)
+
+
+@pytest.mark.parametrize(
+    "format, row", [("sst2", "1 caf\xe9 \x85 ."), ("trec", "LOC:x caf\xe9 \x85 ?")]
+)
+def test_latin_1(tmp_path, format, row):
+    """Files that are not UTF-8 are Latin-1, whose U+0085 is no line break."""
+    (tmp_path / "file").write_bytes((row + "\n" + row).encode("latin-1"))
+    first, second = load(tmp_path / "file", format)
+    assert first.prompt == second.prompt and first.prompt.startswith("caf\xe9 \x85")
+
+
+def test_winogrande_labels_beside_the_file(tmp_path):
+    rows = [{**GAP, "qID": str(i)} for i in range(3)]
+    (tmp_path / "train.jsonl").write_text(lines(*rows))
+    (tmp_path / "train-labels.lst").write_text("2\n1\n2\n")
+    assert [e.label for e in load(tmp_path / "train.jsonl", "winogrande")] == [1, 0, 1]
+    assert [e.label for e in load(tmp_path / "train.jsonl", "winogrande", 2)] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "labels, row, message",
+    [
+        ("2\n1\n", GAP, r"set-labels\.lst: 2 labels for the 1 rows of .*set\.jsonl"),
+        ("2\n", GAP | {"answer": "1"}, r"set\.jsonl, line 1: set-labels\.lst gives another answer"),
+        ("3\n", GAP, r"set\.jsonl, line 1: the answer must be one of 1, 2, not '3'"),
+        (None, GAP, r"set\.jsonl, line 1: key 'answer' is missing"),
+    ],
+)
+def test_winogrande_labels_that_do_not_fit(tmp_path, labels, row, message):
+    (tmp_path / "set.jsonl").write_text(lines(row))
+    if labels is not None:
+        (tmp_path / "set-labels.lst").write_text(labels)
+    with pytest.raises(InputError, match=message):
+        load(tmp_path / "set.jsonl", "winogrande")
+
+
+# file under the assets, format, rows as counted there, classes
+REAL = [
+    ("arc/ARC-Easy-Train.jsonl", "arc", 2251, 5),
+    ("arc/ARC-Easy-Dev.jsonl", "arc", 570, 5),
+    ("arc/ARC-Easy-Test.jsonl", "arc", 2376, 5),
+    ("arc/ARC-Challenge-Train.jsonl", "arc", 1119, 5),
+    ("arc/ARC-Challenge-Dev.jsonl", "arc", 299, 5),
+    ("arc/ARC-Challenge-Test.jsonl", "arc", 1172, 5),
+    ("openbookqa/train.jsonl", "obqa", 4957, 4),
+    ("openbookqa/dev.jsonl", "obqa", 500, 4),
+    ("openbookqa/test.jsonl", "obqa", 500, 4),
+    ("winogrande/train_xs.jsonl", "winogrande", 160, 2),
+    ("winogrande/train_s.jsonl", "winogrande", 640, 2),
+    ("winogrande/dev.jsonl", "winogrande", 1267, 2),
+    ("boolq/dev.jsonl", "boolq", 3270, 2),
+    ("mmlu/college_chemistry_test.csv", "mmlu", 100, 4),
+    ("mmlu/college_physics_test.csv", "mmlu", 102, 4),
+    ("mmlu/conceptual_physics_test.csv", "mmlu", 235, 4),
+    ("mmlu/high_school_chemistry_test.csv", "mmlu", 203, 4),
+    ("mmlu/high_school_physics_test.csv", "mmlu", 151, 4),
+    ("sst2/stsa.binary.train", "sst2", 6920, 2),
+    ("sst2/stsa.binary.dev", "sst2", 872, 2),
+    ("sst2/stsa.binary.test", "sst2", 1821, 2),
+    ("trec/TREC.train", "trec", 5452, 6),
+    ("trec/TREC.test", "trec", 500, 6),
+]
+
+
+@pytest.mark.parametrize("name, format, rows, classes", REAL, ids=[r[0] for r in REAL])
+def test_real_files(assets, name, format, rows, classes):
+    """Row counts, and every letter one token after every prompt of two very unlike tokenizers."""
+    examples = load(assets / "data" / name, format)
+    assert len(examples) == rows and num_classes(examples) == classes
+    assert all(0 <= e.label < len(e.choices) and e.prompt[-1] == ":" for e in examples)
+    for model in ("stories260K/tok512.model", "tokenizers/llama2_tokenizer.model"):
+        encoded = encode(examples, load_tokenizer(assets / model))
+        assert len(encoded.tokens) == rows and len(set(encoded.classes)) == classes
+
+
+def test_real_text_is_decoded_right(assets):
+    sst2 = load(assets / "data/sst2/stsa.binary.test", "sst2", 2)
+    assert "crème brûlée" in sst2[1].prompt
+    trec = load(assets / "data/trec/TREC.train", "trec", 66)
+    assert "sister\xf0city" in trec[65].prompt
+
+
+def test_majority_classes(assets):
+    """Two counts taken by other means (cut, sort, uniq): the label order is the documented one."""
+    trec = Counter(e.label for e in load(assets / "data/trec/TREC.train", "trec"))
+    assert [trec[i] for i in range(6)] == [86, 1162, 1250, 1223, 835, 896]
+    boolq = Counter(e.label for e in load(assets / "data/boolq/dev.jsonl", "boolq"))
+    assert boolq == {0: 1237, 1: 2033}
+
+
+# --- malformed files -----------------------------------------------------------------------------
+
+ROW = {"prompt": "p", "choices": ["x", "y"], "label": 1}
+
+
+def without(row, key):
+    return {k: v for k, v in row.items() if k != key}
+
+
+# format, a whole file, what the message must say after the file's name
+MALFORMED = [
+    ("jsonl", b"", ": holds no examples"),
+    ("jsonl", b"\n \n", ": holds no examples"),
+    ("jsonl", lines(ROW) + "{", ", line 2: not JSON"),
+    ("jsonl", lines(ROW) + "\n[1]\n", ", line 3: expected a JSON object, found .1"),
+    ("jsonl", "[" * 100_000, ", line 1: not JSON"),
+    ("jsonl", '{"label": ' + "1" * 5000 + "}", ", line 1: (not JSON|key 'choices' is missing)"),
+    ("jsonl", lines(ROW).encode() + b'{"prompt": "\xff"}', ", line 2: expected UTF-8 text"),
+    ("jsonl", lines(without(ROW, "prompt")), ", line 1: key 'prompt' is missing"),
+    ("jsonl", lines(without(ROW, "choices")), ", line 1: key 'choices' is missing"),
+    ("jsonl", lines(without(ROW, "label")), ", line 1: key 'label' is missing"),
+    ("jsonl", lines(ROW | {"prompt": 3}), ", line 1: 'prompt' must be a text, not 3"),
+    ("jsonl", lines(ROW | {"prompt": " "}), ", line 1: 'prompt' is empty"),
+    ("jsonl", '{"prompt": "\\ud800", "choices": ["x", "y"], "label": 0}', "half of a surrogate"),
+    ("jsonl", lines(ROW | {"choices": "xy"}), ", line 1: 'choices' must be a list, not 'xy'"),
+    ("jsonl", lines(ROW | {"choices": ["x", 1]}), ", line 1: a choice must be a text, not 1"),
+    ("jsonl", lines(ROW | {"choices": ["x", ""]}), ", line 1: a choice is empty"),
+    ("jsonl", lines(ROW | {"choices": ["x"], "label": 0}), "expected 2 to 26 choices, found 1"),
+    ("jsonl", lines(ROW | {"choices": [], "label": 0}), "label' must be in .0, 0"),
+    ("jsonl", lines(ROW | {"choices": ["x"] * 27}), ", line 1: expected 2 to 26 choices, found 27"),
+    ("jsonl", lines(ROW | {"label": 2}), r", line 1: 'label' must be in \[0, 2\).* and is 2"),
+    ("jsonl", lines(ROW | {"label": -1}), r", line 1: 'label' must be in \[0, 2\).* and is -1"),
+    ("jsonl", lines(ROW | {"label": "1"}), ", line 1: 'label' must be a whole number, not '1'"),
+    ("jsonl", lines(ROW | {"label": 1.0}), ", line 1: 'label' must be a whole number, not 1.0"),
+    ("jsonl", lines(ROW | {"label": True}), ", line 1: 'label' must be a whole number, not True"),
+    ("jsonl", lines(ROW | {"id": [1]}), r", line 1: 'id' must be a text or a number, not \[1\]"),
+    ("arc", lines(arc_row("F", "ABCD")), "'answerKey' must be one of the labels A, B, C, D, not"),
+    ("arc", lines(arc_row("A", "ABA")), "'answerKey' must be one of the labels A, B, A, not 'A'"),
+    ("arc", lines(arc_row("A", "A")), ", line 1: expected 2 to 26 choices, found 1"),
+    ("arc", lines(arc_row(1, "AB")), ", line 1: 'answerKey' must be a text, not 1"),
+    ("arc", lines({"id": "1", "question": "Why?"}), "'question' must be an object, not 'Why"),
+    ("arc", lines(arc_row("A", "AB", ["", "v"])), ", line 1: 'text' is empty"),
+    (
+        "obqa",
+        lines({"id": "1", "question": {"stem": "?", "choices": ["u", "v"]}, "answerKey": "A"}),
+        ", line 1: expected an object with the key 'label', found 'u'",
+    ),
+    ("winogrande", lines(without(GAP, "option2") | {"answer": "1"}), "key 'option2' is missing"),
+    ("winogrande", lines(GAP | {"answer": "0"}), "the answer must be one of 1, 2, not '0'"),
+    ("boolq", lines({"question": "q", "answer": "yes", "passage": "p"}), "must be true or false"),
+    ("boolq", lines({"question": "q", "answer": 1, "passage": "p"}), "must be true or false, not"),
+    ("mmlu", "a,b\n", ", line 1: expected question,choice0,choice1,choice2,choice3,answer, found"),
+    ("mmlu", "", ", line 1: expected question,choice0"),
+    ("mmlu", HEADER, ": holds no examples"),
+    ("mmlu", HEADER + "q,a,b,c,d,1\nq,a,b,c,1\n", ", line 3: expected 6 columns, found 5"),
+    ("mmlu", HEADER + "q,a,b,c,d,C\n", ", line 2: the answer must be one of 0, 1, 2, 3, not 'C'"),
+    ("mmlu", HEADER + " ,a,b,c,d,1\n", ", line 2: the question is empty"),
+    ("mmlu", HEADER + 'q,a,b,"c,d,1\n', ", line 2: not CSV: unexpected end of data"),
+    ("sst2", "2 text\n", ", line 1: the label before the text must be one of 0, 1, not '2'"),
+    ("sst2", "1 text\n0\n", ", line 2: the text is empty"),
+    ("trec", "HUM:ind Who ?\nWho ?\n", ", line 2: the type before the question must be one of"),
+    ("trec", "HUM:ind\n", ", line 1: the question is empty"),
+]
+
+
+@pytest.mark.parametrize("format, content, message", MALFORMED)
+def test_malformed(tmp_path, format, content, message):
+    path = tmp_path / "file.x"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    with pytest.raises(InputError, match=message) as caught:
+        load(path, format)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_a_field_too_long_for_csv(tmp_path):
+    path = tmp_path / "file.csv"
+    path.write_text(HEADER + "x" * (csv.field_size_limit() + 1) + ",a,b,c,d,1\n")
+    with pytest.raises(InputError, match=r"file\.csv, line 2: not CSV: field larger than"):
+        load(path, "mmlu")
+
+
+def test_arguments(tmp_path):
+    with pytest.raises(InputError, match="format must be one of jsonl, arc, obqa.*, not 'squad'"):
+        load(tmp_path / "x", "squad")
+    with pytest.raises(InputError, match="x: no such file"):
+        load(tmp_path / "x", "jsonl")
+    with pytest.raises(InputError, match="cannot be read"):
+        load(tmp_path, "jsonl")
+    with pytest.raises(InputError, match="limit must be at least 1"):
+        load(tmp_path / "x", "jsonl", limit=0)
+
+
+def test_question():
+    assert question("Why?", ["x", "y"], "arc").prompt == "Why?\nA. x\nB. y\nAnswer:"
+    assert question("whole prompt", ["A", "B"], "arc").prompt == "whole prompt"
+    assert question("who ?", ["a"] * 6, "trec").prompt == "who ?\nType:"
+    with pytest.raises(InputError, match="format trec has 6 choices, not 2"):
+        question("who ?", ["x", "y"], "trec")
+    with pytest.raises(InputError, match="the question is empty"):
+        question("", ["A", "B"], "arc")
+    with pytest.raises(InputError, match="the format must be one of"):
+        question("Why?", ["x", "y"], "squad")
+
+
+def test_num_classes():
+    examples = [question("q", "xyzuv"[:n], "arc") for n in (2, 5, 3)]
+    assert num_classes(examples) == 5 and num_classes([]) == 0
+
+
+# --- encoding ----------------------------------------------------------------------------------
+
+
+def prompts(*texts, label=0):
+    return [Example(text, label, f"id{i}", ("A", "B")) for i, text in enumerate(texts)]
+
+
+def test_encode():
+    examples = prompts("ab:", "c:", label=1)
+    encoded = encode(examples, Characters())
+    assert encoded == Encoded([[0, 97, 98, 58], [0, 99, 58]], [1, 1], [65, 66])
+    assert encode(examples, Characters(), classes=4).classes == [65, 66, 67, 68]
+    # Out of distribution a label may lie beyond the classes of the head.
+    assert encode(examples, Characters(), classes=1).labels == [1, 1]
+
+
+def test_a_letter_is_checked_at_every_kind_of_end():
+    with pytest.raises(InputError, match="choice 'A' is not one token of its own after 'b: '"):
+        encode(prompts("a:", "c:", "b: "), Characters())
+
+
+def test_letters_that_are_other_tokens_at_another_end():
+    class Fickle(Characters):
+        def _encode(self, text):
+            return super()._encode(text.replace("!A", "!\ue002"))
+
+    with pytest.raises(InputError, match="other tokens at the end of example id1.*than.*id0"):
+        encode(prompts("a:", "b!"), Fickle())
+
+
+def test_prompts_that_are_too_long():
+    examples = prompts("abcd:", "abcdefg:")
+    assert len(encode(examples, Characters(), max_length=9).tokens[1]) == 9
+    with pytest.raises(InputError, match=r"example 1 \(id id1\): its prompt has 9 tokens.*most 8"):
+        encode(examples, Characters(), max_length=8)
+    cut = encode(examples, Characters(), max_length=8, truncate=True)
+    assert cut.tokens[0] == [0, *map(ord, "abcd:")] and cut.tokens[1] == [0, *map(ord, "bcdefg:")]
+
+
+def test_nothing_to_encode():
+    with pytest.raises(InputError, match="no examples"):
+        encode([], Characters())
+
+
+def some_encoded(lengths):
+    return Encoded(
+        [[1 + i] * n for i, n in enumerate(lengths)],
+        [i % 3 for i in range(len(lengths))],
+        [7, 8, 9],
+    )
+
+
+some_lengths = st.lists(st.integers(1, 40), min_size=1, max_size=200)
+seeds = st.integers(0, 2**64 - 1)
+
+
+def test_collate():
+    batch = collate(some_encoded([1, 3, 2]), [2, 0, 1])
+    assert batch.tokens.tolist() == [[3, 3, 0], [1, 0, 0], [2, 2, 2]]
+    assert batch.lengths.tolist() == [2, 1, 3]
+    assert batch.labels.tolist() == [2, 0, 1] and batch.ids.tolist() == [2, 0, 1]
+    assert batch.classes.tolist() == [7, 8, 9]
+    assert {tensor.dtype for tensor in vars(batch).values()} == {torch.int64}
+    assert batch.to("meta").tokens.is_meta
+
+
+@given(lengths=some_lengths, size=st.integers(1, 50))
+def test_evaluation_drops_nothing_and_pads_least(lengths, size):
+    encoded = some_encoded(lengths)
+    batches = list(evaluation_batches(encoded, size))
+    ids = torch.cat([batch.ids for batch in batches]).tolist()
+    assert sorted(ids) == list(range(len(lengths)))
+    assert [lengths[i] for i in ids] == sorted(lengths, reverse=True)
+    for batch in batches:
+        assert len(batch.ids) <= size
+        for i, row, n in zip(batch.ids, batch.tokens, batch.lengths, strict=True):
+            assert row.tolist() == encoded.tokens[i] + [0] * (len(row) - int(n))
+            assert batch.tokens.shape[1] == batch.lengths.max()
+
+
+# --- order -------------------------------------------------------------------------------------
+
+
+def epoch_of(order, epoch):
+    steps = order.steps_per_epoch
+    return [order.indices(epoch * steps + i) for i in range(steps)]
+
+
+@given(lengths=some_lengths, size=st.integers(1, 50), seed=seeds, epoch=st.integers(0, 2**20))
+def test_every_epoch_shows_every_example_once(lengths, size, seed, epoch):
+    order = TrainingOrder(lengths, size, seed)
+    batches = epoch_of(order, epoch)
+    assert sorted(sum(batches, [])) == list(range(len(lengths)))
+    sizes = sorted(map(len, batches), reverse=True)
+    assert sizes[:-1] == [size] * (len(sizes) - 1) and 1 <= sizes[-1] <= size
+
+
+@given(
+    lengths=some_lengths,
+    size=st.integers(1, 8),
+    seed=seeds,
+    steps=st.lists(st.integers(0, 1000), min_size=1, max_size=8),
+)
+def test_a_step_depends_on_nothing_but_seed_and_step(lengths, size, seed, steps):
+    """Asked in any order, by a fresh object or one that has served other steps: the same."""
+    served = TrainingOrder(lengths, size, seed)
+    first = [served.indices(step) for step in steps]
+    for step, indices in zip(steps, first, strict=True):
+        assert TrainingOrder(lengths, size, seed).indices(step) == indices
+    assert [served.indices(step) for step in reversed(steps)] == first[::-1]
+
+
+def test_epochs_and_seeds_differ():
+    orders = [
+        tuple(map(tuple, epoch_of(TrainingOrder([5] * 40, 4, seed), epoch)))
+        for seed in (0, 1, 2**63)
+        for epoch in range(3)
+    ]
+    assert len(set(orders)) == len(orders)
+
+
+def test_the_order_is_pinned():
+    """A change here breaks the resumption of runs that earlier versions began."""
+    order = TrainingOrder([3, 1, 2, 5, 4, 9, 7, 8], 3, seed=1)
+    assert epoch_of(order, 0) == [[4, 3, 6], [7, 5], [1, 2, 0]]
+    assert epoch_of(order, 1) == [[1, 2, 0], [7, 5], [4, 3, 6]]
+
+
+def padding(lengths, batches):
+    return sum(max(lengths[i] for i in b) * len(b) - sum(lengths[i] for i in b) for b in batches)
+
+
+@given(seed=seeds, size=st.integers(2, 16))
+def test_bucketing_reduces_padding(seed, size):
+    """Against the same shuffle cut into batches unsorted; on 16 batches, to a third or less."""
+    lengths = [1 + (37 * i) % (16 * size) for i in range(16 * size)]
+    order = TrainingOrder(lengths, size, seed)
+    shuffled = data._permutation(len(lengths), seed, data._EXAMPLES)
+    plain = [shuffled[i : i + size] for i in range(0, len(shuffled), size)]
+    assert padding(lengths, epoch_of(order, 0)) * 3 <= padding(lengths, plain)
+
+
+def test_batches_come_in_mixed_order_of_length():
+    lengths = list(range(1, 65))
+    longest = [max(lengths[i] for i in b) for b in epoch_of(TrainingOrder(lengths, 4, 0), 0)]
+    assert longest != sorted(longest)
+
+
+@pytest.mark.parametrize("lengths, size", [([], 4), ([1], 0), ([1], -1)])
+def test_impossible_orders(lengths, size):
+    with pytest.raises(InputError, match="cannot make batches"):
+        TrainingOrder(lengths, size, 0)
+
+
+@given(n=st.integers(2, 300), percent=st.integers(0, 99), seed=seeds)
+def test_split(n, percent, seed):
+    examples = [Example(str(i), 0, str(i), ("A", "B")) for i in range(n)]
+    fraction = percent / 100
+    if percent and not 0 < round(fraction * n) < n:
+        with pytest.raises(InputError, match="does not split"):
+            split(examples, fraction, seed)
+        return
+    rest, held_out = split(examples, fraction, seed)
+    assert (rest, held_out) == split(examples, fraction, seed)
+    assert len(held_out) == round(fraction * n)
+    assert sorted(rest + held_out, key=examples.index) == examples
+    for part in (rest, held_out):
+        assert part == sorted(part, key=examples.index)
+
+
+def test_split_depends_on_the_seed():
+    examples = [Example(str(i), 0, str(i), ("A", "B")) for i in range(40)]
+    assert split(examples, 0.5, 0) != split(examples, 0.5, 1)
+    for fraction in (-0.1, 1.0, float("nan")):
+        with pytest.raises(InputError, match="fraction held out must be in"):
+            split(examples, fraction, 0)
