@@ -1,0 +1,240 @@
+"""Low-rank adapters with a Gaussian over the r scales, and the linear layer that carries them.
+
+y = W x + bias + c B diag(s~) A x,    q(s~) = N(s, diag(sigma^2)),    c = alpha / r
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import InputError
+from .noise import Noise, philox_words
+from .ops import SAMPLING, Sampling, subspace_lora_linear
+
+Device = torch.device | str | None
+Method = Literal["scalabl", "mle"]
+METHODS: tuple[Method, ...] = ("scalabl", "mle")
+
+TARGETS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "lm_head",
+)
+
+# log sigma is kept above this by `Adapter.bound_`: far below any useful width, and far enough from
+# log(sqrt(float32's smallest normal)) that 1 / sigma^2 in the official KL stays finite.
+MIN_LOG_SIGMA = -20.0
+
+# Initial values of layer n come from `philox_words` stream INIT_STREAM + n.
+INIT_STREAM = 2**62
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What to adapt and how.
+
+    method: "scalabl" (Gaussian over s) or "mle" (plain LoRA: A and B only, s = 1).
+    rank: r. alpha: the scaling is c = alpha / rank; None means 2 * rank.
+    targets: names of linear layers, out of `TARGETS`.
+    sampling: which rows share a draw, see `ops.subspace_lora_linear`.
+    prior_std: sigma_p of the prior N(0, sigma_p^2 I).
+    init_sigma: sigma starts uniform in [init_sigma / sqrt 2, init_sigma].
+
+    Raises InputError for a value outside its range.
+    """
+
+    method: Method = "scalabl"
+    rank: int = 8
+    alpha: float | None = None
+    targets: tuple[str, ...] = ("q_proj", "v_proj", "lm_head")
+    sampling: Sampling = "example"
+    prior_std: float = 1.0
+    init_sigma: float = 0.05
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if self.method not in METHODS:
+            raise InputError(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")
+        if self.sampling not in SAMPLING:
+            raise InputError(
+                f"sampling must be one of {', '.join(SAMPLING)}, not {self.sampling!r}"
+            )
+        if self.rank < 1:
+            raise InputError(f"rank must be at least 1, not {self.rank}")
+        for name in ("prior_std", "init_sigma"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise InputError(f"{name} must be positive and finite, not {value}")
+        for target in self.targets:
+            if target not in TARGETS:
+                raise InputError(f"unknown target {target!r}: expected some of {' '.join(TARGETS)}")
+        if not self.targets:
+            raise InputError(f"no targets: expected some of {' '.join(TARGETS)}")
+
+    @property
+    def scaling(self) -> float:
+        """c = alpha / rank."""
+        return (2 * self.rank if self.alpha is None else self.alpha) / self.rank
+
+
+class Adapter(nn.Module):
+    """The parameters of one adapted layer: A (r, d_in), B (d_out, r), and log_s, log_sigma (r,).
+
+    Initial values are those of the official code: the thin SVD of a Kaiming-uniform r x d_in
+    matrix gives A (orthonormal rows) and s (its singular values), B = 0, and sigma is uniform in
+    [init_sigma / sqrt 2, init_sigma]. Method "mle" has A Kaiming-uniform, B = 0, s = 1, sigma = 0.
+    They are a pure function of (seed, layer), drawn from Philox words. Kept in float32.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        config: AdapterConfig,
+        layer: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        with torch.device(device):
+            self.A = nn.Parameter(torch.empty(config.rank, d_in, dtype=torch.float32))
+            self.B = nn.Parameter(torch.zeros(d_out, config.rank, dtype=torch.float32))
+            if config.method == "scalabl":
+                self.log_s = nn.Parameter(torch.empty(config.rank, dtype=torch.float32))
+                self.log_sigma = nn.Parameter(torch.empty(config.rank, dtype=torch.float32))
+        if self.A.device.type != "meta":
+            self._initialise(seed)
+
+    @torch.no_grad()
+    def _initialise(self, seed: int) -> None:
+        rank, d_in = self.A.shape
+        words = philox_words(seed, INIT_STREAM + self.layer, rank * d_in + rank).double()
+        uniform = (words + 0.5) / 2**32  # in (0, 1)
+        kaiming = (2 * uniform[: rank * d_in] - 1).view(rank, d_in) / math.sqrt(d_in)
+        if self.config.method == "mle":
+            self.A.copy_(kaiming)
+            return
+        _, singular, Vh = torch.linalg.svd(kaiming, full_matrices=False)
+        self.A.copy_(Vh)
+        self.log_s.copy_(singular.log())
+        low = self.config.init_sigma / math.sqrt(2)
+        high = self.config.init_sigma
+        self.log_sigma.copy_((low + (high - low) * uniform[rank * d_in :]).log())
+
+    @torch.no_grad()
+    def bound_(self) -> None:
+        """Keep log sigma above MIN_LOG_SIGMA (call after an optimiser step)."""
+        if self.config.method == "scalabl":
+            self.log_sigma.clamp_(min=MIN_LOG_SIGMA)
+
+    def scale(self) -> tuple[Tensor, Tensor]:
+        """(s, sigma), each (r,): mean and standard deviation of the subspace Gaussian."""
+        if self.config.method == "mle":
+            one = self.A.new_ones(self.config.rank)
+            return one, torch.zeros_like(one)
+        return self.log_s.exp(), self.log_sigma.exp()
+
+
+class Linear(nn.Module):
+    """A frozen linear layer, y = W x + bias, that can carry an adapter.
+
+    weight (d_out, d_in), bias (d_out,) or None.
+    """
+
+    adapter: Adapter | None
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: Device = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(d_out, dtype=dtype, device=device)) if bias else None
+        self.adapter = None
+
+    def forward(
+        self, x: Tensor, noise: Noise | None = None, groups: Tensor | None = None
+    ) -> Tensor:
+        """x (..., d_in) -> (..., d_out); `noise=None` is the mean; group ids as in `ops`."""
+        adapter = self.adapter
+        if adapter is None:
+            return F.linear(x, self.weight, self.bias)
+        if adapter.config.method == "mle":
+            noise = None  # a point estimate has nothing to draw
+        s, sigma = adapter.scale()
+        return subspace_lora_linear(
+            x,
+            self.weight,
+            self.bias,
+            adapter.A,
+            adapter.B,
+            s,
+            sigma,
+            adapter.config.scaling,
+            noise,
+            adapter.layer,
+            adapter.config.sampling,
+            groups,
+        )
+
+
+def add_adapters(model: nn.Module, config: AdapterConfig, seed: int = 0) -> nn.Module:
+    """Freeze `model` and attach an adapter to each `Linear` that `config.targets` names.
+
+    A layer's noise id is 8 * block + (position of its name in TARGETS), with lm_head in block 0:
+    it depends on where the layer is, not on which others are adapted. Returns the model.
+
+    Raises InputError if the model has adapters already, if no layer has a target's name, or if
+    the rank is larger than a dimension of a layer (naming the layer).
+    """
+    if adapters(model):
+        raise InputError("the model already has adapters")
+    model.requires_grad_(False)
+    found = set()
+    for name, module in model.named_modules():
+        target = name.rpartition(".")[2]
+        if not isinstance(module, Linear) or target not in config.targets:
+            continue
+        d_out, d_in = module.weight.shape
+        # A head cut down to a few class tokens has fewer rows than the rank, and that is fine.
+        if config.rank > d_in or (config.rank > d_out and target != "lm_head"):
+            raise InputError(
+                f"rank {config.rank} is larger than a dimension of {name} {d_out, d_in}"
+            )
+        layer = _layer_id(name, target)
+        module.adapter = Adapter(d_in, d_out, config, layer, seed, module.weight.device)
+        found.add(target)
+    missing = [target for target in config.targets if target not in found]
+    if missing:
+        raise InputError(f"the model has no layer named {' or '.join(missing)}")
+    return model
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The model's adapters by the name of the layer that carries them, in model order."""
+    return {
+        name: module.adapter
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) and module.adapter is not None
+    }
+
+
+def _layer_id(name: str, target: str) -> int:
+    block = next((int(part) for part in name.split(".") if part.isdigit()), 0)
+    return len(TARGETS) * block + TARGETS.index(target)

@@ -1,0 +1,533 @@
+"""Llama from scratch, in one file: configuration, RoPE, attention, SwiGLU, cache, loading.
+
+Covers the family that shares Llama's block: Llama 1 to 3.x, SmolLM, Qwen2/2.5 (bias on q, k, v) and
+Qwen3 (RMSNorm on q and k). Logits equal transformers' to float32 rounding. Shapes are written as
+
+    B batch   T new tokens   S cached + new tokens   D hidden   H heads   K kv heads   h head_dim
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adapters import Device, Linear
+from .checkpoint import FORMAT, Weights, hf_to_ours, read_json
+from .errors import InputError
+from .noise import Noise
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: `kind` is "default", "linear" or "llama3".
+
+    theta: base of the frequencies. factor: context extension of "linear" and "llama3". The other
+    three belong to "llama3" alone; original_max_position_embeddings is in tokens.
+    """
+
+    kind: str = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def inverse_frequencies(self, head_dim: int, device: Device = None) -> Tensor:
+        """Angle per token of each rotated pair, (h / 2,) float32, in radians."""
+        exponent = torch.arange(0, head_dim, 2, device=device).float() / head_dim
+        inverse = 1.0 / self.theta**exponent
+        if self.kind == "linear":
+            return inverse / self.factor
+        if self.kind == "llama3":
+            return self._llama3(inverse)
+        return inverse
+
+    def _llama3(self, inverse: Tensor) -> Tensor:
+        """Long wavelengths slowed by `factor`, short ones kept, a ramp between (Llama 3.1)."""
+        turns = self.original_max_position_embeddings * inverse / (2 * math.pi)
+        span = self.high_freq_factor - self.low_freq_factor
+        keep = ((turns - self.low_freq_factor) / span).clamp(0, 1)  # 1: short wavelength
+        return keep * inverse + (1 - keep) * inverse / self.factor
+
+    @staticmethod
+    def from_hf(config: dict[str, Any]) -> RopeConfig:
+        """From a Hugging Face config: rope_theta and rope_scaling, or the newer rope_parameters."""
+        given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        kind = given.get("rope_type") or given.get("type") or "default"
+        if kind not in ("default", "linear", "llama3"):
+            raise InputError(
+                f"RoPE scaling {kind!r} is not known: expected default, linear, llama3"
+            )
+        known = {field.name for field in dataclasses.fields(RopeConfig)} - {"kind", "theta"}
+        theta = given.get("rope_theta", config.get("rope_theta", 10000.0))
+        scaling = {key: value for key, value in given.items() if key in known}
+        return RopeConfig(kind=kind, theta=float(theta), **(scaling if kind != "default" else {}))
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Shape of a model; field names are those of Hugging Face's config.json.
+
+    qkv_bias, output_bias, mlp_bias: biases on q/k/v, on o, on gate/up/down.
+    qk_norm: RMSNorm over each head of q and k, before RoPE (Qwen3).
+    head_tokens: token ids of the rows that the head was cut down to; None is the whole vocabulary.
+
+    Raises InputError for a value outside its range.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    head_tokens: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self)[:8]:
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{field.name} must be a positive whole number, not {value!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise InputError(f"head_dim must be even for RoPE, not {self.head_dim}")
+
+    @staticmethod
+    def from_hf(config: dict[str, Any]) -> LlamaConfig:
+        """From the dictionary in a Hugging Face config.json.
+
+        Raises InputError for a missing key, another architecture, or a feature not implemented.
+        """
+        kind = config.get("model_type", "llama")
+        if kind not in MODEL_TYPES:
+            raise InputError(f"model_type {kind!r} is not known: expected {', '.join(MODEL_TYPES)}")
+        if config.get("hidden_act", "silu") != "silu":
+            raise InputError(f"hidden_act {config['hidden_act']!r} is not known: expected 'silu'")
+        window = config.get("sliding_window")
+        if window and (kind == "mistral" or config.get("use_sliding_window")):
+            raise InputError(f"sliding-window attention ({window} tokens) is not implemented")
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        for key in (*sizes, "num_attention_heads"):
+            if key not in config:
+                raise InputError(f"key {key!r} is missing")
+        heads = config["num_attention_heads"]
+        bias = bool(config.get("attention_bias", False))
+        eos = config.get("eos_token_id")  # Llama 3 lists several; the first ends a text
+        return LlamaConfig(
+            **{key: config[key] for key in sizes},
+            num_attention_heads=heads,
+            num_key_value_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            max_position_embeddings=config.get("max_position_embeddings", 2048),
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope=RopeConfig.from_hf(config),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=kind == "qwen2" or bias,
+            output_bias=kind != "qwen2" and bias,
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            qk_norm=kind == "qwen3",
+            bos_token_id=config.get("bos_token_id"),
+            eos_token_id=next(iter(eos), None) if isinstance(eos, list) else eos,
+        )
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> LlamaConfig:
+        """From either kind of config.json: Hugging Face's, or the converted layout's."""
+        if values.get("format") != FORMAT:
+            return LlamaConfig.from_hf(values)
+        known = {field.name for field in dataclasses.fields(LlamaConfig)}
+        fields = {key: value for key, value in values.items() if key in known}
+        head_tokens = fields.get("head_tokens")
+        try:
+            fields["rope"] = RopeConfig(**fields.get("rope", {}))
+            fields["head_tokens"] = None if head_tokens is None else tuple(head_tokens)
+            return LlamaConfig(**fields)
+        except TypeError as error:
+            raise InputError(str(error).replace("__init__()", "configuration")) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The converted layout's config.json; `from_dict` reads it back."""
+        return {"format": FORMAT, **dataclasses.asdict(self)}
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 or wider."""
+
+    def __init__(
+        self, size: int, eps: float, dtype: torch.dtype | None = None, device: Device = None
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, one pair of (B, K, S, h) tensors a layer."""
+
+    def __init__(self, layers: int) -> None:
+        self.keys: list[Tensor | None] = [None] * layers
+        self.values: list[Tensor | None] = [None] * layers
+
+    def __len__(self) -> int:
+        """Number of tokens held, S."""
+        return 0 if self.keys[0] is None else self.keys[0].shape[2]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add k and v, (B, K, T, h), to a layer; returns all of them, (B, K, S, h)."""
+        old_k, old_v = self.keys[layer], self.values[layer]
+        if old_k is not None and old_v is not None:
+            k, v = torch.cat((old_k, k), dim=2), torch.cat((old_v, v), dim=2)
+        self.keys[layer], self.values[layer] = k, v
+        return k, v
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every block needs beside the hidden states, computed once per forward pass."""
+
+    cos: Tensor  # (B or 1, 1, T, h)
+    sin: Tensor  # (B or 1, 1, T, h)
+    attend: Tensor | None  # (B or 1, 1, T, S) True where a query sees a key; None: plain causal
+    noise: Noise | None
+    groups: Tensor | None  # (B,) or (B, T) group ids
+    cache: KVCache | None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on x (B, heads, T, h): pairs are (i, i + h/2), Hugging Face's half-split order."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries: query head i reads kv head i // (H / K)."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        layer: int,
+        dtype: torch.dtype | None = None,
+        device: Device = None,
+    ) -> None:
+        super().__init__()
+        c = config
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.heads, self.kv_heads, self.head_dim = (
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            c.head_dim,
+        )
+        self.layer = layer
+        q_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.q_proj = Linear(c.hidden_size, q_size, c.qkv_bias, **options)
+        self.k_proj = Linear(c.hidden_size, kv_size, c.qkv_bias, **options)
+        self.v_proj = Linear(c.hidden_size, kv_size, c.qkv_bias, **options)
+        self.o_proj = Linear(q_size, c.hidden_size, c.output_bias, **options)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, **options) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, **options) if c.qk_norm else None
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x, ctx.noise, ctx.groups).view(B, T, self.heads, self.head_dim)
+        k = self.k_proj(x, ctx.noise, ctx.groups).view(B, T, self.kv_heads, self.head_dim)
+        v = self.v_proj(x, ctx.noise, ctx.groups).view(B, T, self.kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = rotate(q.transpose(1, 2), ctx.cos, ctx.sin)  # (B, H, T, h)
+        k = rotate(k.transpose(1, 2), ctx.cos, ctx.sin)  # (B, K, T, h)
+        v = v.transpose(1, 2)
+        if ctx.cache is not None:
+            k, v = ctx.cache.append(self.layer, k, v)  # (B, K, S, h)
+        repeats = self.heads // self.kv_heads
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=ctx.attend, is_causal=ctx.attend is None
+        )
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1), ctx.noise, ctx.groups)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(
+        self, config: LlamaConfig, dtype: torch.dtype | None = None, device: Device = None
+    ) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(hidden, inner, bias, dtype, device)
+        self.up_proj = Linear(hidden, inner, bias, dtype, device)
+        self.down_proj = Linear(inner, hidden, bias, dtype, device)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        gate = self.gate_proj(x, ctx.noise, ctx.groups)
+        up = self.up_proj(x, ctx.noise, ctx.groups)
+        return self.down_proj(F.silu(gate) * up, ctx.noise, ctx.groups)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then SwiGLU."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        layer: int,
+        dtype: torch.dtype | None = None,
+        device: Device = None,
+    ) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.attn = Attention(config, layer, dtype, device)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.mlp = MLP(config, dtype, device)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), ctx)
+        return x + self.mlp(self.mlp_norm(x), ctx)
+
+
+class Llama(nn.Module):
+    """The model: token ids in, logits out. Parameters are uninitialised until weights are loaded.
+
+    `Llama.from_pretrained(folder)` is the usual way in; `init_random_` fills a fresh model.
+    """
+
+    def __init__(
+        self, config: LlamaConfig, dtype: torch.dtype | None = None, device: Device = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        c = config
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size, **options)
+        self.layers = nn.ModuleList(Block(c, i, dtype, device) for i in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, **options)
+        rows = c.vocab_size if c.head_tokens is None else len(c.head_tokens)
+        self.lm_head = Linear(c.hidden_size, rows, **options)
+        if c.tie_word_embeddings and c.head_tokens is None:
+            self._tie_head()
+
+    def _tie_head(self) -> None:
+        self.lm_head.register_parameter("weight", self.embed_tokens.get_parameter("weight"))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        noise: Noise | None = None,
+        groups: Tensor | None = None,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """tokens (B, T) int64 -> logits (B, T, V), or (B, V) with `last_only`.
+
+        noise: None for the mean model, else the draw that the adapters use.
+        groups: (B,) int64 id of each row's draw; None means 0 .. B-1. Under token sampling the
+            group of a token is id * max_position_embeddings + position, so that a draw depends
+            neither on padding nor on the cache.
+        lengths: (B,) int64, for right-padded rows: where each ends (`last_only` reads there).
+        mask: (B, S) bool, True on real tokens, for any other padding; S counts cached tokens too.
+        cache: holds the tokens before these; filled in place.
+
+        Positions count real tokens. Logits at padding are meaningless. Raises ValueError if both
+        `lengths` and `mask` are given, and InputError past max_position_embeddings.
+        """
+        if lengths is not None and mask is not None:
+            raise ValueError("give lengths (right padding) or mask (any padding), not both")
+        B, T = tokens.shape
+        past = len(cache) if cache is not None else 0
+        if past + T > self.config.max_position_embeddings:
+            raise InputError(
+                f"{past + T} tokens, but the model has only "
+                f"{self.config.max_position_embeddings} positions"
+            )
+        x = self.embed_tokens(tokens)  # (B, T, D)
+        ctx = self._context(x, past, noise, groups, mask, cache)
+        for block in self.layers:
+            x = block(x, ctx)
+        last_groups = ctx.groups
+        if last_only:
+            last = _last_index(B, T, lengths, mask, tokens.device)
+            rows = torch.arange(B, device=tokens.device)
+            x = x[rows, last]  # (B, D)
+            if last_groups is not None and last_groups.dim() == 2:
+                last_groups = last_groups[rows, last]
+        x = self.norm(x).to(self.lm_head.weight.dtype)
+        return self.lm_head(x, noise, last_groups)
+
+    def _context(
+        self,
+        x: Tensor,
+        past: int,
+        noise: Noise | None,
+        groups: Tensor | None,
+        mask: Tensor | None,
+        cache: KVCache | None,
+    ) -> Context:
+        B, T, device = x.shape[0], x.shape[1], x.device
+        S = past + T
+        positions = torch.arange(past, S, device=device)[None]  # (1, T)
+        attend = None
+        if mask is not None:
+            positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]  # (B, T)
+        if mask is not None or past > 0:
+            query, key = torch.arange(past, S, device=device), torch.arange(S, device=device)
+            attend = (key[None] <= query[:, None])[None, None]  # (1, 1, T, S)
+            if mask is not None:
+                # A padding query still sees itself: a row of the softmax must not be empty.
+                itself = (key[None] == query[:, None])[None, None]
+                attend = (attend & mask[:, None, None, :]) | itself
+        if noise is not None and self._samples_per_token():
+            ids = torch.arange(B, device=device) if groups is None else groups
+            groups = ids[:, None] * self.config.max_position_embeddings + positions  # (B, T)
+        cos, sin = self._rope(positions, x)
+        return Context(cos, sin, attend, noise, groups, cache)
+
+    def _rope(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of every position's angles, (B or 1, 1, T, h), in x's dtype."""
+        inverse = self.config.rope.inverse_frequencies(self.config.head_dim, x.device)
+        angles = positions[:, None, :, None].float() * inverse  # (B, 1, T, h/2)
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+    def _samples_per_token(self) -> bool:
+        linears = (module for module in self.modules() if isinstance(module, Linear))
+        return any(m.adapter is not None and m.adapter.config.sampling == "token" for m in linears)
+
+    def trim_head(self, token_ids: list[int] | tuple[int, ...]) -> Llama:
+        """Keep only these rows of the head, in this order, in float32; returns the model.
+
+        Logits then are (..., len(token_ids)), computed in float32 whatever the base's dtype.
+        Raises InputError for an id outside the vocabulary, or if the head was cut already.
+        """
+        if self.config.head_tokens is not None:
+            raise InputError("the head is already cut down to class tokens")
+        outside = [i for i in token_ids if not 0 <= i < self.config.vocab_size]
+        if outside:
+            raise InputError(f"token id {outside[0]} is outside the {self.config.vocab_size} ids")
+        rows = self.lm_head.weight.detach()[list(token_ids)].float()
+        self.lm_head = Linear(self.config.hidden_size, len(token_ids), device="meta")
+        self.lm_head.weight = nn.Parameter(rows.clone(), requires_grad=False)
+        self.config = dataclasses.replace(self.config, head_tokens=tuple(token_ids))
+        return self
+
+    @torch.no_grad()
+    def init_random_(self, seed: int = 0, std: float = 0.02) -> Llama:
+        """Fill all weights: N(0, std^2), norms 1, biases 0; returns the model."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        return self
+
+    @staticmethod
+    def from_pretrained(
+        folder: Path | str, dtype: torch.dtype | None = None, device: Device = None
+    ) -> Llama:
+        """The model in a folder of Hugging Face's layout or of the converted one.
+
+        dtype: of the loaded weights; None keeps what the file has. Returns the model frozen, in
+        evaluation mode. Raises InputError naming the file or tensor for anything missing,
+        misshapen, unexpected or not finite.
+        """
+        path = Path(folder) / "config.json"
+        values = read_json(path)
+        try:
+            config = LlamaConfig.from_dict(values)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        weights = Weights(folder)
+        converted = values.get("format") == FORMAT
+        names = {(name if converted else hf_to_ours(name)): name for name in weights}
+        model = Llama(config, device="meta")
+        model.load_state_dict(_checked(model, weights, names, dtype, device), assign=True)
+        if config.tie_word_embeddings and config.head_tokens is None:
+            model._tie_head()
+        return model.requires_grad_(False).eval()
+
+
+def _last_index(
+    B: int, T: int, lengths: Tensor | None, mask: Tensor | None, device: torch.device
+) -> Tensor:
+    """(B,) index of each row's last real token among the T new ones."""
+    if lengths is not None:
+        return lengths.to(device) - 1
+    if mask is not None:
+        index = torch.arange(T, device=device)
+        return torch.where(mask[:, -T:], index, 0).amax(1)
+    return torch.full((B,), T - 1, device=device)
+
+
+def _checked(
+    model: Llama,
+    weights: Weights,
+    names: dict[str, str],
+    dtype: torch.dtype | None,
+    device: Device,
+) -> dict[str, Tensor]:
+    """The state dict of `model` read from `weights`, every tensor checked on the way.
+
+    names: our tensor name -> the file's. Raises InputError as `Llama.from_pretrained` says.
+    """
+    tied = model.config.tie_word_embeddings and model.config.head_tokens is None
+    state: dict[str, Tensor] = {}
+    for name, expected in model.state_dict().items():
+        source = "embed_tokens.weight" if tied and name == "lm_head.weight" else name
+        if source in state:
+            state[name] = state[source]
+            continue
+        if source not in names:
+            raise InputError(f"{weights.folder}: tensor {source} is missing")
+        tensor = weights[names[source]]
+        if tensor.shape != expected.shape:
+            raise InputError(
+                f"{weights.folder}: tensor {names[source]} has shape {tuple(tensor.shape)}, "
+                f"expected {tuple(expected.shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise InputError(
+                f"{weights.folder}: tensor {names[source]} is {tensor.dtype}, expected floats"
+            )
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{weights.folder}: tensor {names[source]} has NaN or infinite values")
+        state[name] = tensor.to(dtype=dtype or tensor.dtype, device=device)
+    # Old checkpoints store RoPE's frequencies, which we compute; a tied head may be stored twice.
+    ignored = ("rotary_emb.inv_freq", "lm_head.weight") if tied else ("rotary_emb.inv_freq",)
+    for name, original in names.items():
+        if name not in state and not name.endswith(ignored):
+            raise InputError(f"{weights.folder}: tensor {original} is not part of this model")
+    return state

@@ -1,0 +1,81 @@
+"""Tiny models and data that several test files share."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from scalabl_ref import AdapterConfig, Llama, LlamaConfig, adapters, add_adapters
+from scalabl_ref.checkpoint import save_tensors
+from scalabl_ref.data import Batch
+
+TINY = LlamaConfig(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    max_position_embeddings=64,
+)
+CLASSES = (5, 7, 11)
+
+
+def tiny_model(
+    seed: int = 0, trim: bool = True, std: float = 0.3, wake: bool = True, **config
+) -> Llama:
+    """A random tiny Llama with adapters; `wake` fills B, so that the adapters do something."""
+    model = Llama(TINY).init_random_(seed, std=std)
+    if trim:
+        model.trim_head(CLASSES)
+    add_adapters(model, AdapterConfig(**{"rank": 3, **config}), seed)
+    if wake:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for adapter in adapters(model).values():
+                adapter.B.copy_(torch.randn(adapter.B.shape, generator=generator) * std)
+    return model
+
+
+def tiny_batch(rows: int = 4, seed: int = 0, longest: int = 9) -> Batch:
+    """Random right-padded rows with labels out of CLASSES."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, longest + 1, (rows,), generator=generator)
+    tokens = torch.randint(1, TINY.vocab_size, (rows, int(lengths.max())), generator=generator)
+    tokens[torch.arange(tokens.shape[1]) >= lengths[:, None]] = 0
+    labels = torch.randint(0, len(CLASSES), (rows,), generator=generator)
+    return Batch(tokens, lengths, labels, torch.arange(rows), torch.tensor(CLASSES))
+
+
+def tiny_folder(folder: Path, **config) -> Path:
+    """A model folder in the converted layout: one id a byte, ids 0 .. 255, and random weights."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = dataclasses.replace(TINY, vocab_size=256, max_position_embeddings=128, **config)
+    model = Llama(shape).init_random_(0, std=0.3)
+    save_tensors(folder / "model.safetensors", model.state_dict().items())
+    (folder / "config.json").write_text(json.dumps(shape.to_dict()))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def questions_file(path: Path, rows: int = 24, choices: int = 3) -> Path:
+    """A JSONL file of questions whose answer can be read off their text."""
+    lines = []
+    for i in range(rows):
+        label = i * 5 % choices
+        names = [f"no {c}" for c in range(choices)]
+        lines.append(
+            json.dumps({"prompt": f"{i} {'xyz'[label]}", "choices": names, "label": label})
+        )
+    path.write_text("\n".join(lines) + "\n")
+    return path

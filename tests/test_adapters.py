@@ -1,0 +1,175 @@
+"""Initial values, targets, the mean model, and the parameter counts of the paper's models."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from scalabl_ref import AdapterConfig, Llama, adapters, add_adapters
+from scalabl_ref.adapters import MIN_LOG_SIGMA, TARGETS, Linear
+from scalabl_ref.configs import CONFIGS, count_parameters, find_config
+from scalabl_ref.errors import InputError
+from scalabl_ref.noise import Noise
+
+from .models import TINY, tiny_batch, tiny_model
+from .tolerances import rounding
+
+
+def test_initialisation_is_the_thin_svd_of_a_kaiming_matrix():
+    for adapter in adapters(tiny_model(wake=False)).values():
+        s, sigma = adapter.scale()
+        rank, d_in = adapter.A.shape
+        gram = adapter.A @ adapter.A.T
+        assert (gram - torch.eye(rank)).abs().max() <= rounding(torch.float32, d_in)
+        assert not adapter.B.any()
+        assert (sigma >= 0.05 / math.sqrt(2) * (1 - 1e-6)).all()
+        assert (sigma <= 0.05 * (1 + 1e-6)).all()
+        # Entries uniform in +-1/sqrt(d_in): the sum of squares, sum(s^2), is at most rank.
+        assert 0 < (s**2).sum() < rank
+
+
+def test_kaiming_entries_have_the_uniform_variance():
+    """Sum of s^2 is the sum of rank * d_in squares of U(-b, b), b = d_in^-1/2.
+
+    n = 8 * 4096; mean rank / 3, sd of the sum rank / sqrt(n) * sqrt(4 / 45). Six sds: false-failure
+    rate 2e-9; a bound wrong by 1 % in b is seen (its shift is 12 sds).
+    """
+    model = torch.nn.ModuleDict({"q_proj": Linear(4096, 64)})
+    add_adapters(model, AdapterConfig(targets=("q_proj",)))
+    s, _ = adapters(model)["q_proj"].scale()
+    sd = 8 * math.sqrt(4 / 45) / math.sqrt(8 * 4096)
+    assert abs((s.double() ** 2).sum().item() - 8 / 3) < 6 * sd
+
+
+def test_initial_values_are_a_pure_function_of_seed_and_layer():
+    def values(seed, **config):
+        return {n: a.A for n, a in adapters(tiny_model(wake=False, seed=seed, **config)).items()}
+
+    first, again, other = values(1), values(1), values(2)
+    only_v = values(1, targets=("v_proj",))
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert all(not torch.equal(first[n], other[n]) for n in first)
+    assert all(torch.equal(first[n], only_v[n]) for n in only_v)
+    assert len({tuple(a.flatten().tolist()) for a in first.values()}) == len(first)
+
+
+def test_layer_ids_are_distinct_and_do_not_depend_on_the_targets():
+    every = adapters(tiny_model(targets=TARGETS))
+    ids = {name: adapter.layer for name, adapter in every.items()}
+    assert len(set(ids.values())) == len(ids) == 2 * 7 + 1
+    assert ids["layers.1.attn.v_proj"] == 8 + 2 and ids["lm_head"] == 7
+    for name, adapter in adapters(tiny_model()).items():
+        assert adapter.layer == ids[name]
+
+
+@pytest.mark.parametrize("method", ["scalabl", "mle"])
+def test_only_adapters_train(method):
+    model = tiny_model(method=method)
+    trained = {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == ({"A", "B"} if method == "mle" else {"A", "B", "log_s", "log_sigma"})
+
+
+def test_a_fresh_adapter_changes_nothing():
+    """B = 0: with or without noise, the model answers as the base does."""
+    batch = tiny_batch()
+    base = Llama(TINY).init_random_(0, std=0.3)
+    expected = base(batch.tokens)
+    model = tiny_model(trim=False, wake=False)
+    assert torch.equal(model(batch.tokens, noise=Noise(0, 0)), expected)
+
+
+def test_mle_ignores_noise():
+    model, batch = tiny_model(method="mle"), tiny_batch()
+    assert torch.equal(model(batch.tokens, noise=Noise(0, 0)), model(batch.tokens))
+
+
+def test_noise_changes_a_scalabl_model():
+    model, batch = tiny_model(), tiny_batch()
+    assert not torch.equal(model(batch.tokens, noise=Noise(0, 0)), model(batch.tokens))
+
+
+def test_log_sigma_is_bounded_below():
+    model = tiny_model()
+    adapter = next(iter(adapters(model).values()))
+    with torch.no_grad():
+        adapter.log_sigma.fill_(-100.0)
+    adapter.bound_()
+    assert (adapter.log_sigma == MIN_LOG_SIGMA).all()
+    assert (adapter.scale()[1] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": ("q_porj",)}, "unknown target 'q_porj'"),
+        ({"targets": ()}, "no targets"),
+        ({"rank": 0}, "rank must be at least 1"),
+        ({"rank": 9}, r"rank 9 is larger than a dimension of layers.0.attn.v_proj \(8, 16\)"),
+        ({"prior_std": 0.0}, "prior_std must be positive"),
+        ({"prior_std": float("nan")}, "prior_std must be positive"),
+        ({"sampling": "row"}, "sampling must be one of"),
+        ({"method": "map"}, "method must be one of"),
+    ],
+)
+def test_bad_settings_are_named(change, message):
+    with pytest.raises(InputError, match=message):
+        tiny_model(**change)
+
+
+def test_adapting_twice_or_nothing_is_an_error():
+    with pytest.raises(InputError, match="already has adapters"):
+        add_adapters(tiny_model(), AdapterConfig(rank=2))
+    with pytest.raises(InputError, match="no layer named k_proj"):
+        add_adapters(
+            torch.nn.ModuleDict({"q_proj": Linear(4, 4)}),
+            AdapterConfig(rank=2, targets=("q_proj", "k_proj")),
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "lora", "scalabl", "blob"),
+    [
+        ("qwen2.5-7b", 57, 3_768_320, 3_769_232, 5_402_624),
+        ("qwen2.5-32b", 129, 9_646_080, 9_648_144, 14_929_920),
+        ("llama-2-7b", 65, 4_483_072, 4_484_112, 6_612_992),
+    ],
+)
+def test_counts_of_the_papers_models(name, layers, lora, scalabl, blob):
+    """METHOD, section 1: r = 8 on q_proj, v_proj and the full lm_head."""
+    count = count_parameters(find_config(name), 8, ("q_proj", "v_proj", "lm_head"))
+    del count["base_parameters"]
+    expected = {"adapted_layers": layers, "lora": lora, "scalabl": scalabl, "blob": blob}
+    assert count == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama-2-7b", 6_738_415_616),
+        ("llama-2-13b", 13_015_864_320),
+        ("llama-2-70b", 68_976_648_192),
+        ("llama-3.1-8b", 8_030_261_248),
+        ("llama-3.1-70b", 70_553_706_496),
+        ("qwen2.5-0.5b", 494_032_768),
+        ("qwen2.5-1.5b", 1_543_714_304),
+        ("qwen2.5-3b", 3_085_938_688),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen2.5-14b", 14_770_033_664),
+        ("qwen2.5-32b", 32_763_876_352),
+        ("qwen2.5-72b", 72_706_203_648),
+        ("smollm2-135m", 134_515_008),
+    ],
+)
+def test_base_sizes_are_the_published_ones(name, parameters):
+    model = Llama(CONFIGS[name], device="meta")
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_a_config_file_or_its_folder_counts_too(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_dict()))
+    assert find_config(str(tmp_path)) == find_config(str(tmp_path / "config.json")) == TINY
+    with pytest.raises(InputError, match="neither a file nor one of .*qwen2.5-7b"):
+        find_config("qwen9")
