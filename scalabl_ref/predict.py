@@ -1,0 +1,147 @@
+"""The predictive distribution: probabilities averaged over draws, and how uncertain they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .adapters import adapters
+from .elbo import class_logits
+from .errors import InputError
+from .llama import KVCache, Llama
+from .noise import Noise
+
+if TYPE_CHECKING:
+    from .data import Batch
+
+
+class Prediction(NamedTuple):
+    """probs (B, C); entropy, expected_entropy, mutual_information (B,), in nats; float64.
+
+    mutual_information = entropy - expected_entropy: what the draws disagree about (epistemic);
+    expected_entropy is what every draw is unsure of (aleatoric).
+    """
+
+    probs: Tensor
+    entropy: Tensor
+    expected_entropy: Tensor
+    mutual_information: Tensor
+
+
+def predictive(log_probs: Tensor) -> Prediction:
+    """From log-probabilities of S draws, (S, B, C), to the distribution of their mixture.
+
+    Probabilities are averaged, not logits or logs: logsumexp over draws minus log S, in float64.
+    """
+    log_probs = log_probs.double()
+    mixture = torch.logsumexp(log_probs, dim=0) - math.log(len(log_probs))  # (B, C)
+    entropy = _entropy(mixture)
+    expected = _entropy(log_probs).mean(0)
+    # Jensen makes the difference non-negative; rounding alone can take it below.
+    information = (entropy - expected).clamp(min=0)
+    return Prediction(mixture.exp(), entropy, expected, information)
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    """-sum p log p over the last dimension, with 0 log 0 = 0."""
+    return -torch.special.xlogy(log_probs.exp(), log_probs.exp()).sum(-1)
+
+
+def _draws(model: Llama, samples: int, seed: int) -> list[Noise | None]:
+    """The noise of each draw; the mean model, once, for no samples or with nothing to sample."""
+    if samples < 0:
+        raise InputError(f"samples must not be negative, and is {samples}")
+    random = any(adapter.config.method == "scalabl" for adapter in adapters(model).values())
+    return [Noise(seed, i) for i in range(samples if random else 0)] or [None]
+
+
+@torch.no_grad()
+def predict(model: Llama, batch: Batch, samples: int = 10, seed: int = 0) -> Prediction:
+    """Predictive distribution over the answer classes, from `samples` draws.
+
+    Draw i is Noise(seed, i), keyed per example by `batch.ids`: the result for an example does not
+    depend on what else is in the batch. samples = 0 is the mean model.
+
+    Raises InputError for negative `samples`.
+    """
+    logits = torch.stack(
+        [class_logits(model, batch, noise) for noise in _draws(model, samples, seed)]
+    )
+    return predictive(torch.log_softmax(logits.double(), dim=-1))
+
+
+def predict_all(
+    model: Llama,
+    batches: Iterable[Batch],
+    samples: int = 10,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Prediction:
+    """`predict` over a whole data set, put back in the order of the examples' ids.
+
+    Needs each id 0 .. N-1 exactly once. `progress` is told the rows done after each batch.
+    """
+    device = next(model.parameters()).device
+    parts, ids = [], []
+    for batch in batches:
+        part = predict(model, batch.to(device), samples, seed)
+        parts.append([tensor.cpu() for tensor in part])
+        ids.append(batch.ids.cpu())
+        progress(len(batch.labels))
+    order = torch.argsort(torch.cat(ids))
+    return Prediction(*(torch.cat(column)[order] for column in zip(*parts, strict=True)))
+
+
+class Token(NamedTuple):
+    """One generated token: its id, the mixture's probability of it, and uncertainty in nats."""
+
+    id: int
+    probability: float
+    entropy: float
+    mutual_information: float
+
+
+@torch.no_grad()
+def generate(
+    model: Llama,
+    prompt: list[int],
+    max_new_tokens: int,
+    samples: int = 0,
+    seed: int = 0,
+    stop: int | None = None,
+) -> Iterable[Token]:
+    """Greedy decoding from the predictive mixture of `samples` draws (0: the mean model).
+
+    Yields tokens until `stop` (not yielded), the model's last position, or `max_new_tokens`. Draw i
+    is Noise(seed, i) with a cache of its own, so that each draw is one function from the first
+    token to the last; the next token is the argmax of the averaged probabilities.
+
+    Raises InputError if the prompt is empty or the head was cut down to class tokens.
+    """
+    if model.config.head_tokens is not None:
+        raise InputError("the head was cut down to class tokens: it can answer, not write text")
+    if not prompt:
+        raise InputError("the prompt is empty")
+    device = next(model.parameters()).device
+    draws = [
+        (noise, KVCache(model.config.num_hidden_layers)) for noise in _draws(model, samples, seed)
+    ]
+    tokens = torch.tensor([prompt], device=device)
+    room = model.config.max_position_embeddings - len(prompt)
+    for _ in range(min(max_new_tokens, room + 1)):
+        logits = [model(tokens, noise=n, cache=cache, last_only=True) for n, cache in draws]
+        mixture = predictive(torch.log_softmax(torch.stack(logits).double(), dim=-1))
+        chosen = int(mixture.probs[0].argmax())
+        if chosen == stop:
+            return
+        yield Token(
+            chosen,
+            float(mixture.probs[0, chosen]),
+            float(mixture.entropy[0]),
+            float(mixture.mutual_information[0]),
+        )
+        tokens = torch.tensor([[chosen]], device=device)

@@ -1,0 +1,124 @@
+"""The predictive distribution, its uncertainties, and generation with them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scalabl_ref import InputError, Noise, adapters, predict
+from scalabl_ref.elbo import class_logits
+from scalabl_ref.predict import generate, predict_all, predictive
+
+from .models import tiny_batch, tiny_model
+from .tolerances import rounding
+
+
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(2, 5), st.integers(0, 2**32))
+def test_predictive_equals_the_literal_average(samples, rows, classes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 5 * torch.randn(samples, rows, classes, generator=generator).double()
+    result = predictive(torch.log_softmax(logits, -1))
+    each = torch.softmax(logits, -1)
+    for row in range(rows):
+        columns = each[:, row].T.tolist()
+        mixture = [sum(column) / samples for column in columns]
+        entropy = -sum(p * math.log(p) for p in mixture)
+        expected = 0.0
+        for s in range(samples):
+            expected -= sum(p * math.log(p) for p in each[s, row].tolist()) / samples
+        bound = rounding(torch.float64, 64) * 10
+        assert (result.probs[row] - torch.tensor(mixture, dtype=torch.float64)).abs().max() <= bound
+        assert abs(result.entropy[row] - entropy) <= bound
+        assert abs(result.expected_entropy[row] - expected) <= bound
+        assert abs(result.mutual_information[row] - max(0.0, entropy - expected)) <= bound
+
+
+def test_probabilities_are_averaged_and_not_logits():
+    """Draws of (.9, .1, .1) have the mean .3667; the softmax of their mean logits is .3247."""
+    p = torch.tensor([0.9, 0.1, 0.1], dtype=torch.float64)
+    result = predictive(torch.stack((p, 1 - p), -1).log()[:, None])
+    assert abs(float(result.probs[0, 0]) - 1.1 / 3) <= rounding(torch.float64, 16)
+
+
+def test_impossible_classes_have_no_entropy():
+    result = predictive(torch.tensor([[[0.0, -math.inf]], [[0.0, -math.inf]]]))
+    assert result.entropy.tolist() == result.mutual_information.tolist() == [0.0]
+
+
+def test_prediction_is_normalised_and_information_non_negative():
+    result = predict(tiny_model(), tiny_batch(), samples=7)
+    assert all(t.dtype == torch.float64 for t in result)
+    assert (result.probs.sum(-1) - 1).abs().max() <= rounding(torch.float64, 16)
+    assert (result.mutual_information > 0).all()
+
+
+def test_without_width_the_draws_agree():
+    model = tiny_model()
+    with torch.no_grad():
+        for adapter in adapters(model).values():
+            adapter.log_sigma.fill_(-200.0)
+    sampled, mean = (predict(model, tiny_batch(), samples=s) for s in (5, 0))
+    assert (sampled.probs - mean.probs).abs().max() <= rounding(torch.float64, 16)
+    assert sampled.mutual_information.max() <= rounding(torch.float64, 64)
+    assert (mean.mutual_information == 0).all()
+
+
+def test_draw_i_is_noise_seed_i():
+    model, batch = tiny_model(), tiny_batch()
+    with torch.no_grad():
+        each = [torch.softmax(class_logits(model, batch, Noise(9, i)).double(), -1) for i in (0, 1)]
+    result = predict(model, batch, samples=2, seed=9)
+    assert (result.probs - (each[0] + each[1]) / 2).abs().max() <= rounding(torch.float64, 16)
+
+
+def test_an_example_does_not_depend_on_its_batch():
+    """Any batching, any order: predict_all puts rows back and their draws follow them."""
+    model, batch = tiny_model(), tiny_batch(rows=6)
+    whole = predict(model, batch, samples=3)
+
+    def part(rows):
+        picked = [t[rows] for t in (batch.tokens, batch.lengths, batch.labels, batch.ids)]
+        return type(batch)(*picked, batch.classes)
+
+    pieces = predict_all(model, [part([5, 2]), part([0]), part([4, 1, 3])], samples=3)
+    for a, b in zip(whole, pieces, strict=True):
+        assert (a - b).abs().max() <= rounding(torch.float32, 256)
+
+
+def test_negative_samples_are_refused():
+    with pytest.raises(InputError, match="samples must not be negative"):
+        predict(tiny_model(), tiny_batch(), samples=-1)
+
+
+@pytest.mark.parametrize("sampling", ["batch", "example", "token"])
+def test_generation_equals_uncached_decoding(sampling):
+    model = tiny_model(trim=False, sampling=sampling)
+    prompt, tokens = [3, 1, 4], []
+    for token in generate(model, prompt, 8, samples=3, seed=5):
+        inputs = torch.tensor([prompt + tokens])
+        with torch.no_grad():
+            logits = [model(inputs, noise=Noise(5, i))[:, -1] for i in range(3)]
+        expected = predictive(torch.log_softmax(torch.stack(logits).double(), -1))
+        assert token.id == int(expected.probs.argmax())
+        for name in ("entropy", "mutual_information"):
+            difference = getattr(token, name) - float(getattr(expected, name))
+            assert abs(difference) <= rounding(torch.float32, 256)
+        assert token.mutual_information > 0
+        tokens.append(token.id)
+    assert len(tokens) == 8
+
+
+def test_generation_stops():
+    model = tiny_model(trim=False)
+    first = next(iter(generate(model, [1], 5))).id
+    assert list(generate(model, [1], 5, stop=first)) == []
+    limit = model.config.max_position_embeddings
+    assert len(list(generate(model, [1] * (limit - 2), 50))) == 3
+    with pytest.raises(InputError, match="prompt is empty"):
+        list(generate(model, [], 5))
+    with pytest.raises(InputError, match="cut down to class tokens"):
+        list(generate(tiny_model(), [1], 5))

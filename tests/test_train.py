@@ -1,0 +1,331 @@
+"""Schedules, the two objectives, resuming to the bit, and runs on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scalabl_ref import InputError, Llama, Noise, adapters, load_run, save_run
+from scalabl_ref.data import Encoded
+from scalabl_ref.elbo import kl_divergence
+from scalabl_ref.train import (
+    FIRST_TRAINING_DRAW,
+    Interrupted,
+    TrainConfig,
+    Trainer,
+    adapter_state,
+    fit,
+    kl_period,
+    kl_weight,
+    warmup_linear,
+)
+
+from .models import CLASSES, TINY, tiny_model
+from .tolerances import rounding
+
+
+def tiny_data(rows: int = 10, seed: int = 0) -> Encoded:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 10, (rows,), generator=generator).tolist()
+    tokens = [torch.randint(1, 40, (n,), generator=generator).tolist() for n in lengths]
+    labels = torch.randint(0, len(CLASSES), (rows,), generator=generator).tolist()
+    return Encoded(tokens, labels, list(CLASSES))
+
+
+def trainer(data: Encoded | None = None, model: dict | None = None, **config) -> Trainer:
+    settings = {"steps": 12, "batch": 4, "lr": 1e-2, "checkpoint_every": 5, **config}
+    return Trainer(
+        tiny_model(wake=False, **(model or {})), data or tiny_data(), TrainConfig(**settings)
+    )
+
+
+# --- schedules ---------------------------------------------------------------------------------
+
+
+def test_periods_of_the_official_schedule():
+    """METHOD, section 3: M at batch 4 for each data set's number of training examples."""
+    sizes = {
+        "winogrande-xs": (160, 183),
+        "winogrande-s": (640, 316),
+        "winogrande-m": (2558, 544),
+        "winogrande-l": (10234, 939),
+        "arc-c": (1119, 393),
+        "arc-e": (2251, 518),
+        "obqa": (4957, 706),
+        "boolq": (9427, 909),
+    }
+    for name, (examples, period) in sizes.items():
+        assert kl_period(examples, 4) == period, name
+
+
+@given(st.integers(1, 60))
+def test_kl_weights_are_the_geometric_round_of_the_official_code(period):
+    for step in range(2 * period):
+        i = step % period + 1
+        literal = 2**i / (2 ** (period + 1) - 1)
+        assert abs(kl_weight(step, period) - literal) <= rounding(torch.float64, 8) * literal
+
+
+def test_kl_weight_does_not_overflow():
+    assert 0.0 <= kl_weight(0, 2000) < kl_weight(1999, 2000) <= 0.5 * (1 + 1e-15)
+
+
+def test_warmup_rises_then_falls_to_zero():
+    factors = [warmup_linear(step, 100, 0.06) for step in range(101)]
+    assert factors[0] == 0.0 and factors[6] == 1.0 and factors[100] == 0.0
+    assert factors[3] == 0.5 and factors[53] == 0.5
+    assert all(a < b for a, b in zip(factors[:6], factors[1:7], strict=True))
+    assert all(a > b for a, b in zip(factors[6:-1], factors[7:], strict=True))
+    assert warmup_linear(0, 10, 0.0) == 1.0
+
+
+# --- one step ----------------------------------------------------------------------------------
+
+
+def test_gradient_accumulation_does_not_change_the_gradient():
+    whole, pieces = trainer(), trainer(micro_batch=1)
+    for t in (whole, pieces):
+        t.step()
+        t.step()
+    for a, b in zip(whole.model.parameters(), pieces.model.parameters(), strict=True):
+        if a.grad is not None and b.grad is not None:
+            scale = a.grad.abs().max().clamp(min=1e-3)
+            assert (a.grad - b.grad).abs().max() <= rounding(torch.float32, 512) * scale
+
+
+def test_one_objective_step_is_adamw_on_nll_plus_beta_kl_over_n():
+    from torch.nn.functional import cross_entropy
+
+    from scalabl_ref.data import collate
+    from scalabl_ref.elbo import class_logits
+
+    ours = trainer(beta=3.0, warmup=0.0, kl="official")
+    twin = trainer(beta=3.0, warmup=0.0, kl="official")
+    ours.step()
+    batch = collate(twin.data, twin.order.indices(0))
+    nll = cross_entropy(
+        class_logits(twin.model, batch, Noise(0, FIRST_TRAINING_DRAW)), batch.labels
+    )
+    (nll + 3.0 * kl_divergence(twin.model, "official") / 10).backward()
+    groups = [
+        {"params": [p for n, p in twin.model.named_parameters() if n[-2:] in (".A", ".B")]},
+        {"params": twin.variational, "lr": 4e-2},
+    ]
+    torch.optim.AdamW(groups, lr=1e-2, eps=1e-6, weight_decay=0).step()
+    moved = 0.0
+    for (name, a), b in zip(
+        adapter_state(ours.model).items(), adapter_state(twin.model).values(), strict=True
+    ):
+        # Adam's first step is lr * g / (|g| + eps): a rounding of g near eps moves it by lr / 2.
+        assert (a - b).abs().max() <= 1e-4 * 4e-2, name
+        moved = max(moved, float((a - adapter_state(trainer().model)[name]).abs().max()))
+    assert moved > 1e-2 / 2
+
+
+def test_official_objective_steps_the_kl_apart():
+    """With lr = 0 only the SGD step is left: sigma moves by kl_lr * pi * gradient of the KL."""
+    ours = trainer(lr=0.0, variational_lr=0.0, warmup=0.0, objective="official", kl="official")
+    before = {n: (a.log_s.clone(), a.log_sigma.clone()) for n, a in adapters(ours.model).items()}
+    ours.step()
+    rate = 0.2 * kl_weight(0, kl_period(10, 4))
+    for name, adapter in adapters(ours.model).items():
+        log_s, log_sigma = (t.detach().double() for t in before[name])
+        s, sigma = log_s.exp(), log_sigma.exp()
+        slope_s = s**2 / sigma**2  # d KL(p || q) / d log s
+        slope_sigma = 1 - (1 + s**2) / sigma**2
+        for new, old, slope in (
+            (adapter.log_s, log_s, slope_s),
+            (adapter.log_sigma, log_sigma, slope_sigma),
+        ):
+            step = (rate * slope).abs()
+            bound = rounding(torch.float32, 8) * (step + old.abs())
+            assert ((new.detach().double() - (old - rate * slope)).abs() <= bound).all()
+
+
+def test_noise_of_a_step_is_its_own():
+    """No two steps share a draw, and prediction's draws are never training's."""
+    drawn = []
+    t = trainer()
+    original = Noise.normal
+
+    def spy(self, layer, groups, rank):
+        drawn.extend((self.seed, self.draw, layer, g) for g in groups.tolist())
+        return original(self, layer, groups, rank)
+
+    Noise.normal = spy
+    try:
+        for _ in range(8):
+            t.step()
+    finally:
+        Noise.normal = original
+    assert len(drawn) == len(set(drawn)) > 100
+    assert min(draw for _, draw, _, _ in drawn) >= FIRST_TRAINING_DRAW
+
+
+def test_training_learns():
+    t = trainer(steps=60, lr=3e-2, beta=0.01)
+    losses = [t.step()["nll"] for _ in range(60)]
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+
+def test_mle_has_no_kl():
+    t = trainer(model={"method": "mle"})
+    record = t.step()
+    assert record["kl"] == 0.0 and record["loss"] == record["nll"] and record["sigma"] == 0.0
+
+
+def test_a_loss_that_is_not_finite_ends_the_run():
+    t = trainer()
+    with torch.no_grad():
+        adapters(t.model)["lm_head"].A.fill_(float("inf"))
+    with pytest.raises(InputError, match="the loss is nan at step 0"):
+        t.step()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"micro_batch": 0}, "micro_batch must be at least 1"),
+        ({"lr": -1.0}, "lr must be finite and not negative"),
+        ({"beta": float("nan")}, "beta must be finite"),
+        ({"kl": "reverse"}, "kl must be one of forward, official"),
+        ({"objective": "sgd"}, "objective must be one of elbo, official"),
+    ],
+)
+def test_bad_settings_are_named(change, message):
+    with pytest.raises(InputError, match=message):
+        TrainConfig(**change)
+
+
+# --- runs on disk ------------------------------------------------------------------------------
+
+
+def log_of(folder):
+    keep = ("step", "loss", "nll", "kl", "sigma", "lr")
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    return [{key: json.loads(line)[key] for key in keep} for line in lines]
+
+
+@pytest.mark.parametrize("objective", ["elbo", "official"])
+@pytest.mark.parametrize("stop", [3, 5, 11])
+def test_resuming_repeats_the_uninterrupted_run_to_the_bit(tmp_path, objective, stop):
+    whole = trainer(objective=objective)
+    fit(whole, tmp_path / "whole")
+
+    def interrupt(record):
+        if record["step"] == stop - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match=f"SIGTERM after {stop} steps"):
+        fit(trainer(objective=objective), tmp_path / "parts", progress=interrupt)
+    second = trainer(objective=objective)
+    fit(second, tmp_path / "parts", resume=True)
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
+    for a, b in zip(
+        adapter_state(whole.model).values(), adapter_state(second.model).values(), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_a_run_killed_outright_resumes_from_its_last_checkpoint(tmp_path):
+    """Nothing could be saved at the end: steps after the checkpoint are done again."""
+
+    def die(record):
+        if record["step"] == 7:
+            raise MemoryError
+
+    whole = trainer()
+    fit(whole, tmp_path / "whole")
+    with pytest.raises(MemoryError):
+        fit(trainer(), tmp_path / "parts", progress=die)
+    assert len(log_of(tmp_path / "parts")) == 8
+    again = trainer()
+    fit(again, tmp_path / "parts", resume=True)
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
+
+
+def test_ctrl_c_checkpoints_too(tmp_path):
+    with pytest.raises(Interrupted) as caught:
+        fit(trainer(), tmp_path, progress=lambda record: os.kill(os.getpid(), signal.SIGINT))
+    assert caught.value.signum == signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert len(log_of(tmp_path)) == 1 and (tmp_path / "checkpoint.pt").exists()
+
+
+def test_resuming_something_else_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no checkpoint to resume from"):
+        fit(trainer(), tmp_path, resume=True)
+    fit(trainer(), tmp_path)
+    for change, message in (
+        ({"lr": 0.5}, r"train.lr was 0.01 and now is 0.5"),
+        ({"model": {"rank": 2}}, r"adapter.rank was 3 and now is 2"),
+        ({"data": tiny_data(seed=1)}, "data differs"),
+    ):
+        with pytest.raises(InputError, match=message):
+            fit(trainer(**change), tmp_path, resume=True)
+    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(InputError, match=r"checkpoint\.pt: "):
+        fit(trainer(), tmp_path, resume=True)
+
+
+def saved_run(tmp_path):
+    base = Llama(TINY).init_random_(0, std=0.3)
+    model = tiny_model()
+    save_run(tmp_path, model, {"model": "base", "note": 1})
+    return base, model
+
+
+def test_a_run_comes_back_as_it_was(tmp_path):
+    base, model = saved_run(tmp_path)
+    loaded, info = load_run(tmp_path, base)
+    assert info["note"] == 1
+    tokens = torch.arange(1, 9)[None]
+    assert torch.equal(loaded(tokens, noise=Noise(1, 1)), model(tokens, noise=Noise(1, 1)))
+
+
+def test_another_base_is_refused(tmp_path):
+    saved_run(tmp_path)
+    with pytest.raises(InputError, match="was trained on another base model than base"):
+        load_run(tmp_path, Llama(TINY).init_random_(1, std=0.3))
+
+
+def test_broken_runs_are_named(tmp_path):
+    base, model = saved_run(tmp_path)
+    record = json.loads((tmp_path / "run.json").read_text())
+    for key in ("adapter", "fingerprint"):
+        rest = {name: value for name, value in record.items() if name != key}
+        (tmp_path / "run.json").write_text(json.dumps(rest))
+        with pytest.raises(InputError, match=f"key '{key}' is missing"):
+            load_run(tmp_path, Llama(TINY).init_random_(0, std=0.3))
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(InputError, match="run.json: not JSON"):
+        load_run(tmp_path, Llama(TINY).init_random_(0, std=0.3))
+    with pytest.raises(InputError, match="no such file"):
+        load_run(tmp_path / "absent", base)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: t.pop("lm_head.A"), "tensor lm_head.A is missing"),
+        (lambda t: t.update(extra=torch.zeros(1)), "tensor extra is unexpected"),
+        (lambda t: t.update({"lm_head.B": torch.zeros(2, 2)}), r"lm_head.B has shape \(2, 2\)"),
+        (lambda t: t["lm_head.B"].fill_(float("nan")), "lm_head.B has NaN"),
+    ],
+)
+def test_broken_adapters_are_named(tmp_path, spoil, message):
+    from scalabl_ref.checkpoint import save_tensors
+
+    base, model = saved_run(tmp_path)
+    tensors = {name: tensor.clone() for name, tensor in adapter_state(model).items()}
+    spoil(tensors)
+    save_tensors(tmp_path / "adapter.safetensors", tensors.items())
+    with pytest.raises(InputError, match=message):
+        load_run(tmp_path, base)
