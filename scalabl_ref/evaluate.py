@@ -1,0 +1,177 @@
+"""Evaluation of a trained run: probabilities to metrics.json, predictions.jsonl and report.html."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import metrics
+from .data import Example, encode, evaluation_batches
+from .errors import InputError, atomic_write_text
+from .llama import Llama
+from .predict import Prediction, predict_all
+from .progress import progress_bar
+from .report import write_report
+from .tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A data set with the model's predictive distribution over it, row by row."""
+
+    examples: list[Example]
+    labels: Tensor  # (N,) int64
+    prediction: Prediction
+
+
+def answer(
+    model: Llama,
+    tokenizer: Tokenizer,
+    examples: list[Example],
+    samples: int,
+    seed: int,
+    batch: int = 32,
+    title: str = "evaluate",
+) -> Answers:
+    """Predict every example with `samples` draws (0: the mean model); nothing is dropped."""
+    head = model.config.head_tokens
+    encoded = encode(
+        examples,
+        tokenizer,
+        classes=None if head is None else len(head),
+        max_length=model.config.max_position_embeddings,
+    )
+    if head is not None and tuple(encoded.classes) != head:
+        raise InputError(
+            f"the tokenizer gives the class tokens {encoded.classes}, but the head was cut down to "
+            f"{list(head)}"
+        )
+    with progress_bar(len(examples), title, "row") as bar:
+        prediction = predict_all(
+            model, evaluation_batches(encoded, batch), samples, seed, progress=bar.update
+        )
+    return Answers(examples, torch.tensor(encoded.labels), prediction)
+
+
+def summarise(probs: Tensor, labels: Tensor, bins: int) -> dict[str, Any]:
+    """n, acc, ece, nll, brier, each with its 95 % bootstrap interval under "intervals"."""
+    values = {
+        "acc": metrics.accuracy(probs, labels),
+        "ece": metrics.ece(probs, labels, bins),
+        "nll": metrics.nll(probs, labels),
+        "brier": metrics.brier(probs, labels),
+    }
+    intervals = metrics.bootstrap_intervals(probs, labels, bins=bins)
+    _, _, area = metrics.risk_coverage(probs, labels)
+    return {"n": len(labels), **values, "aurc": area, "intervals": intervals}
+
+
+def evaluate(
+    run: Path,
+    info: dict[str, Any],
+    answers: Answers,
+    *,
+    samples: int,
+    seed: int,
+    bins: int = 15,
+    calibration: Answers | None = None,
+    ood: Answers | None = None,
+) -> dict[str, Any]:
+    """Write RUN/metrics.json, RUN/predictions.jsonl and RUN/report.html; returns the metrics.
+
+    calibration: held-out answers on which a temperature is fitted; "temperature" in the result then
+    holds it and the metrics after scaling. ood: answers on another data set, scored for how well
+    entropy and mutual information tell it apart; its accuracy and the like are given over the rows
+    whose label the head has ("n_scored" of "n").
+    """
+    probs, labels = answers.prediction.probs, answers.labels
+    result: dict[str, Any] = {
+        "method": info["adapter"]["method"],
+        "kl": info["train"]["kl"] if info["adapter"]["method"] == "scalabl" else None,
+        "objective": info["train"]["objective"],
+        "samples": samples,
+        "seed": seed,
+        "bins": bins,
+        **summarise(probs, labels, bins),
+    }
+    models = [_report_model(result["method"], probs, labels, result)]
+    if calibration is not None:
+        temperature = metrics.fit_temperature(
+            calibration.prediction.probs.log(), calibration.labels
+        )
+        scaled = metrics.apply_temperature(probs, temperature)
+        after = {"value": temperature, "n_fit": len(calibration.labels)}
+        result["temperature"] = {**after, **summarise(scaled, labels, bins)}
+        name = f"{result['method']}, temperature {temperature:.3f}"
+        models.append(_report_model(name, scaled, labels, result["temperature"]))
+    if ood is not None:
+        result["ood"] = _out_of_distribution(answers, ood, result, bins)
+        models[0]["ood"] = {"name": "out of distribution", "metrics": result["ood"]}
+    atomic_write_text(run / "metrics.json", json.dumps(result, indent=2) + "\n")
+    atomic_write_text(run / "predictions.jsonl", "".join(_rows(answers)))
+    about = {
+        "model": Path(info["model"]).name,
+        "data": Path(info.get("data", "")).name,
+        **{key: result[key] for key in ("method", "kl", "samples", "bins", "seed", "n")},
+    }
+    write_report(
+        run / "report.html",
+        {"title": "Evaluation of a fine-tuned Llama", "about": about, "models": models},
+    )
+    return result
+
+
+def _report_model(
+    name: str, probs: Tensor, labels: Tensor, values: dict[str, Any]
+) -> dict[str, Any]:
+    keys = ("acc", "ece", "nll", "brier", "aurc")
+    return {
+        "name": name,
+        "probs": probs,
+        "labels": labels,
+        "metrics": {key: values[key] for key in keys},
+        "intervals": values["intervals"],
+    }
+
+
+def _out_of_distribution(
+    inside: Answers, outside: Answers, result: dict[str, Any], bins: int
+) -> dict[str, Any]:
+    answerable = outside.labels < outside.prediction.probs.shape[1]
+    values: dict[str, Any] = {key: result[key] for key in ("method", "kl", "samples", "bins")}
+    values["n"] = len(outside.labels)
+    values["n_scored"] = int(answerable.sum())
+    if answerable.any():
+        scored = summarise(outside.prediction.probs[answerable], outside.labels[answerable], bins)
+        values.update({key: value for key, value in scored.items() if key != "n"})
+    is_outside = torch.cat(
+        (torch.zeros(len(inside.labels)), torch.ones(len(outside.labels)))
+    ).long()
+    for name in ("entropy", "mutual_information"):
+        scores = torch.cat((getattr(inside.prediction, name), getattr(outside.prediction, name)))
+        values[f"auroc_{name}"] = metrics.auroc(scores, is_outside)
+    return values
+
+
+def _rows(answers: Answers) -> Iterator[str]:
+    """One JSON line per example, in the data set's order."""
+    p = answers.prediction
+    columns = (p.probs, p.entropy, p.expected_entropy, p.mutual_information, answers.labels)
+    for example, *row in zip(answers.examples, *(c.tolist() for c in columns), strict=True):
+        probs, entropy, expected, information, label = row
+        record = {
+            "id": example.id,
+            "label": label,
+            "prediction": max(range(len(probs)), key=probs.__getitem__),
+            "probs": probs,
+            "entropy": entropy,
+            "expected_entropy": expected,
+            "mutual_information": information,
+        }
+        yield json.dumps(record) + "\n"

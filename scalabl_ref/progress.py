@@ -1,0 +1,21 @@
+"""Progress bars on standard error, so that standard output stays clean for results."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def progress_bar(total: int, title: str, unit: str, done: int = 0) -> Any:
+    """A tqdm bar with an estimate of the time left; quiet where standard error is no terminal."""
+    from tqdm import tqdm
+
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=title,
+        unit=unit,
+        dynamic_ncols=True,
+        leave=False,
+        disable=not sys.stderr.isatty(),
+    )
