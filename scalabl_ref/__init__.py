@@ -7,10 +7,38 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     import torch as _torch  # noqa: F401
 
+from . import metrics, reference
+from .adapters import AdapterConfig, adapters, add_adapters
+from .elbo import Elbo, elbo, kl_forward, kl_official
 from .errors import InputError
+from .llama import Llama, LlamaConfig
 from .native import native_status
 from .noise import Noise, philox4x32
+from .ops import subspace_lora_linear
+from .predict import Prediction, predict
+from .train import load_run, save_run
 
 __version__ = "0.1.0"
 
-__all__ = ["InputError", "Noise", "native_status", "philox4x32"]
+__all__ = [
+    "AdapterConfig",
+    "Elbo",
+    "InputError",
+    "Llama",
+    "LlamaConfig",
+    "Noise",
+    "Prediction",
+    "adapters",
+    "add_adapters",
+    "elbo",
+    "kl_forward",
+    "kl_official",
+    "load_run",
+    "metrics",
+    "native_status",
+    "philox4x32",
+    "predict",
+    "reference",
+    "save_run",
+    "subspace_lora_linear",
+]

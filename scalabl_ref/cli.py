@@ -1,0 +1,477 @@
+"""The `scalabl` command: arguments in, library calls, results out. No method lives here.
+
+Exit codes: 0 done, 2 bad input (one line on standard error), 128 + n ended by signal n.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from .data import Example
+    from .evaluate import Answers
+    from .llama import Llama
+    from .tokenizer import Tokenizer
+
+Result = dict[str, Any]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = _parser(next(iter(arguments), "")).parse_args(arguments)
+    try:
+        result = args.command(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        sys.stderr.close()
+        return 141
+    if args.json:
+        print(json.dumps(result, indent=2))
+    return int(result.get("exit_code", 0))
+
+
+def _parser(chosen: str) -> argparse.ArgumentParser:
+    """All commands by name; the arguments of the one chosen, whose modules alone are imported."""
+    from . import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="scalabl",
+        description="Bayesian low-rank adaptation of Llama in an r-dimensional subspace",
+    )
+    parser.add_argument("--version", action="version", version=f"scalabl_ref {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (help_text, add_arguments, command) in _COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=help_text,
+            description=help_text,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        if name == chosen:
+            add_arguments(sub)
+        sub.add_argument("--json", action="store_true", help="print the result as JSON")
+        sub.add_argument("--seed", type=int, default=0, help="of everything random")
+        sub.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+        sub.set_defaults(command=command)
+    return parser
+
+
+def _say(args: argparse.Namespace, text: str) -> None:
+    """A line for people: on standard output, unless that is kept for JSON."""
+    print(text, file=sys.stderr if args.json else sys.stdout)
+
+
+def _add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    from .data import FORMATS
+
+    parser.add_argument("--data", type=Path, required=required, help="file of examples")
+    parser.add_argument("--format", choices=FORMATS, default="jsonl", help="of --data")
+    parser.add_argument("--limit", type=int, help="use only the first so many examples")
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the base model; adapters are float32 always (default: as stored)",
+    )
+
+
+def _dtype(args: argparse.Namespace) -> Any:
+    import torch
+
+    return getattr(torch, args.dtype) if args.dtype else None
+
+
+def _device(args: argparse.Namespace) -> Any:
+    """The torch device, checked: a clear error instead of a traceback at the first tensor."""
+    import torch
+
+    try:
+        device = torch.device(args.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {args.device!r} cannot be used: {reason}") from None
+    return device
+
+
+# --- train -------------------------------------------------------------------------------------
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    from .adapters import METHODS, TARGETS, AdapterConfig
+    from .elbo import KLS
+    from .ops import SAMPLING
+    from .train import OBJECTIVES, TrainConfig
+
+    adapter, train = AdapterConfig(), TrainConfig()
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="folder of the base model")
+    _add_data(parser)
+    add("--method", choices=METHODS, default=adapter.method, help="scalabl, or plain LoRA (mle)")
+    add("--out", type=Path, required=True, help="run folder to write")
+    add("--resume", action="store_true", help="go on from the checkpoint in the run folder")
+    add("--steps", type=int, default=train.steps, help="optimiser steps")
+    add("--batch", type=int, default=train.batch, help="examples a step")
+    add("--micro-batch", type=int, help="examples computed at a time (gradient accumulation)")
+    add("--lr", type=float, default=train.lr, help="AdamW rate of A and B")
+    add("--variational-lr", type=float, help="AdamW rate of log s and log sigma (default: 4 * lr)")
+    add("--warmup", type=float, default=train.warmup, help="fraction of steps with rising rates")
+    add("--weight-decay", type=float, default=train.weight_decay, help="AdamW's")
+    add("--beta", type=float, default=train.beta, help="weight of KL / N; 1 is the ELBO")
+    add("--kl", choices=tuple(KLS), default=train.kl, help="direction of the KL")
+    add(
+        "--objective",
+        choices=OBJECTIVES,
+        default=train.objective,
+        help="elbo: one objective; official: AdamW on the NLL, then SGD on the KL",
+    )
+    add("--kl-lr", type=float, default=train.kl_lr, help="SGD rate on the KL (objective official)")
+    add("--rank", type=int, default=adapter.rank, help="r")
+    add("--alpha", type=float, help="scaling is alpha / rank (default: 2 * rank)")
+    add(
+        "--targets",
+        nargs="+",
+        default=list(adapter.targets),
+        metavar="NAME",
+        help=f"layers to adapt, of {' '.join(TARGETS)}",
+    )
+    add("--sampling", choices=SAMPLING, default=adapter.sampling, help="rows that share a draw")
+    add("--prior-std", type=float, default=adapter.prior_std, help="sigma of the prior")
+    add("--init-sigma", type=float, default=adapter.init_sigma, help="upper end of sigma's start")
+    add("--head", choices=("classes", "full"), default="classes", help="rows of lm_head to keep")
+    add("--holdout", type=float, default=0.0, help="fraction kept from training, for temperature")
+    add("--checkpoint-every", type=int, default=train.checkpoint_every, help="steps")
+    _add_dtype(parser)
+
+
+def _from_args(cls: type, args: argparse.Namespace) -> Any:
+    """An instance of a configuration dataclass from the arguments of the same names."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return cls(**{name: value for name, value in vars(args).items() if name in names})
+
+
+def _train(args: argparse.Namespace) -> Result:
+    from .adapters import AdapterConfig, add_adapters
+    from .data import encode, load, num_classes, split
+    from .llama import Llama
+    from .progress import progress_bar
+    from .tokenizer import load_tokenizer
+    from .train import Interrupted, TrainConfig, Trainer, fit, save_run
+
+    adapter, config = _from_args(AdapterConfig, args), _from_args(TrainConfig, args)
+    if not 0 <= args.holdout < 1:
+        raise InputError(f"--holdout must be in [0, 1), and is {args.holdout}")
+    if not args.resume and (args.out / "train.jsonl").exists():
+        raise InputError(f"{args.out}: holds a run already: give --resume or another --out")
+    examples = load(args.data, args.format, args.limit)
+    classes = num_classes(examples)
+    examples, _ = split(examples, args.holdout, args.seed)
+    model = Llama.from_pretrained(args.model, dtype=_dtype(args), device=_device(args))
+    tokenizer = load_tokenizer(args.model)
+    data = encode(
+        examples, tokenizer, classes=classes, max_length=model.config.max_position_embeddings
+    )
+    if args.head == "classes":
+        model.trim_head(data.classes)
+    add_adapters(model, adapter, args.seed)
+    trainer = Trainer(model, data, config)
+    info = {
+        "model": str(args.model.resolve()),
+        "data": str(args.data.resolve()),
+        "format": args.format,
+        "limit": args.limit,
+        "holdout": args.holdout,
+        "dtype": args.dtype,
+        "train": dataclasses.asdict(config),
+    }
+    try:
+        with progress_bar(config.steps, "train", "step") as bar:
+
+            def show(record: dict[str, float]) -> None:
+                shown = {key: record[key] for key in ("loss", "kl", "sigma")}
+                bar.set_postfix(shown, refresh=False)
+                bar.update(int(record["step"]) + 1 - bar.n)
+
+            fit(trainer, args.out, args.resume, show)
+    except Interrupted as error:
+        print(f"{error}: continue with --resume", file=sys.stderr)
+        return {"run": str(args.out), "steps": trainer.done, "exit_code": 128 + error.signum}
+    save_run(args.out, model, info)
+    last = json.loads((args.out / "train.jsonl").read_text().splitlines()[-1])
+    _say(args, f"trained {trainer.done} steps on {len(examples)} examples: {args.out}")
+    return {"run": str(args.out), "steps": trainer.done, "examples": len(examples), "last": last}
+
+
+# --- evaluate ----------------------------------------------------------------------------------
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    from .data import FORMATS
+
+    add = parser.add_argument
+    add("--run", type=Path, required=True, help="run folder that `scalabl train` wrote")
+    add("--model", type=Path, help="folder of the base model, if it has moved")
+    _add_data(parser)
+    add("--ood", type=Path, help="file of examples out of distribution")
+    add("--ood-format", choices=FORMATS, default="jsonl", help="of --ood")
+    add("--samples", type=int, default=10, help="draws of the posterior; 0 is the mean model")
+    add("--bins", type=int, default=15, help="of the expected calibration error")
+    add("--batch", type=int, default=32, help="examples computed at a time")
+    add(
+        "--temperature",
+        action="store_true",
+        help="also fit a temperature on the run's --holdout, or on --calibrate",
+    )
+    add("--calibrate", type=Path, help="file of held-out examples, in --format, for --temperature")
+
+
+def _evaluate(args: argparse.Namespace) -> Result:
+    from .data import load
+    from .evaluate import answer, evaluate
+
+    model, tokenizer, info = _open_run(args)
+
+    def ask(examples: list[Example], title: str) -> Answers:
+        return answer(model, tokenizer, examples, args.samples, args.seed, args.batch, title)
+
+    examples = load(args.data, args.format, args.limit)
+    calibration = ood = None
+    if args.temperature or args.calibrate:
+        calibration = ask(_held_out(args, info), "calibrate")
+    if args.ood:
+        ood = ask(load(args.ood, args.ood_format, args.limit), "ood")
+    result = evaluate(
+        args.run,
+        {**info, "data": str(args.data)},
+        ask(examples, "evaluate"),
+        samples=args.samples,
+        seed=args.seed,
+        bins=args.bins,
+        calibration=calibration,
+        ood=ood,
+    )
+    _say(args, _metrics_table(result))
+    _say(args, f"written: {args.run / 'metrics.json'}, predictions.jsonl, report.html")
+    return result
+
+
+def _open_run(args: argparse.Namespace) -> tuple[Llama, Tokenizer, dict[str, Any]]:
+    """(model, tokenizer, facts) of --run, its base taken from --model if that is given."""
+    from .checkpoint import read_json
+    from .llama import Llama
+    from .tokenizer import load_tokenizer
+    from .train import load_run
+
+    info = read_json(args.run / "run.json")
+    folder = args.model or info.get("model")
+    if folder is None:
+        raise InputError(f"{args.run / 'run.json'}: key 'model' is missing")
+    import torch
+
+    dtype = getattr(torch, info["dtype"]) if info.get("dtype") else None
+    base = Llama.from_pretrained(folder, dtype=dtype, device=_device(args))
+    model, info = load_run(args.run, base)
+    return model, load_tokenizer(folder), info
+
+
+def _held_out(args: argparse.Namespace, info: dict[str, Any]) -> list[Example]:
+    from .data import load, split
+
+    if args.calibrate:
+        return load(args.calibrate, args.format)
+    if not info.get("holdout"):
+        raise InputError(f"{args.run}: was trained without --holdout: give --calibrate FILE")
+    examples = load(Path(info["data"]), info["format"], info["limit"])
+    return split(examples, info["holdout"], info["train"]["seed"])[1]
+
+
+def _metrics_table(result: Result) -> str:
+    rows = [("", result)]
+    if "temperature" in result:
+        rows.append((f"temperature {result['temperature']['value']:.3f}", result["temperature"]))
+    if "ood" in result and "acc" in result["ood"]:
+        rows.append((f"ood ({result['ood']['n_scored']} scored)", result["ood"]))
+    lines = [
+        f"{'':24}{'n':>7}" + "".join(f"{key.upper():>25}" for key in ("acc", "ece", "nll", "brier"))
+    ]
+    for name, values in rows:
+        cells = []
+        for key in ("acc", "ece", "nll", "brier"):
+            low, high = values["intervals"][key]
+            cells.append(f"{values[key]:.4f} [{low:.4f}, {high:.4f}]".rjust(25))
+        lines.append(f"{name or result['method']:24}{values['n']:>7}" + "".join(cells))
+    if "ood" in result:
+        for key in ("entropy", "mutual_information"):
+            lines.append(f"AUROC, {key.replace('_', ' ')}: {result['ood'][f'auroc_{key}']:.4f}")
+    return "\n".join(lines)
+
+
+# --- predict, generate -------------------------------------------------------------------------
+
+
+def _predict_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--run", type=Path, required=True, help="run folder that `scalabl train` wrote")
+    add("--model", type=Path, help="folder of the base model, if it has moved")
+    add("--prompt", required=True, help="the question")
+    add("--choices", nargs="+", required=True, metavar="TEXT", help="the answers to choose from")
+    add("--samples", type=int, default=10, help="draws of the posterior; 0 is the mean model")
+
+
+def _predict(args: argparse.Namespace) -> Result:
+    from .data import question
+    from .evaluate import answer
+
+    model, tokenizer, info = _open_run(args)
+    example = question(args.prompt, args.choices, info["format"])
+    p = answer(model, tokenizer, [example], args.samples, args.seed).prediction
+    probs = p.probs[0].tolist()[: len(args.choices)]
+    for choice, value in zip(args.choices, probs, strict=True):
+        _say(args, f"{value:.4f}  {choice}")
+    result: Result = {"choices": args.choices, "probs": probs, "samples": args.samples}
+    for name in ("entropy", "expected_entropy", "mutual_information"):
+        result[name] = getattr(p, name)[0].item()
+        _say(args, f"{name.replace('_', ' ')}: {result[name]:.4f} nats")
+    return result
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--run", type=Path, help="run folder, trained with --head full")
+    add("--model", type=Path, help="folder of a model (needed without --run)")
+    add("--prompt", default="", help="text to continue")
+    add("--max-new-tokens", type=int, default=100, help="tokens to write at most")
+    add("--samples", type=int, default=0, help="draws of the posterior; 0 is the mean model")
+
+
+def _generate(args: argparse.Namespace) -> Result:
+    from .llama import Llama
+    from .predict import generate
+    from .tokenizer import load_tokenizer
+
+    if args.run:
+        model, tokenizer, _ = _open_run(args)
+    elif args.model:
+        model = Llama.from_pretrained(args.model, device=_device(args))
+        tokenizer = load_tokenizer(args.model)
+    else:
+        raise InputError("give --run or --model")
+    prompt = tokenizer.encode(args.prompt)
+    tokens = list(
+        generate(model, prompt, args.max_new_tokens, args.samples, args.seed, stop=tokenizer.eos_id)
+    )
+    text = tokenizer.decode(prompt + [token.id for token in tokens])
+    _say(args, text)
+    if tokens:
+        count = len(tokens)
+        entropy = sum(token.entropy for token in tokens) / count
+        information = sum(token.mutual_information for token in tokens) / count
+        _say(
+            args,
+            f"mean per token: entropy {entropy:.4f}, mutual information {information:.4f} nats",
+        )
+    return {"text": text, "tokens": [token._asdict() for token in tokens]}
+
+
+# --- count, info, demo -------------------------------------------------------------------------
+
+
+def _count_arguments(parser: argparse.ArgumentParser) -> None:
+    from .adapters import TARGETS, AdapterConfig
+
+    add = parser.add_argument
+    add("--config", required=True, help="name such as qwen2.5-7b, or a config.json")
+    add("--rank", type=int, default=8, help="r")
+    add(
+        "--targets",
+        nargs="+",
+        default=list(AdapterConfig().targets),
+        metavar="NAME",
+        help=f"layers to adapt, of {' '.join(TARGETS)}",
+    )
+
+
+def _count(args: argparse.Namespace) -> Result:
+    from .configs import count_parameters, find_config
+
+    result = count_parameters(find_config(args.config), args.rank, tuple(args.targets))
+    _say(args, f"{args.config}, rank {args.rank}, {' '.join(args.targets)}")
+    base, layers = result["base_parameters"], result["adapted_layers"]
+    _say(args, f"base       {base:>16,}  ({base * 2 / 2**30:.2f} GiB in bfloat16)")
+    _say(args, f"adapted layers {layers:>12,}")
+    for method in ("lora", "scalabl", "blob"):
+        count = result[method]
+        extra = f"  (+{count - result['lora']:,})" if method != "lora" else ""
+        _say(args, f"{method:10} {count:>16,}  ({count * 4 / 2**20:.2f} MiB in float32){extra}")
+    return result
+
+
+def _info(args: argparse.Namespace) -> Result:
+    import platform
+
+    import torch
+
+    from . import __version__
+    from .native import native_status
+
+    status = native_status()
+    result: Result = {
+        "scalabl_ref": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.is_available(),
+        "native": status,
+        "noise": "native core" if status["used"] else "PyTorch",
+    }
+    for key, value in result.items():
+        if key == "native":
+            value = ", ".join(f"{name}: {item}" for name, item in status.items())
+        _say(args, f"{key:12} {value}")
+    return result
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    from .demo import add_arguments
+
+    add_arguments(parser)
+
+
+def _demo(args: argparse.Namespace) -> Result:
+    from .demo import run
+
+    return run(args)
+
+
+Command = tuple[
+    str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Result]
+]
+
+_COMMANDS: dict[str, Command] = {
+    "demo": ("the whole story in about a minute", _demo_arguments, _demo),
+    "train": ("fine-tune a model", _train_arguments, _train),
+    "evaluate": ("accuracy, calibration and uncertainty of a run", _evaluate_arguments, _evaluate),
+    "predict": ("probabilities of the answers to one question", _predict_arguments, _predict),
+    "generate": ("text with its uncertainty token by token", _generate_arguments, _generate),
+    "count": ("parameters and memory of a model, without weights", _count_arguments, _count),
+    "info": ("versions, what was built, which path runs", lambda parser: None, _info),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

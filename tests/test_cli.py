@@ -1,0 +1,257 @@
+"""The commands as a user types them: results, files, exit codes, and what bad input says."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from scalabl_ref import cli
+from scalabl_ref.checkpoint import save_tensors
+
+from .models import questions_file, tiny_folder
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A folder with a model and two data files in it, as the current directory."""
+    monkeypatch.chdir(tmp_path)
+    tiny_folder(tmp_path / "model")
+    questions_file(tmp_path / "train.jsonl")
+    questions_file(tmp_path / "test.jsonl", rows=9)
+    return tmp_path
+
+
+TRAIN = "train --model model --data train.jsonl --out run --steps 6 --batch 4 --rank 2"
+
+
+def run(command: str, capsys) -> tuple[int, str, str]:
+    code = cli.main(command.split())
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def ok(command: str, capsys) -> dict:
+    """The JSON result of a command that must succeed, with nothing else on standard output."""
+    code, out, err = run(command + " --json", capsys)
+    assert code == 0, err
+    return json.loads(out)
+
+
+def refused(command: str, capsys) -> str:
+    """The message of a command that must fail: one line, exit code 2, no traceback."""
+    code, out, err = run(command, capsys)
+    assert code == 2 and out == "", (code, out, err)
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize("method", ["scalabl", "mle"])
+def test_train_evaluate_predict(work, capsys, method):
+    result = ok(f"{TRAIN} --method {method} --holdout 0.25", capsys)
+    assert result["steps"] == 6 and result["examples"] == 18
+    log = [json.loads(line) for line in (work / "run" / "train.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == list(range(6))
+
+    metrics = ok(
+        "evaluate --run run --data test.jsonl --ood train.jsonl --samples 4 --temperature", capsys
+    )
+    assert metrics == json.loads((work / "run" / "metrics.json").read_text())
+    assert metrics["method"] == method and metrics["n"] == 9 and metrics["bins"] == 15
+    assert metrics["kl"] == ("forward" if method == "scalabl" else None)
+    assert {"acc", "ece", "nll", "brier", "samples"} <= metrics.keys()
+    assert metrics["temperature"]["n_fit"] == 6 and metrics["temperature"]["value"] > 0
+    assert metrics["ood"]["n"] == 24
+    assert {"auroc_entropy", "auroc_mutual_information", "ece"} <= metrics["ood"].keys()
+    for name, (low, high) in metrics["intervals"].items():
+        assert low <= high and math.isfinite(high), name
+
+    rows = [json.loads(line) for line in (work / "run/predictions.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == [str(i) for i in range(9)]
+    right = [row["prediction"] == row["label"] for row in rows]
+    assert metrics["acc"] == sum(right) / 9
+    nll = -sum(math.log(row["probs"][row["label"]]) for row in rows) / 9
+    assert math.isclose(metrics["nll"], nll, rel_tol=1e-12)
+    if method == "mle":
+        assert all(row["mutual_information"] == 0 for row in rows)
+    assert "<svg" in (work / "run" / "report.html").read_text()
+
+    answer = ok("predict --run run --prompt hello --choices one two three --samples 4", capsys)
+    assert math.isclose(sum(answer["probs"]), 1.0, rel_tol=1e-12)
+    assert answer["entropy"] >= answer["expected_entropy"]
+
+
+def test_commands_speak_to_people_too(work, capsys):
+    code, out, _ = run(TRAIN, capsys)
+    assert code == 0 and "trained 6 steps on 24 examples" in out
+    code, out, _ = run("evaluate --run run --data test.jsonl --samples 2", capsys)
+    assert code == 0 and "ACC" in out and "report.html" in out
+    code, out, _ = run("predict --run run --prompt hello --choices one two three", capsys)
+    assert code == 0 and "mutual information:" in out
+
+
+def test_seeds_decide_everything(work, capsys):
+    losses = []
+    for seed, out in ((1, "a"), (1, "b"), (2, "c")):
+        losses.append(ok(f"{TRAIN} --seed {seed}".replace("run", out), capsys)["last"]["loss"])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_samples_zero_is_the_mean_model(work, capsys):
+    ok(TRAIN + " --init-sigma 1", capsys)
+    ok("evaluate --run run --data test.jsonl --samples 0", capsys)
+    rows = [json.loads(line) for line in (work / "run/predictions.jsonl").read_text().splitlines()]
+    assert all(row["mutual_information"] == 0 for row in rows)
+
+
+def test_a_bfloat16_base_keeps_float32_adapters(work, capsys):
+    ok(TRAIN + " --dtype bfloat16", capsys)
+    from scalabl_ref.checkpoint import load_tensors
+
+    tensors, _ = load_tensors(work / "run" / "adapter.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    assert ok("evaluate --run run --data test.jsonl", capsys)["n"] == 9
+
+
+def test_out_of_distribution_with_more_classes_is_scored_on_what_it_can_answer(work, capsys):
+    questions_file(work / "wide.jsonl", rows=10, choices=3)
+    questions_file(work / "train.jsonl", choices=2)
+    questions_file(work / "test.jsonl", rows=9, choices=2)
+    ok(TRAIN, capsys)
+    ood = ok("evaluate --run run --data test.jsonl --ood wide.jsonl", capsys)["ood"]
+    labels = [i * 5 % 3 for i in range(10)]
+    assert ood["n"] == 10 and ood["n_scored"] == sum(label < 2 for label in labels)
+    assert "labels, row" in refused("evaluate --run run --data wide.jsonl", capsys)
+
+
+def test_generation(work, capsys):
+    ok(TRAIN + " --head full", capsys)
+    result = ok("generate --run run --prompt hello --max-new-tokens 5 --samples 3", capsys)
+    assert len(result["tokens"]) == 5 and result["text"].startswith("hello")
+    plain = ok("generate --model model --prompt hello --max-new-tokens 5", capsys)
+    assert all(token["mutual_information"] == 0 for token in plain["tokens"])
+
+
+def test_a_moved_base_is_found_by_model(work, capsys):
+    ok(TRAIN, capsys)
+    (work / "model").rename(work / "elsewhere")
+    assert "model: no such file" in refused(
+        "evaluate --run run --data test.jsonl", capsys
+    ) or "config.json: no such file" in refused("evaluate --run run --data test.jsonl", capsys)
+    assert ok("evaluate --run run --data test.jsonl --model elsewhere", capsys)["n"] == 9
+
+
+def test_count_and_info(capsys):
+    count = ok("count --config llama-2-7b", capsys)
+    assert count["scalabl"] - count["lora"] == 1040
+    code, out, _ = run("count --config smollm2-135m --rank 4 --targets q_proj", capsys)
+    assert code == 0 and "134,515,008" in out
+    info = ok("info", capsys)
+    assert info["torch"] == torch.__version__ and isinstance(info["native"]["built"], bool)
+
+
+def test_every_command_has_help(capsys):
+    for name in cli._COMMANDS:
+        with pytest.raises(SystemExit) as caught:
+            cli.main([name, "--help"])
+        out, _ = capsys.readouterr()
+        assert caught.value.code == 0
+        assert all(option in out for option in ("--json", "--seed", "--device"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--model absent", "absent/config.json: no such file"),
+        ("--data absent.jsonl", "absent.jsonl: no such file"),
+        ("--rank 99", "rank 99 is larger than a dimension of layers.0.attn.q_proj"),
+        ("--targets q_porj", "unknown target 'q_porj'"),
+        ("--steps 0", "steps must be at least 1"),
+        ("--lr nan", "lr must be finite"),
+        ("--holdout 1.5", "--holdout must be in [0, 1)"),
+        ("--limit 0", "the limit must be at least 1"),
+        ("--device nonsense", "device 'nonsense' cannot be used"),
+        ("--resume", "no checkpoint to resume from"),
+        ("--seed -1", "seed must be"),
+        ("--format sst2", "train.jsonl, line 1"),
+    ],
+)
+def test_bad_arguments_end_in_one_line(work, capsys, change, message):
+    assert message in refused(f"{TRAIN} {change}", capsys)
+    assert not (work / "run" / "run.json").exists()
+
+
+def test_a_bad_row_is_named(work, capsys):
+    with open(work / "train.jsonl", "a") as file:
+        file.write('{"prompt": "x", "choices": ["a", "b"], "label": 2}\n')
+    assert "train.jsonl, line 25: 'label' must be in [0, 2)" in refused(TRAIN, capsys)
+
+
+def test_a_prompt_that_is_too_long_is_named(work, capsys):
+    with open(work / "train.jsonl", "a") as file:
+        file.write(json.dumps({"prompt": "x" * 200, "choices": ["a", "b"], "label": 0}) + "\n")
+    assert "example 24 (id 24)" in refused(TRAIN, capsys)
+
+
+def test_bad_weights_are_named(work, capsys):
+    from scalabl_ref.checkpoint import load_tensors
+
+    path = work / "model" / "model.safetensors"
+    tensors, _ = load_tensors(path)
+    spoilt = {**tensors, "norm.weight": torch.full_like(tensors["norm.weight"], math.nan)}
+    save_tensors(path, spoilt.items())
+    assert "tensor norm.weight has NaN or infinite values" in refused(TRAIN, capsys)
+    path.write_bytes(path.read_bytes()[:100])
+    assert "model.safetensors: not a valid safetensors file" in refused(TRAIN, capsys)
+
+
+def test_a_run_is_not_overwritten(work, capsys):
+    ok(TRAIN, capsys)
+    assert "holds a run already" in refused(TRAIN, capsys)
+
+
+def test_temperature_needs_held_out_rows(work, capsys):
+    ok(TRAIN, capsys)
+    command = "evaluate --run run --data test.jsonl --temperature"
+    assert "was trained without --holdout" in refused(command, capsys)
+    assert ok(command + " --calibrate train.jsonl", capsys)["temperature"]["n_fit"] == 24
+
+
+def test_a_closed_pipe_is_no_traceback(work):
+    command = [sys.executable, "-m", "scalabl_ref.cli", "count", "--config", "llama-2-7b"]
+    reader = subprocess.Popen([sys.executable, "-c", "pass"], stdin=subprocess.PIPE)
+    reader.wait()
+    result = subprocess.run(command, stdout=reader.stdin, stderr=subprocess.PIPE, text=True)
+    reader.stdin.close()
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_where_it_was(work, capsys, signum):
+    """A real process, a real signal: exit code 128 + n, a checkpoint, and then --resume."""
+    long = TRAIN.replace("--steps 6", "--steps 400")
+    command = [sys.executable, "-m", "scalabl_ref.cli", *long.split()]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
+    log = work / "run" / "train.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.02)  # the log is flushed in blocks: a few dozen steps are done by then
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum, err
+    assert "continue with --resume" in err and "Traceback" not in err
+    done = len(log.read_text().splitlines())
+    assert 0 < done < 400
+    ok(long + " --resume", capsys)
+    whole = ok(long.replace("--out run", "--out whole"), capsys)
+    resumed = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+    straight = (work / "whole" / "train.jsonl").read_text().splitlines()
+    assert resumed == [json.loads(line)["loss"] for line in straight]
+    assert len(resumed) == whole["steps"] == 400
