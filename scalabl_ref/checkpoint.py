@@ -8,7 +8,10 @@ Nothing here knows the model; `llama` reads its configuration and weights throug
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -34,7 +37,12 @@ _OURS_TO_HF = {ours: hf for hf, ours in _HF_TO_OURS.items()}
 
 
 def hf_to_ours(name: str) -> str:
-    """model.layers.0.self_attn.q_proj.weight -> layers.0.attn.q_proj.weight"""
+    """model.layers.0.self_attn.q_proj.weight -> layers.0.attn.q_proj.weight
+
+    Raises InputError for a name that no causal language model of this layout has.
+    """
+    if not name.startswith(("model.", "lm_head.")):
+        raise InputError(f"tensor {name}: expected a name that begins with model. or lm_head.")
     parts = name.removeprefix("model.").split(".")
     return ".".join(_HF_TO_OURS.get(part, part) for part in parts)
 
@@ -206,3 +214,40 @@ def save_tensors(
     }
     with atomic_write(path) as file:
         serialize_file(specs, file.name, metadata=metadata)
+
+
+@contextmanager
+def new_folder(path: Path | str) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends well, and nothing otherwise.
+
+    Raises InputError if there is something at `path` already, or if it cannot be written there.
+    """
+    path = Path(path)
+    if path.exists():
+        raise InputError(f"{path}: exists already")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_model(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    files: Mapping[str, Path],
+) -> None:
+    """Fill a model folder: config.json, model.safetensors, and copies of `files` by their name."""
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    save_tensors(folder / WEIGHTS, tensors, metadata={"format": "pt"})
+    for name, source in files.items():
+        shutil.copyfile(source, folder / name)

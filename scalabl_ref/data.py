@@ -405,15 +405,16 @@ def evaluation_batches(data: Encoded, batch_size: int) -> Iterator[Batch]:
 
 # Streams of philox_words: each purpose adds the epoch to a number of its own.
 _EXAMPLES, _BATCHES, _SPLIT = 1 << 48, 2 << 48, 3 << 48
-_WINDOW = 16  # batches among which examples are sorted by length
+_WINDOW = 16  # batches, at most, among which examples are sorted by length
 
 
 class TrainingOrder:
     """Which examples each training step sees, as a pure function of (seed, step).
 
     Every epoch shows every example once. Shuffled examples are sorted by length within windows of
-    16 batches, so that a batch has little padding, then the batches are shuffled. One batch per
-    epoch is short where batch_size does not divide the number of examples.
+    max(1, min(16, batches // 4)) batches, so that a batch has little padding and yet is another set
+    in every epoch, then the batches are shuffled. One batch per epoch is short where batch_size
+    does not divide the number of examples.
 
     lengths: of all prompts, in tokens. Raises InputError if there are none, or no batch_size.
     """
@@ -434,7 +435,7 @@ class TrainingOrder:
 
     def _batches(self, epoch: int) -> list[list[int]]:
         examples = _permutation(len(self.lengths), self.seed, _EXAMPLES + epoch)
-        window = _WINDOW * self.batch_size
+        window = max(1, min(_WINDOW, self.steps_per_epoch // 4)) * self.batch_size
         bucketed: list[int] = []
         for start in range(0, len(examples), window):
             bucketed += sorted(examples[start : start + window], key=self.lengths.__getitem__)

@@ -41,6 +41,11 @@ class RopeConfig:
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
 
+    def __post_init__(self) -> None:
+        for name, value in list(vars(self).items())[1:]:
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise InputError(f"RoPE's {name} must be a number above 0, not {value!r}")
+
     def inverse_frequencies(self, head_dim: int, device: Device = None) -> Tensor:
         """Angle per token of each rotated pair, (h / 2,) float32, in radians."""
         exponent = torch.arange(0, head_dim, 2, device=device).float() / head_dim
@@ -58,6 +63,16 @@ class RopeConfig:
         keep = ((turns - self.low_freq_factor) / span).clamp(0, 1)  # 1: short wavelength
         return keep * inverse + (1 - keep) * inverse / self.factor
 
+    def to_hf(self) -> dict[str, Any] | None:
+        """The value of rope_scaling in a Hugging Face config.json."""
+        if self.kind == "default":
+            return None
+        values = {"rope_type": self.kind, "factor": self.factor}
+        if self.kind == "llama3":
+            for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+                values[name] = getattr(self, name)
+        return values
+
     @staticmethod
     def from_hf(config: dict[str, Any]) -> RopeConfig:
         """From a Hugging Face config: rope_theta and rope_scaling, or the newer rope_parameters."""
@@ -70,7 +85,7 @@ class RopeConfig:
         known = {field.name for field in dataclasses.fields(RopeConfig)} - {"kind", "theta"}
         theta = given.get("rope_theta", config.get("rope_theta", 10000.0))
         scaling = {key: value for key, value in given.items() if key in known}
-        return RopeConfig(kind=kind, theta=float(theta), **(scaling if kind != "default" else {}))
+        return RopeConfig(kind=kind, theta=theta, **(scaling if kind != "default" else {}))
 
 
 @dataclass(frozen=True)
@@ -105,9 +120,9 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self)[:8]:
-            value = getattr(self, field.name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{field.name} must be a positive whole number, not {value!r}")
+            _check_size(field.name, getattr(self, field.name))
+        if not isinstance(self.rms_norm_eps, (int, float)) or not self.rms_norm_eps >= 0:
+            raise InputError(f"rms_norm_eps must be a number, not {self.rms_norm_eps!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -134,6 +149,7 @@ class LlamaConfig:
         for key in (*sizes, "num_attention_heads"):
             if key not in config:
                 raise InputError(f"key {key!r} is missing")
+            _check_size(key, config[key])
         heads = config["num_attention_heads"]
         bias = bool(config.get("attention_bias", False))
         eos = config.get("eos_token_id")  # Llama 3 lists several; the first ends a text
@@ -143,7 +159,7 @@ class LlamaConfig:
             num_key_value_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             max_position_embeddings=config.get("max_position_embeddings", 2048),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             rope=RopeConfig.from_hf(config),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=kind == "qwen2" or bias,
@@ -169,9 +185,45 @@ class LlamaConfig:
         except TypeError as error:
             raise InputError(str(error).replace("__init__()", "configuration")) from None
 
+    def to_hf(self) -> dict[str, Any]:
+        """A Hugging Face config.json that `from_hf` reads back as this configuration.
+
+        Raises InputError for what that layout cannot say, such as a head cut down to class tokens.
+        """
+        if self.head_tokens is not None:
+            raise InputError("the head was cut down to class tokens: there is no such layout")
+        kind = "qwen3" if self.qk_norm else "llama"
+        if self.qkv_bias and not self.output_bias:
+            kind = "qwen2"
+        name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
+        ours = {"rope", "qkv_bias", "output_bias", "mlp_bias", "qk_norm", "head_tokens"}
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in ours}
+        values = {
+            "architectures": [f"{name}ForCausalLM"],
+            "model_type": kind,
+            "hidden_act": "silu",
+            **fields,
+            "rope_theta": self.rope.theta,
+            "rope_scaling": self.rope.to_hf(),
+        }
+        if kind != "qwen2":
+            values["attention_bias"] = self.qkv_bias
+        if kind == "llama":
+            values["mlp_bias"] = self.mlp_bias
+        if LlamaConfig.from_hf(values) != self:
+            raise InputError(
+                "no Hugging Face architecture has this combination of biases and norms"
+            )
+        return values
+
     def to_dict(self) -> dict[str, Any]:
         """The converted layout's config.json; `from_dict` reads it back."""
         return {"format": FORMAT, **dataclasses.asdict(self)}
+
+
+def _check_size(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name} must be a positive whole number, not {value!r}")
 
 
 class RMSNorm(nn.Module):

@@ -109,8 +109,8 @@ def _scores(models: Sequence[Mapping], bounds: Mapping[str, Any]) -> list[str]:
         rows.append((bounds.get("label", "best possible"), bounds, {}, "bound"))
     columns = [c for c in _COLUMNS if any(c[0] in values for _, values, *_ in rows)]
     words = (
-        "In brackets: 95 % bootstrap interval over the test examples. Resampling adds to an ECE, so "
-        "that its interval may lie above its value."
+        "In brackets: 95 % bootstrap interval over the test examples. Resampling raises an ECE, "
+        "so that its interval may lie above its value."
     )
     charts = [_interval_chart(models, bounds, column) for column in columns[:4]]
     return [

@@ -164,6 +164,11 @@ class _HuggingFace(Tokenizer):
         return self._model.decode(ids)
 
 
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """The files of a model folder's tokenizer, by name."""
+    return {name: folder / name for name in _FILES if (folder / name).exists()}
+
+
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """The tokenizer of a model folder, or of one file of either kind.
 
@@ -173,7 +178,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     path = Path(path)
     if path.is_dir():
         file = _choose(path)
-        files = {name: path / name for name in _FILES if (path / name).exists()}
+        files = tokenizer_files(path)
         config = _config(path)
     else:
         is_json = path.suffix == ".json"
@@ -217,7 +222,7 @@ def _config(folder: Path) -> dict[str, Any]:
             raise InputError(f"{path}: not JSON: {error}") from None
         if not isinstance(value, dict):
             raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
-        merged.update({key: entry for key, entry in value.items() if entry is not None})
+        merged.update(value)
     return merged
 
 

@@ -198,6 +198,13 @@ def test_eos(tmp_path, config, eos, name):
     assert load_tokenizer(tmp_path).eos_id == eos
 
 
+@pytest.mark.parametrize("named, eos", [({"bos_token": "<s>"}, 7), ({"eos_token": "</s>"}, 2)])
+def test_eos_from_several_files(tmp_path, named, eos):
+    """A name in the tokenizer's own configuration goes before an id in the model's."""
+    (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
+    assert load_tokenizer(folder(tmp_path, byte_level(), **named)).eos_id == eos
+
+
 def test_truncation_and_padding_stored_in_the_file_are_off(tmp_path, without_bos):
     stored = json.loads(byte_level())
     stored["truncation"] = {
@@ -295,6 +302,17 @@ def test_unknown_letters_that_share_a_token(tmp_path):
     tokenizer = load_tokenizer(folder(tmp_path, tokenizer.to_str()))
     with pytest.raises(InputError, match="choices 'é' and '漢' are the same token"):
         tokenizer.class_token_ids(["é", "漢"], "Answer:")
+
+
+def test_a_letter_that_changes_the_token_before_it(tmp_path):
+    """ "xyA" is two tokens and "xy" one, but "y" has gone over to the letter: not a choice."""
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the extra hf")
+    vocab = {piece: i for i, piece in enumerate(["x", "y", "A", "yA", "xy"])}
+    bpe = tokenizers.models.BPE(vocab, [("y", "A"), ("x", "y")])
+    tokenizer = load_tokenizer(folder(tmp_path, tokenizers.Tokenizer(bpe).to_str()))
+    assert tokenizer.encode("xy") == [4] and tokenizer.encode("xyA") == [0, 3]
+    with pytest.raises(InputError, match="choice 'A' is not one token"):
+        tokenizer.class_token_ids(["A"], "xy")
 
 
 # --- bad input ---------------------------------------------------------------------------------

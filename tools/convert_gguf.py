@@ -1,0 +1,334 @@
+"""A llama-architecture GGUF into this package's layout, tokenizer included.
+
+    python tools/convert_gguf.py FILE.gguf DST [--dtype float32]
+
+Tensors may be F32, F16, BF16, or any quantised type that the `gguf` package can expand. It is in
+the extra `gguf` and brings NumPy, which nothing else here needs: use an environment of its own.
+DST must not exist: it appears whole, or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import scalabl_ref  # noqa: F401  before torch, whose warning about a missing NumPy it keeps away
+
+# isort: split
+import torch
+from torch import Tensor
+
+from scalabl_ref.checkpoint import new_folder, write_model
+from scalabl_ref.errors import InputError
+from scalabl_ref.llama import Llama, LlamaConfig, RopeConfig
+from scalabl_ref.tokenizer import load_tokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from convert_hf import half_split
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+# Parts of a tensor's name in a GGUF and in ours.
+NAMES = {
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
+    "output": "lm_head",
+    "attn_norm": "attn_norm",
+    "attn_q": "attn.q_proj",
+    "attn_k": "attn.k_proj",
+    "attn_v": "attn.v_proj",
+    "attn_output": "attn.o_proj",
+    "ffn_norm": "mlp_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+ROPE_FACTORS = "rope_freqs.weight"
+
+# How a byte-level BPE vocabulary splits text before merging, by tokenizer.ggml.pre: a pattern, or
+# "digits" for single digits before GPT-2's own pattern.
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PRE_TOKENIZERS = {
+    "smollm": "digits",
+    "llama-bpe": _LLAMA3,
+    "qwen2": _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),
+    "gpt-2": "",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, metavar="FILE.gguf")
+    parser.add_argument("target", type=Path, metavar="DST", help="folder to write")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights written")
+    args = parser.parse_args(arguments)
+    try:
+        convert(args.source, args.target, getattr(torch, args.dtype))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"written: {args.target}")
+    return 0
+
+
+def convert(source: Path, target: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write the model in a GGUF to the new folder `target`.
+
+    Raises InputError naming the file, and the key or tensor, for anything missing or not supported.
+    """
+    reader = _open(source)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    try:
+        tensors = dict(_tensors(reader, fields, dtype))
+        config = _config(fields, tensors)
+        with new_folder(target) as folder:
+            weights = ((n, t) for n, t in tensors.items() if n != ROPE_FACTORS)
+            write_model(folder, config.to_dict(), weights, {})
+            _write_tokenizer(folder, fields)
+            Llama.from_pretrained(folder)  # everything there, in shape, and finite
+            load_tokenizer(folder)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+
+
+def _open(source: Path) -> Any:
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise InputError(
+            "reading a GGUF needs the gguf package: pip install 'scalabl_ref[gguf]'"
+        ) from None
+    if not source.is_file():
+        raise InputError(f"{source}: no such file")
+    try:
+        return GGUFReader(source)
+    except Exception as error:  # the package raises many kinds for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{source}: not a valid GGUF file: {reason}") from None
+
+
+def _get(fields: dict[str, Any], key: str, default: Any = None) -> Any:
+    value = fields.get(key, default)
+    if value is None:
+        raise InputError(f"key {key} is missing")
+    return value
+
+
+# --- weights -----------------------------------------------------------------------------------
+
+
+def _config(fields: dict[str, Any], tensors: dict[str, Tensor]) -> LlamaConfig:
+    def get(key: str, default: Any = None) -> Any:
+        return _get(fields, f"llama.{key}", default)
+
+    heads, hidden = get("attention.head_count"), get("embedding_length")
+    head_dim = get("attention.key_length", hidden // heads)
+    if get("rope.dimension_count", head_dim) != head_dim:
+        raise InputError("RoPE on a part of each head is not implemented")
+    return LlamaConfig(
+        vocab_size=len(_get(fields, "tokenizer.ggml.tokens")),
+        hidden_size=hidden,
+        intermediate_size=get("feed_forward_length"),
+        num_hidden_layers=get("block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=get("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        max_position_embeddings=get("context_length"),
+        # Stored as a float32: 1e-5 and not 9.99999974e-06 was meant.
+        rms_norm_eps=float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),
+        rope=_rope(fields, tensors.get(ROPE_FACTORS), head_dim),
+        tie_word_embeddings="lm_head.weight" not in tensors,
+        qkv_bias="layers.0.attn.q_proj.bias" in tensors,
+        output_bias="layers.0.attn.o_proj.bias" in tensors,
+        mlp_bias="layers.0.mlp.up_proj.bias" in tensors,
+        bos_token_id=fields.get("tokenizer.ggml.bos_token_id"),
+        eos_token_id=fields.get("tokenizer.ggml.eos_token_id"),
+    )
+
+
+def _rope(fields: dict[str, Any], factors: Tensor | None, head_dim: int) -> RopeConfig:
+    theta = float(_get(fields, "llama.rope.freq_base", 10000.0))
+    kind = fields.get("llama.rope.scaling.type", "none")
+    if kind == "linear":
+        return RopeConfig("linear", theta, float(_get(fields, "llama.rope.scaling.factor")))
+    if kind != "none":
+        raise InputError(f"RoPE scaling {kind!r} is not known: expected none or linear")
+    if factors is None:
+        return RopeConfig(theta=theta)
+    # Llama 3.1's scaling is stored by its effect, a divisor for each frequency: find it again.
+    plain = RopeConfig(theta=theta)
+    guess = RopeConfig("llama3", theta, float(factors.max()), 1.0, 4.0, 8192)
+    frequencies = (config.inverse_frequencies(head_dim) for config in (plain, guess))
+    divisors = next(frequencies) / next(frequencies)
+    # Both sides were rounded to float32 a few times.
+    if divisors.shape != factors.shape or ((divisors / factors - 1).abs() > 1e-5).any():
+        raise InputError(f"tensor {ROPE_FACTORS}: is not the scaling of Llama 3.1")
+    return guess
+
+
+def _tensors(
+    reader: Any, fields: dict[str, Any], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Our name and the expanded tensor of each in the file, q and k rows back in half-split order.
+
+    llama.cpp stores the rows of q and k for interleaved RoPE pairs.
+    """
+    import numpy
+    from gguf import dequantize
+
+    architecture = _get(fields, "general.architecture")
+    if architecture != "llama":
+        raise InputError(f"architecture {architecture!r} is not known: expected 'llama'")
+    heads = {"attn_q": _get(fields, "llama.attention.head_count")}
+    heads["attn_k"] = fields.get("llama.attention.head_count_kv", heads["attn_q"])
+    for tensor in reader.tensors:
+        try:
+            values = dequantize(tensor.data, tensor.tensor_type)
+        except (NotImplementedError, ValueError) as error:
+            raise InputError(f"tensor {tensor.name}: cannot be expanded: {error}") from None
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        weight = torch.from_numpy(numpy.array(values, numpy.float32)).view(shape)
+        if tensor.name == ROPE_FACTORS:
+            yield ROPE_FACTORS, weight
+            continue
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", tensor.name)
+        if match is None or match[2] not in NAMES:
+            raise InputError(f"tensor {tensor.name} is not part of a llama")
+        block, part, kind = match.groups()
+        prefix = "" if block is None else f"layers.{block}."
+        if part in heads:
+            matrix = weight if kind == "weight" else weight[:, None]
+            weight = half_split(matrix, heads[part]).view(shape)
+        yield f"{prefix}{NAMES[part]}.{kind}", weight.to(dtype)
+
+
+# --- tokenizer ---------------------------------------------------------------------------------
+
+
+def _write_tokenizer(folder: Path, fields: dict[str, Any]) -> None:
+    kind = _get(fields, "tokenizer.ggml.model")
+    if kind == "llama":
+        (folder / "tokenizer.model").write_bytes(_sentencepiece(fields))
+    elif kind == "gpt2":
+        _byte_level_bpe(fields).save(str(folder / "tokenizer.json"))
+    else:
+        raise InputError(f"tokenizer {kind!r} is not known: expected 'llama' or 'gpt2'")
+    tokens = _get(fields, "tokenizer.ggml.tokens")
+    config: dict[str, Any] = {"add_bos_token": _adds_bos(fields)}
+    for name in ("bos", "eos"):
+        index = fields.get(f"tokenizer.ggml.{name}_token_id")
+        if index is not None:
+            config[f"{name}_token"] = tokens[index]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False) + "\n")
+
+
+def _adds_bos(fields: dict[str, Any]) -> bool:
+    """Whether texts begin with BOS; llama.cpp's default is yes for sentencepiece vocabularies."""
+    default = _get(fields, "tokenizer.ggml.model") == "llama"
+    return bool(fields.get("tokenizer.ggml.add_bos_token", default))
+
+
+def _byte_level_bpe(fields: dict[str, Any]) -> Any:
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+    )
+
+    pre = fields.get("tokenizer.ggml.pre", "gpt-2")
+    if pre not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS)
+        raise InputError(f"pre-tokenizer {pre!r} is not known: expected one of {known}")
+    pattern = PRE_TOKENIZERS[pre]
+    tokens = _get(fields, "tokenizer.ggml.tokens")
+    merges = [tuple(merge.split(" ", 1)) for merge in _get(fields, "tokenizer.ggml.merges")]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    # Llama 3's merges do not reach all of its tokens: those are taken whole.
+    bpe = models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe")
+    tokenizer = Tokenizer(bpe)
+    plain = pattern in ("", "digits")
+    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=plain)]
+    if pattern == "digits":
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    elif pattern:
+        steps.insert(0, pre_tokenizers.Split(Regex(pattern), "isolated"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = _get(fields, "tokenizer.ggml.token_type")
+    added = [(token, kind) for token, kind in zip(tokens, kinds, strict=True) if kind in (3, 4)]
+    tokenizer.add_special_tokens(
+        [AddedToken(t, normalized=False) for t, kind in added if kind == 3]
+    )
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t, kind in added if kind == 4])
+    if _adds_bos(fields):
+        index = _get(fields, "tokenizer.ggml.bos_token_id")
+        bos = tokens[index]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, index)]
+        )
+    return tokenizer
+
+
+def _sentencepiece(fields: dict[str, Any]) -> bytes:
+    """A sentencepiece model, as the protocol buffer that the package reads.
+
+    ModelProto: 1 pieces, 2 trainer_spec, 3 normalizer_spec (sentencepiece_model.proto). A GGUF's
+    token types are sentencepiece's own.
+    """
+    columns = (
+        _get(fields, f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")
+    )
+    pieces = b""
+    for token, score, kind in zip(*columns, strict=True):
+        pieces += _bytes_field(
+            1,
+            _bytes_field(1, token.encode())
+            + _varint(2 << 3 | 5)
+            + struct.pack("<f", score)
+            + _int_field(3, int(kind)),
+        )
+    ids = {40: "unknown", 41: "bos", 42: "eos", 43: "padding"}
+    trainer = _int_field(3, 2)  # model_type BPE
+    trainer += _int_field(35, 1)  # byte_fallback
+    for number, name in ids.items():
+        trainer += _int_field(number, fields.get(f"tokenizer.ggml.{name}_token_id", -1))
+    add_prefix = int(fields.get("tokenizer.ggml.add_space_prefix", True))
+    # 3 add_dummy_prefix, 4 remove_extra_whitespaces (llama's models do not)
+    normalizer = _bytes_field(1, b"identity") + _int_field(3, add_prefix) + _int_field(4, 0)
+    return pieces + _bytes_field(2, trainer) + _bytes_field(3, normalizer)
+
+
+def _varint(value: int) -> bytes:
+    value &= (1 << 64) - 1  # a negative number is its 64-bit two's complement
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def _int_field(number: int, value: int) -> bytes:
+    return _varint(number << 3) + _varint(value)
+
+
+def _bytes_field(number: int, value: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
