@@ -1,0 +1,335 @@
+"""Model folders: every layout, every kind of damage, and writes that are whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scalabl_ref import InputError, Llama
+from scalabl_ref.checkpoint import (
+    Weights,
+    hf_to_ours,
+    load_pickle,
+    load_tensors,
+    new_folder,
+    ours_to_hf,
+    save_tensors,
+)
+
+from .models import TINY
+
+
+def base() -> Llama:
+    return Llama(TINY).init_random_(0, std=0.3)
+
+
+def hf_state() -> dict[str, torch.Tensor]:
+    return {ours_to_hf(name): tensor for name, tensor in base().state_dict().items()}
+
+
+def write_config(folder, **change):
+    (folder / "config.json").write_text(json.dumps({**TINY.to_hf(), **change}))
+
+
+def single(folder):
+    save_tensors(folder / "model.safetensors", hf_state().items())
+
+
+def pickled(folder):
+    torch.save(hf_state(), folder / "pytorch_model.bin")
+
+
+def sharded(folder, suffix="safetensors"):
+    state, stem = hf_state(), "model" if suffix == "safetensors" else "pytorch_model"
+    names = list(state)
+    shards = {f"{stem}-00001-of-00002.{suffix}": names[:7]}
+    shards[f"{stem}-00002-of-00002.{suffix}"] = names[7:]
+    for file, part in shards.items():
+        if suffix == "safetensors":
+            save_tensors(folder / file, [(name, state[name]) for name in part])
+        else:
+            torch.save({name: state[name] for name in part}, folder / file)
+    weight_map = {name: file for file, part in shards.items() for name in part}
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+LAYOUTS = [single, pickled, sharded, lambda folder: sharded(folder, "bin")]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["single", "bin", "sharded", "sharded-bin"])
+def test_every_layout_gives_the_same_model(tmp_path, layout):
+    write_config(tmp_path)
+    layout(tmp_path)
+    tokens = torch.arange(1, 9)[None]
+    model = Llama.from_pretrained(tmp_path)
+    assert torch.equal(model(tokens), base()(tokens))
+    assert not any(p.requires_grad for p in model.parameters()) and not model.training
+    assert Llama.from_pretrained(tmp_path, dtype=torch.bfloat16).norm.weight.dtype == torch.bfloat16
+
+
+def test_tied_heads_are_one_tensor(tmp_path):
+    state = hf_state()
+    write_config(tmp_path, tie_word_embeddings=True)
+    for extra in ([], [("lm_head.weight", state["lm_head.weight"])]):
+        rest = [(name, t) for name, t in state.items() if name != "lm_head.weight"]
+        save_tensors(tmp_path / "model.safetensors", rest + extra)
+        model = Llama.from_pretrained(tmp_path)
+        assert model.lm_head.weight is model.embed_tokens.weight
+
+
+def test_old_rope_buffers_are_passed_over(tmp_path):
+    write_config(tmp_path)
+    buffer = ("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(2))
+    save_tensors(tmp_path / "model.safetensors", [*hf_state().items(), buffer])
+    Llama.from_pretrained(tmp_path)
+
+
+parts = st.sampled_from(
+    ["layers", "0", "17", "self_attn", "q_proj", "mlp", "input_layernorm", "weight", "norm", "bias"]
+)
+
+
+@given(st.lists(parts, min_size=1, max_size=6), st.booleans())
+def test_name_maps_are_inverse(middle, head):
+    name = ".".join(["lm_head" if head else "model", *middle])
+    assert ours_to_hf(hf_to_ours(name)) == name
+
+
+def test_names_of_another_kind_are_refused():
+    with pytest.raises(InputError, match=r"transformer\.h\.0: expected a name that begins with"):
+        hf_to_ours("transformer.h.0")
+
+
+# --- damage ------------------------------------------------------------------------------------
+
+
+def header_of(path) -> tuple[dict, bytes]:
+    data = path.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8 : 8 + size]), data[8 + size :]
+
+
+def with_header(path, header: dict | bytes, body: bytes, size: int | None = None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if size is None else size) + text + body)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def truncate_header(path):
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def header_longer_than_file(path):
+    header, body = header_of(path)
+    with_header(path, header, body, size=2**40)
+
+
+def header_not_json(path):
+    with_header(path, b"{" * 50, b"")
+
+
+def offsets_past_the_end(path):
+    header, body = header_of(path)
+    header["model.norm.weight"]["data_offsets"][1] += 2**40
+    with_header(path, header, body)
+
+
+def offsets_that_lie(path):
+    header, body = header_of(path)
+    header["model.norm.weight"]["shape"] = [1000]
+    with_header(path, header, body)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate,
+        truncate_header,
+        empty,
+        header_longer_than_file,
+        header_not_json,
+        offsets_past_the_end,
+        offsets_that_lie,
+    ],
+)
+def test_a_damaged_safetensors_file_is_named(tmp_path, damage):
+    write_config(tmp_path)
+    single(tmp_path)
+    damage(tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"model\.safetensors: not a valid safetensors file"):
+        Llama.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda s: s.pop("model.norm.weight"), "tensor norm.weight is missing"),
+        (
+            lambda s: s.update({"model.norm.weight": torch.ones(3)}),
+            r"tensor model.norm.weight has shape \(3,\), expected \(16,\)",
+        ),
+        (
+            lambda s: s.update({"model.layers.2.mlp.up_proj.weight": torch.ones(3)}),
+            "tensor model.layers.2.mlp.up_proj.weight is not part of this model",
+        ),
+        (
+            lambda s: s["model.norm.weight"].fill_(float("nan")),
+            "tensor model.norm.weight has NaN or infinite values",
+        ),
+        (
+            lambda s: s["lm_head.weight"].fill_(float("-inf")),
+            "tensor lm_head.weight has NaN or infinite values",
+        ),
+        (
+            lambda s: s.update({"model.norm.weight": torch.ones(16, dtype=torch.int32)}),
+            "tensor model.norm.weight is torch.int32, expected floats",
+        ),
+    ],
+)
+def test_wrong_tensors_are_named(tmp_path, spoil, message):
+    state = hf_state()
+    spoil(state)
+    write_config(tmp_path)
+    save_tensors(tmp_path / "model.safetensors", state.items())
+    with pytest.raises(InputError, match=message):
+        Llama.from_pretrained(tmp_path)
+
+
+def test_missing_shards_and_lying_indices_are_named(tmp_path):
+    write_config(tmp_path)
+    sharded(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    good = json.loads(index.read_text())["weight_map"]
+
+    def refused(weight_map, message):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(InputError, match=message):
+            Weights(tmp_path)
+
+    first = next(iter(good.values()))
+    refused({**good, "extra": first}, "tensor extra is missing, though the index names it")
+    refused({**good, "extra": "../model.safetensors"}, "is not the name of a file in the folder")
+    refused({**good, "extra": 3}, "is not the name of a file in the folder")
+    refused({}, "expected a non-empty object under 'weight_map'")
+    refused([], "expected a non-empty object under 'weight_map'")
+    (tmp_path / first).unlink()
+    refused(good, f"{first}: shard is missing")
+
+
+def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    write_config(tmp_path)
+    torch.save({"model.norm.weight": Bomb()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"pytorch_model\.bin: refused: a pickle may hold only"):
+        Llama.from_pretrained(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04 not whole", b"\x80\x02."])
+def test_other_broken_pickles_are_named(tmp_path, content):
+    (tmp_path / "x.bin").write_bytes(content)
+    with pytest.raises(InputError, match=r"x\.bin: "):
+        load_pickle(tmp_path / "x.bin")
+
+
+def test_a_pickle_of_something_else_is_named(tmp_path):
+    write_config(tmp_path)
+    torch.save([1, 2], tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="expected a dictionary of tensors"):
+        Llama.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "expected a JSON object, found list"),
+        ('"\\ud800', "not JSON"),
+        ('{"model_type": "llama"}', "config.json: key 'vocab_size' is missing"),
+        ('{"model_type": "bert"}', "config.json: model_type 'bert' is not known"),
+        ('{"format": "scalabl_ref"}', "config.json: .*missing"),
+        ('{"format": "scalabl_ref", "rope": 3}', "config.json: .*"),
+    ],
+)
+def test_a_broken_configuration_is_named(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    single(tmp_path)
+    with pytest.raises(InputError, match=message):
+        Llama.from_pretrained(tmp_path)
+
+
+def test_an_empty_folder_says_what_it_needs(tmp_path):
+    with pytest.raises(InputError, match=r"config\.json: no such file"):
+        Llama.from_pretrained(tmp_path)
+    write_config(tmp_path)
+    with pytest.raises(InputError, match="no weights: expected model.safetensors"):
+        Llama.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no such folder"):
+        Weights(tmp_path / "absent")
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_tensors_survive_a_file(tmp_path, dtype):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "matrix": torch.randn(3, 4, generator=generator).to(dtype),
+        "transposed": torch.randn(3, 4, generator=generator).to(dtype).T,
+        "scalar": torch.tensor(2.5, dtype=dtype),
+        "nothing": torch.empty(0, 3, dtype=dtype),
+    }
+    save_tensors(tmp_path / "x.safetensors", tensors.items(), {"key": "value"})
+    loaded, metadata = load_tensors(tmp_path / "x.safetensors")
+    assert metadata == {"key": "value"} and loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == dtype and torch.equal(loaded[name], tensor)
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    import safetensors
+
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, [("a", torch.ones(2))])
+
+    def half(specs, filename, metadata=None):
+        with open(filename, "wb") as file:
+            file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(safetensors, "serialize_file", half)
+    with pytest.raises(KeyboardInterrupt):
+        save_tensors(path, [("a", torch.zeros(2))])
+    assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
+    assert torch.equal(load_tensors(path)[0]["a"], torch.ones(2))
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "new") as folder:
+        (folder / "file").write_text("half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(tmp_path / "deep" / "new") as folder:
+        (folder / "file").write_text("whole")
+    assert (tmp_path / "deep" / "new" / "file").read_text() == "whole"
+    with pytest.raises(InputError, match="exists already"), new_folder(tmp_path / "deep" / "new"):
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"), new_folder(tmp_path / "file" / "x"):
+        pass
