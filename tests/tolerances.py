@@ -45,3 +45,16 @@ def normal_double() -> float:
     docs/conformance.md counts 11.
     """
     return 16 * 2.0**-53
+
+
+def logits_bound(config, size: float, dtype: torch.dtype = torch.float32) -> float:
+    """Largest difference of two orders of evaluation of a Llama's logits whose size is `size`.
+
+    Each block is a handful of sums: two of hidden_size products, one over the heads' dimensions,
+    one over the MLP's, and a softmax, added to the stream. Rounding errors of independent sign
+    grow with the root of the number of terms; a block multiplies what it inherits by about two.
+    Doubled for the two sides, and again for the largest of many logits against a typical one.
+    """
+    terms = 3 * config.hidden_size + config.head_dim + config.intermediate_size
+    blocks = config.num_hidden_layers + 1
+    return 4 * blocks * 2**blocks * terms**0.5 * torch.finfo(dtype).eps * size

@@ -1,0 +1,239 @@
+"""tools/convert_gguf.py, on files that the gguf package itself writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from scalabl_ref import InputError, Llama
+from scalabl_ref.llama import RopeConfig
+from scalabl_ref.tokenizer import import_sentencepiece, load_tokenizer
+
+from ..models import TINY
+from ..test_convert import interleave
+
+pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("default")]
+gguf = pytest.importorskip("gguf")
+numpy = pytest.importorskip("numpy")
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+import convert_gguf  # noqa: E402
+
+# Quantised blocks hold 32 numbers: every matrix needs rows of that length.
+SHAPE = dataclasses.replace(
+    TINY, hidden_size=32, intermediate_size=64, head_dim=8, rms_norm_eps=1e-5, vocab_size=300
+)
+THEIRS = {ours: theirs for theirs, ours in convert_gguf.NAMES.items()}
+
+
+def gguf_name(name: str) -> str:
+    stem, _, kind = name.rpartition(".")
+    parts = stem.split(".")
+    if parts[0] == "layers":
+        return f"blk.{parts[1]}.{THEIRS['.'.join(parts[2:])]}.{kind}"
+    return f"{THEIRS[stem]}.{kind}"
+
+
+def write(path, model: Llama, kind=None, vocabulary=None, factors=None, **change) -> Path:
+    """A llama GGUF with these weights, matrices quantised to `kind`, q and k rows interleaved."""
+    c = model.config
+    writer = gguf.GGUFWriter(str(path), change.pop("architecture", "llama"))
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_rope_freq_base(c.rope.theta)
+    writer.add_rope_dimension_count(c.head_dim)
+    if c.head_dim * c.num_attention_heads != c.hidden_size:
+        writer.add_key_length(c.head_dim)
+    if c.rope.kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(c.rope.factor)
+    (vocabulary or sentencepiece_vocabulary)(writer, c.vocab_size)
+    for key, value in change.items():
+        writer.add_string(key.replace("__", "."), value)
+    heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        if c.tie_word_embeddings and name == "lm_head.weight":
+            continue
+        rotated = heads.get(name.split(".")[-2])
+        array = (interleave(tensor, rotated) if rotated else tensor).numpy()
+        if kind is None or array.ndim == 1:
+            writer.add_tensor(gguf_name(name), array)
+        else:
+            writer.add_tensor(gguf_name(name), gguf.quantize(array, kind), raw_dtype=kind)
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", factors.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def sentencepiece_vocabulary(writer, size: int) -> None:
+    """<unk> <s> </s>, the 256 bytes, and pieces of "hello" and "world", all as llama has them."""
+    words = ["\u2581", *"helowrd", "he", "ll", "llo", "hello", "\u2581hello", "wor", "ld", "world"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *words]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * len(words)]
+    tokens += [f"filler{i}" for i in range(size - len(tokens))]
+    kinds += [1] * (size - len(kinds))
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([float(-i) for i in range(size)])
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+
+
+def byte_level_vocabulary(pre: str):
+    def write_vocabulary(writer, size: int) -> None:
+        from tokenizers import pre_tokenizers
+
+        tokens = [
+            "<end>",
+            *sorted(pre_tokenizers.ByteLevel.alphabet()),
+            "he",
+            "ll",
+            "hell",
+            "hello",
+        ]
+        tokens += [f"filler{i}" for i in range(size - len(tokens))]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(tokens)
+        writer.add_token_merges(["h e", "l l", "he ll", "hell o"])
+        writer.add_token_types([3] + [1] * (size - 1))
+        writer.add_eos_token_id(0)
+
+    return write_vocabulary
+
+
+def random_model(**change) -> Llama:
+    return Llama(dataclasses.replace(SHAPE, **change)).init_random_(0, std=0.3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"rope": RopeConfig("linear", 500.0, 4.0)},
+        {"head_dim": 4},
+    ],
+)
+def test_float32_files_give_the_same_model(tmp_path, change):
+    model = random_model(**change)
+    convert_gguf.convert(write(tmp_path / "m.gguf", model), tmp_path / "out")
+    loaded = Llama.from_pretrained(tmp_path / "out")
+    expected = dataclasses.replace(model.config, bos_token_id=1, eos_token_id=2)
+    assert loaded.config == expected
+    assert all(torch.equal(loaded.state_dict()[n], t) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+def test_quantised_files_give_the_expanded_numbers(tmp_path, kind):
+    """Each number to the step of its block's format."""
+    kind = getattr(gguf.GGMLQuantizationType, kind)
+    model = random_model()
+    convert_gguf.convert(write(tmp_path / "m.gguf", model, kind), tmp_path / "out")
+    loaded = Llama.from_pretrained(tmp_path / "out").state_dict()
+    for name, tensor in model.state_dict().items():
+        if tensor.dim() == 1:
+            assert torch.equal(loaded[name], tensor)
+            continue
+        blocks = tensor.view(-1, 32)
+        span = blocks.max(1).values - blocks.min(1).values
+        largest = blocks.abs().max(1).values
+        bits = {"Q8_0": 8, "Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5}.get(kind.name)
+        if bits is None:
+            step = largest * (2**-10 if kind.name == "F16" else 2**-7)
+        elif kind.name.endswith("_1"):
+            step = span / (2**bits - 1)
+        else:
+            step = largest / (2 ** (bits - 1) - (1 if bits == 8 else 0))
+        # Symmetric formats cut off at one end: there the error is up to a whole step.
+        error = (loaded[name].view(-1, 32) - blocks).abs().max(1).values
+        assert (error <= 1.02 * step + largest * 2**-10).all(), name
+        assert not torch.equal(loaded[name], tensor)
+
+
+def test_llama3_rope_is_found_again(tmp_path):
+    rope = RopeConfig("llama3", 500000.0, 8.0, 1.0, 4.0, 8192)
+    plain = RopeConfig(theta=rope.theta)
+    model = random_model(rope=rope, head_dim=8)
+    divisors = plain.inverse_frequencies(8) / rope.inverse_frequencies(8)
+    convert_gguf.convert(write(tmp_path / "m.gguf", model, factors=divisors), tmp_path / "out")
+    assert Llama.from_pretrained(tmp_path / "out").config.rope == rope
+    path = write(tmp_path / "odd.gguf", model, factors=divisors * torch.tensor([1, 2, 1, 1]))
+    with pytest.raises(InputError, match="is not the scaling of Llama 3.1"):
+        convert_gguf.convert(path, tmp_path / "odd")
+
+
+def test_sentencepiece_vocabularies_are_read_back(tmp_path):
+    convert_gguf.convert(write(tmp_path / "m.gguf", random_model()), tmp_path / "out")
+    tokenizer = load_tokenizer(tmp_path / "out")
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (300, 1, 2)
+    ids = tokenizer.encode("hello world\u00e9")
+    assert ids[0] == 1 and tokenizer.decode(ids) == "hello world\u00e9"
+    pieces = import_sentencepiece().SentencePieceProcessor(
+        model_file=str(tmp_path / "out" / "tokenizer.model")
+    )
+    assert pieces.id_to_piece(ids[1]) == "\u2581hello" and pieces.is_byte(3)
+
+
+@pytest.mark.parametrize("pre", list(convert_gguf.PRE_TOKENIZERS))
+def test_byte_level_vocabularies_are_read_back(tmp_path, pre):
+    vocabulary = byte_level_vocabulary(pre)
+    path = write(tmp_path / "m.gguf", random_model(), vocabulary=vocabulary)
+    convert_gguf.convert(path, tmp_path / "out")
+    tokenizer = load_tokenizer(tmp_path / "out")
+    text = "hello 2024 w\u00f6rld's\n\n end"
+    assert tokenizer.bos_id is None and tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("hello")) == 1
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert config["eos_token"] == "<end>" and config["add_bos_token"] is False
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architecture": "gpt2"}, "architecture 'gpt2' is not known"),
+        ({"vocabulary": byte_level_vocabulary("odd")}, "pre-tokenizer 'odd' is not known"),
+        ({"llama__rope__scaling__type": "yarn"}, "RoPE scaling 'yarn' is not known"),
+    ],
+)
+def test_what_is_not_supported_is_named(tmp_path, change, message):
+    path = write(tmp_path / "m.gguf", random_model(), **change)
+    with pytest.raises(InputError, match=message):
+        convert_gguf.convert(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_files_are_named(tmp_path, capsys):
+    path = write(tmp_path / "m.gguf", random_model())
+    data = path.read_bytes()
+    for broken in (b"", data[:3], data[:50], data[:3000], data[:-100], b"GGUF" + b"\xff" * 100):
+        path.write_bytes(broken)
+        assert convert_gguf.main([str(path), str(tmp_path / "out")]) == 2
+        err = capsys.readouterr().err
+        assert "m.gguf: not a valid GGUF file" in err and "Traceback" not in err
+    assert convert_gguf.main([str(tmp_path / "none"), str(tmp_path / "out")]) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_norm_eps_is_the_decimal_that_was_meant(tmp_path):
+    for eps in (1e-5, 1e-6):
+        convert_gguf.convert(
+            write(tmp_path / f"{eps}.gguf", random_model(rms_norm_eps=eps)), tmp_path / f"{eps}"
+        )
+        assert Llama.from_pretrained(tmp_path / f"{eps}").config.rms_norm_eps == eps

@@ -1,0 +1,147 @@
+"""Logits against transformers, on tiny random models of every kind that we read."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scalabl_ref import Llama
+
+from ..tolerances import logits_bound
+
+pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("default")]
+transformers = pytest.importorskip("transformers")
+
+ROPES = [
+    {"rope_type": "default", "rope_theta": 1000.0},
+    {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "rope_theta": 1e4,
+    },
+]
+
+
+@st.composite
+def models(draw):
+    """A random tiny model of transformers, with weights large enough for the logits to differ."""
+    kind = draw(st.sampled_from(["Llama", "Llama", "Qwen2", "Qwen3"]))
+    kv_heads, repeats = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    head_dim = draw(st.sampled_from([2, 4, 8]))
+    heads = kv_heads * repeats
+    options = {
+        "vocab_size": draw(st.integers(5, 60)),
+        "hidden_size": heads * (head_dim if kind == "Qwen2" else draw(st.sampled_from([2, 4, 6]))),
+        "intermediate_size": draw(st.sampled_from([7, 24])),
+        "num_hidden_layers": draw(st.integers(1, 3)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "tie_word_embeddings": draw(st.booleans()),
+        "rms_norm_eps": draw(st.sampled_from([1e-5, 1e-6])),
+        "max_position_embeddings": 64,
+        "rope_parameters": dict(draw(st.sampled_from(ROPES))),
+    }
+    if kind != "Qwen2":
+        options["attention_bias"] = draw(st.booleans())
+    if kind == "Llama":
+        options["mlp_bias"] = draw(st.booleans())
+    config = getattr(transformers, f"{kind}Config")(**options)
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            centre = 1.0 if "norm" in name else 0.0
+            parameter.copy_(centre + 0.3 * torch.randn(parameter.shape, generator=generator))
+    return theirs
+
+
+def save(model, folder: Path, layout: str) -> None:
+    size = "2KB" if layout == "sharded" else "1GB"
+    model.save_pretrained(folder, max_shard_size=size)
+    if layout == "bin":
+        state = {k: v.clone() for k, v in model.state_dict().items()}
+        torch.save(state, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+
+
+@given(models(), st.sampled_from(["single", "sharded", "bin"]), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+@torch.no_grad()
+def test_logits_equal_transformers(theirs, layout, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, theirs.config.vocab_size, (3, 9), generator=generator)
+    mask = torch.ones(3, 9, dtype=torch.bool)
+    mask[1, :4] = False  # left padding
+    mask[2, 6:] = False  # right padding
+    with tempfile.TemporaryDirectory() as name:
+        save(theirs, Path(name), layout)
+        ours = Llama.from_pretrained(name)
+    expected = theirs(tokens).logits
+    bound = logits_bound(ours.config, expected.abs().max().item())
+    assert (ours(tokens) - expected).abs().max() <= bound
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    padded = theirs(tokens, attention_mask=mask.long(), position_ids=positions).logits
+    difference = (ours(tokens, mask=mask) - padded)[mask].abs().max()
+    assert difference <= bound
+
+
+@given(models(), st.integers(0, 2**31))
+@settings(max_examples=10, deadline=None)
+@torch.no_grad()
+def test_greedy_text_equals_transformers(theirs, seed):
+    from scalabl_ref.predict import generate
+
+    prompt = torch.randint(
+        0, theirs.config.vocab_size, (1, 5), generator=torch.Generator().manual_seed(seed)
+    )
+    with tempfile.TemporaryDirectory() as name:
+        theirs.save_pretrained(name)
+        ours = Llama.from_pretrained(name)
+    theirs.generation_config.eos_token_id = None
+    theirs.generation_config.pad_token_id = 0
+    everything = torch.ones_like(prompt)  # or 0 in the prompt would be taken for padding
+    options = {"attention_mask": everything, "max_new_tokens": 12, "do_sample": False}
+    expected = theirs.generate(prompt, **options)[0, 5:].tolist()
+    assert [token.id for token in generate(ours, prompt[0].tolist(), 12)] == expected
+
+
+@given(models())
+@settings(max_examples=10, deadline=None)
+@torch.no_grad()
+def test_what_we_write_transformers_reads(theirs):
+    """HF -> ours -> HF, loaded by transformers: the same logits to the bit."""
+    from ..test_convert import convert_hf
+
+    tokens = torch.arange(5)[None] % theirs.config.vocab_size
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        theirs.save_pretrained(folder / "hf")
+        convert_hf.convert(folder / "hf", folder / "ours")
+        convert_hf.convert(folder / "ours", folder / "back", to_hf=True)
+        back = type(theirs).from_pretrained(folder / "back").eval()
+    assert torch.equal(back(tokens).logits, theirs(tokens).logits)
+
+
+@torch.no_grad()
+def test_a_converted_llama2c_file_is_read_by_transformers(tmp_path):
+    from ..models import TINY
+    from ..test_convert import convert_hf, llama2c_file
+
+    ours = Llama(TINY).init_random_(0, std=0.3)
+    convert_hf.convert(llama2c_file(tmp_path / "m.bin", ours), tmp_path / "ours")
+    convert_hf.convert(tmp_path / "ours", tmp_path / "hf", to_hf=True)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    tokens = torch.arange(1, 9)[None]
+    ours = Llama.from_pretrained(tmp_path / "ours")
+    difference = (theirs(tokens).logits - ours(tokens)).abs().max()
+    assert difference <= logits_bound(TINY, ours(tokens).abs().max().item())
