@@ -48,6 +48,14 @@ def atomic_write_text(path: Path | str, text: str) -> None:
         file.write(text.encode("utf-8"))
 
 
+def make_folder(path: Path | str) -> None:
+    """The folder `path`, with its parents. Raises InputError if it cannot be made."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made a folder: {error.strerror}") from None
+
+
 def _umask() -> int:
     """The process's file mode mask, which can only be read by setting it."""
     mask = os.umask(0)

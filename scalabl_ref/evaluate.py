@@ -112,7 +112,15 @@ def evaluate(
         models.append(_report_model(name, scaled, labels, result["temperature"]))
     if ood is not None:
         result["ood"] = _out_of_distribution(answers, ood, result, bins)
-        models[0]["ood"] = {"name": "out of distribution", "metrics": result["ood"]}
+        scores = {
+            name: (getattr(answers.prediction, name), getattr(ood.prediction, name))
+            for name in ("entropy", "mutual_information")
+        }
+        models[0]["ood"] = {
+            "name": "out of distribution",
+            "metrics": result["ood"],
+            "scores": scores,
+        }
     atomic_write_text(run / "metrics.json", json.dumps(result, indent=2) + "\n")
     atomic_write_text(run / "predictions.jsonl", "".join(_rows(answers)))
     about = {

@@ -110,10 +110,10 @@ def _arange(n: int) -> Tensor:
     return torch.arange(n, dtype=torch.int64, device="cpu")
 
 
-def _philox(c0: Tensor, c1: Word, c2: Word, c3: Word, seed: int) -> tuple[Tensor, ...]:
+def _philox(block: Tensor, group: Word, layer: Word, draw: Word, seed: int) -> tuple[Tensor, ...]:
     """philox4x32 with 10 rounds on int64 tensors of counter words, broadcast against each other."""
     c0, c1, c2, c3 = torch.broadcast_tensors(
-        c0, *(torch.as_tensor(word, dtype=torch.int64, device="cpu") for word in (c1, c2, c3))
+        block, *(torch.as_tensor(w, dtype=torch.int64, device="cpu") for w in (group, layer, draw))
     )
     k0, k1 = seed % WORD, seed // WORD
     for _ in range(10):

@@ -28,7 +28,7 @@ from .adapters import AdapterConfig, Device, adapters, add_adapters
 from .checkpoint import load_pickle, load_tensors, read_json, save_tensors
 from .data import Encoded, TrainingOrder, collate
 from .elbo import KL, KLS, class_logits, kl_divergence
-from .errors import InputError, atomic_write, atomic_write_text
+from .errors import InputError, atomic_write, atomic_write_text, make_folder
 from .llama import Llama
 from .noise import Noise
 
@@ -276,7 +276,7 @@ def save_run(run: Path | str, model: Llama, info: dict[str, Any]) -> None:
     info: facts to keep, "model" (the base's folder) among them; must be JSON.
     """
     run = Path(run)
-    run.mkdir(parents=True, exist_ok=True)
+    make_folder(run)
     config = next(iter(adapters(model).values())).config
     save_tensors(run / "adapter.safetensors", adapter_state(model).items())
     record = {
@@ -344,12 +344,12 @@ def fit(
     Raises InputError if there is nothing to resume, or if the run there has other settings.
     """
     run = Path(run)
-    run.mkdir(parents=True, exist_ok=True)
+    make_folder(run)
     if resume:
         _restore(trainer, run)
     log_path = run / "train.jsonl"
     _keep_lines(log_path, trainer.done)
-    with _deferred_signals() as caught, open(log_path, "a", encoding="utf-8") as log:
+    with _deferred_signals() as caught, open(log_path, "a", 1, "utf-8") as log:
         while trainer.done < trainer.config.steps:
             started = time.perf_counter()
             record = trainer.step()
@@ -358,7 +358,6 @@ def fit(
             progress(record)
             stop = bool(caught)
             if stop or trainer.done % trainer.config.checkpoint_every == 0:
-                log.flush()
                 _save_checkpoint(trainer, run)
             if stop:
                 raise Interrupted(caught[0], trainer.done)

