@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError
+from .errors import InputError, Interrupted
 
 if TYPE_CHECKING:
     from .data import Example
@@ -33,6 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        return 128 + error.signum
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -172,7 +175,7 @@ def _train(args: argparse.Namespace) -> Result:
     from .llama import Llama
     from .progress import progress_bar
     from .tokenizer import load_tokenizer
-    from .train import Interrupted, TrainConfig, Trainer, fit, save_run
+    from .train import TrainConfig, Trainer, fit, save_run
 
     adapter, config = _from_args(AdapterConfig, args), _from_args(TrainConfig, args)
     if not 0 <= args.holdout < 1:
@@ -456,6 +459,7 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 def _demo(args: argparse.Namespace) -> Result:
     from .demo import run
 
+    args.device = _device(args)
     return run(args)
 
 

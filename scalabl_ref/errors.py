@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,17 @@ class InputError(ValueError):
 
     The command line prints it after "error: " and exits with code 2.
     """
+
+
+class Interrupted(Exception):
+    """A signal ended training between two steps, after a checkpoint; `signum` says which.
+
+    The command line exits with code 128 + signum.
+    """
+
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(signum).name} after {step} steps")
+        self.signum = signum
 
 
 @contextmanager

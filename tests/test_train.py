@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from scalabl_ref import InputError, Llama, Noise, adapters, load_run, save_run
 from scalabl_ref.data import Encoded
 from scalabl_ref.elbo import kl_divergence
+from scalabl_ref.errors import Interrupted
 from scalabl_ref.train import (
     FIRST_TRAINING_DRAW,
-    Interrupted,
     TrainConfig,
     Trainer,
     adapter_state,
