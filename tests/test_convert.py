@@ -68,6 +68,35 @@ def test_there_and_back_is_exact(tmp_path, config, dtype):
     assert all(torch.equal(m(tokens), models[0](tokens)) for m in models[1:])
 
 
+@pytest.mark.parametrize("layout", ["single", "bin", "sharded"])
+def test_a_tied_head_that_was_stored_survives(tmp_path, layout):
+    """Some old checkpoints hold the tied head a second time; every layout of the source is read."""
+    config = dataclasses.replace(TINY, tie_word_embeddings=True)
+    state = Llama(config).init_random_(0, std=0.3).state_dict()
+    state = {ours_to_hf(name): tensor for name, tensor in state.items()}
+    assert "lm_head.weight" in state
+    source = tmp_path / "hf"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config.to_hf()))
+    if layout == "bin":
+        torch.save(state, source / "pytorch_model.bin")
+    elif layout == "single":
+        save_tensors(source / "model.safetensors", state.items())
+    else:
+        where = {name: f"{i % 2}.safetensors" for i, name in enumerate(state)}
+        for shard in set(where.values()):
+            part = [(name, state[name]) for name in state if where[name] == shard]
+            save_tensors(source / shard, part)
+        index = {"weight_map": where}
+        (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    convert_hf.convert(source, tmp_path / "ours")
+    convert_hf.convert(tmp_path / "ours", tmp_path / "back", to_hf=True)
+    back = Weights(tmp_path / "back")
+    assert back.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(back[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
 def test_the_command_says_what_is_wrong(tmp_path, capsys):
     source = hf_folder(tmp_path / "hf", TINY)
 
@@ -149,6 +178,10 @@ def test_llama2c_files(tmp_path, tied):
     loaded, tokens = Llama.from_pretrained(tmp_path / "ours"), torch.arange(1, 9)[None]
     difference = (loaded(tokens) - model(tokens)).abs().max()
     assert difference <= rounding(torch.float32, 256) * model(tokens).abs().max()
+    convert_hf.convert(tmp_path / "ours", tmp_path / "hf", to_hf=True)
+    values = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert values["architectures"] == ["LlamaForCausalLM"] and values["model_type"] == "llama"
+    assert Llama.from_pretrained(tmp_path / "hf").config == loaded.config
 
 
 def test_broken_llama2c_files_are_named(tmp_path):

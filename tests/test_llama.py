@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 
 import pytest
 import torch
@@ -321,3 +322,17 @@ def test_stories260k_tells_its_story(assets, tmp_path):
     tokens = [token.id for token in generate(model, tokenizer.encode(""), 40)]
     text = tokenizer.decode(tokens)
     assert text.startswith("Once upon a time, there was a little girl named Lily"), text
+
+
+@pytest.mark.slow
+def test_smollm2_knows_the_capital_of_france():
+    """Without NumPy; tests/peer/test_smollm2.py makes the folder by itself, where gguf is."""
+    from scalabl_ref.predict import generate
+    from scalabl_ref.tokenizer import load_tokenizer
+
+    folder = os.environ.get("SCALABL_SMOLLM2")
+    if not folder:
+        pytest.skip("SCALABL_SMOLLM2 names no folder with SmolLM2, made by tools/convert_gguf.py")
+    model, tokenizer = Llama.from_pretrained(folder), load_tokenizer(folder)
+    first = next(iter(generate(model, tokenizer.encode("The capital of France is"), 1)))
+    assert tokenizer.decode([first.id]) == " Paris"

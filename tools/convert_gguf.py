@@ -1,6 +1,6 @@
 """A llama-architecture GGUF into this package's layout, tokenizer included.
 
-    python tools/convert_gguf.py FILE.gguf DST [--dtype float32]
+    python tools/convert_gguf.py FILE.gguf DST [--dtype float32|bfloat16|float16|keep]
 
 Tensors may be F32, F16, BF16, or any quantised type that the `gguf` package can expand. It is in
 the extra `gguf` and brings NumPy, which nothing else here needs: use an environment of its own.
@@ -32,7 +32,7 @@ from scalabl_ref.tokenizer import load_tokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from convert_hf import half_split
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "keep")
 
 # Parts of a tensor's name in a GGUF and in ours.
 NAMES = {
@@ -57,9 +57,10 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 PRE_TOKENIZERS = {
     "smollm": "digits",
-    "llama-bpe": _LLAMA3,
+    **dict.fromkeys(LLAMA3_NAMES, _LLAMA3),
     "qwen2": _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),
     "gpt-2": "",
 }
@@ -71,10 +72,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("source", type=Path, metavar="FILE.gguf")
     parser.add_argument("target", type=Path, metavar="DST", help="folder to write")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights written")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of the weights written; keep: F16 or BF16 if all matrices are, else float32",
+    )
     args = parser.parse_args(arguments)
     try:
-        convert(args.source, args.target, getattr(torch, args.dtype))
+        convert(args.source, args.target, getattr(torch, args.dtype, None))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -82,15 +88,15 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def convert(source: Path, target: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write the model in a GGUF to the new folder `target`.
+def convert(source: Path, target: Path, dtype: torch.dtype | None = torch.float32) -> None:
+    """Write the model in a GGUF to the new folder `target`; dtype None is the file's own.
 
     Raises InputError naming the file, and the key or tensor, for anything missing or not supported.
     """
     reader = _open(source)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     try:
-        tensors = dict(_tensors(reader, fields, dtype))
+        tensors = dict(_tensors(reader, fields, dtype or _stored_dtype(reader)))
         config = _config(fields, tensors)
         with new_folder(target) as folder:
             weights = ((n, t) for n, t in tensors.items() if n != ROPE_FACTORS)
@@ -118,52 +124,105 @@ def _open(source: Path) -> Any:
         raise InputError(f"{source}: not a valid GGUF file: {reason}") from None
 
 
-def _get(fields: dict[str, Any], key: str, default: Any = None) -> Any:
+KINDS = {int: "a whole number", float: "a number", str: "a text", list: "a list", bool: "a bool"}
+
+
+def _get(fields: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
+    """The value under `key`, of a type in KINDS. Raises InputError if absent or of another type."""
     value = fields.get(key, default)
     if value is None:
         raise InputError(f"key {key} is missing")
+    return _of_kind(value, kind, f"key {key}")
+
+
+def _of_kind(value: Any, kind: type, where: str) -> Any:
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise InputError(f"{where} must be {KINDS[kind]}, not {str(value)[:40]!r}")
     return value
+
+
+def _size(fields: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = _get(fields, key, int, default)
+    if value < 1:
+        raise InputError(f"key {key} must be above 0, not {value}")
+    return value
+
+
+def _tokens(fields: dict[str, Any]) -> list[str]:
+    key = "tokenizer.ggml.tokens"
+    return [_of_kind(token, str, f"an entry of {key}") for token in _get(fields, key, list)]
+
+
+def _per_token(fields: dict[str, Any], key: str, kind: type) -> list[Any]:
+    """A list with one entry of type `kind` for each token."""
+    values, expected = _get(fields, key, list), len(_tokens(fields))
+    if len(values) != expected:
+        raise InputError(f"key {key} has {len(values)} entries, and there are {expected} tokens")
+    return [_of_kind(value, kind, f"an entry of {key}") for value in values]
+
+
+def _token_id(fields: dict[str, Any], name: str) -> int | None:
+    """Id of the special token `name`, None if the file has none."""
+    key = f"tokenizer.ggml.{name}_token_id"
+    if key not in fields:
+        return None
+    index, count = _get(fields, key, int), len(_tokens(fields))
+    if not 0 <= index < count:
+        raise InputError(f"key {key} is {index}, and there are {count} tokens")
+    return index
 
 
 # --- weights -----------------------------------------------------------------------------------
 
 
 def _config(fields: dict[str, Any], tensors: dict[str, Tensor]) -> LlamaConfig:
-    def get(key: str, default: Any = None) -> Any:
-        return _get(fields, f"llama.{key}", default)
+    def size(key: str, default: int | None = None) -> int:
+        return _size(fields, f"llama.{key}", default)
 
-    heads, hidden = get("attention.head_count"), get("embedding_length")
-    head_dim = get("attention.key_length", hidden // heads)
-    if get("rope.dimension_count", head_dim) != head_dim:
+    heads, hidden, layers = size("attention.head_count"), size("embedding_length"), _layers(tensors)
+    head_dim = size("attention.key_length", max(1, hidden // heads))
+    if size("rope.dimension_count", head_dim) != head_dim:
         raise InputError("RoPE on a part of each head is not implemented")
+    if size("block_count") != layers:
+        raise InputError(f"key llama.block_count is {size('block_count')}, tensors say {layers}")
     return LlamaConfig(
-        vocab_size=len(_get(fields, "tokenizer.ggml.tokens")),
+        vocab_size=len(_tokens(fields)),
         hidden_size=hidden,
-        intermediate_size=get("feed_forward_length"),
-        num_hidden_layers=get("block_count"),
+        intermediate_size=size("feed_forward_length"),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=get("attention.head_count_kv", heads),
+        num_key_value_heads=size("attention.head_count_kv", heads),
         head_dim=head_dim,
-        max_position_embeddings=get("context_length"),
+        max_position_embeddings=size("context_length"),
         # Stored as a float32: 1e-5 and not 9.99999974e-06 was meant.
-        rms_norm_eps=float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),
+        rms_norm_eps=float(f"{_get(fields, 'llama.attention.layer_norm_rms_epsilon', float):.6g}"),
         rope=_rope(fields, tensors.get(ROPE_FACTORS), head_dim),
         tie_word_embeddings="lm_head.weight" not in tensors,
         qkv_bias="layers.0.attn.q_proj.bias" in tensors,
         output_bias="layers.0.attn.o_proj.bias" in tensors,
         mlp_bias="layers.0.mlp.up_proj.bias" in tensors,
-        bos_token_id=fields.get("tokenizer.ggml.bos_token_id"),
-        eos_token_id=fields.get("tokenizer.ggml.eos_token_id"),
+        bos_token_id=_token_id(fields, "bos"),
+        eos_token_id=_token_id(fields, "eos"),
     )
 
 
+def _layers(tensors: dict[str, Tensor]) -> int:
+    return len({name.split(".")[1] for name in tensors if name.startswith("layers.")})
+
+
 def _rope(fields: dict[str, Any], factors: Tensor | None, head_dim: int) -> RopeConfig:
-    theta = float(_get(fields, "llama.rope.freq_base", 10000.0))
-    kind = fields.get("llama.rope.scaling.type", "none")
-    if kind == "linear":
-        return RopeConfig("linear", theta, float(_get(fields, "llama.rope.scaling.factor")))
-    if kind != "none":
+    """llama.cpp's rules: a factor without a type scales linearly, and 0 means none."""
+    theta = float(_get(fields, "llama.rope.freq_base", float, 10000.0))
+    kind = _get(fields, "llama.rope.scaling.type", str, "linear")
+    if kind not in ("none", "linear"):
         raise InputError(f"RoPE scaling {kind!r} is not known: expected none or linear")
+    old = _get(fields, "llama.rope.scale_linear", float, 1.0)
+    factor = float(_get(fields, "llama.rope.scaling.factor", float, old))
+    if kind == "linear" and factor not in (0.0, 1.0):
+        if factors is not None:
+            raise InputError(f"RoPE scaled both linearly and by tensor {ROPE_FACTORS}")
+        return RopeConfig("linear", theta, factor)
     if factors is None:
         return RopeConfig(theta=theta)
     # Llama 3.1's scaling is stored by its effect, a divisor for each frequency: find it again.
@@ -177,6 +236,12 @@ def _rope(fields: dict[str, Any], factors: Tensor | None, head_dim: int) -> Rope
     return guess
 
 
+def _stored_dtype(reader: Any) -> torch.dtype:
+    kinds = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
+    half = {"F16": torch.float16, "BF16": torch.bfloat16}
+    return half.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+
+
 def _tensors(
     reader: Any, fields: dict[str, Any], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
@@ -187,11 +252,11 @@ def _tensors(
     import numpy
     from gguf import dequantize
 
-    architecture = _get(fields, "general.architecture")
+    architecture = _get(fields, "general.architecture", str)
     if architecture != "llama":
         raise InputError(f"architecture {architecture!r} is not known: expected 'llama'")
-    heads = {"attn_q": _get(fields, "llama.attention.head_count")}
-    heads["attn_k"] = fields.get("llama.attention.head_count_kv", heads["attn_q"])
+    heads = {"attn_q": _size(fields, "llama.attention.head_count")}
+    heads["attn_k"] = _size(fields, "llama.attention.head_count_kv", heads["attn_q"])
     for tensor in reader.tensors:
         try:
             values = dequantize(tensor.data, tensor.tensor_type)
@@ -208,6 +273,8 @@ def _tensors(
         block, part, kind = match.groups()
         prefix = "" if block is None else f"layers.{block}."
         if part in heads:
+            if shape[0] % (2 * heads[part]):
+                raise InputError(f"tensor {tensor.name}: {shape[0]} rows for {heads[part]} heads")
             matrix = weight if kind == "weight" else weight[:, None]
             weight = half_split(matrix, heads[part]).view(shape)
         yield f"{prefix}{NAMES[part]}.{kind}", weight.to(dtype)
@@ -217,26 +284,27 @@ def _tensors(
 
 
 def _write_tokenizer(folder: Path, fields: dict[str, Any]) -> None:
-    kind = _get(fields, "tokenizer.ggml.model")
+    kind = _get(fields, "tokenizer.ggml.model", str)
     if kind == "llama":
         (folder / "tokenizer.model").write_bytes(_sentencepiece(fields))
     elif kind == "gpt2":
         _byte_level_bpe(fields).save(str(folder / "tokenizer.json"))
     else:
         raise InputError(f"tokenizer {kind!r} is not known: expected 'llama' or 'gpt2'")
-    tokens = _get(fields, "tokenizer.ggml.tokens")
+    tokens = _tokens(fields)
     config: dict[str, Any] = {"add_bos_token": _adds_bos(fields)}
     for name in ("bos", "eos"):
-        index = fields.get(f"tokenizer.ggml.{name}_token_id")
+        index = _token_id(fields, name)
         if index is not None:
             config[f"{name}_token"] = tokens[index]
     (folder / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False) + "\n")
 
 
 def _adds_bos(fields: dict[str, Any]) -> bool:
-    """Whether texts begin with BOS; llama.cpp's default is yes for sentencepiece vocabularies."""
-    default = _get(fields, "tokenizer.ggml.model") == "llama"
-    return bool(fields.get("tokenizer.ggml.add_bos_token", default))
+    """Whether texts begin with BOS; by llama.cpp's default those of Llama, 1 to 3, do."""
+    is_sentencepiece = _get(fields, "tokenizer.ggml.model", str) == "llama"
+    default = is_sentencepiece or fields.get("tokenizer.ggml.pre") in LLAMA3_NAMES
+    return _get(fields, "tokenizer.ggml.add_bos_token", bool, default)
 
 
 def _byte_level_bpe(fields: dict[str, Any]) -> Any:
@@ -250,16 +318,22 @@ def _byte_level_bpe(fields: dict[str, Any]) -> Any:
         processors,
     )
 
-    pre = fields.get("tokenizer.ggml.pre", "gpt-2")
+    pre = _get(fields, "tokenizer.ggml.pre", str)
     if pre not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
         raise InputError(f"pre-tokenizer {pre!r} is not known: expected one of {known}")
     pattern = PRE_TOKENIZERS[pre]
-    tokens = _get(fields, "tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ", 1)) for merge in _get(fields, "tokenizer.ggml.merges")]
+    tokens = _tokens(fields)
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    # Llama 3's merges do not reach all of its tokens: those are taken whole.
-    bpe = models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe")
+    key = "tokenizer.ggml.merges"
+    merges = [_of_kind(m, str, f"an entry of {key}").split(" ", 1) for m in _get(fields, key, list)]
+    if any(len(pair) != 2 for pair in merges):
+        raise InputError(f"an entry of {key} is not two parts with a space between")
+    try:
+        # Llama 3's merges do not reach all of its tokens: those are taken whole.
+        bpe = models.BPE(vocabulary, [(a, b) for a, b in merges], ignore_merges=pre in LLAMA3_NAMES)
+    except Exception as error:  # the package raises nothing narrower
+        raise InputError(f"key {key}: {error}") from None
     tokenizer = Tokenizer(bpe)
     plain = pattern in ("", "digits")
     steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=plain)]
@@ -269,14 +343,16 @@ def _byte_level_bpe(fields: dict[str, Any]) -> Any:
         steps.insert(0, pre_tokenizers.Split(Regex(pattern), "isolated"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
-    kinds = _get(fields, "tokenizer.ggml.token_type")
+    kinds = _per_token(fields, "tokenizer.ggml.token_type", int)
     added = [(token, kind) for token, kind in zip(tokens, kinds, strict=True) if kind in (3, 4)]
     tokenizer.add_special_tokens(
         [AddedToken(t, normalized=False) for t, kind in added if kind == 3]
     )
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t, kind in added if kind == 4])
     if _adds_bos(fields):
-        index = _get(fields, "tokenizer.ggml.bos_token_id")
+        index = _token_id(fields, "bos")
+        if index is None:
+            raise InputError("key tokenizer.ggml.bos_token_id is missing, and texts begin with BOS")
         bos = tokens[index]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, index)]
@@ -290,24 +366,24 @@ def _sentencepiece(fields: dict[str, Any]) -> bytes:
     ModelProto: 1 pieces, 2 trainer_spec, 3 normalizer_spec (sentencepiece_model.proto). A GGUF's
     token types are sentencepiece's own.
     """
-    columns = (
-        _get(fields, f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")
-    )
+    scores = _per_token(fields, "tokenizer.ggml.scores", float)
+    kinds = _per_token(fields, "tokenizer.ggml.token_type", int)
     pieces = b""
-    for token, score, kind in zip(*columns, strict=True):
+    for token, score, kind in zip(_tokens(fields), scores, kinds, strict=True):
         pieces += _bytes_field(
             1,
             _bytes_field(1, token.encode())
             + _varint(2 << 3 | 5)
             + struct.pack("<f", score)
-            + _int_field(3, int(kind)),
+            + _int_field(3, kind),
         )
-    ids = {40: "unknown", 41: "bos", 42: "eos", 43: "padding"}
+    ids = {40: "unknown", 41: "bos", 42: "eos"}
     trainer = _int_field(3, 2)  # model_type BPE
     trainer += _int_field(35, 1)  # byte_fallback
     for number, name in ids.items():
-        trainer += _int_field(number, fields.get(f"tokenizer.ggml.{name}_token_id", -1))
-    add_prefix = int(fields.get("tokenizer.ggml.add_space_prefix", True))
+        index = _token_id(fields, name)
+        trainer += _int_field(number, -1 if index is None else index)
+    add_prefix = int(_get(fields, "tokenizer.ggml.add_space_prefix", bool, True))
     # 3 add_dummy_prefix, 4 remove_extra_whitespaces (llama's models do not)
     normalizer = _bytes_field(1, b"identity") + _int_field(3, add_prefix) + _int_field(4, 0)
     return pieces + _bytes_field(2, trainer) + _bytes_field(3, normalizer)

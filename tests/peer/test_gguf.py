@@ -59,7 +59,7 @@ def write(path, model: Llama, kind=None, vocabulary=None, factors=None, **change
         writer.add_rope_scaling_factor(c.rope.factor)
     (vocabulary or sentencepiece_vocabulary)(writer, c.vocab_size)
     for key, value in change.items():
-        writer.add_string(key.replace("__", "."), value)
+        edit(writer, key.replace("__", "."), value)
     heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}
     for name, tensor in model.state_dict().items():
         if c.tie_word_embeddings and name == "lm_head.weight":
@@ -77,6 +77,21 @@ def write(path, model: Llama, kind=None, vocabulary=None, factors=None, **change
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def edit(writer, key: str, value) -> None:
+    """Put `value` under `key` whatever was there; None takes the key away."""
+    writer.kv_data[0].pop(key, None)
+    if isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_int32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif value is not None:
+        writer.add_array(key, value)
 
 
 def sentencepiece_vocabulary(writer, size: int) -> None:
@@ -113,6 +128,7 @@ def byte_level_vocabulary(pre: str):
         writer.add_token_list(tokens)
         writer.add_token_merges(["h e", "l l", "he ll", "hell o"])
         writer.add_token_types([3] + [1] * (size - 1))
+        writer.add_bos_token_id(0)
         writer.add_eos_token_id(0)
 
     return write_vocabulary
@@ -198,10 +214,77 @@ def test_byte_level_vocabularies_are_read_back(tmp_path, pre):
     convert_gguf.convert(path, tmp_path / "out")
     tokenizer = load_tokenizer(tmp_path / "out")
     text = "hello 2024 w\u00f6rld's\n\n end"
-    assert tokenizer.bos_id is None and tokenizer.decode(tokenizer.encode(text)) == text
-    assert len(tokenizer.encode("hello")) == 1
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("hello", bos=False)) == 1
     config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
-    assert config["eos_token"] == "<end>" and config["add_bos_token"] is False
+    assert config["eos_token"] == "<end>"
+    assert tokenizer.bos_id == tokenizer.eos_id == 0
+
+
+@pytest.mark.parametrize("stated", [None, True, False])
+@pytest.mark.parametrize("pre", ["smollm", "llama-bpe", "qwen2"])
+def test_texts_begin_with_bos_where_llama_cpp_has_it(tmp_path, pre, stated):
+    """The file's word, else llama.cpp's default; Llama 3's files seldom say that theirs do."""
+    change = {} if stated is None else {"tokenizer__ggml__add_bos_token": stated}
+    path = write(
+        tmp_path / "m.gguf", random_model(), vocabulary=byte_level_vocabulary(pre), **change
+    )
+    convert_gguf.convert(path, tmp_path / "out")
+    expected = pre == "llama-bpe" if stated is None else stated
+    ids = load_tokenizer(tmp_path / "out").encode("hello")
+    assert (ids[0] == 0) == expected and len(ids) == 1 + expected
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert config["add_bos_token"] is expected
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("smollm", ["I", "'ll", " DON", "'", "T", " x", "1", "2", "3", "4", "!", "\n\n", " end"]),
+        ("llama-bpe", ["I", "'ll", " DON", "'T", " x", "123", "4", "!\n\n", " end"]),
+        ("qwen2", ["I", "'ll", " DON", "'T", " x", "1", "2", "3", "4", "!\n\n", " end"]),
+        ("gpt-2", ["I", "'ll", " DON", "'", "T", " x", "1234", "!", "\n\n", " end"]),
+    ],
+)
+def test_text_is_split_as_the_vocabulary_was_made(tmp_path, pre, pieces):
+    """By hand from the patterns that each model's own tokenizer.json has."""
+    from tokenizers import Tokenizer
+
+    path = write(tmp_path / "m.gguf", random_model(), vocabulary=byte_level_vocabulary(pre))
+    convert_gguf.convert(path, tmp_path / "out")
+    splitter = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")).pre_tokenizer
+    got = splitter.pre_tokenize_str("I'll DON'T x1234!\n\n end")
+    assert [piece.replace("\u0120", " ").replace("\u010a", "\n") for piece, _ in got] == pieces
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"llama__rope__scaling__factor": 4.0}, RopeConfig("linear", factor=4.0)),
+        ({"llama__rope__scale_linear": 2.0}, RopeConfig("linear", factor=2.0)),
+        ({"llama__rope__scaling__factor": 0.0}, RopeConfig()),
+        (
+            {"llama__rope__scaling__type": "none", "llama__rope__scaling__factor": 4.0},
+            RopeConfig(),
+        ),
+    ],
+)
+def test_a_factor_without_a_type_scales_linearly(tmp_path, change, expected):
+    convert_gguf.convert(write(tmp_path / "m.gguf", random_model(), **change), tmp_path / "out")
+    assert Llama.from_pretrained(tmp_path / "out").config.rope == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("F16", "float16"), ("BF16", "bfloat16"), ("Q8_0", "float32")]
+)
+def test_the_dtype_can_be_kept(tmp_path, kind, dtype):
+    path = write(tmp_path / "m.gguf", random_model(), getattr(gguf.GGMLQuantizationType, kind))
+    assert convert_gguf.main([str(path), str(tmp_path / "out"), "--dtype", "keep"]) == 0
+    kept = Llama.from_pretrained(tmp_path / "out").state_dict()
+    assert all(tensor.dtype == getattr(torch, dtype) for tensor in kept.values())
+    convert_gguf.convert(path, tmp_path / "wide")
+    wide = Llama.from_pretrained(tmp_path / "wide").state_dict()
+    assert all(torch.equal(kept[name].float(), wide[name]) for name in kept if "norm" not in name)
 
 
 @pytest.mark.parametrize(
@@ -217,6 +300,49 @@ def test_what_is_not_supported_is_named(tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         convert_gguf.convert(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("llama.attention.head_count", None, "is missing"),
+        ("llama.attention.head_count", [4, 4], "must be a whole number"),
+        ("llama.attention.head_count", 0, "must be above 0"),
+        ("llama.attention.head_count", 3, "tensor blk.0.attn_q.weight: 32 rows for 3 heads"),
+        ("llama.attention.head_count_kv", "2", "must be a whole number"),
+        ("llama.block_count", 1_000_000, "is 1000000, tensors say 2"),
+        ("llama.embedding_length", "x", "must be a whole number"),
+        ("llama.attention.layer_norm_rms_epsilon", "x", "must be a number"),
+        ("llama.rope.freq_base", [1.0], "must be a number"),
+        ("llama.rope.dimension_count", 4, "part of each head"),
+        ("tokenizer.ggml.tokens", 3, "must be a list"),
+        ("tokenizer.ggml.tokens", [1, 2], "must be a text"),
+        ("tokenizer.ggml.token_type", [1, 2], "has 2 entries, and there are 300 tokens"),
+        ("tokenizer.ggml.bos_token_id", 300, "is 300, and there are 300 tokens"),
+        ("tokenizer.ggml.eos_token_id", "x", "must be a whole number"),
+        ("tokenizer.ggml.add_bos_token", 3, "must be a bool"),
+        ("tokenizer.ggml.pre", None, "is missing"),
+        ("tokenizer.ggml.merges", ["he"], "is not two parts"),
+        ("tokenizer.ggml.merges", ["h Z9"], "merges: "),
+    ],
+)
+def test_fields_that_cannot_be_are_named(tmp_path, capsys, key, value, message):
+    """In a file that is whole otherwise: one line, exit code 2, and nothing written."""
+    vocabulary = byte_level_vocabulary("llama-bpe")
+    change = {key.replace(".", "__"): value}
+    path = write(tmp_path / "m.gguf", random_model(), vocabulary=vocabulary, **change)
+    assert convert_gguf.main([str(path), str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert (key in err or "tensor" in err or "RoPE" in err) and message in err
+    assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
+
+
+@pytest.mark.parametrize("scores", [None, "x", [1.0]])
+def test_scores_that_cannot_be_are_named(tmp_path, scores):
+    path = write(tmp_path / "m.gguf", random_model(), tokenizer__ggml__scores=scores)
+    with pytest.raises(InputError, match=r"key tokenizer\.ggml\.scores "):
+        convert_gguf.convert(path, tmp_path / "out")
 
 
 def test_damaged_files_are_named(tmp_path, capsys):
