@@ -7,6 +7,7 @@ import json
 import pytest
 
 from scalabl_ref import cli
+from scalabl_ref.adapters import TARGETS
 
 from .test_convert import convert_hf
 
@@ -16,14 +17,16 @@ pytestmark = pytest.mark.slow
 def test_stories260k_learns_trec(assets, tmp_path, capsys):
     """Plain LoRA on all 5452 questions reaches an accuracy of .83 on the 500 of the test.
 
-    The seed is fixed. Seen: .836 and .85 in two runs; the standard error of 500 answers is .016.
+    The seed is fixed. Seen: .872, with all linear layers adapted; 500 answers alone give that a
+    standard error of .015. With the default targets it is .824 to .836 (docs/results.md).
     """
     source = assets / "stories260K"
     model, run = tmp_path / "model", tmp_path / "run"
     convert_hf.convert(source / "stories260K.bin", model, tokenizer=source / "tok512.model")
     data = "--format trec --data " + str(assets / "data" / "trec")
     train = f"train --model {model} --out {run} --method mle {data}/TREC.train"
-    assert cli.main(f"{train} --steps 1000 --batch 32 --lr 5e-3".split()) == 0
+    options = f"--steps 1000 --batch 32 --lr 3e-3 --targets {' '.join(TARGETS)}"
+    assert cli.main(f"{train} {options}".split()) == 0
     assert cli.main(f"evaluate --run {run} {data}/TREC.test --json".split()) == 0
     out = capsys.readouterr().out
     metrics = json.loads(out[out.index("{") :])
