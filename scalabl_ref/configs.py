@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from .adapters import AdapterConfig, adapters, add_adapters
-from .checkpoint import read_json
 from .errors import InputError
-from .llama import Llama, LlamaConfig, RopeConfig
+from .llama import Llama, LlamaConfig, RopeConfig, read_config
 
 _LLAMA3_ROPE = RopeConfig("llama3", 500000.0, 8.0, 1.0, 4.0, 8192)
 
@@ -81,7 +80,7 @@ def find_config(name: str) -> LlamaConfig:
         path = path / "config.json"
     if not path.exists():
         raise InputError(f"{name!r} is neither a file nor one of {', '.join(CONFIGS)}")
-    return LlamaConfig.from_dict(read_json(path))
+    return read_config(path)[0]
 
 
 def count_parameters(config: LlamaConfig, rank: int, targets: tuple[str, ...]) -> dict[str, int]:

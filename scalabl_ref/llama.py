@@ -516,20 +516,33 @@ class Llama(nn.Module):
         evaluation mode. Raises InputError naming the file or tensor for anything missing,
         misshapen, unexpected or not finite.
         """
-        path = Path(folder) / "config.json"
-        values = read_json(path)
-        try:
-            config = LlamaConfig.from_dict(values)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
+        config, values = read_config(Path(folder) / "config.json")
         weights = Weights(folder)
         converted = values.get("format") == FORMAT
         names = {(name if converted else hf_to_ours(name)): name for name in weights}
+        layers = len({name.split(".")[1] for name in names if name.startswith("layers.")})
+        if layers < config.num_hidden_layers:  # before building as many as a wrong file asks for
+            raise InputError(
+                f"{weights.folder}: has tensors of {layers} layers, expected "
+                f"{config.num_hidden_layers}"
+            )
         model = Llama(config, device="meta")
         model.load_state_dict(_checked(model, weights, names, dtype, device), assign=True)
         if config.tie_word_embeddings and config.head_tokens is None:
             model._tie_head()
         return model.requires_grad_(False).eval()
+
+
+def read_config(path: Path) -> tuple[LlamaConfig, dict[str, Any]]:
+    """A config.json of either layout, and the JSON object it holds.
+
+    Raises InputError naming the file if it is absent, not JSON, or no model that is known here.
+    """
+    values = read_json(path)
+    try:
+        return LlamaConfig.from_dict(values), values
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _last_index(

@@ -133,7 +133,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         c = self.config
-        own = adapters(self.model).values()
+        self.adapters = own = list(adapters(self.model).values())
         slow = [p for a in own for name, p in a.named_parameters() if name in ("A", "B")]
         self.variational = [p for a in own for n, p in a.named_parameters() if n.startswith("log_")]
         fast_lr = 4 * c.lr if c.variational_lr is None else c.variational_lr
@@ -169,7 +169,7 @@ class Trainer:
         self.optimizer.step()
         if self.variational and c.objective == "official":
             self._official_kl_step(factor)
-        for adapter in adapters(self.model).values():
+        for adapter in self.adapters:
             adapter.bound_()
         self.done += 1
         return {
@@ -361,7 +361,7 @@ def _identity(trainer: Trainer) -> str:
     config = dataclasses.asdict(trainer.config)
     del config["checkpoint_every"], config["micro_batch"]  # neither changes the function computed
     data = hashlib.sha256(json.dumps([trainer.data.tokens, trainer.data.labels]).encode())
-    adapter = dataclasses.asdict(next(iter(adapters(trainer.model).values())).config)
+    adapter = dataclasses.asdict(trainer.adapters[0].config)
     record = {"train": config, "adapter": adapter, "data": data.hexdigest()}
     record["model"] = fingerprint(trainer.model)
     return json.dumps(record, sort_keys=True)

@@ -72,6 +72,14 @@ def test_every_layout_gives_the_same_model(tmp_path, layout):
     assert Llama.from_pretrained(tmp_path, dtype=torch.bfloat16).norm.weight.dtype == torch.bfloat16
 
 
+def test_a_lying_layer_count_is_refused_at_once(tmp_path):
+    """Before a module is built for each: a million layers would take minutes."""
+    single(tmp_path)
+    write_config(tmp_path, num_hidden_layers=10**6)
+    with pytest.raises(InputError, match="has tensors of 2 layers, expected 1000000"):
+        Llama.from_pretrained(tmp_path)
+
+
 def test_tied_heads_are_one_tensor(tmp_path):
     state = hf_state()
     write_config(tmp_path, tie_word_embeddings=True)

@@ -17,6 +17,7 @@ from scalabl_ref import cli
 from scalabl_ref.checkpoint import save_tensors
 
 from .models import questions_file, tiny_folder
+from .tolerances import rounding
 
 
 @pytest.fixture
@@ -78,13 +79,13 @@ def test_train_evaluate_predict(work, capsys, method):
     right = [row["prediction"] == row["label"] for row in rows]
     assert metrics["acc"] == sum(right) / 9
     nll = -sum(math.log(row["probs"][row["label"]]) for row in rows) / 9
-    assert math.isclose(metrics["nll"], nll, rel_tol=1e-12)
+    assert math.isclose(metrics["nll"], nll, rel_tol=rounding(torch.float64, 32))
     if method == "mle":
         assert all(row["mutual_information"] == 0 for row in rows)
     assert "<svg" in (work / "run" / "report.html").read_text()
 
     answer = ok("predict --run run --prompt hello --choices one two three --samples 4", capsys)
-    assert math.isclose(sum(answer["probs"]), 1.0, rel_tol=1e-12)
+    assert math.isclose(sum(answer["probs"]), 1.0, rel_tol=rounding(torch.float64, 32))
     assert answer["entropy"] >= answer["expected_entropy"]
 
 

@@ -33,6 +33,16 @@ def op_bound(case) -> torch.Tensor:
     return bound.reshape(*case.x.shape[:-1], -1)
 
 
+def central_difference(step: float) -> float:
+    """Largest error of (f(x + h) - f(x - h)) / 2h in float64, relative to the size of f and f'.
+
+    Truncation, h^2 / 6 times the third derivative along the direction, which for the directions
+    used here stays below 1000 times that size; and rounding of the two values, 100 eps each, over
+    2 h.
+    """
+    return step**2 / 6 * 1e3 + 100 * torch.finfo(torch.float64).eps / step
+
+
 def normal_ulps() -> float:
     """Largest error of a normal, in units in the last place of float32: rounding once, 1/2, and
     what `normal_double` allows before that, 2^-49 |z|, where an ulp is at least 2^-24 |z|."""

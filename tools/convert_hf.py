@@ -29,11 +29,10 @@ from scalabl_ref.checkpoint import (
     hf_to_ours,
     new_folder,
     ours_to_hf,
-    read_json,
     write_model,
 )
 from scalabl_ref.errors import InputError
-from scalabl_ref.llama import Llama, LlamaConfig
+from scalabl_ref.llama import Llama, LlamaConfig, read_config
 from scalabl_ref.tokenizer import tokenizer_files
 
 HEADER = struct.Struct("<7i")  # llama2.c's legacy header
@@ -82,25 +81,21 @@ def convert(source: Path, target: Path, to_hf: bool = False, tokenizer: Path | N
 
 def _from_hf(source: Path) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
     path = source / "config.json"
-    values = read_json(path)
+    config, values = read_config(path)
     if values.get("format") == FORMAT:
         raise InputError(f"{path}: is converted already; --to-hf goes back")
-    try:
-        config = LlamaConfig.from_hf(values).to_dict()
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
     weights = Weights(source)
     tensors = ((hf_to_ours(name), weights[name]) for name in weights)
-    return {**config, "hf_config": values}, tensors
+    return {**config.to_dict(), "hf_config": values}, tensors
 
 
 def _from_ours(source: Path) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
     path = source / "config.json"
-    values = read_json(path)
+    config, values = read_config(path)
     if values.get("format") != FORMAT:
         raise InputError(f"{path}: is not of the converted layout")
     try:
-        made = LlamaConfig.from_dict(values).to_hf()
+        made = config.to_hf()
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     weights = Weights(source)
