@@ -1,79 +1,429 @@
-// The C interface on the CPU.
-#include "scalabl.h"
+// The update and its gradients on the CPU: blocks that stay in the caches, threads, and the choice
+// of kernels. Formulas are in subspace_lora.h, products in products.cpp, the interface in api.cpp.
+#include "cpu.h"
 
 #include <algorithm>
+#include <cstring>
+#include <memory>
+#include <type_traits>
 
-#include "normal.h"
+#include "parallel.h"
+#include "products.h"
+#include "subspace_lora.h"
 
+namespace scalabl {
 namespace {
 
-constexpr int64_t WORDS = int64_t{1} << 32;
+// A block of rows is what a thread works on at a time, small enough to stay in its second cache;
+// products walk it by columns, so that m (rank 8, 768 columns, 24 kB) stays in the first.
+constexpr int64_t BLOCK = 1 << 16;                   // elements of x or y in a block, about
+constexpr int64_t FEWEST_ROWS = 24, MOST_ROWS = 96;  // multiples of the kernels' three
+constexpr int64_t COLUMNS = 768;
+constexpr int64_t SCRATCH = FEWEST_ROWS * COLUMNS;    // of halves widened at a time
+constexpr int64_t HIDDEN = FEWEST_ROWS * MAX_RANK;    // of h, at most
 
-scalabl_status check_normals(uint32_t layer, const int64_t *groups, int64_t count, int64_t rank,
-                             const float *out) {
-    if (layer == UINT32_MAX) return SCALABL_LAYER;
-    if (count < 0 || count > WORDS) return SCALABL_COUNT;
-    if (rank < 1 || rank > 4 * WORDS) return SCALABL_RANK;
-    if (count > 0 && (!groups || !out)) return SCALABL_NULL;
-    const auto in_range = [](int64_t id) { return 0 <= id && id < WORDS; };
-    return std::all_of(groups, groups + count, in_range) ? SCALABL_OK : SCALABL_GROUP;
+int64_t block_rows(const scalabl_update &op) {
+    const int64_t widest = std::max<int64_t>(1, std::max(op.d_in, op.d_out));
+    const int64_t rows = std::clamp(BLOCK / widest, FEWEST_ROWS, MOST_ROWS);
+    return std::min(rows, HIDDEN / op.rank) / 3 * 3;
 }
 
-// The first `rank` components of one group; the last block may be needed in part only.
-void normal_row(const scalabl::Coordinates &at, uint32_t group, int64_t rank, float *row) {
-    int64_t k = 0;
-    for (; k + 4 <= rank; k += 4) {
-        scalabl::normal4(at, group, static_cast<uint32_t>(k / 4), row + k);
+// Below so many multiplications a second thread costs more than it brings.
+constexpr int64_t WORTH_A_THREAD = 1 << 17;
+
+const Kernels *best_kernels() {
+#ifdef SCALABL_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+        return &AVX512;
     }
-    if (k < rank) {
-        float last[4];
-        scalabl::normal4(at, group, static_cast<uint32_t>(k / 4), last);
-        std::copy(last, last + (rank - k), row + k);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &AVX2;
+#endif
+    return &BASELINE;
+}
+
+const Kernels *kernels = best_kernels();
+
+template <typename T>
+const Products<T> &products();
+template <>
+const Products<float> &products<float>() {
+    return kernels->single;
+}
+template <>
+const Products<double> &products<double>() {
+    return kernels->twice;
+}
+
+// --- Rows of any dtype as rows of float or double ---------------------------------------------
+
+void widen_row(const bfloat16 *in, float *out, int64_t n) {
+    kernels->widen_bfloat16(&in->bits, out, n);
+}
+void widen_row(const float16 *in, float *out, int64_t n) {
+    kernels->widen_float16(&in->bits, out, n);
+}
+void narrow_row(const float *in, bfloat16 *out, int64_t n) {
+    kernels->narrow_bfloat16(in, &out->bits, n);
+}
+void narrow_row(const float *in, float16 *out, int64_t n) {
+    kernels->narrow_float16(in, &out->bits, n);
+}
+
+// A block of a matrix as T: the matrix itself where it is of T, else a widened copy in `scratch`,
+// which `write` brings back.
+template <typename S, typename T>
+struct BlockView {
+    T *data;
+    int64_t stride;
+
+    BlockView(S *from, int64_t from_stride, int64_t rows, int64_t n, T *scratch)
+        : data(scratch), stride(n) {
+        for (int64_t i = 0; i < rows; ++i) widen_row(from + i * from_stride, scratch + i * n, n);
+    }
+    void write(S *to, int64_t to_stride, int64_t rows, int64_t n) const {
+        for (int64_t i = 0; i < rows; ++i) narrow_row(data + i * stride, to + i * to_stride, n);
+    }
+};
+
+template <typename T>
+struct BlockView<T, T> {
+    T *data;
+    int64_t stride;
+
+    BlockView(T *from, int64_t from_stride, int64_t, int64_t, T *)
+        : data(from), stride(from_stride) {}
+    void write(T *, int64_t, int64_t, int64_t) const {}
+};
+
+// For reading only: the kernels take const T *, so that the cast is undone at once.
+template <typename S, typename T>
+BlockView<S, T> read_block(const S *from, int64_t stride, int64_t rows, int64_t n, T *scratch) {
+    return BlockView<S, T>(const_cast<S *>(from), stride, rows, n, scratch);
+}
+
+// fn(first column, how many), over stretches of about equal size. For S that is not T, a stretch of
+// all the rows fits the scratch.
+template <typename S, typename T, typename Fn>
+void over_columns(int64_t rows, int64_t n, const Fn &fn) {
+    const int64_t most = std::is_same_v<S, T> ? COLUMNS : SCRATCH / rows / 32 * 32;
+    const int64_t blocks = (n + most - 1) / most;
+    const int64_t size = blocks ? ((n + blocks - 1) / blocks + 31) / 32 * 32 : 0;
+    for (int64_t j = 0; j < n; j += size) fn(j, std::min(size, n - j));
+}
+
+// --- Small operands, read once a call ---------------------------------------------------------
+
+template <typename T>
+using Buffer = std::unique_ptr<T[]>;
+
+// new T[n] without the zeros. Throws std::bad_alloc.
+template <typename T>
+Buffer<T> buffer(int64_t n) {
+    return Buffer<T>(new T[static_cast<size_t>(std::max<int64_t>(n, 1))]);
+}
+
+template <typename P, typename T>
+T value_of(const void *from, int64_t i) {
+    return static_cast<T>(widen(static_cast<const P *>(from)[i]));
+}
+
+// A (rank, d_in) as T: itself if it is of T, else a copy.
+template <typename P, typename T>
+struct Rows {
+    Buffer<T> copy;
+    const T *data;
+    int64_t stride;
+
+    Rows(const void *from, int64_t from_stride, int64_t rows, int64_t n) {
+        const P *p = static_cast<const P *>(from);
+        if constexpr (std::is_same_v<P, T>) {
+            data = p;
+            stride = from_stride;
+        } else {
+            copy = buffer<T>(rows * n);
+            for (int64_t k = 0; k < rows; ++k) {
+                for (int64_t j = 0; j < n; ++j) copy[k * n + j] = widen(p[k * from_stride + j]);
+            }
+            data = copy.get();
+            stride = n;
+        }
+    }
+};
+
+// B (d_out, rank) as its transpose, (rank, d_out) of T: then all products run along rows.
+template <typename P, typename T>
+Buffer<T> transposed(const scalabl_update &op) {
+    const P *B = static_cast<const P *>(op.B);
+    Buffer<T> out = buffer<T>(op.rank * op.d_out);
+    for (int64_t i = 0; i < op.d_out; ++i) {
+        for (int64_t k = 0; k < op.rank; ++k) out[k * op.d_out + i] = widen(B[i * op.B_stride + k]);
+    }
+    return out;
+}
+
+// scaling * (s + sigma eps) and eps of every group.
+template <typename P, typename T>
+struct Scales {
+    int64_t rank, rows_per_group;
+    Buffer<T> factors;   // (groups, rank)
+    Buffer<float> noise;  // (groups, rank); null for the mean model
+
+    explicit Scales(const scalabl_update &op)
+        : rank(op.rank), rows_per_group(op.noisy ? op.rows_per_group : std::max<int64_t>(op.rows, 1)) {
+        const int64_t groups = (op.rows + rows_per_group - 1) / rows_per_group;
+        factors = buffer<T>(groups * rank);
+        if (op.noisy) noise = buffer<float>(groups * rank);
+        const T scaling = static_cast<T>(op.scaling);
+        for (int64_t g = 0; g < groups; ++g) {
+            if (op.noisy) {
+                const Coordinates at = {op.seed, op.draw, op.layer};
+                normal_row(at, group_of_row(op, g * rows_per_group), rank, &noise[g * rank]);
+            }
+            for (int64_t k = 0; k < rank; ++k) {
+                const T eps = op.noisy ? static_cast<T>(noise[g * rank + k]) : T(0);
+                const T s = value_of<P, T>(op.s, k), sigma = value_of<P, T>(op.sigma, k);
+                factors[g * rank + k] = factor(scaling, s, sigma, eps);
+            }
+        }
+    }
+    const T *of_row(int64_t row) const { return &factors[row / rows_per_group * rank]; }
+    T eps(int64_t row, int64_t k) const {
+        return noise ? static_cast<T>(noise[row / rows_per_group * rank + k]) : T(0);
+    }
+};
+
+int threads_for(const scalabl_update &op) {
+    const int64_t work = op.rows * (op.d_in + op.d_out) * op.rank;
+    return static_cast<int>(std::min<int64_t>(op.threads, 1 + work / WORTH_A_THREAD));
+}
+
+// h (rows, rank) = x m^T for the rows of one block, x of any dtype.
+template <typename S, typename T>
+void block_dots(const S *x, int64_t x_stride, const T *m, int64_t m_stride, int64_t rows, int64_t n,
+                int64_t rank, T *scratch, T *h) {
+    std::fill(h, h + rows * rank, T(0));
+    over_columns<S, T>(rows, n, [&](int64_t j, int64_t columns) {
+        const auto block = read_block<S, T>(x + j, x_stride, rows, columns, scratch);
+        products<T>().dots(block.data, block.stride, m + j, m_stride, rows, columns, rank, h);
+    });
+}
+
+// y (rows, n) += u m for the rows of one block, y of any dtype.
+template <typename S, typename T>
+void block_add(S *y, int64_t y_stride, const T *m, int64_t m_stride, int64_t rows, int64_t n,
+               int64_t rank, T *scratch, const T *u) {
+    over_columns<S, T>(rows, n, [&](int64_t j, int64_t columns) {
+        const BlockView<S, T> block(y + j, y_stride, rows, columns, scratch);
+        products<T>().add(block.data, block.stride, m + j, m_stride, rows, columns, rank, u);
+        block.write(y + j, y_stride, rows, columns);
+    });
+}
+
+// --- Forward ----------------------------------------------------------------------------------
+
+// S: of x and y. P: of the adapter. T: what is computed in.
+template <typename S, typename P>
+void forward_pass(const scalabl_update &op, void *y_out, int64_t y_stride, void *h_out) {
+    typedef typename Wide<S>::type T;
+    const int64_t rank = op.rank;
+    const Rows<P, T> A(op.A, op.A_stride, rank, op.d_in);
+    const Buffer<T> B = transposed<P, T>(op);
+    const Scales<P, T> scales(op);
+    const S *x = static_cast<const S *>(op.x);
+    S *y = static_cast<S *>(y_out);
+    T *h_all = static_cast<T *>(h_out);
+
+    const int64_t most = block_rows(op), blocks = (op.rows + most - 1) / most;
+    parallel(blocks, threads_for(op), [&](int64_t block) {
+        T scratch[std::is_same_v<S, T> ? 1 : SCRATCH];
+        T h[HIDDEN];
+        const int64_t first = block * most, rows = std::min(most, op.rows - first);
+        block_dots(x + first * op.x_stride, op.x_stride, A.data, A.stride, rows, op.d_in, rank,
+                   scratch, h);
+        if (h_all) std::copy(h, h + rows * rank, h_all + first * rank);
+        for (int64_t i = 0; i < rows; ++i) {
+            const T *factors = scales.of_row(first + i);
+            for (int64_t k = 0; k < rank; ++k) h[i * rank + k] *= factors[k];
+        }
+        block_add(y + first * y_stride, y_stride, B.get(), op.d_out, rows, op.d_out, rank, scratch,
+                  h);
+    });
+}
+
+// --- Backward ---------------------------------------------------------------------------------
+
+// Rows are shared out in segments, each with sums of its own over its rows, which are then added up
+// in the order of the segments. Their number depends on the sizes alone, so that the result does not
+// depend on the threads; all their sums together are no larger than x and grad_y.
+constexpr int64_t SEGMENT = 64, MOST_SEGMENTS = 32;
+
+int64_t segments_of(const scalabl_update &op) {
+    const int64_t rows = std::max(SEGMENT, op.rank);
+    return std::clamp<int64_t>(op.rows / rows, 1, MOST_SEGMENTS);
+}
+
+// g (rank, n) += u^T x for the rows of one block, x of any dtype.
+template <typename S, typename T>
+void block_outer(T *g, const S *x, int64_t x_stride, int64_t rows, int64_t n, int64_t rank,
+                 T *scratch, const T *u) {
+    over_columns<S, T>(rows, n, [&](int64_t j, int64_t columns) {
+        const auto block = read_block<S, T>(x + j, x_stride, rows, columns, scratch);
+        products<T>().outer(g + j, n, block.data, block.stride, rows, columns, rank, u);
+    });
+}
+
+// Sums over rows, one of each for every segment; null where not wanted.
+template <typename T>
+struct Sums {
+    Buffer<T> A, B;      // (segments, rank, d_in), (segments, rank, d_out)
+    Buffer<double> own;  // (segments, 2, rank): of s and of sigma
+
+    Sums(const scalabl_update &op, const Gradients &out, int64_t segments) {
+        if (out.A) A = buffer<T>(segments * op.rank * op.d_in);
+        if (out.B) B = buffer<T>(segments * op.rank * op.d_out);
+        own = buffer<double>(segments * 2 * op.rank);
+    }
+};
+
+// One segment: rows [first, last) of everything.
+template <typename S, typename T, typename A_, typename Factors>
+void backward_segment(const scalabl_update &op, const S *grad_y, int64_t grad_y_stride,
+                      const T *h_all, const Gradients &out, const A_ &A, const T *B,
+                      const Factors &scales, int64_t first, int64_t last, T *sum_A, T *sum_B,
+                      double *sum_own) {
+    const int64_t rank = op.rank;
+    const T scaling = static_cast<T>(op.scaling);
+    const S *x = static_cast<const S *>(op.x);
+    S *grad_x = static_cast<S *>(out.x);
+    const bool needs_h = out.B || out.s || out.sigma;
+    T scratch[std::is_same_v<S, T> ? 1 : SCRATCH];
+    T h[HIDDEN], d[HIDDEN];  // which become u and dh
+    if (sum_A) std::fill(sum_A, sum_A + rank * op.d_in, T(0));
+    if (sum_B) std::fill(sum_B, sum_B + rank * op.d_out, T(0));
+    std::fill(sum_own, sum_own + 2 * rank, 0.0);
+
+    const int64_t most = block_rows(op);
+    for (int64_t start = first; start < last; start += most) {
+        const int64_t rows = std::min(most, last - start);
+        const S *x_rows = x + start * op.x_stride, *g_rows = grad_y + start * grad_y_stride;
+        block_dots(g_rows, grad_y_stride, B, op.d_out, rows, op.d_out, rank, scratch, d);
+        if (h_all) {
+            std::copy(h_all + start * rank, h_all + (start + rows) * rank, h);
+        } else if (needs_h) {
+            block_dots(x_rows, op.x_stride, A.data, A.stride, rows, op.d_in, rank, scratch, h);
+        } else {
+            std::fill(h, h + rows * rank, T(0));
+        }
+        for (int64_t i = 0; i < rows; ++i) {
+            const T *factors = scales.of_row(start + i);
+            for (int64_t k = 0; k < rank; ++k) {
+                T &hk = h[i * rank + k], &dk = d[i * rank + k], dh, ds;
+                scalabl::backward(factors[k], scaling, hk, dk, dh, ds);
+                sum_own[k] += ds;
+                sum_own[rank + k] += static_cast<double>(ds) * scales.eps(start + i, k);
+                hk *= factors[k];
+                dk = dh;
+            }
+        }
+        if (sum_B) block_outer(sum_B, g_rows, grad_y_stride, rows, op.d_out, rank, scratch, h);
+        if (sum_A) block_outer(sum_A, x_rows, op.x_stride, rows, op.d_in, rank, scratch, d);
+        if (grad_x) {
+            block_add(grad_x + start * out.x_stride, out.x_stride, A.data, A.stride, rows, op.d_in,
+                      rank, scratch, d);
+        }
+    }
+}
+
+// out[at(i)] = the sum over segments of part (segments, size), in their order; i in [0, size).
+template <typename P, typename T, typename At>
+void add_up(const T *part, int64_t segments, int64_t size, int threads, void *out, const At &at) {
+    constexpr int64_t PANEL = 4096;
+    if (!out) return;
+    parallel((size + PANEL - 1) / PANEL, threads, [&](int64_t panel) {
+        const int64_t first = panel * PANEL, last = std::min(first + PANEL, size);
+        T total[PANEL];
+        std::copy(part + first, part + last, total);
+        for (int64_t segment = 1; segment < segments; ++segment) {
+            const T *more = part + segment * size + first;
+            for (int64_t i = 0; i < last - first; ++i) total[i] += more[i];
+        }
+        for (int64_t i = first; i < last; ++i) {
+            narrow(static_cast<typename Wide<P>::type>(total[i - first]),
+                   static_cast<P *>(out)[at(i)]);
+        }
+    });
+}
+
+template <typename S, typename P>
+void backward_pass(const scalabl_update &op, const void *grad_y, int64_t grad_y_stride,
+                   const void *h, const Gradients &out) {
+    typedef typename Wide<S>::type T;
+    const int64_t rank = op.rank, segments = segments_of(op);
+    const Rows<P, T> A(op.A, op.A_stride, rank, op.d_in);
+    const Buffer<T> B = transposed<P, T>(op);
+    const Scales<P, T> scales(op);
+    const Sums<T> sums(op, out, segments);
+    const int threads = threads_for(op);
+
+    parallel(segments, threads, [&](int64_t segment) {
+        backward_segment<S, T>(
+            op, static_cast<const S *>(grad_y), grad_y_stride, static_cast<const T *>(h), out, A,
+            B.get(), scales, op.rows * segment / segments, op.rows * (segment + 1) / segments,
+            sums.A ? &sums.A[segment * rank * op.d_in] : nullptr,
+            sums.B ? &sums.B[segment * rank * op.d_out] : nullptr, &sums.own[segment * 2 * rank]);
+    });
+    const auto same = [](int64_t i) { return i; };
+    const auto turned = [&](int64_t i) { return i % op.d_out * rank + i / op.d_out; };
+    add_up<P>(sums.A.get(), segments, rank * op.d_in, threads, out.A, same);
+    add_up<P>(sums.B.get(), segments, rank * op.d_out, threads, out.B, turned);
+    const Buffer<double> both = buffer<double>(2 * rank);
+    add_up<double>(sums.own.get(), segments, 2 * rank, 1, both.get(), same);
+    for (int64_t k = 0; k < rank; ++k) {
+        typedef typename Wide<P>::type W;
+        if (out.s) narrow(static_cast<W>(both[k]), static_cast<P *>(out.s)[k]);
+        if (out.sigma) narrow(static_cast<W>(both[rank + k]), static_cast<P *>(out.sigma)[k]);
     }
 }
 
 }  // namespace
 
-const char *scalabl_message(int status) {
-    switch (status) {
-        case SCALABL_OK: return "no error";
-        case SCALABL_NULL: return "a pointer is null";
-        case SCALABL_ROUNDS: return "rounds must be in [1, 16]";
-        case SCALABL_LAYER: return "layer must be in [0, 2^32 - 1)";
-        case SCALABL_COUNT: return "the number of groups must be in [0, 2^32]";
-        case SCALABL_GROUP: return "group id must be in [0, 2^32)";
-        case SCALABL_RANK: return "rank must be in [1, 2^34]";
+// --- What api.cpp calls -------------------------------------------------------------------------
+
+namespace cpu {
+
+void forward(const scalabl_update &op, void *y, int64_t y_stride, void *h) {
+    by_dtype(op, [&](auto row, auto adapter) {
+        forward_pass<decltype(row), decltype(adapter)>(op, y, y_stride, h);
+    });
+}
+
+void backward(const scalabl_update &op, const void *grad_y, int64_t grad_y_stride, const void *h,
+              const Gradients &out) {
+    by_dtype(op, [&](auto row, auto adapter) {
+        backward_pass<decltype(row), decltype(adapter)>(op, grad_y, grad_y_stride, h, out);
+    });
+}
+
+const char *isa() { return kernels->name; }
+
+bool use_isa(const char *name) {
+    const Kernels *known[] = {
+#ifdef SCALABL_X86
+        &AVX512, &AVX2,
+#endif
+        &BASELINE};
+    bool reachable = false;  // the table is ordered: from the machine's best on, all can run
+    for (const Kernels *candidate : known) {
+        reachable = reachable || candidate == best_kernels();
+        if (reachable && std::strcmp(candidate->name, name) == 0) {
+            kernels = candidate;
+            return true;
+        }
     }
-    return "unknown status";
+    return false;
 }
 
-scalabl_status scalabl_philox4x32(const uint32_t *counter, const uint32_t *key, int rounds,
-                                  uint32_t *out) {
-    if (!counter || !key || !out) return SCALABL_NULL;
-    if (rounds < 1 || rounds > 16) return SCALABL_ROUNDS;
-    const scalabl::Block block = {{counter[0], counter[1], counter[2], counter[3]}};
-    const scalabl::Block words = scalabl::philox4x32(block, key[0], key[1], rounds);
-    std::copy(words.word, words.word + 4, out);
-    return SCALABL_OK;
-}
-
-scalabl_status scalabl_box_muller(uint32_t a, uint32_t b, double *out) {
-    if (!out) return SCALABL_NULL;
-    scalabl::box_muller(a, b, out);
-    return SCALABL_OK;
-}
-
-scalabl_status scalabl_normals(uint64_t seed, uint32_t draw, uint32_t layer, const int64_t *groups,
-                               int64_t count, int64_t rank, float *out) {
-    const scalabl_status status = check_normals(layer, groups, count, rank, out);
-    if (status != SCALABL_OK) return status;
-    const scalabl::Coordinates at = {seed, draw, layer};
-    for (int64_t g = 0; g < count; ++g) {
-        normal_row(at, static_cast<uint32_t>(groups[g]), rank, out + g * rank);
-    }
-    return SCALABL_OK;
-}
-
-const char *scalabl_digest(void) { return SCALABL_DIGEST; }
-
-const char *scalabl_compiler(void) { return SCALABL_COMPILER; }
+}  // namespace cpu
+}  // namespace scalabl

@@ -3,7 +3,9 @@
 // No state, no order: whoever knows the counter and the key knows the words.
 #pragma once
 
-#include <cstdint>
+#include <stdint.h>
+
+#include "both.h"
 
 namespace scalabl {
 
@@ -12,14 +14,14 @@ struct Block {
 };
 
 // The 64-bit product of two words, as a high and a low word.
-inline void multiply(uint32_t a, uint32_t b, uint32_t &high, uint32_t &low) {
+SCALABL_BOTH void multiply(uint32_t a, uint32_t b, uint32_t &high, uint32_t &low) {
     const uint64_t product = static_cast<uint64_t>(a) * b;
     high = static_cast<uint32_t>(product >> 32);
     low = static_cast<uint32_t>(product);
 }
 
 // counter -> four words, after `rounds` rounds under the key (k0, k1). Word sums wrap at 2^32.
-inline Block philox4x32(Block counter, uint32_t k0, uint32_t k1, int rounds) {
+SCALABL_BOTH Block philox4x32(Block counter, uint32_t k0, uint32_t k1, int rounds) {
     uint32_t *c = counter.word;
     for (int round = 0; round < rounds; ++round) {
         uint32_t hi0, lo0, hi1, lo1;

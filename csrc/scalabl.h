@@ -1,5 +1,6 @@
 /* The native core as a plain C interface: for Python (bindings.cpp), and for C, JAX or anything
- * else that can call C. No exception leaves it; every function says with a status how it went. */
+ * else that can call C. No exception leaves it; every function says with a status how it went, and
+ * on a bad argument nothing is written. */
 #pragma once
 
 #include <stdint.h>
@@ -10,16 +11,25 @@ extern "C" {
 
 typedef enum {
     SCALABL_OK = 0,
-    SCALABL_NULL = 1,   /* a pointer is null */
-    SCALABL_ROUNDS = 2, /* rounds outside 1 .. 16 */
-    SCALABL_LAYER = 3,  /* layer id 2^32 - 1 */
-    SCALABL_COUNT = 4,  /* a negative number of groups, or more than 2^32 */
-    SCALABL_GROUP = 5,  /* a group id outside [0, 2^32) */
-    SCALABL_RANK = 6    /* rank outside 1 .. 2^34 */
+    SCALABL_NULL = 1,    /* a pointer is null */
+    SCALABL_ROUNDS = 2,  /* rounds outside 1 .. 16 */
+    SCALABL_LAYER = 3,   /* layer id 2^32 - 1 */
+    SCALABL_COUNT = 4,   /* a negative number of groups, or more than 2^32 */
+    SCALABL_GROUP = 5,   /* a group id outside [0, 2^32) */
+    SCALABL_RANK = 6,    /* rank outside 1 .. 2^34 (noise) or 1 .. 256 (the layer) */
+    SCALABL_DTYPE = 7,   /* an unknown dtype, or adapters neither float32 nor of the rows' dtype */
+    SCALABL_SIZE = 8,    /* a size is negative, or a product of sizes overflows */
+    SCALABL_STRIDE = 9,  /* rows that are written overlap */
+    SCALABL_MEMORY = 10, /* no memory for the scratch space */
+    SCALABL_THREADS = 11, /* fewer than one thread */
+    SCALABL_ISA = 12,    /* an instruction set that is unknown, or that this machine has not */
+    SCALABL_DEVICE = 13  /* CUDA reported an error, or was not compiled in */
 } scalabl_status;
 
 /* One sentence on a status; "unknown status" for a number that is none. Never null, never freed. */
 const char *scalabl_message(int status);
+
+/* --- Noise --------------------------------------------------------------------------------- */
 
 /* The Philox 4x32 block function: counter (4 words), key (2 words) -> out (4 words). */
 scalabl_status scalabl_philox4x32(const uint32_t *counter, const uint32_t *key, int rounds,
@@ -30,9 +40,69 @@ scalabl_status scalabl_philox4x32(const uint32_t *counter, const uint32_t *key, 
 scalabl_status scalabl_box_muller(uint32_t a, uint32_t b, double *out);
 
 /* eps of `count` groups of one layer, row-major (count, rank), version 1 of docs/conformance.md.
- * groups: `count` ids in [0, 2^32). On a bad argument nothing is written. */
+ * groups: `count` ids in [0, 2^32). */
 scalabl_status scalabl_normals(uint64_t seed, uint32_t draw, uint32_t layer, const int64_t *groups,
                                int64_t count, int64_t rank, float *out);
+
+/* --- The subspace-sampled low-rank update --------------------------------------------------- */
+
+typedef enum {
+    SCALABL_FLOAT32 = 0,
+    SCALABL_FLOAT64 = 1,
+    SCALABL_BFLOAT16 = 2,
+    SCALABL_FLOAT16 = 3
+} scalabl_dtype;
+
+/* The arguments of
+ *
+ *     y += scaling * B ((A x) * (s + sigma * eps))        row by row,
+ *
+ * where eps of row i is the draw (seed, draw, layer, group of i). Matrices are row-major with unit
+ * column stride; a row stride counts elements, may be zero or negative where rows are only read,
+ * and for a single row is not used. */
+typedef struct {
+    int32_t dtype;         /* scalabl_dtype of x, y and their gradients ("rows") */
+    int32_t adapter_dtype; /* of A, B, s, sigma and their gradients: SCALABL_FLOAT32 or `dtype` */
+    int64_t rows, d_in, d_out, rank; /* rank 1 .. 256; the others may be zero */
+    const void *x;         /* (rows, d_in) */
+    int64_t x_stride;
+    const void *A;         /* (rank, d_in) */
+    int64_t A_stride;
+    const void *B;         /* (d_out, rank) */
+    int64_t B_stride;
+    const void *s;         /* (rank,) contiguous */
+    const void *sigma;     /* (rank,) contiguous */
+    double scaling;
+    int32_t noisy;         /* 0: the mean model, eps = 0; what follows down to rows_per_group is then
+                              not read */
+    uint32_t draw, layer;  /* layer below 2^32 - 1 */
+    uint64_t seed;
+    const int64_t *groups; /* rows i with the same i / rows_per_group share groups[i / rows_per_group],
+                              an id in [0, 2^32); null: they share the id i / rows_per_group itself */
+    int64_t rows_per_group; /* at least 1 */
+    int32_t threads;       /* at most so many; the result does not depend on it */
+} scalabl_update;
+
+/* y (rows, d_out) += the update. h: null, or (rows, rank) contiguous to receive A x, in float64 if
+ * dtype is SCALABL_FLOAT64, else in float32; the backward pass wants it. */
+scalabl_status scalabl_update_forward(const scalabl_update *op, void *y, int64_t y_stride, void *h);
+
+/* The gradients, given grad_y (rows, d_out) and h of the forward pass (null: computed again, where
+ * x is given). Each of the following may be null if it is not wanted:
+ * grad_x (rows, d_in): the update's share is added to what is there (the base layer's grad_y W);
+ * grad_A (rank, d_in), grad_B (d_out, rank), grad_s (rank,), grad_sigma (rank,): contiguous,
+ * overwritten. op->x may be null if neither grad_A nor h asks for it. The noise is drawn again. */
+scalabl_status scalabl_update_backward(const scalabl_update *op, const void *grad_y,
+                                       int64_t grad_y_stride, const void *h, void *grad_x,
+                                       int64_t grad_x_stride, void *grad_A, void *grad_B,
+                                       void *grad_s, void *grad_sigma);
+
+/* --- The build ------------------------------------------------------------------------------ */
+
+/* The instruction set whose kernels run: "baseline", "avx2" or "avx512"; the widest that the
+ * machine has, unless scalabl_use_isa (for tests and measurements; not thread-safe) says another. */
+const char *scalabl_isa(void);
+scalabl_status scalabl_use_isa(const char *name);
 
 /* What this binary was built from (sha256, see CMakeLists.txt) and by which compiler. */
 const char *scalabl_digest(void);

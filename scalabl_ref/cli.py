@@ -441,7 +441,7 @@ def _info(args: argparse.Namespace) -> Result:
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.is_available(),
         "native": status,
-        "noise": "native core" if status["used"] else "PyTorch",
+        "path": f"native core, {status['isa']}" if status["used"] else "PyTorch",
     }
     for key, value in result.items():
         if key == "native":

@@ -40,7 +40,8 @@ def source_digest(root: Path) -> str | None:
 def native_status() -> dict[str, Any]:
     """What was built and which path runs.
 
-    built, stale, used: bool; reason: why it is not used, else ""; compiler, digest: str or None.
+    built, stale, used: bool; reason: why it is not used, else ""; isa, the instruction set that its
+    kernels use, compiler, digest: str or None.
     The environment variable SCALABL_NATIVE=0 keeps the core from being used. Settled once per
     process.
     """
@@ -58,6 +59,7 @@ def native_status() -> dict[str, Any]:
         "stale": stale,
         "used": not reason,
         "reason": reason,
+        "isa": module.isa() if module else None,
         "compiler": module.compiler if module else None,
         "digest": module.digest if module else None,
     }

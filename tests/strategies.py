@@ -32,6 +32,11 @@ class OpCase:
     def arguments(self) -> dict:
         return dict(vars(self))
 
+    def longest_sum(self) -> int:
+        """Terms of the longest sum in the op or its gradients, whatever they are summed over."""
+        d_out, d_in = self.weight.shape
+        return d_in + d_out + len(self.s) + self.x.shape[:-1].numel()
+
     def row_noise(self) -> Tensor:
         """eps of every row, (rows, r) float64, from the documented meaning of the groups."""
         shape = self.x.shape[:-1]
@@ -48,35 +53,51 @@ class OpCase:
             ids = index
         else:
             ids = index // shape[1:].numel()
-        return torch.cat(
-            [self.noise.normal(self.layer, g.reshape(1), rank) for g in ids.reshape(-1)]
-        ).double()
+        rows = [self.noise.normal(self.layer, g.reshape(1), rank) for g in ids.reshape(-1)]
+        return torch.cat(rows).double() if rows else torch.zeros(0, rank).double()
+
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @st.composite
-def op_cases(draw, dtype=None, sampling=None) -> OpCase:
-    dtype = dtype or draw(st.sampled_from([torch.float32, torch.float64]))
-    rank, d_in, d_out = (draw(st.integers(1, n)) for n in (9, 17, 11))
-    shape = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
+def op_cases(draw, dtype=None, sampling=None, dtypes=DTYPES[:2], widest=17) -> OpCase:
+    """Shapes up to `widest` columns, any leading dimensions (empty ones too), row strides, dtypes.
+
+    The adapter is in the dtype of x or in float32.
+    """
+    dtype = dtype or draw(st.sampled_from(dtypes))
+    own = draw(st.sampled_from([dtype, torch.float32]))
+    rank, d_in, d_out = (draw(st.integers(1, n)) for n in (9, widest, widest - 4))
+    shape = tuple(draw(st.lists(st.integers(0, 4), min_size=1, max_size=3)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 
-    def normal(*size):
-        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+    def normal(*size, dtype=dtype):
+        values = torch.randn(size, generator=generator, dtype=torch.float64)
+        return values.to(dtype)
 
-    x = normal(*shape, 2 * d_in)[..., ::2] if draw(st.booleans()) else normal(*shape, d_in)
+    def matrix(*size, dtype=dtype):
+        """Contiguous, with gaps between its rows, or with a column stride that is not 1."""
+        layout = draw(st.sampled_from(["dense", "gaps", "columns"]))
+        if layout == "gaps":
+            return normal(*size[:-1], size[-1] + 3, dtype=dtype)[..., 1:-2]
+        if layout == "columns":
+            return normal(*size[:-1], 2 * size[-1], dtype=dtype)[..., ::2]
+        return normal(*size, dtype=dtype)
+
     groups = None
     if draw(st.booleans()):
         leading = draw(st.integers(1, len(shape)))
         groups = torch.randint(0, 2**32, shape[:leading], generator=generator)
     noise = Noise(draw(st.integers(0, 2**64 - 1)), draw(st.integers(0, 2**32 - 1)))
     return OpCase(
-        x=x,
-        weight=normal(d_out, d_in),
+        x=matrix(*shape, d_in),
+        weight=matrix(d_out, d_in),
         bias=normal(d_out) if draw(st.booleans()) else None,
-        A=normal(rank, d_in),
-        B=normal(d_out, rank),
-        s=normal(rank).exp(),
-        sigma=normal(rank).exp(),
+        A=matrix(rank, d_in, dtype=own),
+        B=matrix(d_out, rank, dtype=own),
+        s=normal(rank, dtype=own).exp(),
+        sigma=normal(rank, dtype=own).exp(),
         scaling=draw(st.sampled_from([0.5, 1.0, 2.0])),
         noise=draw(st.sampled_from([noise, noise, None])),
         layer=draw(st.integers(0, 1000)),

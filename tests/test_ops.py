@@ -2,27 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from scalabl_ref import Noise, reference, subspace_lora_linear
+from scalabl_ref import InputError, Noise, native, ops, reference, subspace_lora_linear
 from scalabl_ref.ops import SAMPLING
 
-from .strategies import OpCase, op_cases
-from .tolerances import op_bound
+from .strategies import DTYPES, OpCase, op_cases
+from .tolerances import no_worse_than, op_bound, op_sizes, rounding
+
+TENSORS = ("x", "weight", "bias", "A", "B", "s", "sigma")
+needs_core = pytest.mark.skipif(
+    native.core() is None, reason=f"native core: {native.native_status()['reason']}"
+)
+
+
+def double_leaf(tensor):
+    return None if tensor is None else tensor.detach().double().clone().requires_grad_()
 
 
 def call(case: OpCase, function=subspace_lora_linear, **changes):
     return function(**{**case.arguments(), **changes})
 
 
-@given(op_cases())
-def test_equals_the_reference(case):
+def composition(*arguments, **named):
+    """The op with the native core out of the way."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "core", lambda: None)
+        return subspace_lora_linear(*arguments, **named)
+
+
+BODIES = [
+    pytest.param(composition, id="composition"),
+    pytest.param(subspace_lora_linear, id="native", marks=needs_core),
+]
+
+
+@pytest.mark.parametrize("body", BODIES)
+@given(op_cases(dtypes=DTYPES))
+def test_equals_the_reference(body, case):
     expected = call(case, reference.subspace_lora_linear)
-    error = (call(case).double() - expected).abs()
-    assert (error <= op_bound(case)).all()
+    out = call(case, body)
+    assert out.dtype == case.x.dtype and out.shape == expected.shape
+    assert ((out.double() - expected).abs() <= op_bound(case)).all()
 
 
 @given(op_cases())
@@ -40,39 +66,42 @@ def test_mean_is_plain_lora_with_diag_s_A(case):
     assert ((call(case, noise=None).double() - lora).abs() <= op_bound(case)).all()
 
 
+@pytest.mark.parametrize("body", BODIES)
 @given(op_cases(dtype=torch.float64))
-def test_gradients_equal_those_through_the_definition(case):
+def test_gradients_equal_those_through_the_definition(body, case):
     """The same noise as an explicit matrix, one row at a time, in float64."""
-    names = ("x", "A", "B", "s", "sigma")
-    leaves = {n: getattr(case, n).clone().requires_grad_() for n in names}
-    out = call(case, **leaves)
+    assume(case.x.numel())
+    leaves = {name: double_leaf(getattr(case, name)) for name in TENSORS}
+    out = call(case, body, **leaves)
     direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).double()
-    wanted = list(leaves.values())
+    wanted = [leaf for leaf in leaves.values() if leaf is not None]
     got = torch.autograd.grad((out * direction).sum(), wanted, materialize_grads=True)
 
     eps = case.row_noise()  # (rows, r)
     x = leaves["x"].reshape(-1, leaves["x"].shape[-1])
     rows = [
         case.scaling * leaves["B"] @ torch.diag(leaves["s"] + leaves["sigma"] * e) @ leaves["A"] @ v
-        + case.weight @ v
+        + leaves["weight"] @ v
         for v, e in zip(x, eps, strict=True)
     ]
     literal = (torch.stack(rows) * direction.reshape(len(rows), -1)).sum()
+    if leaves["bias"] is not None:
+        literal = literal + (leaves["bias"] * direction.reshape(len(rows), -1)).sum()
     expected = torch.autograd.grad(literal, wanted, materialize_grads=True)
-    for name, a, b in zip(names, got, expected, strict=True):
+    for a, b in zip(got, expected, strict=True):
         scale = b.abs().max().clamp(min=1.0)
-        assert (a - b).abs().max() <= 1e3 * torch.finfo(torch.float64).eps * scale, name
+        assert (a - b).abs().max() <= rounding(torch.float64, 1000) * scale
 
 
 @given(op_cases(sampling="example"), st.data())
 def test_a_draw_follows_the_group_and_not_the_place(case, data):
     count = case.x.shape[0]
-    order = torch.tensor(data.draw(st.permutations(range(count))))
+    order = torch.tensor(data.draw(st.permutations(range(count))), dtype=torch.int64)
     plain = call(case, groups=None)
     moved = call(case, x=case.x[order], groups=order)
-    assert torch.equal(moved, plain[order]) or torch.allclose(
-        moved.double(), plain[order].double(), rtol=0, atol=float(op_bound(case).max())
-    )
+    bound = op_bound(case)
+    error = (moved.double() - plain[order].double()).abs()
+    assert (error <= 2 * bound.amax()).all() if error.numel() else True
 
 
 def test_sampling_groups_share_what_they_should():
@@ -111,3 +140,333 @@ def test_bad_arguments_are_named():
         subspace_lora_linear(*arguments, "row")
     with pytest.raises(ValueError, match="groups of shape"):
         subspace_lora_linear(*arguments, "example", torch.arange(3))
+
+
+# --- The native core ------------------------------------------------------------------------------
+
+
+def leaves_of(case: OpCase, wanted=TENSORS) -> dict:
+    """The case's tensors as leaves that keep their strides; those in `wanted` require gradients."""
+    given_ = {name: getattr(case, name) for name in TENSORS}
+    return {
+        name: t if t is None else t.detach().requires_grad_(name in wanted)
+        for name, t in given_.items()
+    }
+
+
+def outputs_and_gradients(case: OpCase, body, direction, dtype=None, wanted=TENSORS):
+    """y and the gradients of every tensor in `wanted`, by name."""
+    leaves = leaves_of(case, wanted)
+    if dtype is not None:
+        leaves = {n: t if t is None else t.detach().to(dtype) for n, t in leaves.items()}
+        leaves = {n: t if t is None else t.requires_grad_(n in wanted) for n, t in leaves.items()}
+    y = call(case, body, **leaves)
+    sources = {n: t for n, t in leaves.items() if t is not None and t.requires_grad}
+    gradients = torch.autograd.grad(
+        y, list(sources.values()), direction.to(y.dtype), materialize_grads=True
+    )
+    return {"y": y.detach(), **dict(zip(sources, gradients, strict=True))}
+
+
+def direction_of(case: OpCase) -> torch.Tensor:
+    shape = (*case.x.shape[:-1], case.weight.shape[0])
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(shape, generator=generator).to(case.x.dtype)
+
+
+@needs_core
+@given(op_cases(dtypes=DTYPES, widest=90), st.sets(st.sampled_from(TENSORS), min_size=1))
+@settings(max_examples=300)
+def test_native_is_as_accurate_as_the_composition(case, wanted):
+    """For the output and every gradient asked for: at most twice the error, against float64."""
+    wanted = wanted - ({"bias"} if case.bias is None else set())
+    assume(wanted - (set() if case.noise else {"sigma"}))  # the mean does not depend on sigma
+    direction = direction_of(case)
+    truth = outputs_and_gradients(case, composition, direction, torch.float64, wanted)
+    plain = outputs_and_gradients(case, composition, direction, None, wanted)
+    ours = outputs_and_gradients(case, subspace_lora_linear, direction, None, wanted)
+    assert ours.keys() == truth.keys()
+    sizes = op_sizes(case, direction)
+    for name, value in ours.items():
+        expected = truth[name]
+        assert value.dtype == plain[name].dtype and value.shape == expected.shape, name
+        if expected.numel():
+            error = (value.double() - expected).abs().max()
+            terms = case.longest_sum()
+            allowed = no_worse_than(plain[name], expected, value.dtype, terms, sizes[name])
+            assert error <= allowed, name
+
+
+def wide_case(rows=(3, 50), d_in=1500, d_out=1100, rank=8, dtype=torch.float32, seed=0) -> OpCase:
+    """Large enough for several blocks, panels and threads."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(size, generator=g).to(dtype)
+
+    return OpCase(
+        x=normal(*rows, d_in), weight=normal(d_out, d_in) / 40, bias=None,
+        A=normal(rank, d_in) / 40, B=normal(d_out, rank), s=normal(rank).exp(),
+        sigma=normal(rank).exp(), scaling=2.0, noise=Noise(3, 4), layer=5, sampling="token",
+        groups=None,
+    )  # fmt: skip
+
+
+@needs_core
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [1, 8, 13, 256])
+def test_large_shapes_are_as_accurate(dtype, rank):
+    case = wide_case(dtype=dtype, rank=rank)
+    direction = direction_of(case)
+    truth = outputs_and_gradients(case, composition, direction, torch.float64)
+    plain = outputs_and_gradients(case, composition, direction)
+    ours = outputs_and_gradients(case, subspace_lora_linear, direction)
+    sizes = op_sizes(case, direction)
+    for name, expected in truth.items():
+        error = (ours[name].double() - expected).abs().max()
+        # So many elements leave little to luck: one rounding is all that is allowed beside.
+        terms = case.longest_sum() if dtype == torch.float64 else 1
+        allowed = no_worse_than(plain[name], expected, dtype, terms, sizes[name])
+        assert error <= allowed, name
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@needs_core
+def test_result_does_not_depend_on_the_threads(threads):
+    """Bit for bit, what the core adds: y starts from zero, grad_x too, for W = 0."""
+    case = wide_case()
+    case.weight = torch.zeros_like(case.weight)
+    direction = direction_of(case)
+    results = []
+    for count in (1, 2, 3, 7):
+        threads(count)
+        results.append(outputs_and_gradients(case, subspace_lora_linear, direction))
+    for other in results[1:]:
+        for name, value in results[0].items():
+            if name != "weight":  # that one is PyTorch's
+                assert torch.equal(other[name], value), name
+
+
+@needs_core
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_is_as_accurate(isa):
+    core = native.core()
+    best = core.isa()
+    try:
+        core.use_isa(isa)
+    except ValueError:
+        pytest.skip(f"this machine has no {isa}")
+    try:
+        for dtype in DTYPES:
+            test_large_shapes_are_as_accurate(dtype, 13)
+    finally:
+        core.use_isa(best)
+    with pytest.raises(ValueError, match="instruction set unknown"):
+        core.use_isa("abacus")
+
+
+@needs_core
+def test_native_body_runs_where_it_should(monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("the composition ran")
+
+    monkeypatch.setattr(ops, "_composition", refuse)
+    case = wide_case((2, 3), 20, 10)
+    outputs_and_gradients(case, subspace_lora_linear, direction_of(case))
+    with pytest.raises(AssertionError, match="the composition ran"):
+        call(case, A=case.A.double(), B=case.B.double())  # adapters wider than x
+
+
+@needs_core
+def test_nothing_large_is_kept_for_the_backward_pass():
+    """Beyond references to the inputs, h of (rows, r)."""
+    case = wide_case()
+    leaves = leaves_of(case, ("x", "A", "B", "s", "sigma"))
+    own = {t.untyped_storage().data_ptr() for t in leaves.values() if t is not None}
+    kept = []
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call(case, **leaves)
+    assert kept == [150 * 8]
+
+
+@needs_core
+@given(op_cases(dtype=torch.float64, widest=6))
+@settings(max_examples=10)
+def test_second_derivatives(case):
+    assume(case.x.numel())
+    tensors = [double_leaf(getattr(case, name)) for name in ("x", "weight", "A", "B", "s", "sigma")]
+
+    def function(x, weight, A, B, s, sigma):
+        return call(case, x=x, weight=weight, A=A, B=B, s=s, sigma=sigma)
+
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+
+
+# --- The rest of PyTorch --------------------------------------------------------------------------
+
+
+def op_arguments(case: OpCase, wanted=()) -> tuple:
+    draws = ops._draws(case.x.shape[:-1], case.noise, case.layer, case.sampling, case.groups)
+    return (*leaves_of(case, wanted).values(), case.scaling, *draws)
+
+
+@pytest.mark.parametrize("groups", [None, torch.tensor([7, 2**32 - 1])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(groups, dtype):
+    case = wide_case((2, 3), 12, 10, 4, dtype)
+    case.groups, case.sampling = groups, "example"
+    registered = torch.ops.scalabl_ref
+    arguments = op_arguments(case, ("x", "A", "B", "s", "sigma"))
+    torch.library.opcheck(registered.subspace_lora_linear.default, arguments)
+    wanted = [True, False, False, True, True, True, True]
+    backward = (direction_of(case), *op_arguments(case), wanted)
+    torch.library.opcheck(registered.subspace_lora_linear_backward.default, backward)
+    ids = torch.tensor([[1, 2, 3]])
+    torch.library.opcheck(registered.normals.default, (ids, -1, 2, 3, 5))
+
+
+@pytest.mark.parametrize("body", ["native", "composition"])
+def test_compiles_whole(body, monkeypatch):
+    """One graph, for any draw: a new Noise is not a new program (after the second)."""
+    if body == "composition":
+        monkeypatch.setattr(native, "core", lambda: None)
+    case = wide_case((2, 3), 12, 10, 4)
+    names = ("x", "A", "B", "s", "sigma")
+    direction = direction_of(case)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(subspace_lora_linear, fullgraph=True, backend=backend)
+    trained = torch.compile(subspace_lora_linear, fullgraph=True, backend="aot_eager")
+    for draw in range(6):
+        noise = Noise(2**64 - 1 - draw, draw)
+        expected = call(case, noise=noise)
+        assert torch.equal(call(case, compiled, noise=noise), expected)
+        leaves = leaves_of(case, names)
+        eager = torch.autograd.grad(
+            call(case, noise=noise, **leaves), [leaves[n] for n in names], direction
+        )
+        got = torch.autograd.grad(
+            call(case, trained, noise=noise, **leaves), [leaves[n] for n in names], direction
+        )
+        for name, a, b in zip(names, got, eager, strict=True):
+            assert (a - b).abs().max() <= rounding(torch.float32, 64) * b.abs().max(), name
+    assert len(graphs) <= 2
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_autocast_rounds_the_base_and_not_the_adapter(body):
+    case = wide_case((2, 3), 64, 10, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = call(case, body)
+    low = {n: getattr(case, n).bfloat16() for n in ("x", "weight")}
+    assert out.dtype == torch.bfloat16 and torch.equal(out, call(case, body, **low))
+    leaves = leaves_of(case, ("x", "A"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = call(case, body, **leaves)
+    for gradient in torch.autograd.grad(out.sum(), [leaves["x"], leaves["A"]]):
+        assert gradient.dtype == torch.float32 and gradient.abs().sum() > 0
+
+
+def test_per_example_gradients_by_vmap_equal_a_loop():
+    """torch.func.vmap(grad): each example with the group of its own."""
+    case = wide_case((5, 3), 12, 10, 4)
+    ids = torch.tensor([9, 0, 9, 4, 2**31])
+
+    def loss(A, B, s, sigma, x, group):
+        y = call(case, x=x, A=A, B=B, s=s, sigma=sigma, sampling="example", groups=group)
+        return y.square().sum()
+
+    own = (case.A, case.B, case.s, case.sigma)
+    arguments = (case.x[:, None], ids[:, None])
+    gradient = torch.func.grad(loss, argnums=(0, 1, 2, 3))
+    batched = torch.func.vmap(gradient, in_dims=(None, None, None, None, 0, 0))(*own, *arguments)
+    for i in range(5):
+        single = gradient(*own, *(a[i] for a in arguments))
+        for a, b in zip(batched, single, strict=True):
+            assert (a[i] - b).abs().max() <= rounding(torch.float32, 256) * b.abs().max()
+
+
+def test_vmap_over_group_ids_gives_independent_draws():
+    case = wide_case((2, 3), 12, 10, 4)
+    ids = torch.arange(8).view(4, 2)
+
+    def draw(groups):
+        return call(case, sampling="example", groups=groups)
+
+    drawn = torch.func.vmap(draw)(ids)
+    for i in range(4):
+        error = (drawn[i] - draw(ids[i])).abs().max()
+        assert error <= rounding(torch.float32, 64) * drawn.abs().max()
+    assert len({float(value) for value in drawn[:, 0, 0, 0]}) == 4
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_forward_mode_equals_reverse_mode():
+    case = wide_case((2, 3), 12, 10, 4)
+    tangent = torch.randn(case.A.shape, generator=torch.Generator().manual_seed(0))
+    _, pushed = torch.func.jvp(lambda A: call(case, A=A), (case.A,), (tangent,))
+    leaf = case.A.clone().requires_grad_()
+    direction = direction_of(case)
+    (pulled,) = torch.autograd.grad(call(case, A=leaf), leaf, direction)
+    a, b = (pushed * direction).sum(), (pulled * tangent).sum()
+    assert abs(a - b) <= rounding(torch.float32, 256) * pushed.abs().max() * 100
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(case.A, tangent)
+        out = torch.autograd.forward_ad.unpack_dual(call(case, A=dual))
+        assert (out.tangent - pushed).abs().max() <= rounding(
+            torch.float32, 64
+        ) * pushed.abs().max()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, contextlib.nullcontext])
+def test_gradient_modes_give_the_same_numbers(mode):
+    case = wide_case((2, 3), 12, 10, 4)
+    expected = call(case)
+    with mode():
+        out = call(case, **leaves_of(case, ("A", "B")))
+    assert torch.equal(out, expected)
+    assert out.requires_grad == (mode is contextlib.nullcontext)
+
+
+def test_half_precision_conversions_are_exact(threads):
+    """Through the op with W = 0, A = B = 1: every float16 and bfloat16, and what rounds to them."""
+    one = torch.ones(1, 1)
+    for dtype in (torch.bfloat16, torch.float16):
+        every = torch.arange(2**16).to(torch.int16).view(dtype)
+        every = every[every.isfinite()]
+        x = every[:, None]
+        out = subspace_lora_linear(
+            x, torch.zeros(1, 1, dtype=dtype), None, one, one, one[0], 0 * one[0], 1.0, None
+        )
+        assert torch.equal(out[:, 0], every + 0)
+        scale = torch.tensor([1.0 + 2.0**-7 * 0.7])  # falls between, on every side
+        out = subspace_lora_linear(
+            x, torch.zeros(1, 1, dtype=dtype), None, one, one, scale, 0 * scale, 1.0, None
+        )
+        assert torch.equal(out[:, 0], (every.float() * scale).to(dtype))
+
+
+@needs_core
+def test_the_core_names_what_is_wrong():
+    case = wide_case((2, 3), 12, 10, 4)
+    with pytest.raises(InputError, match="group id must be in"):
+        call(case, sampling="example", groups=torch.tensor([0, 2**32]))
+    with pytest.raises(InputError, match="layer must be in"):
+        call(case, layer=2**32 - 1)

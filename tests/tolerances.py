@@ -18,7 +18,9 @@ def op_bound(case) -> torch.Tensor:
 
     Standard model of floating point: a sum of n products is off by at most n eps times the sum of
     their magnitudes. W x has n = d_in; the update is a sum over r of d_in-long sums, each then
-    multiplied by three more factors: n = d_in + r + 4; one more addition joins the two.
+    multiplied by three more factors: n = d_in + r + 4; one more addition joins the two. Sums are
+    of float32 at least; what is stored in x's dtype (W x, the update, their sum) is rounded to it.
+    An adapter of x's own low dtype is exact in float32.
     """
     x, A, B, W = (getattr(case, name).double().abs() for name in ("x", "A", "B", "weight"))
     rank, d_in = A.shape
@@ -28,9 +30,58 @@ def op_bound(case) -> torch.Tensor:
     size = x.reshape(-1, d_in) @ W.T + case.scaling * h @ B.T
     if case.bias is not None:
         size = size + case.bias.double().abs()
+    wide = torch.promote_types(case.x.dtype, torch.float32)
     rounded = 2 if case.x.dtype == torch.float64 else 1  # the float64 reference rounds as well
-    bound = rounded * rounding(case.x.dtype, d_in + rank + 5) * size
-    return bound.reshape(*case.x.shape[:-1], -1)
+    relative = rounded * rounding(wide, d_in + rank + 5)
+    if case.x.dtype != wide:
+        relative += rounding(case.x.dtype, 2)  # three stores, half a unit each, and one to spare
+    return (relative * size).reshape(*case.x.shape[:-1], len(W))
+
+
+def op_sizes(case, direction: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Root of the summed squares of the terms of y and of each gradient, by name, in float64.
+
+    What a sum comes to when signs are random; a result that cancels is smaller, its rounding
+    errors are not.
+    """
+    names = ("x", "A", "B", "weight", "s", "sigma")
+    x, A, B, W, s, sigma = (getattr(case, name).double().square() for name in names)
+    x, g = x.reshape(-1, x.shape[-1]), direction.double().square().reshape(-1, len(W))
+    eps = case.row_noise().square()
+    factor = case.scaling**2 * (s + sigma * eps)
+    h, d = x @ A.T, g @ B
+    y = x @ W.T + h * factor @ B.T
+    squares = {
+        "y": y if case.bias is None else y + case.bias.double().square(),
+        "x": g @ W + d * factor @ A,
+        "weight": g.T @ x,
+        "bias": g.sum(0),
+        "A": (d * factor).T @ x,
+        "B": g.T @ (h * factor),
+        "s": case.scaling**2 * (h * d).sum(0),
+        "sigma": case.scaling**2 * (h * d * eps).sum(0),
+    }
+    return {name: square.sqrt() for name, square in squares.items()}
+
+
+def no_worse_than(
+    baseline: torch.Tensor,
+    expected: torch.Tensor,
+    dtype: torch.dtype,
+    terms: int,
+    size: torch.Tensor,
+) -> torch.Tensor:
+    """Twice the largest error of an honest same-precision computation against float64.
+
+    Where luck made that one small: twice the standard error of `terms` roundings, each half a unit
+    of what the terms come to (`size`, from `op_sizes`). In float64 the truth rounds as well, so
+    that only the second counts, and for both sides.
+    """
+    typical = torch.finfo(dtype).eps / 2 * terms**0.5 * size.max()
+    if dtype == torch.float64:
+        return 4 * typical
+    error = (baseline.double() - expected).abs().max()
+    return 2 * torch.maximum(error, typical)
 
 
 def central_difference(step: float) -> float:

@@ -1,0 +1,174 @@
+// The C interface: every argument is checked here, once, for all devices.
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+#include "cpu.h"
+#include "scalabl.h"
+#include "subspace_lora.h"
+
+namespace {
+
+constexpr int64_t WORDS = int64_t{1} << 32;
+
+bool groups_in_range(const int64_t *groups, int64_t count) {
+    return std::all_of(groups, groups + count, [](int64_t id) { return 0 <= id && id < WORDS; });
+}
+
+scalabl_status check_normals(uint32_t layer, const int64_t *groups, int64_t count, int64_t rank,
+                             const float *out) {
+    if (layer == UINT32_MAX) return SCALABL_LAYER;
+    if (count < 0 || count > WORDS) return SCALABL_COUNT;
+    if (rank < 1 || rank > 4 * WORDS) return SCALABL_RANK;
+    if (count > 0 && (!groups || !out)) return SCALABL_NULL;
+    return groups_in_range(groups, count) ? SCALABL_OK : SCALABL_GROUP;
+}
+
+// That every offset (row * stride + column) * size is a sum that fits.
+bool addressable(int64_t rows, int64_t columns, int64_t stride) {
+    constexpr int64_t LIMIT = INT64_MAX / 64;  // room for the size of an element, and for more
+    int64_t last;
+    if (__builtin_mul_overflow(std::max<int64_t>(rows, 1), stride, &last)) return false;
+    return -LIMIT <= last && last <= LIMIT && columns <= LIMIT;
+}
+
+// That no two rows that are written share an element.
+bool apart(int64_t rows, int64_t columns, int64_t stride) {
+    return rows <= 1 || columns == 0 || stride >= columns || stride <= -columns;
+}
+
+bool known_dtypes(const scalabl_update &op) {
+    const bool known = op.dtype >= SCALABL_FLOAT32 && op.dtype <= SCALABL_FLOAT16;
+    return known && (op.adapter_dtype == SCALABL_FLOAT32 || op.adapter_dtype == op.dtype);
+}
+
+scalabl_status check_noise(const scalabl_update &op) {
+    if (!op.noisy) return SCALABL_OK;
+    if (op.layer == UINT32_MAX) return SCALABL_LAYER;
+    if (op.rows_per_group < 1) return SCALABL_COUNT;
+    const int64_t groups = op.rows / op.rows_per_group + (op.rows % op.rows_per_group != 0);
+    if (groups > WORDS) return SCALABL_COUNT;
+    return !op.groups || groups_in_range(op.groups, groups) ? SCALABL_OK : SCALABL_GROUP;
+}
+
+// Everything but x, whose need depends on the call.
+scalabl_status check_update(const scalabl_update *op) {
+    if (!op) return SCALABL_NULL;
+    if (!known_dtypes(*op)) return SCALABL_DTYPE;
+    if (op->rank < 1 || op->rank > scalabl::MAX_RANK) return SCALABL_RANK;
+    if (op->rows < 0 || op->d_in < 0 || op->d_out < 0) return SCALABL_SIZE;
+    if (op->threads < 1) return SCALABL_THREADS;
+    if (!addressable(op->rows, op->d_in, op->x_stride) ||
+        !addressable(op->rank, op->d_in, op->A_stride) ||
+        !addressable(op->d_out, op->rank, op->B_stride) ||
+        !addressable(op->rows, op->rank * 16, op->rank * 16) ||
+        !addressable(op->rank, op->d_in, op->d_in) ||
+        !addressable(op->rank, op->d_out, op->d_out)) {
+        return SCALABL_SIZE;
+    }
+    if ((op->d_in > 0 && !op->A) || (op->d_out > 0 && !op->B) || !op->s || !op->sigma) {
+        return SCALABL_NULL;
+    }
+    return check_noise(*op);
+}
+
+// fn(), with what it throws made a status.
+template <typename Fn>
+scalabl_status guarded(const Fn &fn) {
+    try {
+        fn();
+        return SCALABL_OK;
+    } catch (const std::bad_alloc &) {
+        return SCALABL_MEMORY;
+    }
+}
+
+}  // namespace
+
+const char *scalabl_message(int status) {
+    switch (status) {
+        case SCALABL_OK: return "no error";
+        case SCALABL_NULL: return "a pointer is null";
+        case SCALABL_ROUNDS: return "rounds must be in [1, 16]";
+        case SCALABL_LAYER: return "layer must be in [0, 2^32 - 1)";
+        case SCALABL_COUNT: return "the number of groups must be in [0, 2^32]";
+        case SCALABL_GROUP: return "group id must be in [0, 2^32)";
+        case SCALABL_RANK: return "rank must be in [1, 2^34], or [1, 256] in a layer";
+        case SCALABL_DTYPE: return "unknown dtype, or an adapter neither float32 nor of x's dtype";
+        case SCALABL_SIZE: return "a size is negative, or too large";
+        case SCALABL_STRIDE: return "rows to be written overlap";
+        case SCALABL_MEMORY: return "no memory for the scratch space";
+        case SCALABL_THREADS: return "threads must be at least 1";
+        case SCALABL_ISA: return "instruction set unknown, or not this machine's";
+        case SCALABL_DEVICE: return "CUDA reported an error, or was not compiled in";
+    }
+    return "unknown status";
+}
+
+scalabl_status scalabl_philox4x32(const uint32_t *counter, const uint32_t *key, int rounds,
+                                  uint32_t *out) {
+    if (!counter || !key || !out) return SCALABL_NULL;
+    if (rounds < 1 || rounds > 16) return SCALABL_ROUNDS;
+    const scalabl::Block block = {{counter[0], counter[1], counter[2], counter[3]}};
+    const scalabl::Block words = scalabl::philox4x32(block, key[0], key[1], rounds);
+    std::copy(words.word, words.word + 4, out);
+    return SCALABL_OK;
+}
+
+scalabl_status scalabl_box_muller(uint32_t a, uint32_t b, double *out) {
+    if (!out) return SCALABL_NULL;
+    scalabl::box_muller(a, b, out);
+    return SCALABL_OK;
+}
+
+scalabl_status scalabl_normals(uint64_t seed, uint32_t draw, uint32_t layer, const int64_t *groups,
+                               int64_t count, int64_t rank, float *out) {
+    const scalabl_status status = check_normals(layer, groups, count, rank, out);
+    if (status != SCALABL_OK) return status;
+    const scalabl::Coordinates at = {seed, draw, layer};
+    for (int64_t g = 0; g < count; ++g) {
+        scalabl::normal_row(at, static_cast<uint32_t>(groups[g]), rank, out + g * rank);
+    }
+    return SCALABL_OK;
+}
+
+scalabl_status scalabl_update_forward(const scalabl_update *op, void *y, int64_t y_stride,
+                                      void *h) {
+    const scalabl_status status = check_update(op);
+    if (status != SCALABL_OK) return status;
+    if (op->rows == 0) return SCALABL_OK;
+    if ((op->d_in > 0 && !op->x) || (op->d_out > 0 && !y)) return SCALABL_NULL;
+    if (!addressable(op->rows, op->d_out, y_stride)) return SCALABL_SIZE;
+    if (!apart(op->rows, op->d_out, y_stride)) return SCALABL_STRIDE;
+    return guarded([&] { scalabl::cpu::forward(*op, y, y_stride, h); });
+}
+
+scalabl_status scalabl_update_backward(const scalabl_update *op, const void *grad_y,
+                                       int64_t grad_y_stride, const void *h, void *grad_x,
+                                       int64_t grad_x_stride, void *grad_A, void *grad_B,
+                                       void *grad_s, void *grad_sigma) {
+    const scalabl_status status = check_update(op);
+    if (status != SCALABL_OK) return status;
+    const bool needs_x = grad_A || (!h && (grad_B || grad_s || grad_sigma));
+    if (op->rows > 0) {
+        if ((op->d_in > 0 && needs_x && !op->x) || (op->d_out > 0 && !grad_y)) return SCALABL_NULL;
+        if (!addressable(op->rows, op->d_out, grad_y_stride) ||
+            !addressable(op->rows, op->d_in, grad_x_stride)) {
+            return SCALABL_SIZE;
+        }
+        if (grad_x && !apart(op->rows, op->d_in, grad_x_stride)) return SCALABL_STRIDE;
+    }
+    const scalabl::Gradients out = {grad_x, grad_x_stride, grad_A, grad_B, grad_s, grad_sigma};
+    return guarded([&] { scalabl::cpu::backward(*op, grad_y, grad_y_stride, h, out); });
+}
+
+const char *scalabl_isa(void) { return scalabl::cpu::isa(); }
+
+scalabl_status scalabl_use_isa(const char *name) {
+    if (!name) return SCALABL_NULL;
+    return scalabl::cpu::use_isa(name) ? SCALABL_OK : SCALABL_ISA;
+}
+
+const char *scalabl_digest(void) { return SCALABL_DIGEST; }
+
+const char *scalabl_compiler(void) { return SCALABL_COMPILER; }

@@ -1,0 +1,25 @@
+// What api.cpp calls once the arguments are known to be good. May throw std::bad_alloc.
+#pragma once
+
+#include "scalabl.h"
+
+namespace scalabl {
+
+// Where the gradients go; null where one is not wanted.
+struct Gradients {
+    void *x;  // added to
+    int64_t x_stride;
+    void *A, *B, *s, *sigma;  // overwritten
+};
+
+namespace cpu {
+
+void forward(const scalabl_update &op, void *y, int64_t y_stride, void *h);
+void backward(const scalabl_update &op, const void *grad_y, int64_t grad_y_stride, const void *h,
+              const Gradients &out);
+
+const char *isa();
+bool use_isa(const char *name);  // false: unknown, or not to be had on this machine
+
+}  // namespace cpu
+}  // namespace scalabl

@@ -1,0 +1,35 @@
+// The three skinny matrix products of the update, one table of them for each instruction set.
+#pragma once
+
+#include <stdint.h>
+
+namespace scalabl {
+
+// Row-major operands; a stride is the distance of two rows in elements. T is float or double.
+template <typename T>
+struct Products {
+    // h (rows, rank) += x (rows, n) m^T,  m (rank, n); h is contiguous
+    void (*dots)(const T *x, int64_t x_stride, const T *m, int64_t m_stride, int64_t rows,
+                 int64_t n, int64_t rank, T *h);
+    // y (rows, n) += u (rows, rank) m,  m (rank, n); u is contiguous
+    void (*add)(T *y, int64_t y_stride, const T *m, int64_t m_stride, int64_t rows, int64_t n,
+                int64_t rank, const T *u);
+    // g (rank, n) += u^T x,  u (rows, rank) contiguous, x (rows, n)
+    void (*outer)(T *g, int64_t g_stride, const T *x, int64_t x_stride, int64_t rows, int64_t n,
+                  int64_t rank, const T *u);
+};
+
+struct Kernels {
+    const char *name;
+    Products<float> single;
+    Products<double> twice;
+    // n bfloat16 or float16 values as bits to float, and back (to nearest, ties to even)
+    void (*widen_bfloat16)(const uint16_t *in, float *out, int64_t n);
+    void (*narrow_bfloat16)(const float *in, uint16_t *out, int64_t n);
+    void (*widen_float16)(const uint16_t *in, float *out, int64_t n);
+    void (*narrow_float16)(const float *in, uint16_t *out, int64_t n);
+};
+
+extern const Kernels BASELINE, AVX2, AVX512;  // the last two on x86-64 alone
+
+}  // namespace scalabl

@@ -1,0 +1,65 @@
+// The formulas of the subspace-sampled low-rank update, once for host and device.
+//
+//     forward   h = A x                              (rank,) per row
+//               u = scaling * (s + sigma eps) * h
+//               y += B u
+//     backward  d = B^T grad_y
+//               grad_u's way back to h, s, sigma:   dh     = scaling * (s + sigma eps) * d
+//                                                   ds     = scaling * h * d
+//                                                   dsigma = ds * eps
+//               grad_x += A^T dh,   grad_A = sum dh x^T,   grad_B = sum grad_y u^T,
+//               grad_s = sum ds,    grad_sigma = sum dsigma          (sums over rows)
+//
+// docs/method.md derives them. What is left to cpu.cpp and cuda.cu is how to walk the rows.
+#pragma once
+
+#include "halves.h"
+#include "normal.h"
+#include "scalabl.h"
+
+namespace scalabl {
+
+constexpr int MAX_RANK = 256;
+
+// The group whose draw row `row` uses; meaningful only if the update is noisy.
+SCALABL_BOTH uint32_t group_of_row(const scalabl_update &op, int64_t row) {
+    const int64_t index = row / op.rows_per_group;
+    return static_cast<uint32_t>(op.groups ? op.groups[index] : index);
+}
+
+// scaling * (s + sigma * eps), the factor between h and u.
+template <typename T>
+SCALABL_BOTH T factor(T scaling, T s, T sigma, T eps) {
+    return scaling * (s + sigma * eps);
+}
+
+// What one component of d contributes: dh, and ds (dsigma is ds * eps).
+template <typename T>
+SCALABL_BOTH void backward(T factor, T scaling, T h, T d, T &dh, T &ds) {
+    dh = factor * d;
+    ds = scaling * h * d;
+}
+
+// What products of T are summed in.
+template <typename T>
+struct Wide {
+    typedef float type;
+};
+template <>
+struct Wide<double> {
+    typedef double type;
+};
+
+// fn(S(), P()): S the type of the rows, P that of the adapter.
+template <typename Fn>
+void by_dtype(const scalabl_update &op, const Fn &fn) {
+    const bool plain = op.adapter_dtype == SCALABL_FLOAT32;
+    switch (op.dtype) {
+        case SCALABL_FLOAT64: return plain ? fn(double(), float()) : fn(double(), double());
+        case SCALABL_BFLOAT16: return plain ? fn(bfloat16(), float()) : fn(bfloat16(), bfloat16());
+        case SCALABL_FLOAT16: return plain ? fn(float16(), float()) : fn(float16(), float16());
+        default: return fn(float(), float());
+    }
+}
+
+}  // namespace scalabl

@@ -1,0 +1,381 @@
+// The update through the C interface, against loops in double: dtypes, strides, ranks, threads,
+// instruction sets, absent outputs and bad arguments. Buffers have their exact sizes, so that the
+// sanitizers see a read or a write past the end.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "scalabl.h"
+#include "subspace_lora.h"
+
+namespace {
+
+std::mt19937_64 engine(1);
+
+double random_value() { return std::normal_distribution<double>()(engine); }
+
+int64_t width(int32_t dtype) {
+    return dtype == SCALABL_FLOAT64 ? 8 : dtype == SCALABL_FLOAT32 ? 4 : 2;
+}
+
+// Unit roundoff of a dtype.
+double half_ulp(int32_t dtype) {
+    const double eps[] = {0x1p-24, 0x1p-53, 0x1p-8, 0x1p-11};
+    return eps[dtype];
+}
+
+// A strided matrix of one dtype in bytes of its own; the gaps hold NaN, which must not be read.
+struct Matrix {
+    int32_t dtype;
+    int64_t rows, columns, stride;
+    std::vector<char> bytes;
+
+    Matrix(int32_t dtype_, int64_t rows_, int64_t columns_, int64_t gap = 0)
+        : dtype(dtype_), rows(rows_), columns(columns_), stride(columns_ + gap) {
+        const int64_t size = rows ? (rows - 1) * stride + columns : 0;
+        bytes.resize(static_cast<size_t>(size * width(dtype)));
+        for (int64_t i = 0; i < size; ++i) put(i, NAN);
+        for (int64_t i = 0; i < rows; ++i) {
+            for (int64_t j = 0; j < columns; ++j) set(i, j, random_value());
+        }
+    }
+    void *data() { return bytes.empty() ? nullptr : bytes.data(); }
+    const void *data() const { return bytes.empty() ? nullptr : bytes.data(); }
+
+    template <typename T>
+    T &as(int64_t i) {
+        return reinterpret_cast<T *>(bytes.data())[i];
+    }
+    template <typename T>
+    const T &as(int64_t i) const {
+        return reinterpret_cast<const T *>(bytes.data())[i];
+    }
+    void put(int64_t i, double value) {
+        switch (dtype) {
+            case SCALABL_FLOAT32: as<float>(i) = static_cast<float>(value); break;
+            case SCALABL_FLOAT64: as<double>(i) = value; break;
+            case SCALABL_BFLOAT16:
+                scalabl::narrow(static_cast<float>(value), as<scalabl::bfloat16>(i));
+                break;
+            default: scalabl::narrow(static_cast<float>(value), as<scalabl::float16>(i));
+        }
+    }
+    double value(int64_t i) const {
+        switch (dtype) {
+            case SCALABL_FLOAT32: return as<float>(i);
+            case SCALABL_FLOAT64: return as<double>(i);
+            case SCALABL_BFLOAT16: return scalabl::widen(as<scalabl::bfloat16>(i));
+            default: return scalabl::widen(as<scalabl::float16>(i));
+        }
+    }
+    void set(int64_t i, int64_t j, double value) { put(i * stride + j, value); }
+    double at(int64_t i, int64_t j) const { return value(i * stride + j); }
+};
+
+struct Problem {
+    scalabl_update op;
+    Matrix x, A, B, s, sigma, y, grad_y, grad_x;
+    std::vector<int64_t> groups;
+
+    Problem(int32_t dtype, int32_t own, int64_t rows, int64_t d_in, int64_t d_out, int64_t rank,
+            int64_t gap, int64_t per_group)
+        : x(dtype, rows, d_in, gap),
+          A(own, rank, d_in, gap),
+          B(own, d_out, rank, gap),
+          s(own, 1, rank),
+          sigma(own, 1, rank),
+          y(dtype, rows, d_out, gap),
+          grad_y(dtype, rows, d_out, gap),
+          grad_x(dtype, rows, d_in, gap) {
+        for (int64_t g = 0; g * per_group < rows; ++g) groups.push_back((g * 7919) % 100003);
+        op = scalabl_update{dtype, own, rows, d_in, d_out, rank, x.data(), x.stride, A.data(),
+                            A.stride, B.data(), B.stride, s.data(), sigma.data(), 0.75, 1, 3, 5,
+                            0xfedcba9876543210u, groups.data(), per_group, 2};
+    }
+    std::vector<float> eps(int64_t row) const {
+        std::vector<float> out(static_cast<size_t>(op.rank));
+        if (op.noisy) {
+            const int64_t index = row / op.rows_per_group;
+            const int64_t id = op.groups ? op.groups[index] : index;
+            CHECK(scalabl_normals(op.seed, op.draw, op.layer, &id, 1, op.rank, out.data()) == 0);
+        }
+        return out;
+    }
+};
+
+// One number beside what it is to be: `size` is the sum of the magnitudes behind it.
+void near(double value, double expected, double size, double roundoff, const char *what) {
+    const bool good = std::fabs(value - expected) <= roundoff * size;
+    if (!good) std::printf("%s: %.9g, expected %.9g\n", what, value, expected);
+    CHECK(good);
+}
+
+void compare(Problem &p) {
+    const scalabl_update &op = p.op;
+    const int64_t n = op.rows, r = op.rank;
+    // Sums are of float at least; a store in the rows' or the adapter's dtype rounds once more.
+    const double wide = op.dtype == SCALABL_FLOAT64 ? 0x1p-53 : 0x1p-24;
+    const double sum = wide * static_cast<double>(op.d_in + op.d_out + n + r + 8);
+    const double row = sum + 2 * half_ulp(op.dtype), own = sum + half_ulp(op.adapter_dtype);
+
+    std::vector<double> h(n * r), hs(n * r), d(n * r), ds(n * r), f(n * r), e(n * r);
+    for (int64_t i = 0; i < n; ++i) {
+        const std::vector<float> eps = p.eps(i);
+        for (int64_t k = 0; k < r; ++k) {
+            const int64_t at = i * r + k;
+            e[at] = eps[k];
+            f[at] = op.scaling * (p.s.at(0, k) + p.sigma.at(0, k) * e[at]);
+            for (int64_t j = 0; j < op.d_in; ++j) {
+                h[at] += p.A.at(k, j) * p.x.at(i, j);
+                hs[at] += std::fabs(p.A.at(k, j) * p.x.at(i, j));
+            }
+            for (int64_t j = 0; j < op.d_out; ++j) {
+                d[at] += p.B.at(j, k) * p.grad_y.at(i, j);
+                ds[at] += std::fabs(p.B.at(j, k) * p.grad_y.at(i, j));
+            }
+        }
+    }
+    // |s| + |sigma eps| rather than their sum: what cancels there was rounded before.
+    const auto factor_size = [&](int64_t i, int64_t k) {
+        return op.scaling *
+               (std::fabs(p.s.at(0, k)) + std::fabs(p.sigma.at(0, k) * e[i * r + k]));
+    };
+
+    Matrix y = p.y, kept(op.dtype == SCALABL_FLOAT64 ? SCALABL_FLOAT64 : SCALABL_FLOAT32, n, r);
+    CHECK(scalabl_update_forward(&op, y.data(), y.stride, kept.data()) == SCALABL_OK);
+    for (int64_t i = 0; i < n; ++i) {
+        for (int64_t k = 0; k < r; ++k) near(kept.at(i, k), h[i * r + k], hs[i * r + k], sum, "h");
+        for (int64_t j = 0; j < op.d_out; ++j) {
+            double expected = p.y.at(i, j), size = std::fabs(expected);
+            for (int64_t k = 0; k < r; ++k) {
+                expected += p.B.at(j, k) * f[i * r + k] * h[i * r + k];
+                size += std::fabs(p.B.at(j, k)) * factor_size(i, k) * hs[i * r + k];
+            }
+            near(y.at(i, j), expected, size, row, "y");
+        }
+    }
+
+    for (const bool saved : {true, false}) {
+        Matrix grad_x = p.grad_x, grad_A(op.adapter_dtype, r, op.d_in);
+        Matrix grad_B(op.adapter_dtype, op.d_out, r), grad_s(op.adapter_dtype, 1, r);
+        Matrix grad_sigma(op.adapter_dtype, 1, r);
+        CHECK(scalabl_update_backward(&op, p.grad_y.data(), p.grad_y.stride,
+                                      saved ? kept.data() : nullptr, grad_x.data(), grad_x.stride,
+                                      grad_A.data(), grad_B.data(), grad_s.data(),
+                                      grad_sigma.data()) == SCALABL_OK);
+        for (int64_t i = 0; i < n; ++i) {
+            for (int64_t j = 0; j < op.d_in; ++j) {
+                double expected = p.grad_x.at(i, j), size = std::fabs(expected);
+                for (int64_t k = 0; k < r; ++k) {
+                    expected += p.A.at(k, j) * f[i * r + k] * d[i * r + k];
+                    size += std::fabs(p.A.at(k, j)) * factor_size(i, k) * ds[i * r + k];
+                }
+                near(grad_x.at(i, j), expected, size, row, "grad_x");
+            }
+        }
+        for (int64_t k = 0; k < r; ++k) {
+            for (int64_t j = 0; j < op.d_in; ++j) {
+                double expected = 0, size = 0;
+                for (int64_t i = 0; i < n; ++i) {
+                    expected += f[i * r + k] * d[i * r + k] * p.x.at(i, j);
+                    size += factor_size(i, k) * ds[i * r + k] * std::fabs(p.x.at(i, j));
+                }
+                near(grad_A.at(k, j), expected, size, own, "grad_A");
+            }
+            for (int64_t j = 0; j < op.d_out; ++j) {
+                double expected = 0, size = 0;
+                for (int64_t i = 0; i < n; ++i) {
+                    expected += p.grad_y.at(i, j) * f[i * r + k] * h[i * r + k];
+                    size += std::fabs(p.grad_y.at(i, j)) * factor_size(i, k) * hs[i * r + k];
+                }
+                near(grad_B.at(j, k), expected, size, own, "grad_B");
+            }
+            double s = 0, sigma = 0, size = 0, sigma_size = 0;
+            for (int64_t i = 0; i < n; ++i) {
+                const int64_t at = i * r + k;
+                s += op.scaling * h[at] * d[at];
+                size += op.scaling * hs[at] * ds[at];
+                sigma += op.scaling * h[at] * d[at] * e[at];
+                sigma_size += op.scaling * hs[at] * ds[at] * std::fabs(e[at]);
+            }
+            near(grad_s.at(0, k), s, size, own, "grad_s");
+            near(grad_sigma.at(0, k), sigma, sigma_size, own, "grad_sigma");
+        }
+    }
+}
+
+const int32_t PAIRS[][2] = {
+    {SCALABL_FLOAT32, SCALABL_FLOAT32},   {SCALABL_FLOAT64, SCALABL_FLOAT64},
+    {SCALABL_FLOAT64, SCALABL_FLOAT32},   {SCALABL_BFLOAT16, SCALABL_FLOAT32},
+    {SCALABL_BFLOAT16, SCALABL_BFLOAT16}, {SCALABL_FLOAT16, SCALABL_FLOAT32},
+    {SCALABL_FLOAT16, SCALABL_FLOAT16}};
+
+void test_against_loops() {
+    struct Shape {
+        int64_t rows, d_in, d_out, rank, gap, per_group;
+    };
+    const Shape shapes[] = {{1, 1, 1, 1, 0, 1},    {5, 17, 3, 2, 3, 2},   {7, 33, 65, 5, 1, 7},
+                            {29, 40, 24, 8, 0, 4}, {3, 130, 70, 13, 2, 1}, {50, 5, 900, 4, 5, 13},
+                            {26, 801, 2, 3, 1, 9}, {2, 3, 4, 256, 1, 1},   {4, 0, 3, 2, 1, 1},
+                            {4, 3, 0, 2, 1, 1},    {0, 3, 4, 2, 1, 1}};
+    for (const auto &pair : PAIRS) {
+        for (const Shape &c : shapes) {
+            Problem p(pair[0], pair[1], c.rows, c.d_in, c.d_out, c.rank, c.gap, c.per_group);
+            compare(p);
+            p.op.groups = nullptr;
+            compare(p);
+            p.op.noisy = 0;
+            compare(p);
+        }
+    }
+}
+
+void test_every_instruction_set() {
+    const std::string best = scalabl_isa();
+    for (const char *name : {"baseline", "avx2", "avx512"}) {
+        if (scalabl_use_isa(name) != SCALABL_OK) {
+            std::printf("skipped: this machine has no %s\n", name);
+            continue;
+        }
+        CHECK(std::strcmp(scalabl_isa(), name) == 0);
+        test_against_loops();
+    }
+    CHECK(scalabl_use_isa("abacus") == SCALABL_ISA && scalabl_use_isa(nullptr) == SCALABL_NULL);
+    CHECK(scalabl_use_isa(best.c_str()) == SCALABL_OK);
+}
+
+// Bit for bit, and under the thread sanitizer without a race.
+void test_threads_do_not_change_the_result() {
+    Problem p(SCALABL_FLOAT32, SCALABL_FLOAT32, 300, 700, 900, 8, 0, 3);
+    std::vector<std::vector<char>> first;
+    for (const int threads : {1, 2, 5, 16}) {
+        p.op.threads = threads;
+        Matrix y = p.y, h(SCALABL_FLOAT32, 300, 8), grad_x = p.grad_x;
+        Matrix grad_A(SCALABL_FLOAT32, 8, 700), grad_B(SCALABL_FLOAT32, 900, 8);
+        Matrix grad_s(SCALABL_FLOAT32, 1, 8), grad_sigma(SCALABL_FLOAT32, 1, 8);
+        CHECK(scalabl_update_forward(&p.op, y.data(), y.stride, h.data()) == SCALABL_OK);
+        CHECK(scalabl_update_backward(&p.op, p.grad_y.data(), p.grad_y.stride, h.data(),
+                                      grad_x.data(), grad_x.stride, grad_A.data(), grad_B.data(),
+                                      grad_s.data(), grad_sigma.data()) == SCALABL_OK);
+        const std::vector<std::vector<char>> all = {y.bytes,      h.bytes,      grad_x.bytes,
+                                                    grad_A.bytes, grad_B.bytes, grad_s.bytes,
+                                                    grad_sigma.bytes};
+        if (first.empty()) first = all;
+        CHECK(all == first);
+    }
+}
+
+// Rows may be read backwards or over and over.
+void test_unusual_strides_of_what_is_read() {
+    Problem p(SCALABL_FLOAT32, SCALABL_FLOAT32, 4, 6, 5, 2, 0, 1);
+    Matrix turned = p.x, y = p.y, other = p.y;
+    for (int64_t i = 0; i < 4; ++i) {
+        for (int64_t j = 0; j < 6; ++j) turned.set(3 - i, j, p.x.at(i, j));
+    }
+    CHECK(scalabl_update_forward(&p.op, y.data(), y.stride, nullptr) == SCALABL_OK);
+    p.op.x = &turned.as<float>(3 * 6);
+    p.op.x_stride = -6;
+    CHECK(scalabl_update_forward(&p.op, other.data(), other.stride, nullptr) == SCALABL_OK);
+    CHECK(y.bytes == other.bytes);
+    p.op.x_stride = 0;
+    CHECK(scalabl_update_forward(&p.op, other.data(), other.stride, nullptr) == SCALABL_OK);
+}
+
+void test_bad_arguments() {
+    const Problem good(SCALABL_FLOAT32, SCALABL_FLOAT32, 4, 6, 5, 2, 0, 1);
+    Matrix y = good.y, grad_x = good.grad_x;
+    const std::vector<char> before = y.bytes;
+    const auto forward = [&](void (*spoil)(scalabl_update &)) {
+        scalabl_update op = good.op;
+        spoil(op);
+        const scalabl_status status = scalabl_update_forward(&op, y.data(), 5, nullptr);
+        Matrix grad_A(SCALABL_FLOAT32, 2, 6);
+        CHECK(scalabl_update_backward(&op, good.grad_y.data(), 5, nullptr, grad_x.data(), 6,
+                                      grad_A.data(), nullptr, nullptr, nullptr) == status);
+        return status;
+    };
+    typedef scalabl_update Op;
+    CHECK(forward([](Op &op) { op.dtype = 4; }) == SCALABL_DTYPE);
+    CHECK(forward([](Op &op) { op.dtype = -1; }) == SCALABL_DTYPE);
+    CHECK(forward([](Op &op) { op.adapter_dtype = SCALABL_FLOAT64; }) == SCALABL_DTYPE);
+    CHECK(forward([](Op &op) { op.rank = 0; }) == SCALABL_RANK);
+    CHECK(forward([](Op &op) { op.rank = 257; }) == SCALABL_RANK);
+    CHECK(forward([](Op &op) { op.rows = -1; }) == SCALABL_SIZE);
+    CHECK(forward([](Op &op) { op.d_in = -1; }) == SCALABL_SIZE);
+    CHECK(forward([](Op &op) { op.d_out = -1; }) == SCALABL_SIZE);
+    CHECK(forward([](Op &op) { op.d_out = INT64_MAX; }) == SCALABL_SIZE);
+    CHECK(forward([](Op &op) { op.x_stride = INT64_MAX / 2; }) == SCALABL_SIZE);
+    CHECK(forward([](Op &op) { op.threads = 0; }) == SCALABL_THREADS);
+    CHECK(forward([](Op &op) { op.layer = UINT32_MAX; }) == SCALABL_LAYER);
+    CHECK(forward([](Op &op) { op.rows_per_group = 0; }) == SCALABL_COUNT);
+    CHECK(forward([](Op &op) { op.A = nullptr; }) == SCALABL_NULL);
+    CHECK(forward([](Op &op) { op.B = nullptr; }) == SCALABL_NULL);
+    CHECK(forward([](Op &op) { op.s = nullptr; }) == SCALABL_NULL);
+    CHECK(forward([](Op &op) { op.sigma = nullptr; }) == SCALABL_NULL);
+    CHECK(forward([](Op &op) { op.x = nullptr; }) == SCALABL_NULL);
+    static const int64_t outside[] = {0, 1, -1, 2};
+    CHECK(forward([](Op &op) { op.groups = outside; }) == SCALABL_GROUP);
+    CHECK(scalabl_update_forward(nullptr, y.data(), 5, nullptr) == SCALABL_NULL);
+    CHECK(scalabl_update_forward(&good.op, nullptr, 5, nullptr) == SCALABL_NULL);
+    CHECK(scalabl_update_forward(&good.op, y.data(), 4, nullptr) == SCALABL_STRIDE);
+    CHECK(scalabl_update_backward(&good.op, nullptr, 5, nullptr, grad_x.data(), 6, nullptr,
+                                  nullptr, nullptr, nullptr) == SCALABL_NULL);
+    CHECK(scalabl_update_backward(&good.op, good.grad_y.data(), 5, nullptr, grad_x.data(), 3,
+                                  nullptr, nullptr, nullptr, nullptr) == SCALABL_STRIDE);
+    CHECK(y.bytes == before && grad_x.bytes == good.grad_x.bytes);
+}
+
+// Every float16 and bfloat16 goes to float and back; ties go to even; large goes to infinity.
+void test_half_precision() {
+    for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+        const uint16_t half = static_cast<uint16_t>(bits);
+        scalabl::float16 f = {0};
+        scalabl::bfloat16 b = {0};
+        const float from_f = scalabl::widen(scalabl::float16{half});
+        const float from_b = scalabl::widen(scalabl::bfloat16{half});
+        scalabl::narrow(from_f, f);
+        scalabl::narrow(from_b, b);
+        CHECK(std::isnan(from_f) ? (f.bits & 0x7fffu) > 0x7c00u : f.bits == half);
+        CHECK(std::isnan(from_b) ? (b.bits & 0x7fffu) > 0x7f80u : b.bits == half);
+        const int exponent = half >> 10 & 31;
+        if (exponent < 31) {
+            const double size = exponent ? std::ldexp(1024 + (half & 1023), exponent - 25)
+                                         : std::ldexp(half & 1023, -24);
+            CHECK(from_f == static_cast<float>(half & 0x8000u ? -size : size));
+        }
+    }
+    const struct {
+        float value;
+        uint16_t half;
+    } cases[] = {{1.0f + 0x1p-11f, 0x3c00},     {1.0f + 0x1.8p-10f, 0x3c02}, {65519.996f, 0x7bff},
+                 {65520.0f, 0x7c00},            {-1e30f, 0xfc00},            {0x1p-25f, 0x0000},
+                 {0x1.000002p-25f, 0x0001},     {0x1.8p-24f, 0x0002},        {-0.0f, 0x8000},
+                 {0x1.ff8p-15f, 0x03ff},        {0x1.ffep-15f, 0x0400}};
+    for (const auto &c : cases) {
+        scalabl::float16 f;
+        scalabl::narrow(c.value, f);
+        CHECK(f.bits == c.half);
+    }
+    scalabl::bfloat16 b;
+    scalabl::narrow(1.0f + 0x1p-8f, b);
+    CHECK(b.bits == 0x3f80);
+    scalabl::narrow(1.0f + 0x1.8p-7f, b);
+    CHECK(b.bits == 0x3f82);
+    scalabl::narrow(3.4e38f, b);
+    CHECK(b.bits == 0x7f80);
+}
+
+}  // namespace
+
+int main() {
+    test_half_precision();
+    test_every_instruction_set();
+    test_threads_do_not_change_the_result();
+    test_unusual_strides_of_what_is_read();
+    test_bad_arguments();
+    std::printf("%d failures\n", failures);
+    return failures != 0;
+}
