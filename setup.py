@@ -1,6 +1,8 @@
 """Builds the native core with CMake and Ninja; everything else is in pyproject.toml.
 
-SCALABL_NATIVE=0 leaves the core out: the package then runs on PyTorch alone.
+SCALABL_NATIVE=0 leaves the core out: the package then runs on PyTorch alone. CUDA is compiled where
+nvcc is found; SCALABL_CUDA=1 makes that an error if it is not, SCALABL_CUDA=0 leaves it out, and
+CUDAARCHS="80;90" names the architectures.
 """
 
 import os
@@ -12,6 +14,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CUDA = {"0": "OFF", "1": "ON"}.get(os.environ.get("SCALABL_CUDA", ""), "AUTO")
 
 
 class CMakeBuild(build_ext):
@@ -28,6 +31,7 @@ class CMakeBuild(build_ext):
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+                f"-DSCALABL_CUDA={CUDA}",
             )  # fmt: skip
             self._run("cmake", "--build", str(build))
         except (OSError, subprocess.CalledProcessError) as error:

@@ -4,6 +4,7 @@
 #include <new>
 
 #include "cpu.h"
+#include "cuda.h"
 #include "scalabl.h"
 #include "subspace_lora.h"
 
@@ -42,22 +43,25 @@ bool known_dtypes(const scalabl_update &op) {
     return known && (op.adapter_dtype == SCALABL_FLOAT32 || op.adapter_dtype == op.dtype);
 }
 
-scalabl_status check_noise(const scalabl_update &op) {
+enum class Memory { HOST, DEVICE };  // group ids on a device cannot be looked at from here
+
+scalabl_status check_noise(const scalabl_update &op, Memory memory) {
     if (!op.noisy) return SCALABL_OK;
     if (op.layer == UINT32_MAX) return SCALABL_LAYER;
     if (op.rows_per_group < 1) return SCALABL_COUNT;
     const int64_t groups = op.rows / op.rows_per_group + (op.rows % op.rows_per_group != 0);
     if (groups > WORDS) return SCALABL_COUNT;
-    return !op.groups || groups_in_range(op.groups, groups) ? SCALABL_OK : SCALABL_GROUP;
+    if (!op.groups || memory == Memory::DEVICE) return SCALABL_OK;
+    return groups_in_range(op.groups, groups) ? SCALABL_OK : SCALABL_GROUP;
 }
 
 // Everything but x, whose need depends on the call.
-scalabl_status check_update(const scalabl_update *op) {
+scalabl_status check_update(const scalabl_update *op, Memory memory) {
     if (!op) return SCALABL_NULL;
     if (!known_dtypes(*op)) return SCALABL_DTYPE;
     if (op->rank < 1 || op->rank > scalabl::MAX_RANK) return SCALABL_RANK;
     if (op->rows < 0 || op->d_in < 0 || op->d_out < 0) return SCALABL_SIZE;
-    if (op->threads < 1) return SCALABL_THREADS;
+    if (memory == Memory::HOST && op->threads < 1) return SCALABL_THREADS;
     if (!addressable(op->rows, op->d_in, op->x_stride) ||
         !addressable(op->rank, op->d_in, op->A_stride) ||
         !addressable(op->d_out, op->rank, op->B_stride) ||
@@ -69,7 +73,30 @@ scalabl_status check_update(const scalabl_update *op) {
     if ((op->d_in > 0 && !op->A) || (op->d_out > 0 && !op->B) || !op->s || !op->sigma) {
         return SCALABL_NULL;
     }
-    return check_noise(*op);
+    return check_noise(*op, memory);
+}
+
+scalabl_status check_forward(const scalabl_update *op, Memory memory, const void *y,
+                             int64_t y_stride) {
+    const scalabl_status status = check_update(op, memory);
+    if (status != SCALABL_OK || op->rows == 0) return status;
+    if ((op->d_in > 0 && !op->x) || (op->d_out > 0 && !y)) return SCALABL_NULL;
+    if (!addressable(op->rows, op->d_out, y_stride)) return SCALABL_SIZE;
+    return apart(op->rows, op->d_out, y_stride) ? SCALABL_OK : SCALABL_STRIDE;
+}
+
+scalabl_status check_backward(const scalabl_update *op, Memory memory, const void *grad_y,
+                              int64_t grad_y_stride, const void *h,
+                              const scalabl::Gradients &out) {
+    const scalabl_status status = check_update(op, memory);
+    if (status != SCALABL_OK || op->rows == 0) return status;
+    const bool needs_x = out.A || (!h && (out.B || out.s || out.sigma));
+    if ((op->d_in > 0 && needs_x && !op->x) || (op->d_out > 0 && !grad_y)) return SCALABL_NULL;
+    if (!addressable(op->rows, op->d_out, grad_y_stride) ||
+        !addressable(op->rows, op->d_in, out.x_stride)) {
+        return SCALABL_SIZE;
+    }
+    return !out.x || apart(op->rows, op->d_in, out.x_stride) ? SCALABL_OK : SCALABL_STRIDE;
 }
 
 // fn(), with what it throws made a status.
@@ -134,12 +161,8 @@ scalabl_status scalabl_normals(uint64_t seed, uint32_t draw, uint32_t layer, con
 
 scalabl_status scalabl_update_forward(const scalabl_update *op, void *y, int64_t y_stride,
                                       void *h) {
-    const scalabl_status status = check_update(op);
+    const scalabl_status status = check_forward(op, Memory::HOST, y, y_stride);
     if (status != SCALABL_OK) return status;
-    if (op->rows == 0) return SCALABL_OK;
-    if ((op->d_in > 0 && !op->x) || (op->d_out > 0 && !y)) return SCALABL_NULL;
-    if (!addressable(op->rows, op->d_out, y_stride)) return SCALABL_SIZE;
-    if (!apart(op->rows, op->d_out, y_stride)) return SCALABL_STRIDE;
     return guarded([&] { scalabl::cpu::forward(*op, y, y_stride, h); });
 }
 
@@ -147,20 +170,70 @@ scalabl_status scalabl_update_backward(const scalabl_update *op, const void *gra
                                        int64_t grad_y_stride, const void *h, void *grad_x,
                                        int64_t grad_x_stride, void *grad_A, void *grad_B,
                                        void *grad_s, void *grad_sigma) {
-    const scalabl_status status = check_update(op);
-    if (status != SCALABL_OK) return status;
-    const bool needs_x = grad_A || (!h && (grad_B || grad_s || grad_sigma));
-    if (op->rows > 0) {
-        if ((op->d_in > 0 && needs_x && !op->x) || (op->d_out > 0 && !grad_y)) return SCALABL_NULL;
-        if (!addressable(op->rows, op->d_out, grad_y_stride) ||
-            !addressable(op->rows, op->d_in, grad_x_stride)) {
-            return SCALABL_SIZE;
-        }
-        if (grad_x && !apart(op->rows, op->d_in, grad_x_stride)) return SCALABL_STRIDE;
-    }
     const scalabl::Gradients out = {grad_x, grad_x_stride, grad_A, grad_B, grad_s, grad_sigma};
+    const scalabl_status status =
+        check_backward(op, Memory::HOST, grad_y, grad_y_stride, h, out);
+    if (status != SCALABL_OK) return status;
     return guarded([&] { scalabl::cpu::backward(*op, grad_y, grad_y_stride, h, out); });
 }
+
+#ifdef SCALABL_CUDA
+
+// run(bytes) for real where there is scratch space enough, else to learn how much is needed.
+template <typename Run>
+static scalabl_status on_device(void *scratch, int64_t *scratch_bytes, const Run &run) {
+    if (!scratch_bytes) return SCALABL_NULL;
+    int64_t needed = 0;
+    run(nullptr, needed);
+    const bool enough = *scratch_bytes >= needed;
+    if (!scratch) *scratch_bytes = needed;
+    if (!scratch) return SCALABL_OK;
+    if (!enough) return SCALABL_MEMORY;
+    return run(scratch, needed) ? SCALABL_OK : SCALABL_DEVICE;
+}
+
+scalabl_status scalabl_cuda_update_forward(const scalabl_update *op, void *y, int64_t y_stride,
+                                           void *h, void *scratch, int64_t *scratch_bytes,
+                                           void *stream) {
+    const scalabl_status status = check_forward(op, Memory::DEVICE, y, y_stride);
+    if (status != SCALABL_OK) return status;
+    return on_device(scratch, scratch_bytes, [&](void *space, int64_t &bytes) {
+        return scalabl::cuda::forward(*op, y, y_stride, h, space, bytes, stream);
+    });
+}
+
+scalabl_status scalabl_cuda_update_backward(const scalabl_update *op, const void *grad_y,
+                                            int64_t grad_y_stride, const void *h, void *grad_x,
+                                            int64_t grad_x_stride, void *grad_A, void *grad_B,
+                                            void *grad_s, void *grad_sigma, void *scratch,
+                                            int64_t *scratch_bytes, void *stream) {
+    const scalabl::Gradients out = {grad_x, grad_x_stride, grad_A, grad_B, grad_s, grad_sigma};
+    const scalabl_status status =
+        check_backward(op, Memory::DEVICE, grad_y, grad_y_stride, h, out);
+    if (status != SCALABL_OK) return status;
+    return on_device(scratch, scratch_bytes, [&](void *space, int64_t &bytes) {
+        return scalabl::cuda::backward(*op, grad_y, grad_y_stride, h, out, space, bytes, stream);
+    });
+}
+
+const char *scalabl_cuda(void) { return SCALABL_CUDA; }
+
+#else
+
+scalabl_status scalabl_cuda_update_forward(const scalabl_update *, void *, int64_t, void *, void *,
+                                           int64_t *, void *) {
+    return SCALABL_DEVICE;
+}
+
+scalabl_status scalabl_cuda_update_backward(const scalabl_update *, const void *, int64_t,
+                                            const void *, void *, int64_t, void *, void *, void *,
+                                            void *, void *, int64_t *, void *) {
+    return SCALABL_DEVICE;
+}
+
+const char *scalabl_cuda(void) { return ""; }
+
+#endif
 
 const char *scalabl_isa(void) { return scalabl::cpu::isa(); }
 

@@ -101,11 +101,35 @@ void update_backward(const Update &op, uintptr_t grad_y, int64_t grad_y_stride, 
     check(status);
 }
 
+// Both return the bytes of scratch space that are needed; with scratch 0 they do nothing else.
+int64_t cuda_forward(const Update &op, uintptr_t y, int64_t y_stride, uintptr_t h,
+                     uintptr_t scratch, int64_t bytes, uintptr_t stream) {
+    check(scalabl_cuda_update_forward(&op, reinterpret_cast<void *>(y), y_stride,
+                                      reinterpret_cast<void *>(h),
+                                      reinterpret_cast<void *>(scratch), &bytes,
+                                      reinterpret_cast<void *>(stream)));
+    return bytes;
+}
+
+int64_t cuda_backward(const Update &op, uintptr_t grad_y, int64_t grad_y_stride, uintptr_t h,
+                      uintptr_t grad_x, int64_t grad_x_stride, uintptr_t grad_A, uintptr_t grad_B,
+                      uintptr_t grad_s, uintptr_t grad_sigma, uintptr_t scratch, int64_t bytes,
+                      uintptr_t stream) {
+    check(scalabl_cuda_update_backward(
+        &op, reinterpret_cast<const void *>(grad_y), grad_y_stride,
+        reinterpret_cast<const void *>(h), reinterpret_cast<void *>(grad_x), grad_x_stride,
+        reinterpret_cast<void *>(grad_A), reinterpret_cast<void *>(grad_B),
+        reinterpret_cast<void *>(grad_s), reinterpret_cast<void *>(grad_sigma),
+        reinterpret_cast<void *>(scratch), &bytes, reinterpret_cast<void *>(stream)));
+    return bytes;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "The native core of scalabl_ref; addresses in, addresses out.";
     module.attr("digest") = scalabl_digest();
+    module.attr("cuda") = scalabl_cuda();
     module.attr("compiler") = scalabl_compiler();
     module.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"), py::arg("rounds"));
     module.def("box_muller", &box_muller, py::arg("a"), py::arg("b"));
@@ -119,7 +143,13 @@ PYBIND11_MODULE(_native, module) {
         .def("forward", &update_forward, py::arg("y"), py::arg("y_stride"), py::arg("h"))
         .def("backward", &update_backward, py::arg("grad_y"), py::arg("grad_y_stride"),
              py::arg("h"), py::arg("grad_x"), py::arg("grad_x_stride"), py::arg("grad_A"),
-             py::arg("grad_B"), py::arg("grad_s"), py::arg("grad_sigma"));
+             py::arg("grad_B"), py::arg("grad_s"), py::arg("grad_sigma"))
+        .def("cuda_forward", &cuda_forward, py::arg("y"), py::arg("y_stride"), py::arg("h"),
+             py::arg("scratch"), py::arg("bytes"), py::arg("stream"))
+        .def("cuda_backward", &cuda_backward, py::arg("grad_y"), py::arg("grad_y_stride"),
+             py::arg("h"), py::arg("grad_x"), py::arg("grad_x_stride"), py::arg("grad_A"),
+             py::arg("grad_B"), py::arg("grad_s"), py::arg("grad_sigma"), py::arg("scratch"),
+             py::arg("bytes"), py::arg("stream"));
     module.def("isa", &scalabl_isa);
     module.def("use_isa", [](const char *name) { check(scalabl_use_isa(name)); }, py::arg("name"));
 }

@@ -97,12 +97,28 @@ scalabl_status scalabl_update_backward(const scalabl_update *op, const void *gra
                                        int64_t grad_x_stride, void *grad_A, void *grad_B,
                                        void *grad_s, void *grad_sigma);
 
+/* The same for memory on a GPU, enqueued on a cudaStream_t: all pointers of op and of the arguments
+ * are then of that device, group ids are taken modulo 2^32, `threads` is not used, and nothing waits.
+ * scratch: *scratch_bytes bytes of device memory that stay untouched until the stream has passed.
+ * With scratch null, *scratch_bytes receives how many are needed and nothing else happens. */
+scalabl_status scalabl_cuda_update_forward(const scalabl_update *op, void *y, int64_t y_stride,
+                                           void *h, void *scratch, int64_t *scratch_bytes,
+                                           void *stream);
+scalabl_status scalabl_cuda_update_backward(const scalabl_update *op, const void *grad_y,
+                                            int64_t grad_y_stride, const void *h, void *grad_x,
+                                            int64_t grad_x_stride, void *grad_A, void *grad_B,
+                                            void *grad_s, void *grad_sigma, void *scratch,
+                                            int64_t *scratch_bytes, void *stream);
+
 /* --- The build ------------------------------------------------------------------------------ */
 
 /* The instruction set whose kernels run: "baseline", "avx2" or "avx512"; the widest that the
  * machine has, unless scalabl_use_isa (for tests and measurements; not thread-safe) says another. */
 const char *scalabl_isa(void);
 scalabl_status scalabl_use_isa(const char *name);
+
+/* The CUDA architectures compiled in, such as "80 90", or "" without CUDA. */
+const char *scalabl_cuda(void);
 
 /* What this binary was built from (sha256, see CMakeLists.txt) and by which compiler. */
 const char *scalabl_digest(void);

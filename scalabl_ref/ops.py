@@ -235,7 +235,7 @@ def _core_for(t: Inputs, draws: Draws) -> Any:
     core = native.core()
     x, weight, bias, A, B, s, sigma, _ = t
     dtype, own = x.dtype, A.dtype
-    if core is None or not x.is_cpu or dtype not in _DTYPES:
+    if core is None or dtype not in _DTYPES or not (x.is_cpu or (x.is_cuda and core.cuda)):
         return None
     if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
         return None
@@ -243,8 +243,11 @@ def _core_for(t: Inputs, draws: Draws) -> Any:
         return None
     if B.dtype != own or s.dtype != own or sigma.dtype != own:
         return None
-    for p in (x, weight, A, B, s, sigma, draws.ids):
-        if type(p) not in _PLAIN:
+    if type(x) not in _PLAIN or type(draws.ids) not in _PLAIN:
+        return None
+    cpu = x.is_cpu
+    for p in (weight, A, B, s, sigma):
+        if type(p) not in _PLAIN or p.is_cpu is not cpu or (not cpu and p.device != x.device):
             return None
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return None
@@ -264,7 +267,7 @@ def _update(core: Any, x: Tensor, t: Inputs, draws: Draws) -> tuple[Any, Any]:
     noisy, seed, draw, layer, ids, per_group = draws
     A, B, s, sigma = _rows(A), _rows(B), s.contiguous(), sigma.contiguous()
     if ids is not None:
-        ids = ids.to("cpu", torch.int64).contiguous()
+        ids = ids.to(x.device, torch.int64).contiguous()
     rows, d_in = x.shape
     d_out, rank = B.shape
     op = core.Update(
@@ -284,9 +287,22 @@ def _native_forward(core: Any, t: Inputs, draws: Draws, keep: bool) -> tuple[Ten
     h = None
     if keep:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        h = torch.empty(x.shape[0], t.s.shape[0], dtype=wide)
-    op.forward(y.data_ptr(), y.shape[-1], 0 if h is None else h.data_ptr())
+        h = torch.empty(x.shape[0], t.s.shape[0], dtype=wide, device=x.device)
+    arguments = (y.data_ptr(), y.shape[-1], 0 if h is None else h.data_ptr())
+    if x.is_cpu:
+        op.forward(*arguments)
+    else:
+        _on_stream(op.cuda_forward, arguments, x.device)
     return y, h
+
+
+def _on_stream(function: Any, arguments: tuple[int, ...], device: torch.device) -> None:
+    """Enqueue on the device's current stream, with scratch space from PyTorch's allocator."""
+    size = function(*arguments, 0, 0, 0)
+    scratch = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream().cuda_stream
+        function(*arguments, scratch.data_ptr(), size, stream)
 
 
 def _native_gradients(
@@ -303,14 +319,18 @@ def _native_gradients(
         out[2] = grad_rows.sum(0)
     for i, parameter in enumerate((t.A, t.B, t.s, t.sigma), 3):
         if wanted[i]:
-            out[i] = torch.empty(parameter.shape, dtype=parameter.dtype)
+            out[i] = torch.empty(parameter.shape, dtype=parameter.dtype, device=x.device)
     if wanted[0] or any(wanted[3:]):
         op, alive = _update(core, x, t, draws)
         to = [0 if gradient is None else gradient.data_ptr() for gradient in out]
-        op.backward(
+        arguments = (
             grad_rows.data_ptr(), grad_rows.stride(0), 0 if h is None else h.data_ptr(),
             to[0], x.shape[1], *to[3:],
         )  # fmt: skip
+        if x.is_cpu:
+            op.backward(*arguments)
+        else:
+            _on_stream(op.cuda_backward, arguments, x.device)
     return out
 
 

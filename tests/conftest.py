@@ -9,8 +9,9 @@ import scalabl_ref  # noqa: F401  before torch, whose warning about a missing Nu
 
 # isort: split
 import pytest
-import torch
 from hypothesis import settings
+
+from . import models
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,9 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="device of the tests that can use one")
 
 
-@pytest.fixture(scope="session")
-def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.config.getoption("--device"))
+def pytest_configure(config: pytest.Config) -> None:
+    models.DEVICE = config.getoption("--device")
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ TINY = LlamaConfig(
     max_position_embeddings=64,
 )
 CLASSES = (5, 7, 11)
+DEVICE = "cpu"  # where tests that can use a device put their tensors: --device
 
 
 def tiny_model(

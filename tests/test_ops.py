@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scalabl_ref import InputError, Noise, native, ops, reference, subspace_lora_linear
 from scalabl_ref.ops import SAMPLING
 
+from . import models
 from .strategies import DTYPES, OpCase, op_cases
 from .tolerances import no_worse_than, op_bound, op_sizes, rounding
 
@@ -26,7 +27,13 @@ def double_leaf(tensor):
 
 
 def call(case: OpCase, function=subspace_lora_linear, **changes):
-    return function(**{**case.arguments(), **changes})
+    """The op on the device under test, its result back on the CPU."""
+    arguments = {**case.arguments(), **changes}
+    placed = {
+        name: value.to(models.DEVICE) if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
+    return function(**placed).cpu()
 
 
 def composition(*arguments, **named):
@@ -461,6 +468,16 @@ def test_half_precision_conversions_are_exact(threads):
             x, torch.zeros(1, 1, dtype=dtype), None, one, one, scale, 0 * scale, 1.0, None
         )
         assert torch.equal(out[:, 0], (every.float() * scale).to(dtype))
+
+
+@needs_core
+def test_tensors_of_another_device_never_reach_the_core():
+    case = wide_case((2, 3), 12, 10, 4)
+    for name in ("weight", "A", "B", "s", "sigma"):
+        elsewhere = {name: getattr(case, name).to("meta")}
+        t = ops.Inputs(*({**vars(case), **elsewhere}[n] for n in (*TENSORS, "scaling")))
+        assert ops._core_for(t, ops._MEAN) is None
+    assert ops._core_for(ops.Inputs(*(vars(case)[n] for n in (*TENSORS, "scaling"))), ops._MEAN)
 
 
 @needs_core

@@ -1,0 +1,18 @@
+// What api.cpp calls for memory on a GPU, once the arguments are known to be good. `bytes` receives
+// how much scratch space is needed; with `scratch` null that is all that happens. False: CUDA
+// reported an error.
+#pragma once
+
+#include "cpu.h"
+#include "scalabl.h"
+
+namespace scalabl {
+namespace cuda {
+
+bool forward(const scalabl_update &op, void *y, int64_t y_stride, void *h, void *scratch,
+             int64_t &bytes, void *stream);
+bool backward(const scalabl_update &op, const void *grad_y, int64_t grad_y_stride, const void *h,
+              const Gradients &out, void *scratch, int64_t &bytes, void *stream);
+
+}  // namespace cuda
+}  // namespace scalabl
