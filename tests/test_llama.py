@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalabl_ref import InputError, Llama, LlamaConfig, Noise
+from scalabl_ref import InputError, Llama, LlamaConfig, Noise, ops
 from scalabl_ref.llama import Attention, Context, KVCache, RMSNorm, RopeConfig, rotate
 
 from .models import CLASSES, TINY, tiny_batch, tiny_model
@@ -207,6 +207,20 @@ def test_a_draw_does_not_see_cache_or_padding(sampling):
     assert close(last, whole[:, -1])
     swapped = model(tokens.flip(0), noise=noise, groups=groups.flip(0))
     assert close(swapped.flip(0), whole)
+
+
+@torch.no_grad()
+def test_no_two_tokens_share_a_group_under_token_sampling(monkeypatch):
+    """Neighbouring examples either: their ids are a whole context apart."""
+    seen, original = {}, ops._draws
+
+    def spy(shape, noise, layer, sampling, groups):
+        seen.setdefault(layer, []).extend(groups.flatten().tolist())
+        return original(shape, noise, layer, sampling, groups)
+
+    monkeypatch.setattr(ops, "_draws", spy)
+    tiny_model(sampling="token")(random_tokens(3, 6), noise=Noise(0, 0))
+    assert all(len(ids) == len(set(ids)) == 18 for ids in seen.values()) and len(seen) == 5
 
 
 @torch.no_grad()

@@ -377,6 +377,20 @@ def test_compiles_whole(body, monkeypatch):
     assert len(graphs) <= 2
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inductor's own
+def test_compiles_with_inductor():
+    case = wide_case((2, 3), 12, 10, 4)
+    compiled = torch.compile(subspace_lora_linear, fullgraph=True)
+    for draw in range(3):
+        noise = Noise(0, draw)
+        leaf = case.A.clone().requires_grad_()
+        out = call(case, compiled, A=leaf, noise=noise)
+        error = (out - call(case, noise=noise)).abs().max()
+        assert error <= rounding(torch.float32, 64) * out.abs().max()
+        assert torch.autograd.grad(out.sum(), leaf)[0].abs().sum() > 0
+
+
 @pytest.mark.parametrize("body", BODIES)
 def test_autocast_rounds_the_base_and_not_the_adapter(body):
     case = wide_case((2, 3), 64, 10, 4)

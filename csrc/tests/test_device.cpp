@@ -2,9 +2,9 @@
 // Indexing, tails, strides and the scratch space are what cuda.cu runs; so are the noise's bits.
 #include <cstring>
 #include <memory>
-#include <set>
 
 #include "device.h"
+#include "known_answers.h"
 #include "problem.h"
 
 namespace {
@@ -54,6 +54,23 @@ scalabl_status backward(const scalabl_update &op, const void *grad_y, int64_t gr
     });
 }
 
+// The headers as the kernels include them: Random123's answers, and the noise of the C interface.
+void test_noise() {
+    for (const KnownAnswer &known : KNOWN) {
+        const uint32_t *c = known.counter;
+        const scalabl::Block words = scalabl::philox4x32({{c[0], c[1], c[2], c[3]}}, known.key[0],
+                                                         known.key[1], known.rounds);
+        CHECK(std::memcmp(words.word, known.answer, sizeof known.answer) == 0);
+    }
+    for (uint32_t group = 0; group < 1000; ++group) {
+        const int64_t id = int64_t{group} * 4294967;
+        float z[4], expected[4];
+        scalabl::normal4({~uint64_t{group}, group, 7}, static_cast<uint32_t>(id), 0, z);
+        CHECK(scalabl_normals(~uint64_t{group}, group, 7, &id, 1, 4, expected) == SCALABL_OK);
+        CHECK(std::memcmp(z, expected, sizeof z) == 0);
+    }
+}
+
 // Every subset of the gradients, and the forward pass without h.
 void test_absent_outputs() {
     Problem p(SCALABL_FLOAT32, SCALABL_FLOAT32, 21, 30, 19, 5, 2, 4);
@@ -79,6 +96,7 @@ void test_absent_outputs() {
 }  // namespace
 
 int main() {
+    test_noise();
     compare_all(forward, backward);
     test_absent_outputs();
     compare_whole_numbers(forward, backward);
