@@ -257,7 +257,7 @@ void forward_pass(const scalabl_update &op, void *y_out, int64_t y_stride, void 
 // Rows are shared out in segments, each with sums of its own over its rows, which are then added up
 // in the order of the segments. Their number depends on the sizes alone, so that the result does not
 // depend on the threads; all their sums together are no larger than x and grad_y.
-constexpr int64_t SEGMENT = 64, MOST_SEGMENTS = 32;
+constexpr int64_t SEGMENT = 128, MOST_SEGMENTS = 32;
 
 int64_t segments_of(const scalabl_update &op) {
     const int64_t rows = std::max(SEGMENT, op.rank);
@@ -304,7 +304,8 @@ void backward_segment(const scalabl_update &op, const S *grad_y, int64_t grad_y_
     if (sum_B) std::fill(sum_B, sum_B + rank * op.d_out, T(0));
     std::fill(sum_own, sum_own + 2 * rank, 0.0);
 
-    const int64_t most = block_rows(op);
+    const int64_t blocks = std::max<int64_t>(1, (last - first + block_rows(op) - 1) / block_rows(op));
+    const int64_t most = ((last - first + blocks - 1) / blocks + 2) / 3 * 3;  // of about equal size
     for (int64_t start = first; start < last; start += most) {
         const int64_t rows = std::min(most, last - start);
         const S *x_rows = x + start * op.x_stride, *g_rows = grad_y + start * grad_y_stride;

@@ -108,6 +108,24 @@ def test_name_maps_are_inverse(middle, head):
     assert ours_to_hf(hf_to_ours(name)) == name
 
 
+def test_names_are_those_of_the_same_place():
+    """Literally: a map that swaps two names is its own inverse, and must not pass."""
+    layer = {
+        "input_layernorm": "attn_norm",
+        "self_attn.q_proj": "attn.q_proj",
+        "self_attn.o_proj": "attn.o_proj",
+        "self_attn.k_norm": "attn.k_norm",
+        "post_attention_layernorm": "mlp_norm",
+        "mlp.gate_proj": "mlp.gate_proj",
+        "mlp.down_proj": "mlp.down_proj",
+    }
+    for theirs, ours in layer.items():
+        assert hf_to_ours(f"model.layers.3.{theirs}.weight") == f"layers.3.{ours}.weight"
+    assert hf_to_ours("model.embed_tokens.weight") == "embed_tokens.weight"
+    assert hf_to_ours("model.norm.weight") == "norm.weight"
+    assert hf_to_ours("lm_head.weight") == "lm_head.weight"
+
+
 def test_names_of_another_kind_are_refused():
     with pytest.raises(InputError, match=r"transformer\.h\.0: expected a name that begins with"):
         hf_to_ours("transformer.h.0")

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scalabl_ref import InputError, Llama, Noise, adapters, load_run, ops, save_run
+from scalabl_ref.adapters import MIN_LOG_SIGMA
 from scalabl_ref.data import Encoded
 from scalabl_ref.elbo import kl_divergence
 from scalabl_ref.errors import Interrupted
@@ -146,6 +147,17 @@ def test_official_objective_steps_the_kl_apart():
             step = (rate * slope).abs()
             bound = rounding(torch.float32, 8) * (step + old.abs())
             assert ((new.detach().double() - (old - rate * slope)).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("objective", ["elbo", "official"])
+def test_a_step_keeps_sigma_above_its_bound(objective):
+    t = trainer(objective=objective, kl="forward")
+    own = adapters(t.model).values()
+    with torch.no_grad():
+        for adapter in own:
+            adapter.log_sigma.fill_(MIN_LOG_SIGMA - 5)
+    t.step()
+    assert all((adapter.log_sigma >= MIN_LOG_SIGMA).all() for adapter in own)
 
 
 def test_noise_of_a_step_is_its_own(monkeypatch):
