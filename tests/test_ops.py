@@ -309,6 +309,21 @@ def test_nothing_large_is_kept_for_the_backward_pass():
 
 
 @needs_core
+@given(op_cases(dtype=torch.float64))
+def test_gradients_that_will_be_differentiated_are_the_same_ones(case):
+    direction = direction_of(case)
+    named = {n: leaf for n, leaf in leaves_of(case).items() if leaf is not None}
+    leaves = list(named.values())
+    once = torch.autograd.grad(call(case, **named), leaves, direction)
+    more = torch.autograd.grad(call(case, **named), leaves, direction, create_graph=True)
+    sizes = op_sizes(case, direction)
+    for name, a, b in zip(named, once, more, strict=True):
+        if a.numel():
+            bound = rounding(torch.float64, 2 * case.longest_sum()) * sizes[name].max()
+            assert (a - b).abs().max() <= bound, name
+
+
+@needs_core
 @given(op_cases(dtype=torch.float64, widest=6))
 @settings(max_examples=10)
 def test_second_derivatives(case):
