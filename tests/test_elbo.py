@@ -165,3 +165,13 @@ def test_gradient_of_the_loss_equals_a_finite_difference():
     numeric = (moved(h) - moved(-h)) / (2 * h)
     size = max(value.item(), abs(slope))
     assert abs(numeric - slope) <= central_difference(h) * size
+
+
+@pytest.mark.parametrize("kl", ["forward", "official"])
+def test_objective_equals_the_reference(kl):
+    model, batch, noise = tiny_model(), tiny_batch(), Noise(5, 6)
+    logits = class_logits(model, batch, noise)
+    gaussians = [a.scale() for a in adapters(model).values()]
+    expected = reference.elbo(logits, batch.labels, gaussians, 1.0, 0.3, 50, kl)
+    for value, slow in zip(elbo(model, batch, noise, 0.3, 50, kl), expected, strict=True):
+        assert abs(value.item() - slow) <= rounding(torch.float32, 64) * abs(slow)

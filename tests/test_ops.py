@@ -100,6 +100,21 @@ def test_gradients_equal_those_through_the_definition(body, case):
         assert (a - b).abs().max() <= rounding(torch.float64, 1000) * scale
 
 
+@pytest.mark.parametrize("body", BODIES)
+@given(op_cases(dtype=torch.float64, widest=9))
+def test_gradients_equal_the_reference(body, case):
+    """Every gradient against the derivation by hand, in loops."""
+    direction = direction_of(case)
+    expected = reference.subspace_lora_linear_gradients(direction, **case.arguments())
+    got = outputs_and_gradients(case, body, direction)
+    sizes = op_sizes(case, direction)
+    for name in set(got) - {"y"}:
+        if expected[name].numel():
+            relative = rounding(torch.float64, 2 * case.longest_sum())
+            bound = (relative + rounding(got[name].dtype, 1)) * sizes[name].max()  # as stored
+            assert (got[name] - expected[name]).abs().max() <= bound, name
+
+
 @given(op_cases(sampling="example"), st.data())
 def test_a_draw_follows_the_group_and_not_the_place(case, data):
     count = case.x.shape[0]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scalabl_ref import InputError, Noise, adapters, predict
+from scalabl_ref import InputError, Noise, adapters, predict, reference
 from scalabl_ref.elbo import class_logits
 from scalabl_ref.predict import generate, predict_all, predictive
 
@@ -65,6 +65,17 @@ def test_without_width_the_draws_agree():
     assert (sampled.probs - mean.probs).abs().max() <= rounding(torch.float64, 16)
     assert sampled.mutual_information.max() <= rounding(torch.float64, 64)
     assert (mean.mutual_information == 0).all()
+
+
+@given(st.integers(0, 1000), st.integers(1, 5), st.integers(1, 4), st.integers(1, 6))
+def test_predictive_equals_the_reference(seed, draws, rows, classes):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 4 * torch.randn(draws, rows, classes, generator=generator).double()
+    expected = reference.predictive(logits)
+    result = predictive(torch.log_softmax(logits, -1))
+    for name, value in result._asdict().items():
+        slow = torch.tensor(expected[name], dtype=torch.float64)
+        assert (value - slow).abs().max() <= rounding(torch.float64, 64), name
 
 
 def test_draw_i_is_noise_seed_i():
