@@ -1,6 +1,7 @@
 """The `scalabl` command: arguments in, library calls, results out. No method lives here.
 
-Exit codes: 0 done, 2 bad input (one line on standard error), 128 + n ended by signal n.
+Exit codes: 0 done, 1 a check of `verify` failed, 2 bad input (one line on standard error), 128 + n
+ended by signal n.
 """
 
 from __future__ import annotations
@@ -425,6 +426,39 @@ def _count(args: argparse.Namespace) -> Result:
     return result
 
 
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--against", metavar="MODULE:FUNCTION", help="check this function instead of our op"
+    )
+
+
+def _verify(args: argparse.Namespace) -> Result:
+    from .verify import load_op, path_of, verify
+
+    sys.path.insert(0, "")  # modules of the current folder, as under python -m
+    op = load_op(args.against) if args.against else None
+    device, path = _device(args), path_of(op)
+    results = verify(op, device)
+    _say(args, f"path: {path}, on {device}\n")
+    _say(args, f"{'check':22} {'error / bound':>13} {'cases':>6} {'s':>6}  equation")
+    for result in results:
+        verdict = "" if result.passed else "   FAILED"
+        _say(
+            args,
+            f"{result.name:22} {result.worst:13.2g} {result.cases:6} {result.seconds:6.1f}  "
+            f"{result.equation}{verdict}",
+        )
+        if result.note:
+            _say(args, f"{'':22} {result.note}")
+    failed = [result for result in results if not result.passed]
+    for result in failed:
+        print(f"failed: {result.name}: {result.equation}", file=sys.stderr)
+    if not failed:
+        _say(args, f"\nall {len(results)} checks passed")
+    checks = [{**result._asdict(), "passed": result.passed} for result in results]
+    return {"path": path, "device": str(device), "checks": checks, "exit_code": int(bool(failed))}
+
+
 def _info(args: argparse.Namespace) -> Result:
     import platform
 
@@ -474,6 +508,7 @@ _COMMANDS: dict[str, Command] = {
     "predict": ("probabilities of the answers to one question", _predict_arguments, _predict),
     "generate": ("text with its uncertainty token by token", _generate_arguments, _generate),
     "count": ("parameters and memory of a model, without weights", _count_arguments, _count),
+    "verify": ("check this build against the equations", _verify_arguments, _verify),
     "info": ("versions, what was built, which path runs", lambda parser: None, _info),
 }
 

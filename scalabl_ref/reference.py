@@ -44,7 +44,7 @@ def subspace_lora_linear(
     for row, vector in enumerate(x.double().reshape(-1, x.shape[-1]).tolist()):
         eps = [0.0] * rank
         if noise is not None:
-            group = _group_of_row(row, tuple(x.shape[:-1]), sampling, groups)
+            group = group_of_row(row, tuple(x.shape[:-1]), sampling, groups)
             eps = noise.normal(layer, torch.tensor([group]), rank)[0].double().tolist()
         h = [_dot(a[k], vector) * (mean[k] + sd[k] * eps[k]) for k in range(rank)]
         out += [
@@ -88,7 +88,7 @@ def subspace_lora_linear_gradients(
     for row, (vector, g) in enumerate(rows):
         eps = [0.0] * rank
         if noise is not None:
-            group = _group_of_row(row, tuple(x.shape[:-1]), sampling, groups)
+            group = group_of_row(row, tuple(x.shape[:-1]), sampling, groups)
             eps = noise.normal(layer, torch.tensor([group]), rank)[0].double().tolist()
         dh = [0.0] * rank
         for k in range(rank):
@@ -198,7 +198,7 @@ def _dot(u: list[float], v: list[float]) -> float:
     return sum(p * q for p, q in zip(u, v, strict=True))
 
 
-def _group_of_row(
+def group_of_row(
     row: int, shape: tuple[int, ...], sampling: Sampling, groups: Tensor | None
 ) -> int:
     """The group id of row number `row` (row-major over `shape` = x.shape[:-1])."""
