@@ -46,7 +46,7 @@ scalabl_status check_noise(const scalabl_update &op) {
     if (!op.noisy) return SCALABL_OK;
     if (op.layer == UINT32_MAX) return SCALABL_LAYER;
     if (op.rows_per_group < 1) return SCALABL_COUNT;
-    const int64_t groups = op.rows / op.rows_per_group + (op.rows % op.rows_per_group != 0);
+    const int64_t groups = scalabl::count_groups(op.rows, op.rows_per_group);
     if (groups > WORDS) return SCALABL_COUNT;
     return !op.groups || groups_in_range(op.groups, groups) ? SCALABL_OK : SCALABL_GROUP;
 }

@@ -172,7 +172,7 @@ struct Scales {
 
     explicit Scales(const scalabl_update &op)
         : rank(op.rank), rows_per_group(op.noisy ? op.rows_per_group : std::max<int64_t>(op.rows, 1)) {
-        const int64_t groups = (op.rows + rows_per_group - 1) / rows_per_group;
+        const int64_t groups = count_groups(op.rows, rows_per_group);
         factors = buffer<T>(groups * rank);
         if (op.noisy) noise = buffer<float>(groups * rank);
         const T scaling = static_cast<T>(op.scaling);

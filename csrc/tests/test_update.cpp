@@ -284,6 +284,16 @@ void test_unusual_strides_of_what_is_read() {
     CHECK(scalabl_update_forward(&p.op, other.data(), other.stride, nullptr) == SCALABL_OK);
 }
 
+// One group for all rows, however many rows a group could have.
+void test_the_largest_group() {
+    Problem p(SCALABL_FLOAT32, SCALABL_FLOAT32, 4, 6, 5, 2, 0, 4);
+    Matrix y = p.y, other = p.y;
+    CHECK(scalabl_update_forward(&p.op, y.data(), y.stride, nullptr) == SCALABL_OK);
+    p.op.rows_per_group = INT64_MAX;
+    CHECK(scalabl_update_forward(&p.op, other.data(), other.stride, nullptr) == SCALABL_OK);
+    CHECK(y.bytes == other.bytes);
+}
+
 void test_bad_arguments() {
     const Problem good(SCALABL_FLOAT32, SCALABL_FLOAT32, 4, 6, 5, 2, 0, 1);
     Matrix y = good.y, grad_x = good.grad_x;
@@ -375,6 +385,7 @@ int main() {
     test_every_instruction_set();
     test_threads_do_not_change_the_result();
     test_unusual_strides_of_what_is_read();
+    test_the_largest_group();
     test_bad_arguments();
     std::printf("%d failures\n", failures);
     return failures != 0;
