@@ -27,8 +27,8 @@ scalabl_status check_normals(uint32_t layer, const int64_t *groups, int64_t coun
 // That every offset (row * stride + column) * size is a sum that fits.
 bool addressable(int64_t rows, int64_t columns, int64_t stride) {
     constexpr int64_t LIMIT = INT64_MAX / 64;  // room for the size of an element, and for more
-    int64_t last;
-    if (__builtin_mul_overflow(std::max<int64_t>(rows, 1), stride, &last)) return false;
+    int64_t last = 0;  // the stride of a single row is not used
+    if (rows > 1 && __builtin_mul_overflow(rows, stride, &last)) return false;
     return -LIMIT <= last && last <= LIMIT && columns <= LIMIT;
 }
 
@@ -153,7 +153,7 @@ scalabl_status scalabl_update_backward(const scalabl_update *op, const void *gra
     if (op->rows > 0) {
         if ((op->d_in > 0 && needs_x && !op->x) || (op->d_out > 0 && !grad_y)) return SCALABL_NULL;
         if (!addressable(op->rows, op->d_out, grad_y_stride) ||
-            !addressable(op->rows, op->d_in, grad_x_stride)) {
+            (grad_x && !addressable(op->rows, op->d_in, grad_x_stride))) {
             return SCALABL_SIZE;
         }
         if (grad_x && !apart(op->rows, op->d_in, grad_x_stride)) return SCALABL_STRIDE;

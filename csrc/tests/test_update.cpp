@@ -294,6 +294,28 @@ void test_the_largest_group() {
     CHECK(y.bytes == other.bytes);
 }
 
+// The stride of a single row is not used, and that of an absent grad_x neither.
+void test_strides_that_do_not_matter() {
+    Problem p(SCALABL_FLOAT32, SCALABL_FLOAT32, 1, 6, 1, 1, 0, 1);
+    Matrix y = p.y, other = p.y, grad_A(SCALABL_FLOAT32, 1, 6), other_A = grad_A;
+    const auto both = [&](Matrix &to_y, Matrix &to_A, int64_t stride, void *grad_x) {
+        CHECK(scalabl_update_forward(&p.op, to_y.data(), stride, nullptr) == SCALABL_OK);
+        CHECK(scalabl_update_backward(&p.op, p.grad_y.data(), stride, nullptr, grad_x, stride,
+                                      to_A.data(), nullptr, nullptr, nullptr) == SCALABL_OK);
+    };
+    both(y, grad_A, 6, nullptr);
+    for (const int64_t stride : {INT64_MAX, INT64_MIN, int64_t{0}}) {
+        p.op.x_stride = p.op.A_stride = p.op.B_stride = stride;
+        other = p.y;
+        both(other, other_A, stride, p.grad_x.data());
+        CHECK(other.bytes == y.bytes && other_A.bytes == grad_A.bytes);
+    }
+    Problem more(SCALABL_FLOAT32, SCALABL_FLOAT32, 3, 6, 5, 2, 0, 1);
+    Matrix to_A(SCALABL_FLOAT32, 2, 6);
+    CHECK(scalabl_update_backward(&more.op, more.grad_y.data(), 5, nullptr, nullptr, INT64_MAX,
+                                  to_A.data(), nullptr, nullptr, nullptr) == SCALABL_OK);
+}
+
 void test_bad_arguments() {
     const Problem good(SCALABL_FLOAT32, SCALABL_FLOAT32, 4, 6, 5, 2, 0, 1);
     Matrix y = good.y, grad_x = good.grad_x;
@@ -386,6 +408,7 @@ int main() {
     test_threads_do_not_change_the_result();
     test_unusual_strides_of_what_is_read();
     test_the_largest_group();
+    test_strides_that_do_not_matter();
     test_bad_arguments();
     std::printf("%d failures\n", failures);
     return failures != 0;
