@@ -316,6 +316,25 @@ void test_strides_that_do_not_matter() {
                                   to_A.data(), nullptr, nullptr, nullptr) == SCALABL_OK);
 }
 
+// A matrix without columns may be null, and so may x where nothing asks for it, however many the
+// rows: no address is made of null.
+void test_absent_matrices_of_many_rows() {
+    Problem p(SCALABL_FLOAT32, SCALABL_FLOAT32, 400, 0, 5, 2, 3, 1);
+    p.op.x = p.op.A = nullptr;
+    Matrix y = p.y, grad_B(SCALABL_FLOAT32, 5, 2);
+    CHECK(scalabl_update_forward(&p.op, y.data(), y.stride, nullptr) == SCALABL_OK);
+    CHECK(y.bytes == p.y.bytes);
+    CHECK(scalabl_update_backward(&p.op, p.grad_y.data(), p.grad_y.stride, nullptr, nullptr, 0,
+                                  nullptr, grad_B.data(), nullptr, nullptr) == SCALABL_OK);
+    Problem q(SCALABL_FLOAT32, SCALABL_FLOAT32, 400, 5, 0, 2, 3, 1);
+    q.op.x = q.op.B = nullptr;
+    Matrix grad_x = q.grad_x;
+    CHECK(scalabl_update_backward(&q.op, nullptr, 3, nullptr, grad_x.data(), grad_x.stride,
+                                  nullptr, nullptr, nullptr, nullptr) == SCALABL_OK);
+    q.op.x = q.x.data();
+    CHECK(scalabl_update_forward(&q.op, nullptr, 3, nullptr) == SCALABL_OK);
+}
+
 void test_bad_arguments() {
     const Problem good(SCALABL_FLOAT32, SCALABL_FLOAT32, 4, 6, 5, 2, 0, 1);
     Matrix y = good.y, grad_x = good.grad_x;
@@ -409,6 +428,7 @@ int main() {
     test_unusual_strides_of_what_is_read();
     test_the_largest_group();
     test_strides_that_do_not_matter();
+    test_absent_matrices_of_many_rows();
     test_bad_arguments();
     std::printf("%d failures\n", failures);
     return failures != 0;
