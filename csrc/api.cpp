@@ -28,8 +28,8 @@ scalabl_status check_normals(uint32_t layer, const int64_t *groups, int64_t coun
 // That every offset (row * stride + column) * size is a sum that fits.
 bool addressable(int64_t rows, int64_t columns, int64_t stride) {
     constexpr int64_t LIMIT = INT64_MAX / 64;  // room for the size of an element, and for more
-    int64_t last;
-    if (__builtin_mul_overflow(std::max<int64_t>(rows, 1), stride, &last)) return false;
+    int64_t last = 0;  // the stride of a single row is not used
+    if (rows > 1 && __builtin_mul_overflow(rows, stride, &last)) return false;
     return -LIMIT <= last && last <= LIMIT && columns <= LIMIT;
 }
 
@@ -49,7 +49,7 @@ scalabl_status check_noise(const scalabl_update &op, Memory memory) {
     if (!op.noisy) return SCALABL_OK;
     if (op.layer == UINT32_MAX) return SCALABL_LAYER;
     if (op.rows_per_group < 1) return SCALABL_COUNT;
-    const int64_t groups = op.rows / op.rows_per_group + (op.rows % op.rows_per_group != 0);
+    const int64_t groups = scalabl::count_groups(op.rows, op.rows_per_group);
     if (groups > WORDS) return SCALABL_COUNT;
     if (!op.groups || memory == Memory::DEVICE) return SCALABL_OK;
     return groups_in_range(op.groups, groups) ? SCALABL_OK : SCALABL_GROUP;
@@ -93,7 +93,7 @@ scalabl_status check_backward(const scalabl_update *op, Memory memory, const voi
     const bool needs_x = out.A || (!h && (out.B || out.s || out.sigma));
     if ((op->d_in > 0 && needs_x && !op->x) || (op->d_out > 0 && !grad_y)) return SCALABL_NULL;
     if (!addressable(op->rows, op->d_out, grad_y_stride) ||
-        !addressable(op->rows, op->d_in, out.x_stride)) {
+        (out.x && !addressable(op->rows, op->d_in, out.x_stride))) {
         return SCALABL_SIZE;
     }
     return !out.x || apart(op->rows, op->d_in, out.x_stride) ? SCALABL_OK : SCALABL_STRIDE;

@@ -1,23 +1,36 @@
-// The only file that knows Python. Tensors come in as addresses (Tensor.data_ptr()), so that no
-// framework's headers are needed; the caller vouches for their type, size and contiguity.
+// The only file that knows Python. No framework's headers are needed: scalabl_ref passes addresses
+// (Tensor.data_ptr()) and vouches for type, size and contiguity; add_update and update_gradients,
+// for NumPy, JAX and others, take arrays through DLPack and check them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
 #include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
 
+#include "dlpack.h"
 #include "scalabl.h"
 
 namespace py = pybind11;
 
 namespace {
 
-// Raises the package's InputError, which is a ValueError.
-void check(scalabl_status status) {
-    if (status == SCALABL_OK) return;
-    const py::object error = py::module_::import("scalabl_ref.errors").attr("InputError");
-    PyErr_SetString(error.ptr(), scalabl_message(status));
+// Raises the package's InputError, which is a ValueError; a plain ValueError where this module was
+// loaded by itself, and the package, which wants PyTorch, is not there.
+[[noreturn]] void refuse(const std::string &sentence) {
+    const py::object modules = py::module_::import("sys").attr("modules");
+    const py::object errors = modules.attr("get")("scalabl_ref.errors");
+    const py::object error = errors.is_none() ? py::reinterpret_borrow<py::object>(PyExc_ValueError)
+                                              : errors.attr("InputError");
+    PyErr_SetString(error.ptr(), sentence.c_str());
     throw py::error_already_set();
+}
+
+void check(scalabl_status status) {
+    if (status != SCALABL_OK) refuse(scalabl_message(status));
 }
 
 std::array<uint32_t, 4> philox4x32(const std::array<uint32_t, 4> &counter,
@@ -124,10 +137,266 @@ int64_t cuda_backward(const Update &op, uintptr_t grad_y, int64_t grad_y_stride,
     return bytes;
 }
 
+// --- Arrays of any library ----------------------------------------------------------------------
+
+enum Access { READ, WRITE };
+
+// An array borrowed through DLPack for one call. The capsule keeps the memory, and keeps its name,
+// so that it gives back by itself what it holds.
+class Array {
+  public:
+    Array(const char *name, const py::object &source, int32_t dimensions, Access access)
+        : name_(name), capsule_(export_of(source)) {
+        const char *const kind = PyCapsule_GetName(capsule_.ptr());
+        if (kind && std::string(kind) == dlpack::VERSIONED) {
+            const auto *managed = static_cast<const dlpack::ManagedTensorVersioned *>(
+                PyCapsule_GetPointer(capsule_.ptr(), kind));
+            if (managed->version.major != dlpack::MAJOR) fail("DLPack 1 is understood, not this");
+            if (access == WRITE && managed->flags & dlpack::READ_ONLY) fail("is read-only");
+            tensor_ = &managed->dl_tensor;
+        } else if (kind && std::string(kind) == dlpack::CAPSULE) {
+            // JAX's arrays come like this, and must not be changed.
+            if (access == WRITE) fail("its DLPack (before 1.0) does not say that it may be changed");
+            tensor_ = &static_cast<const dlpack::ManagedTensor *>(
+                           PyCapsule_GetPointer(capsule_.ptr(), kind))->dl_tensor;
+        } else {
+            fail("__dlpack__ gave no DLPack capsule");
+        }
+        if (tensor_->device.device_type != dlpack::CPU) fail("is not in the memory of the CPU");
+        if (tensor_->ndim != dimensions) {
+            fail(std::to_string(tensor_->ndim) + " dimensions, expected " +
+                 std::to_string(dimensions));
+        }
+        if (tensor_->dtype.lanes != 1 || tensor_->dtype.bits < 8) fail("elements of no known type");
+        if (size(dimensions - 1) > 1 && stride(dimensions - 1) != 1) {
+            fail("the last dimension must have stride 1");
+        }
+        if (access == WRITE && dimensions == 2 && size(0) > 1 &&
+            (row_stride() < 0 ? -row_stride() : row_stride()) < size(1)) {
+            fail("its rows overlap");
+        }
+        if (reinterpret_cast<uintptr_t>(data()) % (tensor_->dtype.bits / 8) != 0) {
+            fail("its address is not a multiple of the element's size");
+        }
+    }
+
+    void *data() const { return static_cast<char *>(tensor_->data) + tensor_->byte_offset; }
+    int64_t size(int32_t dimension) const { return tensor_->shape[dimension]; }
+    // Elements from one row to the next.
+    int64_t row_stride() const { return stride(0); }
+
+    // A floating-point type of the core.
+    int32_t dtype() const {
+        const int code = tensor_->dtype.code, bits = tensor_->dtype.bits;
+        if (code == dlpack::FLOAT && bits == 32) return SCALABL_FLOAT32;
+        if (code == dlpack::FLOAT && bits == 64) return SCALABL_FLOAT64;
+        if (code == dlpack::BFLOAT && bits == 16) return SCALABL_BFLOAT16;
+        if (code == dlpack::FLOAT && bits == 16) return SCALABL_FLOAT16;
+        fail("dtype must be float32, float64, bfloat16 or float16");
+    }
+    bool is_int64() const {
+        return tensor_->dtype.code == dlpack::INT && tensor_->dtype.bits == 64;
+    }
+
+    void require_dtype(const Array &other) const {
+        if (dtype() != other.dtype()) fail(std::string("dtype differs from that of ") + other.name_);
+    }
+    void require_shape(const std::vector<int64_t> &expected) const {
+        const std::vector<int64_t> shape(tensor_->shape, tensor_->shape + tensor_->ndim);
+        if (shape != expected) fail("shape " + text(shape) + ", expected " + text(expected));
+    }
+    void require_contiguous() const {
+        if (tensor_->ndim == 2 && size(0) > 1 && size(1) > 0 && row_stride() != size(1)) {
+            fail("must be contiguous");
+        }
+    }
+    [[noreturn]] void fail(const std::string &what) const {
+        refuse(std::string(name_) + ": " + what);
+    }
+
+  private:
+    const char *name_;
+    py::object capsule_;
+    const dlpack::Tensor *tensor_ = nullptr;
+
+    py::object export_of(const py::object &source) const {
+        if (!py::hasattr(source, "__dlpack__") || !py::hasattr(source, "__dlpack_device__")) {
+            fail("expected an array with __dlpack__");
+        }
+        const py::tuple device = source.attr("__dlpack_device__")();
+        if (py::int_(py::object(device[0])).cast<int64_t>() != dlpack::CPU) {
+            fail("is not in the memory of the CPU");
+        }
+        const py::object give = source.attr("__dlpack__");
+        py::object capsule;
+        try {
+            capsule = give(py::arg("max_version") = py::make_tuple(dlpack::MAJOR, 0));
+        } catch (py::error_already_set &error) {
+            if (!error.matches(PyExc_TypeError)) throw;
+            capsule = give();  // a library from before DLPack had versions
+        }
+        if (!PyCapsule_CheckExact(capsule.ptr())) fail("__dlpack__ gave no DLPack capsule");
+        return capsule;
+    }
+
+    int64_t stride(int32_t dimension) const {
+        if (tensor_->strides) return tensor_->strides[dimension];
+        return dimension == tensor_->ndim - 1 ? 1 : size(tensor_->ndim - 1);  // at most two
+    }
+
+    static std::string text(const std::vector<int64_t> &shape) {
+        std::string out = "(";
+        for (const int64_t size : shape) out += std::to_string(size) + ", ";
+        if (shape.size() > 1) out.resize(out.size() - 2);
+        else out.resize(out.size() - 1);
+        return out + ")";
+    }
+};
+
+// What both functions take, checked; `rows` is y or grad_y.
+struct Arguments {
+    Array rows, x, A, B, s, sigma;
+    std::optional<Array> groups;
+    scalabl_update op;
+
+    Arguments(const char *rows_name, const py::object &rows_, Access access, const py::object &x_,
+              const py::object &A_, const py::object &B_, const py::object &s_,
+              const py::object &sigma_, double scaling, const py::object &noise,
+              const py::object &groups_, int64_t rows_per_group, int32_t threads)
+        : rows(rows_name, rows_, 2, access),
+          x("x", x_, 2, READ),
+          A("A", A_, 2, READ),
+          B("B", B_, 2, READ),
+          s("s", s_, 1, READ),
+          sigma("sigma", sigma_, 1, READ),
+          op{} {
+        const int64_t count = x.size(0), d_in = x.size(1), r = A.size(0), d_out = B.size(0);
+        if (r < 1 || r > 256) A.fail("rank must be in [1, 256]");
+        A.require_shape({r, d_in});
+        B.require_shape({d_out, r});
+        s.require_shape({r});
+        sigma.require_shape({r});
+        rows.require_shape({count, d_out});
+        rows.require_dtype(x);
+        if (A.dtype() != SCALABL_FLOAT32) A.require_dtype(x);
+        B.require_dtype(A);
+        s.require_dtype(A);
+        sigma.require_dtype(A);
+        if (rows_per_group < 1) refuse("rows_per_group: must be at least 1");
+        if (!groups_.is_none()) {
+            groups.emplace("groups", groups_, 1, READ);
+            if (!groups->is_int64()) groups->fail("dtype must be int64");
+            groups->require_shape({count / rows_per_group + (count % rows_per_group != 0)});
+        }
+        op.dtype = x.dtype();
+        op.adapter_dtype = A.dtype();
+        op.rows = count;
+        op.d_in = d_in;
+        op.d_out = d_out;
+        op.rank = r;
+        op.x = x.data();
+        op.x_stride = x.row_stride();
+        op.A = A.data();
+        op.A_stride = A.row_stride();
+        op.B = B.data();
+        op.B_stride = B.row_stride();
+        op.s = s.data();
+        op.sigma = sigma.data();
+        op.scaling = scaling;
+        op.noisy = !noise.is_none();
+        if (op.noisy) std::tie(op.seed, op.draw, op.layer) = numbers_of(noise);
+        op.groups = groups ? static_cast<const int64_t *>(groups->data()) : nullptr;
+        op.rows_per_group = rows_per_group;
+        op.threads = threads;
+    }
+
+    static std::tuple<uint64_t, uint32_t, uint32_t> numbers_of(const py::object &noise) {
+        try {
+            return noise.cast<std::tuple<uint64_t, uint32_t, uint32_t>>();
+        } catch (const py::cast_error &) {
+            refuse("noise: expected None or (seed, draw, layer), below 2^64, 2^32 and 2^32 - 1");
+        }
+    }
+};
+
+void add_update(const py::object &y, const py::object &x, const py::object &A, const py::object &B,
+                const py::object &s, const py::object &sigma, double scaling,
+                const py::object &noise, const py::object &groups, int64_t rows_per_group,
+                int32_t threads) {
+    const Arguments all("y", y, WRITE, x, A, B, s, sigma, scaling, noise, groups, rows_per_group,
+                        threads);
+    scalabl_status status;
+    {
+        const py::gil_scoped_release release;
+        status = scalabl_update_forward(&all.op, all.rows.data(), all.rows.row_stride(), nullptr);
+    }
+    check(status);
+}
+
+void update_gradients(const py::object &grad_y, const py::object &x, const py::object &A,
+                      const py::object &B, const py::object &s, const py::object &sigma,
+                      double scaling, const py::object &noise, const py::object &groups,
+                      int64_t rows_per_group, int32_t threads, const py::object &grad_x,
+                      const py::object &grad_A, const py::object &grad_B, const py::object &grad_s,
+                      const py::object &grad_sigma) {
+    const Arguments all("grad_y", grad_y, READ, x, A, B, s, sigma, scaling, noise, groups,
+                        rows_per_group, threads);
+    const scalabl_update &op = all.op;
+    const auto result = [](const char *name, const py::object &source, const Array &like,
+                           const std::vector<int64_t> &shape) {
+        std::optional<Array> out;
+        if (source.is_none()) return out;
+        out.emplace(name, source, static_cast<int32_t>(shape.size()), WRITE);
+        out->require_shape(shape);
+        out->require_dtype(like);
+        return out;
+    };
+    const auto to_x = result("grad_x", grad_x, all.x, {op.rows, op.d_in});
+    const auto to_A = result("grad_A", grad_A, all.A, {op.rank, op.d_in});
+    const auto to_B = result("grad_B", grad_B, all.A, {op.d_out, op.rank});
+    const auto to_s = result("grad_s", grad_s, all.A, {op.rank});
+    const auto to_sigma = result("grad_sigma", grad_sigma, all.A, {op.rank});
+    if (to_A) to_A->require_contiguous();
+    if (to_B) to_B->require_contiguous();
+    const auto place = [](const std::optional<Array> &out) { return out ? out->data() : nullptr; };
+    scalabl_status status;
+    {
+        const py::gil_scoped_release release;
+        status = scalabl_update_backward(&op, all.rows.data(), all.rows.row_stride(), nullptr,
+                                         place(to_x), to_x ? to_x->row_stride() : 0, place(to_A),
+                                         place(to_B), place(to_s), place(to_sigma));
+    }
+    check(status);
+}
+
+constexpr const char *ADD_UPDATE = R"(
+y += scaling * B ((A x) * (s + sigma * eps)), row by row, in place.
+
+Shapes: y (rows, d_out), x (rows, d_in), A (r, d_in), B (d_out, r), s and sigma (r,), with r from 1
+to 256. Any arrays with __dlpack__ on the CPU whose last dimension has stride 1, of float32,
+float64, bfloat16 or float16: y of x's dtype; A, B, s and sigma of one dtype, float32 or x's. y is
+changed, so it must come through DLPack 1.0 (as NumPy's do from 2.1 on) and not be read-only, and
+it must not overlap the others.
+
+noise is None (eps = 0) or (seed, draw, layer). Rows i with the same i // rows_per_group share the
+draw of groups[i // rows_per_group] (int64, one id in [0, 2^32) each), or of i // rows_per_group
+itself where groups is None. At most `threads` threads work; the result does not depend on it.
+
+Raises ValueError, naming the argument, before anything is changed.)";
+
+constexpr const char *UPDATE_GRADIENTS = R"(
+The gradients of add_update, given grad_y (rows, d_out), that of y; arguments are as there.
+
+They are written into the arrays given, each of which may be None: to grad_x (rows, d_in) of x's
+dtype the update's share is added; grad_A (r, d_in), grad_B (d_out, r), grad_s and grad_sigma (r,),
+contiguous and of the dtype of A, are overwritten. The noise is drawn again.
+
+Raises ValueError, naming the argument, before anything is changed.)";
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-    module.doc() = "The native core of scalabl_ref; addresses in, addresses out.";
+    module.doc() = "The native core of scalabl_ref. Framework-free: addresses, or DLPack arrays.";
     module.attr("digest") = scalabl_digest();
     module.attr("cuda") = scalabl_cuda();
     module.attr("compiler") = scalabl_compiler();
@@ -150,6 +419,17 @@ PYBIND11_MODULE(_native, module) {
              py::arg("h"), py::arg("grad_x"), py::arg("grad_x_stride"), py::arg("grad_A"),
              py::arg("grad_B"), py::arg("grad_s"), py::arg("grad_sigma"), py::arg("scratch"),
              py::arg("bytes"), py::arg("stream"));
+    module.def("add_update", &add_update, ADD_UPDATE + 1, py::arg("y"), py::arg("x"), py::arg("A"),
+               py::arg("B"), py::arg("s"), py::arg("sigma"), py::arg("scaling"),
+               py::arg("noise") = py::none(), py::arg("groups") = py::none(),
+               py::arg("rows_per_group") = 1, py::arg("threads") = 1);
+    module.def("update_gradients", &update_gradients, UPDATE_GRADIENTS + 1, py::arg("grad_y"),
+               py::arg("x"), py::arg("A"), py::arg("B"), py::arg("s"), py::arg("sigma"),
+               py::arg("scaling"), py::arg("noise") = py::none(), py::arg("groups") = py::none(),
+               py::arg("rows_per_group") = 1, py::arg("threads") = 1, py::kw_only(),
+               py::arg("grad_x") = py::none(), py::arg("grad_A") = py::none(),
+               py::arg("grad_B") = py::none(), py::arg("grad_s") = py::none(),
+               py::arg("grad_sigma") = py::none());
     module.def("isa", &scalabl_isa);
     module.def("use_isa", [](const char *name) { check(scalabl_use_isa(name)); }, py::arg("name"));
 }

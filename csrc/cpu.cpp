@@ -71,6 +71,12 @@ void narrow_row(const float *in, float16 *out, int64_t n) {
     kernels->narrow_float16(in, &out->bits, n);
 }
 
+// Where row `i` begins; null where the matrix is, which then has no elements or is not wanted.
+template <typename S>
+S *row_of(S *matrix, int64_t i, int64_t stride) {
+    return matrix ? matrix + i * stride : nullptr;
+}
+
 // A block of a matrix as T: the matrix itself where it is of T, else a widened copy in `scratch`,
 // which `write` brings back.
 template <typename S, typename T>
@@ -172,7 +178,7 @@ struct Scales {
 
     explicit Scales(const scalabl_update &op)
         : rank(op.rank), rows_per_group(op.noisy ? op.rows_per_group : std::max<int64_t>(op.rows, 1)) {
-        const int64_t groups = (op.rows + rows_per_group - 1) / rows_per_group;
+        const int64_t groups = count_groups(op.rows, rows_per_group);
         factors = buffer<T>(groups * rank);
         if (op.noisy) noise = buffer<float>(groups * rank);
         const T scaling = static_cast<T>(op.scaling);
@@ -240,15 +246,15 @@ void forward_pass(const scalabl_update &op, void *y_out, int64_t y_stride, void 
         T scratch[std::is_same_v<S, T> ? 1 : SCRATCH];
         T h[HIDDEN];
         const int64_t first = block * most, rows = std::min(most, op.rows - first);
-        block_dots(x + first * op.x_stride, op.x_stride, A.data, A.stride, rows, op.d_in, rank,
-                   scratch, h);
+        block_dots(row_of(x, first, op.x_stride), op.x_stride, A.data, A.stride, rows, op.d_in,
+                   rank, scratch, h);
         if (h_all) std::copy(h, h + rows * rank, h_all + first * rank);
         for (int64_t i = 0; i < rows; ++i) {
             const T *factors = scales.of_row(first + i);
             for (int64_t k = 0; k < rank; ++k) h[i * rank + k] *= factors[k];
         }
-        block_add(y + first * y_stride, y_stride, B.get(), op.d_out, rows, op.d_out, rank, scratch,
-                  h);
+        block_add(row_of(y, first, y_stride), y_stride, B.get(), op.d_out, rows, op.d_out, rank,
+                  scratch, h);
     });
 }
 
@@ -308,7 +314,8 @@ void backward_segment(const scalabl_update &op, const S *grad_y, int64_t grad_y_
     const int64_t most = ((last - first + blocks - 1) / blocks + 2) / 3 * 3;  // of about equal size
     for (int64_t start = first; start < last; start += most) {
         const int64_t rows = std::min(most, last - start);
-        const S *x_rows = x + start * op.x_stride, *g_rows = grad_y + start * grad_y_stride;
+        const S *x_rows = row_of(x, start, op.x_stride);
+        const S *g_rows = row_of(grad_y, start, grad_y_stride);
         block_dots(g_rows, grad_y_stride, B, op.d_out, rows, op.d_out, rank, scratch, d);
         if (h_all) {
             std::copy(h_all + start * rank, h_all + (start + rows) * rank, h);

@@ -21,6 +21,11 @@ namespace scalabl {
 
 constexpr int MAX_RANK = 256;
 
+// How many groups there are of so many rows each; no sum that could overflow.
+SCALABL_BOTH int64_t count_groups(int64_t rows, int64_t rows_per_group) {
+    return rows / rows_per_group + (rows % rows_per_group != 0);
+}
+
 // The group whose draw row `row` uses; meaningful only if the update is noisy.
 SCALABL_BOTH uint32_t group_of_row(const scalabl_update &op, int64_t row) {
     const int64_t index = row / op.rows_per_group;

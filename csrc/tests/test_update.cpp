@@ -65,6 +65,57 @@ void test_unusual_strides_of_what_is_read() {
     CHECK(scalabl_update_forward(&p.op, other.data(), other.stride, nullptr) == SCALABL_OK);
 }
 
+// One group for all rows, however many rows a group could have.
+void test_the_largest_group() {
+    Problem p(SCALABL_FLOAT32, SCALABL_FLOAT32, 4, 6, 5, 2, 0, 4);
+    Matrix y = p.y, other = p.y;
+    CHECK(scalabl_update_forward(&p.op, y.data(), y.stride, nullptr) == SCALABL_OK);
+    p.op.rows_per_group = INT64_MAX;
+    CHECK(scalabl_update_forward(&p.op, other.data(), other.stride, nullptr) == SCALABL_OK);
+    CHECK(y.bytes == other.bytes);
+}
+
+// The stride of a single row is not used, and that of an absent grad_x neither.
+void test_strides_that_do_not_matter() {
+    Problem p(SCALABL_FLOAT32, SCALABL_FLOAT32, 1, 6, 1, 1, 0, 1);
+    Matrix y = p.y, other = p.y, grad_A(SCALABL_FLOAT32, 1, 6), other_A = grad_A;
+    const auto both = [&](Matrix &to_y, Matrix &to_A, int64_t stride, void *grad_x) {
+        CHECK(scalabl_update_forward(&p.op, to_y.data(), stride, nullptr) == SCALABL_OK);
+        CHECK(scalabl_update_backward(&p.op, p.grad_y.data(), stride, nullptr, grad_x, stride,
+                                      to_A.data(), nullptr, nullptr, nullptr) == SCALABL_OK);
+    };
+    both(y, grad_A, 6, nullptr);
+    for (const int64_t stride : {INT64_MAX, INT64_MIN, int64_t{0}}) {
+        p.op.x_stride = p.op.A_stride = p.op.B_stride = stride;
+        other = p.y;
+        both(other, other_A, stride, p.grad_x.data());
+        CHECK(other.bytes == y.bytes && other_A.bytes == grad_A.bytes);
+    }
+    Problem more(SCALABL_FLOAT32, SCALABL_FLOAT32, 3, 6, 5, 2, 0, 1);
+    Matrix to_A(SCALABL_FLOAT32, 2, 6);
+    CHECK(scalabl_update_backward(&more.op, more.grad_y.data(), 5, nullptr, nullptr, INT64_MAX,
+                                  to_A.data(), nullptr, nullptr, nullptr) == SCALABL_OK);
+}
+
+// A matrix without columns may be null, and so may x where nothing asks for it, however many the
+// rows: no address is made of null.
+void test_absent_matrices_of_many_rows() {
+    Problem p(SCALABL_FLOAT32, SCALABL_FLOAT32, 400, 0, 5, 2, 3, 1);
+    p.op.x = p.op.A = nullptr;
+    Matrix y = p.y, grad_B(SCALABL_FLOAT32, 5, 2);
+    CHECK(scalabl_update_forward(&p.op, y.data(), y.stride, nullptr) == SCALABL_OK);
+    CHECK(y.bytes == p.y.bytes);
+    CHECK(scalabl_update_backward(&p.op, p.grad_y.data(), p.grad_y.stride, nullptr, nullptr, 0,
+                                  nullptr, grad_B.data(), nullptr, nullptr) == SCALABL_OK);
+    Problem q(SCALABL_FLOAT32, SCALABL_FLOAT32, 400, 5, 0, 2, 3, 1);
+    q.op.x = q.op.B = nullptr;
+    Matrix grad_x = q.grad_x;
+    CHECK(scalabl_update_backward(&q.op, nullptr, 3, nullptr, grad_x.data(), grad_x.stride,
+                                  nullptr, nullptr, nullptr, nullptr) == SCALABL_OK);
+    q.op.x = q.x.data();
+    CHECK(scalabl_update_forward(&q.op, nullptr, 3, nullptr) == SCALABL_OK);
+}
+
 void test_bad_arguments() {
     const Problem good(SCALABL_FLOAT32, SCALABL_FLOAT32, 4, 6, 5, 2, 0, 1);
     Matrix y = good.y, grad_x = good.grad_x;
@@ -156,6 +207,9 @@ int main() {
     test_every_instruction_set();
     test_threads_do_not_change_the_result();
     test_unusual_strides_of_what_is_read();
+    test_the_largest_group();
+    test_strides_that_do_not_matter();
+    test_absent_matrices_of_many_rows();
     test_bad_arguments();
     std::printf("%d failures\n", failures);
     return failures != 0;
