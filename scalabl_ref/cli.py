@@ -1,7 +1,7 @@
 """The `scalabl` command: arguments in, library calls, results out. No method lives here.
 
-Exit codes: 0 done, 1 a check of `verify` failed, 2 bad input (one line on standard error), 128 + n
-ended by signal n.
+Exit codes: 0 done, 1 a check of `verify` or `conformance` failed, 2 bad input (one line on standard
+error), 128 + n ended by signal n.
 """
 
 from __future__ import annotations
@@ -459,6 +459,40 @@ def _verify(args: argparse.Namespace) -> Result:
     return {"path": path, "device": str(device), "checks": checks, "exit_code": int(bool(failed))}
 
 
+def _conformance_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("export", "check"))
+    parser.add_argument("folder", type=Path, metavar="DIR", help="of the vectors")
+    parser.add_argument(
+        "outputs", type=Path, nargs="?", metavar="OUTPUTS", help="check: a port's .safetensors"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "float64"),
+        default="float32",
+        help="check: what the port computed in",
+    )
+
+
+def _conformance(args: argparse.Namespace) -> Result:
+    from .conformance import check, export
+
+    if args.action == "export":
+        count = export(args.folder)
+        _say(args, f"written: {count} cases to {args.folder}")
+        return {"cases": count, "folder": str(args.folder)}
+    if args.outputs is None:
+        raise InputError("conformance check needs a file of OUTPUTS")
+    grades = check(args.folder, args.outputs, args.precision)
+    for grade in grades:
+        _say(args, f"{grade.id:22} {grade.worst:10.2g}  {'ok' if grade.passed else 'FAILED'}")
+        if not grade.passed:
+            _say(args, f"    {grade.problem or grade.covers}; look for: {'; '.join(grade.catches)}")
+    failed = sum(not grade.passed for grade in grades)
+    _say(args, f"{len(grades) - failed} of {len(grades)} cases passed")
+    cases = [{**grade._asdict(), "passed": grade.passed} for grade in grades]
+    return {"cases": cases, "failed": failed, "exit_code": int(failed > 0)}
+
+
 def _info(args: argparse.Namespace) -> Result:
     import platform
 
@@ -509,6 +543,11 @@ _COMMANDS: dict[str, Command] = {
     "generate": ("text with its uncertainty token by token", _generate_arguments, _generate),
     "count": ("parameters and memory of a model, without weights", _count_arguments, _count),
     "verify": ("check this build against the equations", _verify_arguments, _verify),
+    "conformance": (
+        "test vectors for ports: export them, or check a port's results",
+        _conformance_arguments,
+        _conformance,
+    ),
     "info": ("versions, what was built, which path runs", lambda parser: None, _info),
 }
 
