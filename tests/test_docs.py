@@ -1,0 +1,69 @@
+"""What the documents name exists: code, tests, files, commands, vectors."""
+
+from __future__ import annotations
+
+import importlib
+import re
+
+import pytest
+
+from scalabl_ref import cli
+from scalabl_ref.conformance import vectors
+
+from .conftest import ROOT
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def audit_rows() -> list[list[str]]:
+    """The cells of the table "Equation, code, test, vector", row by row."""
+    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    table = text.split("## Equation, code, test, vector")[1].split("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("|")][2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def names(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def test_the_audit_table_names_what_exists():
+    rows = audit_rows()
+    assert len(rows) >= 12
+    levels = {vector.level for vector in vectors()}
+    for equation, code, tests, vector in rows:
+        assert names(code) and names(tests), equation
+        for name in names(code):
+            if "/" in name:
+                assert (ROOT / name).is_file(), name
+                continue
+            module, attribute = name.split(".")
+            assert hasattr(importlib.import_module(f"scalabl_ref.{module}"), attribute), name
+        for name in names(tests):
+            file, _, function = name.partition("::")
+            path = ROOT / file if "/" in file else ROOT / "tests" / file
+            assert path.is_file(), name
+            assert not function or f"def {function}(" in path.read_text(encoding="utf-8"), name
+        assert set(names(vector)) <= levels, equation
+    covered = {name for row in rows for name in names(row[3])}
+    assert covered == levels
+
+
+def test_every_equation_has_a_row():
+    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    body = text.split("## Equation, code, test, vector")[0]
+    numbered = set(re.findall(r"^    (\(\d+[a-e]?\)) ", body, re.MULTILINE))
+    assert {"(1)", "(4)", "(9)"} <= numbered
+    listed = " ".join(row[0] for row in audit_rows()).replace("(1b) to (1e)", "(1b) (1c) (1d) (1e)")
+    assert {number for number in numbered if number not in listed} == set()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_commands_exist(document):
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (document.parent / target).exists(), target
+    for command in re.findall(r"^ {4}scalabl (\w+)", text, re.MULTILINE):
+        assert command in cli._COMMANDS, command
+    for tool in re.findall(r"python (tools/\w+\.py)", text):
+        assert (ROOT / tool).is_file(), tool
