@@ -1,6 +1,6 @@
 """add_update and update_gradients of the native core: arrays of any library, through DLPack.
 
-tests/examples/update_numpy.py has NumPy's, JAX's and most refusals, in an environment without
+docs/examples/update_numpy.py has NumPy's, JAX's and most refusals, in an environment without
 PyTorch. Here: all dtypes, and capsules that no library at hand makes.
 """
 
