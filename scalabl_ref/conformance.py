@@ -32,6 +32,7 @@ from .noise import NOISE_VERSION, Noise
 from .ops import SAMPLING
 from .philox import box_muller, philox4x32
 from .train import kl_period, kl_weight, warmup_linear
+from .verify import Case, sizes, terms
 
 FORMAT = "scalabl-conformance"
 VERSION = 1
@@ -122,71 +123,48 @@ def _op() -> Iterator[Vector]:
     for lead, d_in, d_out, rank in OP_SHAPES:
         for sampling in (*SAMPLING, "groups", "mean"):
             number += 1
-            x, grad_y = _random(number, *lead, d_in), _random(number + 500, *lead, d_out)
-            weight, bias = _random(number + 100, d_out, d_in), _random(number + 200, d_out)
-            A, B = _random(number + 300, rank, d_in), _random(number + 400, d_out, rank)
-            s = _random(number + 600, rank).exp().float().double()
-            sigma = (_random(number + 700, rank).exp() / 2).float().double()
-            ids = torch.tensor([7, 2**32 - 1, 0, 3][: lead[0]]) if sampling == "groups" else None
-            noise = None if sampling == "mean" else Noise(2**63 + number, number)
-            how: Any = sampling if sampling in SAMPLING else "example"
-            inputs = {
-                "x": x,
-                "weight": weight,
-                "bias": bias,
-                "A": A,
-                "B": B,
-                "s": s,
-                "sigma": sigma,
+            case = Case(
+                x=_random(number, *lead, d_in),
+                weight=_random(number + 100, d_out, d_in),
+                bias=_random(number + 200, d_out),
+                A=_random(number + 300, rank, d_in),
+                B=_random(number + 400, d_out, rank),
+                s=_random(number + 600, rank).exp().float().double(),
+                sigma=(_random(number + 700, rank).exp() / 2).float().double(),
+                scaling=1.5,
+                noise=None if sampling == "mean" else Noise(2**63 + number, number),
+                layer=number,
+                sampling=next((known for known in SAMPLING if known == sampling), "example"),
+                groups=torch.tensor([7, 2**32 - 1, 0, 3][: lead[0]])
+                if sampling == "groups"
+                else None,
+            )
+            grad_y = _random(number + 500, *lead, d_out)
+            parameters = {
+                "scaling": case.scaling,
+                "layer": case.layer,
+                "sampling": case.sampling,
+                "seed": str(case.noise.seed) if case.noise else None,
+                "draw": case.noise.draw if case.noise else None,
             }
-            call: dict[str, Any] = {**inputs, "scaling": 1.5, "noise": noise, "layer": number}
-            call |= {"sampling": how, "groups": ids}
-            if ids is not None:
-                inputs["groups"] = ids
-            parameters = {"scaling": 1.5, "layer": number, "sampling": how,
-                          "seed": str(noise.seed) if noise else None,
-                          "draw": noise.draw if noise else None}  # fmt: skip
-            count = math.prod(lead)
-            eps = torch.zeros(count, rank).double()
-            if noise is not None:
-                group = [reference.group_of_row(row, lead, how, ids) for row in range(count)]
-                eps = noise.normal(number, torch.tensor(group), rank).double()
-            sizes = _op_sizes(inputs, grad_y, eps, 1.5)
-            terms = 2 * (d_in + d_out + rank + count + 8)
-            y = reference.subspace_lora_linear(**call)
+            inputs = {name: t for name, t in vars(case).items() if isinstance(t, Tensor)}
+            size, roundings = sizes(case, grad_y), 2 * terms(case)
+            y = case.call(reference.subspace_lora_linear)
             yield Vector(
                 f"op-forward-{number}", "op forward", "(1a)",
                 ["variance for standard deviation", "scaling left out or squared", "bias left out",
                  "noise shared where it should not be, or not shared where it should",
                  "A and B exchanged"],
-                parameters, inputs, {"y": Output(y, terms, sizes["y"])},
+                parameters, inputs, {"y": Output(y, roundings, size["y"])},
             )  # fmt: skip
-            gradients = reference.subspace_lora_linear_gradients(grad_y, **call)
+            gradients = reference.subspace_lora_linear_gradients(grad_y, **vars(case))
             yield Vector(
                 f"op-backward-{number}", "op backward", "(1b) to (1e)",
                 ["gradient of sigma without eps", "scaling left out",
                  "base's share of grad x left out"],
                 parameters, {**inputs, "grad_y": grad_y},
-                {name: Output(g, terms, sizes[name]) for name, g in gradients.items()},
+                {name: Output(g, roundings, size[name]) for name, g in gradients.items()},
             )  # fmt: skip
-
-
-def _op_sizes(
-    inputs: dict[str, Tensor], grad_y: Tensor, eps: Tensor, scaling: float
-) -> dict[str, Tensor]:
-    """Sums of the magnitudes of the terms of y and of each gradient."""
-    x, W, bias, A, B, s, sigma = (
-        inputs[name].abs() for name in ("x", "weight", "bias", "A", "B", "s", "sigma")
-    )
-    rows, g = x.reshape(-1, x.shape[-1]), grad_y.abs().reshape(-1, len(W))
-    factor = scaling * (s + sigma * eps.abs())
-    h, d = rows @ A.T, g @ B
-    return {
-        "y": (rows @ W.T + bias + h * factor @ B.T).reshape(*x.shape[:-1], -1),
-        "x": (g @ W + d * factor @ A).reshape(x.shape), "weight": g.T @ rows, "bias": g.sum(0),
-        "A": (d * factor).T @ rows, "B": g.T @ (h * factor), "s": scaling * (h * d).sum(0),
-        "sigma": scaling * (h * d * eps.abs()).sum(0),
-    }  # fmt: skip
 
 
 def _kl() -> Iterator[Vector]:
