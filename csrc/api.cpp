@@ -185,10 +185,11 @@ static scalabl_status on_device(void *scratch, int64_t *scratch_bytes, const Run
     if (!scratch_bytes) return SCALABL_NULL;
     int64_t needed = 0;
     run(nullptr, needed);
-    const bool enough = *scratch_bytes >= needed;
-    if (!scratch) *scratch_bytes = needed;
-    if (!scratch) return SCALABL_OK;
-    if (!enough) return SCALABL_MEMORY;
+    if (!scratch) {
+        *scratch_bytes = needed;
+        return SCALABL_OK;
+    }
+    if (*scratch_bytes < needed) return SCALABL_MEMORY;
     return run(scratch, needed) ? SCALABL_OK : SCALABL_DEVICE;
 }
 
