@@ -120,18 +120,13 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
         rank, d_in = self.A.shape
-        words = philox_words(seed, INIT_STREAM + self.layer, rank * d_in + rank).double()
-        uniform = (words + 0.5) / 2**32  # in (0, 1)
-        kaiming = (2 * uniform[: rank * d_in] - 1).view(rank, d_in) / math.sqrt(d_in)
+        matrix, uniform = initial_matrix(seed, self.layer, rank, d_in)
         if self.config.method == "mle":
-            self.A.copy_(kaiming)
+            self.A.copy_(matrix)
             return
-        _, singular, Vh = torch.linalg.svd(kaiming, full_matrices=False)
-        self.A.copy_(Vh)
-        self.log_s.copy_(singular.log())
-        low = self.config.init_sigma / math.sqrt(2)
-        high = self.config.init_sigma
-        self.log_sigma.copy_((low + (high - low) * uniform[rank * d_in :]).log())
+        _, singular, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        for name, value in initial_values(singular, Vh, uniform, self.config.init_sigma).items():
+            self.get_parameter(name).copy_(value)
 
     @torch.no_grad()
     def bound_(self) -> None:
@@ -145,6 +140,26 @@ class Adapter(nn.Module):
             one = self.A.new_ones(self.config.rank)
             return one, torch.zeros_like(one)
         return self.log_s.exp(), self.log_sigma.exp()
+
+
+def initial_matrix(seed: int, layer: int, rank: int, d_in: int) -> tuple[Tensor, Tensor]:
+    """A layer's Kaiming-uniform matrix (rank, d_in) and uniforms in (0, 1) for its widths (rank,).
+
+    Uniform in +-1 / sqrt(d_in), which is kaiming_uniform_ with a = sqrt(5); both float64.
+    """
+    words = philox_words(seed, INIT_STREAM + layer, rank * d_in + rank).double()
+    uniform = (words + 0.5) / 2**32
+    matrix = (2 * uniform[: rank * d_in] - 1).view(rank, d_in) / math.sqrt(d_in)
+    return matrix, uniform[rank * d_in :]
+
+
+def initial_values(
+    singular: Tensor, Vh: Tensor, uniform: Tensor, init_sigma: float
+) -> dict[str, Tensor]:
+    """A, log_s and log_sigma from the matrix' singular values (r,) and right vectors (r, d_in)."""
+    low = init_sigma / math.sqrt(2)
+    sigma = low + (init_sigma - low) * uniform
+    return {"A": Vh, "log_s": singular.log(), "log_sigma": sigma.log()}
 
 
 class Linear(nn.Module):

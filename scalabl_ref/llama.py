@@ -466,9 +466,13 @@ class Llama(nn.Module):
         return Context(cos, sin, attend, noise, groups, cache)
 
     def _rope(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of every position's angles, (B or 1, 1, T, h), in x's dtype."""
+        """cos and sin of every position's angles, (B or 1, 1, T, h), in x's dtype.
+
+        Frequencies are float32 numbers whatever x's dtype; angles are of float32 or wider.
+        """
         inverse = self.config.rope.inverse_frequencies(self.config.head_dim, x.device)
-        angles = positions[:, None, :, None].float() * inverse  # (B, 1, T, h/2)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        angles = positions[:, None, :, None].to(wide) * inverse  # (B, 1, T, h/2)
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from scalabl_ref import cli
-from scalabl_ref.conformance import vectors
+from scalabl_ref.vectors import vectors
 
 from .conftest import ROOT
 
