@@ -330,7 +330,7 @@ def unbiased_gradient(op: Op, device: torch.device) -> tuple[float, int]:
         d = (torch.softmax(logits, 1) - F.one_hot(torch.tensor(1), 3)) @ B[:, 0]
         return torch.stack((2.0 * h * d, 2.0 * h * d * eps), 1)
 
-    nodes, weights = gauss_hermite(64)
+    nodes, weights = reference.gauss_hermite(64)
     table = gradients(s + sigma * nodes)
     exact = weights @ table
     deviation = (weights @ table.square() - exact.square()).sqrt() / math.sqrt(n)
@@ -343,13 +343,6 @@ def unbiased_gradient(op: Op, device: torch.device) -> tuple[float, int]:
     got = torch.cat([t.cpu() for t in torch.autograd.grad(loss, leaves)])
     limit = -float(torch.special.ndtri(torch.tensor(FALSE_FAILURE / 4, dtype=torch.float64)))
     return float(((got - exact).abs() / (limit * deviation)).max()), 2
-
-
-def gauss_hermite(n: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of E f(eps), eps ~ N(0, 1): Golub and Welsch's eigenvalues, (n,) each."""
-    off = torch.arange(1, n, dtype=torch.float64).sqrt()
-    values, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
-    return values, vectors[0].square()
 
 
 OP_CHECKS = [
@@ -433,7 +426,7 @@ def kl_values(_: Op, device: torch.device) -> tuple[float, int]:
     s, sigma = torch.tensor([0.3, -0.4]).double().exp(), torch.tensor([0.05, 0.2]).double()
     errors = [abs(float(kl_forward(s, sigma, 1.0)) - 4.762118) / 1e-4,
               abs(float(kl_official(s, sigma, 1.0)) - 576.935180) / 1e-2]  # fmt: skip
-    nodes, weights = gauss_hermite(40)
+    nodes, weights = reference.gauss_hermite(40)
     zero, one = torch.zeros(2).double(), torch.ones(2).double()
     pairs = [(s, sigma), (zero, one), (3 * one, 2 * one)]
     for mean, sd in pairs:

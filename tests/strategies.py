@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
 
 from scalabl_ref import Noise
 from scalabl_ref.ops import SAMPLING
+from scalabl_ref.verify import Case
 
 
-@dataclass
-class OpCase:
-    """Arguments of `subspace_lora_linear`."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    A: Tensor
-    B: Tensor
-    s: Tensor
-    sigma: Tensor
-    scaling: float
-    noise: Noise | None
-    layer: int
-    sampling: str
-    groups: Tensor | None
+class OpCase(Case):
+    """Arguments of `subspace_lora_linear`, and what tests know of them by other means."""
 
     def arguments(self) -> dict:
         return dict(vars(self))
@@ -37,7 +21,7 @@ class OpCase:
         d_out, d_in = self.weight.shape
         return d_in + d_out + len(self.s) + self.x.shape[:-1].numel()
 
-    def row_noise(self) -> Tensor:
+    def row_noise(self) -> torch.Tensor:
         """eps of every row, (rows, r) float64, from the documented meaning of the groups."""
         shape = self.x.shape[:-1]
         index = torch.arange(shape.numel()).reshape(shape)

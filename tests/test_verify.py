@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from scalabl_ref import InputError, Noise, cli, native, subspace_lora_linear
-from scalabl_ref.verify import OP_CHECKS, gauss_hermite, load_op, verify
-
-from .tolerances import rounding
+from scalabl_ref.verify import OP_CHECKS, load_op, verify
 
 
 def failed(results) -> set[str]:
@@ -26,13 +23,6 @@ def test_what_is_right_passes(core, monkeypatch):
     results = verify()
     assert failed(results) == set(), [r for r in results if not r.passed]
     assert all(result.cases > 0 for result in results)
-
-
-def test_quadrature_integrates_polynomials_exactly():
-    nodes, weights = gauss_hermite(20)
-    for power in range(12):
-        exact = 0 if power % 2 else math.prod(range(1, power, 2))  # E eps^power
-        assert abs(float(weights @ nodes**power) - exact) <= rounding(torch.float64, 2000) * 1e4
 
 
 class DropsEps(torch.autograd.Function):
