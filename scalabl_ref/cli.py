@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser(next(iter(arguments), "")).parse_args(arguments)
     try:
         result = args.command(args)
+        if args.json:
+            print(json.dumps(result, indent=2), flush=True)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -43,8 +46,6 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stderr.close()
         return 141
-    if args.json:
-        print(json.dumps(result, indent=2))
     return int(result.get("exit_code", 0))
 
 
@@ -461,15 +462,21 @@ def _verify(args: argparse.Namespace) -> Result:
 
 def _conformance_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("export", "check"))
-    parser.add_argument("folder", type=Path, metavar="DIR", help="of the vectors")
     parser.add_argument(
-        "outputs", type=Path, nargs="?", metavar="OUTPUTS", help="check: a port's .safetensors"
+        "folder",
+        type=Path,
+        metavar="DIR",
+        help="the vectors' folder: a new one, or one to check by",
     )
+    parser.add_argument(
+        "outputs", type=Path, nargs="?", metavar="OUTPUTS", default=argparse.SUPPRESS,
+        help="check: a port's .safetensors, with tensors named CASE/OUTPUT",
+    )  # fmt: skip
     parser.add_argument(
         "--precision",
         choices=("float32", "float64"),
         default="float32",
-        help="check: what the port computed in",
+        help="check: what the port computed in; eps of the bounds is 2^-23 or 2^-52",
     )
 
 
@@ -480,17 +487,26 @@ def _conformance(args: argparse.Namespace) -> Result:
         count = export(args.folder)
         _say(args, f"written: {count} cases to {args.folder}")
         return {"cases": count, "folder": str(args.folder)}
-    if args.outputs is None:
+    if not hasattr(args, "outputs"):
         raise InputError("conformance check needs a file of OUTPUTS")
-    grades = check(args.folder, args.outputs, args.precision)
+    grades, left_out = check(args.folder, args.outputs, args.precision)
+    _say(args, f"{'case':32} error / bound, 1 is the limit")
     for grade in grades:
-        _say(args, f"{grade.id:22} {grade.worst:10.2g}  {'ok' if grade.passed else 'FAILED'}")
+        _say(args, f"{grade.id:32} {grade.worst:10.2g}  {'ok' if grade.passed else 'FAILED'}")
+        for problem in grade.problems:
+            _say(args, f"    {problem}")
         if not grade.passed:
-            _say(args, f"    {grade.problem or grade.covers}; look for: {'; '.join(grade.catches)}")
+            right = f"; right: {', '.join(grade.right)}" if grade.right else ""
+            _say(args, f"    {grade.covers}; it catches {', '.join(grade.catches)}{right}")
     failed = sum(not grade.passed for grade in grades)
-    _say(args, f"{len(grades) - failed} of {len(grades)} cases passed")
-    cases = [{**grade._asdict(), "passed": grade.passed} for grade in grades]
-    return {"cases": cases, "failed": failed, "exit_code": int(failed > 0)}
+    missing = f"; {len(left_out)} not attempted" if left_out else ""
+    _say(args, f"{len(grades) - failed} of {len(grades)} cases passed, {args.precision}{missing}")
+    cases = []
+    for grade in grades:
+        worst = grade.worst if math.isfinite(grade.worst) else None  # JSON has no infinity
+        cases.append({**grade._asdict(), "worst": worst, "passed": grade.passed})
+    return {"cases": cases, "not_attempted": left_out, "failed": failed,
+            "exit_code": int(failed > 0)}  # fmt: skip
 
 
 def _info(args: argparse.Namespace) -> Result:

@@ -9,6 +9,7 @@ expected values, "<case>/<output>".
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from pathlib import Path
@@ -115,22 +116,28 @@ def export(folder: Path | str) -> int:
 
 
 class Grade(NamedTuple):
-    """worst: the largest error over its bound, of all outputs. problem: what is missing or odd."""
+    """How a case went. worst: the largest error of all its outputs, as a share of its bound.
+
+    problems: a line for each output that is missing, odd or beyond its bound. right: the others.
+    """
 
     id: str
     level: str
     covers: str
     catches: list[str]
     worst: float
-    problem: str
+    problems: list[str]
+    right: list[str]
 
     @property
     def passed(self) -> bool:
-        return not self.problem and self.worst <= 1.0
+        return not self.problems
 
 
-def check(folder: Path | str, outputs: Path | str, precision: str = "float32") -> list[Grade]:
-    """Grade a port's results, case by case.
+def check(
+    folder: Path | str, outputs: Path | str, precision: str = "float32"
+) -> tuple[list[Grade], list[str]]:
+    """Grade a port's results, case by case; returns the grades and the ids of cases left out.
 
     outputs: a safetensors file with "<case>/<output>" for the cases that the port does; cases of
     which it has nothing are left out. precision: what the port computed in, float32 or float64.
@@ -144,39 +151,70 @@ def check(folder: Path | str, outputs: Path | str, precision: str = "float32") -
         raise InputError(f"{folder}: expected vectors of {FORMAT}, version {VERSION}")
     truth, _ = load_tensors(Path(folder) / "vectors.safetensors")
     theirs, _ = load_tensors(Path(outputs))
-    known = {o["tensor"] for case in manifest["cases"] for o in case["outputs"].values()}
+    known = {name for case in manifest["cases"] for name in _results(case)}
     for name in theirs:
         if name not in known:
-            raise InputError(f"{outputs}: {name} is the result of no case")
-    grades = []
-    for case in manifest["cases"]:
-        if not any(output["tensor"] in theirs for output in case["outputs"].values()):
-            continue
-        worst, problem = 0.0, ""
-        for name, output in case["outputs"].items():
-            if output["tensor"] not in theirs:
-                problem = problem or f"{name} is missing"
-                continue
-            size = truth[output["size"]] if isinstance(output["size"], str) else output["size"]
-            got, expected = theirs[output["tensor"]], truth[output["tensor"]]
-            if got.shape != expected.shape:
-                shapes = f"{tuple(got.shape)}, expected {tuple(expected.shape)}"
-                problem = problem or f"{name} has shape {shapes}"
-                continue
-            worst = max(worst, _worst(got, expected, output["terms"] * PRECISIONS[precision], size))
-        grades.append(
-            Grade(case["id"], case["level"], case["covers"], case["catches"], worst, problem)
-        )
-    if not grades:
+            nearest = difflib.get_close_matches(name, known, 1)
+            hint = f": is {nearest[0]} meant?" if nearest else " (results are named CASE/OUTPUT)"
+            raise InputError(f"{outputs}: {name} is the result of no case{hint}")
+    attempted = [c for c in manifest["cases"] if any(n in theirs for n in _results(c))]
+    if not attempted:
         raise InputError(f"{outputs}: has results for no case")
-    return grades
+    left_out = [case["id"] for case in manifest["cases"] if case not in attempted]
+    return [grade_case(case, truth, theirs, precision) for case in attempted], left_out
 
 
-def _worst(got: Tensor, expected: Tensor, relative: float, size: Tensor | float) -> float:
-    """Largest error over relative * size; infinite for any difference where that is 0, or NaN."""
+def _results(case: dict[str, Any]) -> list[str]:
+    """Names of the tensors in which a port stores its results for the case."""
+    return [output["tensor"] for output in case["outputs"].values()]
+
+
+def grade_case(
+    case: dict[str, Any], truth: dict[str, Tensor], theirs: dict[str, Tensor], precision: str
+) -> Grade:
+    """Grade one case of the manifest: truth as exported, theirs a port's results by name."""
+    worst, problems, right = 0.0, [], []
+    for name, output in case["outputs"].items():
+        if output["tensor"] not in theirs:
+            problems.append(f"{name} is missing")
+            continue
+        got, expected = theirs[output["tensor"]], truth[output["tensor"]]
+        if got.shape != expected.shape:
+            shapes = f"{tuple(got.shape)}, expected {tuple(expected.shape)}"
+            problems.append(f"{name} has shape {shapes}")
+            continue
+        size = truth[output["size"]] if isinstance(output["size"], str) else output["size"]
+        bound = torch.as_tensor(size).double() * output["terms"] * PRECISIONS[precision]
+        share = _share(got, expected, bound.expand(expected.shape))
+        largest = float(share.max()) if share.numel() else 0.0
+        worst = max(worst, largest)
+        if largest <= 1:
+            right.append(name)
+        else:
+            problems.append(f"{name}: {_report(got, expected, share, bound, precision)}")
+    about = (case["id"], case["level"], case["covers"], case["catches"])
+    return Grade(*about, worst, problems, right)
+
+
+def _share(got: Tensor, expected: Tensor, bound: Tensor) -> Tensor:
+    """Error over its bound; infinite where that is 0 and anything differs, and for NaN."""
     if not expected.is_floating_point() and not got.is_floating_point():
-        return 0.0 if torch.equal(got.long(), expected.long()) else math.inf
+        return torch.where(got.long() == expected.long(), 0.0, math.inf).double()
     error = (got.double() - expected.double()).abs()
-    bound = torch.as_tensor(size, dtype=torch.float64) * relative
-    ratio = torch.where(error == 0, 0.0, error / bound)
-    return float(torch.nan_to_num(ratio, nan=math.inf).max()) if ratio.numel() else 0.0
+    share = torch.where(error == 0, 0.0, error / bound)
+    return torch.where(got.double().isfinite(), share, math.inf)
+
+
+def _report(got: Tensor, expected: Tensor, share: Tensor, bound: Tensor, precision: str) -> str:
+    """Where the worst error is, and what may explain it."""
+    at = tuple(int(i) for i in torch.unravel_index(share.argmax(), share.shape))
+    limit = float(bound.expand(expected.shape)[at])
+    text = (
+        f"{int((share > 1).sum())} of {share.numel()} elements beyond the bound; worst at "
+        f"{list(at)}: got {got[at].item():.10g}, expected {expected[at].item():.10g}, "
+        f"bound {limit:.2g}"
+    )
+    coarse = not got.is_floating_point() or torch.finfo(got.dtype).eps > PRECISIONS[precision]
+    if expected.is_floating_point() and coarse:
+        text += f"; stored as {str(got.dtype).removeprefix('torch.')}, graded as {precision}"
+    return text

@@ -53,9 +53,15 @@ class Vector:
 # --- The cases --------------------------------------------------------------------------------
 
 
-def _random(seed: int, *shape: int) -> Tensor:
-    """Standard normals that float32 holds exactly, from the package's own noise."""
-    return Noise(seed, 0).normal(0, 1, math.prod(shape)).double().reshape(shape)
+def _random(seed: int, *shape: int, times: float = 1.0, plus: float = 0.0) -> Tensor:
+    """plus + times * standard normals of the package's noise, rounded to what float32 holds."""
+    normal = Noise(seed, 0).normal(0, 1, math.prod(shape)).double().reshape(shape)
+    return _single(plus + times * normal)
+
+
+def _single(values: Tensor) -> Tensor:
+    """The nearest numbers that float32 holds, in float64."""
+    return values.float().double()
 
 
 def _double(values: Any) -> Tensor:
@@ -83,7 +89,7 @@ def _normals() -> Iterator[Vector]:
     z = torch.tensor([box_muller(a, b) for a, b in pairs], dtype=torch.float64)
     yield Vector(
         "box-muller", "normals", "docs/conformance.md, steps 2 to 5",
-        ["biased uniform", "sine and cosine exchanged", "quadrants", "degrees of the series"],
+        ["biased uniform", "sine and cosine exchanged", "quadrants", "rounded to float32 already"],
         inputs={"words": torch.tensor(pairs)},
         # The float32 normal: half a unit in its last place, and the radius' size where cos is 0.
         outputs={"normals": Output(z, 2, z.abs().clamp(min=1e-9))},
@@ -104,30 +110,34 @@ def _normals() -> Iterator[Vector]:
         )  # fmt: skip
 
 
-OP_SHAPES = [((4,), 7, 5, 3), ((2, 3), 16, 9, 8), ((3, 1, 2), 33, 20, 5)]
+# Leading dimensions, d_in, d_out, rank, scaling, whether there is a bias.
+OP_SHAPES = [
+    ((4,), 7, 5, 3, 1.5, True),
+    ((2, 3), 16, 9, 8, 0.75, False),
+    ((3, 1, 2), 33, 20, 5, 2.0, True),
+]
 
 
 def _op() -> Iterator[Vector]:
     """Forward and backward of the layer, for every sampling, with groups, and the mean model."""
+    kinds = [(sampling, True, grouped) for grouped in (False, True) for sampling in SAMPLING]
     number = 0
-    for lead, d_in, d_out, rank in OP_SHAPES:
-        for sampling in (*SAMPLING, "groups", "mean"):
+    for lead, d_in, d_out, rank, scaling, biased in OP_SHAPES:
+        for sampling, noisy, grouped in [*kinds, ("example", False, False)]:
             number += 1
             case = Case(
                 x=_random(number, *lead, d_in),
                 weight=_random(number + 100, d_out, d_in),
-                bias=_random(number + 200, d_out),
+                bias=_random(number + 200, d_out) if biased else None,
                 A=_random(number + 300, rank, d_in),
                 B=_random(number + 400, d_out, rank),
-                s=_random(number + 600, rank).exp().float().double(),
-                sigma=(_random(number + 700, rank).exp() / 2).float().double(),
-                scaling=1.5,
-                noise=None if sampling == "mean" else Noise(2**63 + number, number),
+                s=_single(_random(number + 600, rank).exp()),
+                sigma=_single(_random(number + 700, rank).exp() / 2),
+                scaling=scaling,
+                noise=Noise(2**63 + number, number) if noisy else None,
                 layer=number,
-                sampling=next((known for known in SAMPLING if known == sampling), "example"),
-                groups=torch.tensor([7, 2**32 - 1, 0, 3][: lead[0]])
-                if sampling == "groups"
-                else None,
+                sampling=sampling,
+                groups=torch.tensor([7, 2**32 - 1, 0, 3][: lead[0]]) if grouped else None,
             )
             grad_y = _random(number + 500, *lead, d_out)
             parameters = {
@@ -140,8 +150,9 @@ def _op() -> Iterator[Vector]:
             inputs = {name: t for name, t in vars(case).items() if isinstance(t, Tensor)}
             size, roundings = sizes(case, grad_y), 2 * terms(case)
             y = case.call(reference.subspace_lora_linear)
+            kind = f"{sampling if noisy else 'mean'}{'-groups' if grouped else ''}-{number}"
             yield Vector(
-                f"op-forward-{number}", "op forward", "(1a)",
+                f"op-forward-{kind}", "op forward", "(1a)",
                 ["variance for standard deviation", "scaling left out or squared", "bias left out",
                  "noise shared where it should not be, or not shared where it should",
                  "A and B exchanged"],
@@ -149,11 +160,11 @@ def _op() -> Iterator[Vector]:
             )  # fmt: skip
             gradients = reference.subspace_lora_linear_gradients(grad_y, **vars(case))
             yield Vector(
-                f"op-backward-{number}", "op backward", "(1b) to (1e)",
+                f"op-backward-{kind}", "op backward", "(1b) to (1e)",
                 ["gradient of sigma without eps", "scaling left out",
                  "base's share of grad x left out"],
                 parameters, {**inputs, "grad_y": grad_y},
-                {name: Output(g, roundings, size[name]) for name, g in gradients.items()},
+                {n: Output(gradients[n], roundings, size[n]) for n in inputs if n in gradients},
             )  # fmt: skip
 
 
@@ -165,7 +176,7 @@ def _kl() -> Iterator[Vector]:
     }
     for name, (log_s, log_sigma, prior) in points.items():
         s, sigma = _double(log_s), _double(log_sigma)
-        s, sigma = s.exp().float().double(), sigma.exp().float().double()
+        s, sigma = _single(s.exp()), _single(sigma.exp())
         for kl, function in (
             ("forward", reference.kl_forward),
             ("official", reference.kl_official),
@@ -183,7 +194,7 @@ def _kl() -> Iterator[Vector]:
 
 
 def _objective() -> Iterator[Vector]:
-    logits, labels = 3 * _random(900, 6, 4), torch.tensor([0, 3, 1, 2, 2, 0])
+    logits, labels = _random(900, 6, 4, times=3), torch.tensor([0, 3, 1, 2, 2, 0])
     s, sigma = (
         _double([[0.5, 1.25], [2.0, 0.75]]),
         torch.tensor([[0.0625, 0.5], [0.25, 1.0]]),
@@ -223,7 +234,7 @@ def _schedules() -> Iterator[Vector]:
 
 def _predictive() -> Iterator[Vector]:
     for draws in (1, 7):
-        logits = 4 * _random(800 + draws, draws, 5, 3)
+        logits = _random(800 + draws, draws, 5, 3, times=4)
         expected = {n: _double(v) for n, v in reference.predictive(logits).items()}
         yield Vector(
             f"predictive-{draws}", "predictive", "(8), (9)",
@@ -245,8 +256,8 @@ def _metrics() -> Iterator[Vector]:
             {"bins": bins}, {"probs": probs, "labels": labels},
             {"ece": Output(_double(metrics.ece(probs, labels, bins)), 16, 1.0)},
         )  # fmt: skip
-    logits = 2 * _random(950, 60, 4)
-    many, picked = logits.softmax(-1).float().double(), (logits + _random(951, 60, 4)).argmax(-1)
+    logits = _random(950, 60, 4, times=2)
+    many, picked = _single(logits.softmax(-1)), (logits + _random(951, 60, 4)).argmax(-1)
     yield Vector(
         "ece-many", "metrics", "Prediction: ECE",
         ["bins weighted alike", "confidence of the label's class"],
@@ -408,8 +419,8 @@ def _tiny_weights(seed: int, **options: Any) -> tuple[LlamaConfig, Weights]:
     for index, (name, shape) in enumerate(
         (n, p.shape) for n, p in Llama(config, device="meta").named_parameters()
     ):
-        values = _random(seed + index, *shape) / 4
-        weights[name] = 1 + values if name.endswith("norm.weight") else values
+        mean = 1.0 if name.endswith("norm.weight") else 0.0
+        weights[name] = _random(seed + index, *shape, times=0.25, plus=mean)
     return config, weights
 
 
@@ -451,7 +462,7 @@ def _initialisation() -> Iterator[Vector]:
         kaiming = _double([(2 * u - 1) / math.sqrt(d_in) for u in uniform[: rank * d_in]])
         kaiming = kaiming.reshape(rank, d_in)
         U, singular, Vh = torch.linalg.svd(kaiming, full_matrices=False)
-        U, singular, Vh = (t.float().double() for t in (U, singular, Vh))
+        U, singular, Vh = (_single(part) for part in (U, singular, Vh))
         low = width / math.sqrt(2)
         sigma = [low + (width - low) * u for u in uniform[rank * d_in :]]
         outputs = {
@@ -494,13 +505,13 @@ def _training_step() -> Iterator[Vector]:
         ):
             d_out, d_in = w[f"{name}.weight"].shape
             shape = {"A": (2, d_in), "B": (d_out, 2)}.get(part, (2,))
-            values = _random(1600 + index, *shape) / 2
-            trained[f"{name}.{part}"] = values - 1.5 if part == "log_sigma" else values
+            mean = -1.5 if part == "log_sigma" else 0.0
+            trained[f"{name}.{part}"] = _random(1600 + index, *shape, times=0.5, plus=mean)
         moments = {}
         for index, (name, value) in enumerate(trained.items()):
             moments[f"exp_avg.{name}"] = _random(1700 + index, *value.shape) / 16
             second = _random(1800 + index, *value.shape).square() / 64
-            moments[f"exp_avg_sq.{name}"] = second.float().double()
+            moments[f"exp_avg_sq.{name}"] = _single(second)
         leaves = {name: value.clone().requires_grad_() for name, value in trained.items()}
         eps = {name: Noise(2**40 + 5, p["draw"]).normal(layer, ids, 2).double()
                for name, layer in layers.items()}  # fmt: skip

@@ -48,8 +48,8 @@ def op(case, t, dtype, bug):
     """Our fast op in the part of a port; `bug` changes its arguments."""
     p = dict(case["parameters"])
     noise = Noise(int(p["seed"]), p["draw"]) if p["seed"] else None
-    leaves = {name: t[name].to(dtype).requires_grad_() for name in TENSORS}
-    call = {**leaves, "scaling": p["scaling"], "noise": noise, "layer": p["layer"],
+    leaves = {name: t[name].to(dtype).requires_grad_() for name in TENSORS if name in t}
+    call = {"bias": None, **leaves, "scaling": p["scaling"], "noise": noise, "layer": p["layer"],
             "sampling": p["sampling"], "groups": t.get("groups")}  # fmt: skip
     y = subspace_lora_linear(**{**call, **bug(call)})
     if "grad_y" not in t:

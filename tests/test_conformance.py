@@ -14,7 +14,7 @@ from scalabl_ref import (
     cli,
 )
 from scalabl_ref.checkpoint import load_tensors, save_tensors
-from scalabl_ref.conformance import check, export
+from scalabl_ref.conformance import check, export, grade_case
 
 from .conftest import ROOT
 from .own_port import cases, port
@@ -30,7 +30,13 @@ def kit(tmp_path_factory):
 
 def grade(folder, tmp_path, results, precision="float32"):
     save_tensors(tmp_path / "out.safetensors", results.items())
-    return check(folder, tmp_path / "out.safetensors", precision)
+    return check(folder, tmp_path / "out.safetensors", precision)[0]
+
+
+def bad(kit, tmp_path, results, precision="float32"):
+    """The one case that fails."""
+    (grade_,) = (g for g in grade(kit, tmp_path, results, precision) if not g.passed)
+    return grade_
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
@@ -57,7 +63,7 @@ BUGS = {
     "layer off by one": lambda c: {"layer": c["layer"] + 1},
     "draw off by one": lambda c: {"noise": moved(c["noise"], draw=1)},
     "seed cut to 32 bits": lambda c: {"noise": moved(c["noise"], seed=-(2**63))},
-    "bias left out": lambda c: {"bias": 0 * c["bias"]},
+    "bias left out": lambda c: {"bias": None},
     "s detached": lambda c: {"s": c["s"].detach()},
     "sigma detached": lambda c: {"sigma": c["sigma"].detach()},
 }  # fmt: skip
@@ -105,33 +111,61 @@ def test_the_manifest_follows_its_schema(kit):
 
 
 def test_every_output_is_graded(kit, tmp_path):
-    """A thousandth more in any one output fails its case."""
+    """A thousandth more in any one output fails its case, and names the output."""
     right = port(kit, torch.float32)
-    for name, value in right.items():
-        wrong = value + 1 if not value.is_floating_point() else value * 1.001 + 1e-3
-        case = name.rsplit("/", 1)[0]
-        (result,) = (g for g in grade(kit, tmp_path, {**right, name: wrong}) if g.id == case)
-        assert not result.passed, name
+    truth, _ = load_tensors(kit / "vectors.safetensors")
+    tried = 0
+    for case, _ in cases(kit):
+        for output, entry in case["outputs"].items():
+            value = right[entry["tensor"]]
+            wrong = value * 1.001 + 1e-3 if value.is_floating_point() else value + 1
+            result = grade_case(case, truth, {**right, entry["tensor"]: wrong}, "float32")
+            assert [p.split(":")[0] for p in result.problems] == [output], case["id"]
+            tried += 1
+    assert tried == len(right)
+
+
+def test_inputs_are_numbers_that_float32_holds(kit):
+    for case, inputs in cases(kit):
+        for name, t in inputs.items():
+            if t.is_floating_point():
+                assert t.dtype == torch.float64 and torch.equal(t, t.float().double()), case["id"]
+            else:
+                assert t.dtype == torch.int64, (case["id"], name)
 
 
 def test_what_is_odd_is_named(kit, tmp_path):
     right = port(kit, torch.float32, levels={"op backward"})
     name = next(iter(right))
+    case, output = name.rsplit("/", 1)
     missing = {k: v for k, v in right.items() if k != name}
-    (bad,) = (g for g in grade(kit, tmp_path, missing) if not g.passed)
-    assert bad.problem == f"{name.rsplit('/', 1)[1]} is missing"
-    (bad,) = (g for g in grade(kit, tmp_path, {**right, name: right[name][..., :-1].contiguous()})
-              if not g.passed)  # fmt: skip
-    assert "has shape" in bad.problem
-    (bad,) = (g for g in grade(kit, tmp_path, {**right, name: right[name] * math.nan})
-              if not g.passed)  # fmt: skip
-    assert bad.worst == math.inf
-    with pytest.raises(InputError, match="stranger is the result of no case"):
-        grade(kit, tmp_path, {**right, "stranger": torch.zeros(1)})
+    assert bad(kit, tmp_path, missing).problems == [f"{output} is missing"]
+    cut = {**right, name: right[name][..., :-1].contiguous()}
+    assert "has shape" in bad(kit, tmp_path, cut).problems[0]
+    for odd in (math.nan, math.inf):
+        assert bad(kit, tmp_path, {**right, name: right[name] * odd}).worst == math.inf
+    with pytest.raises(InputError, match=f"{case}/Z is the result of no case: is {case}/. meant"):
+        grade(kit, tmp_path, {**right, f"{case}/Z": torch.zeros(1)})
+    with pytest.raises(InputError, match=r"\? is the result of no case \(results are named CASE"):
+        grade(kit, tmp_path, {**right, "?": torch.zeros(1)})
     with pytest.raises(InputError, match="has results for no case"):
         grade(kit, tmp_path, {})
     with pytest.raises(InputError, match="exists already"):
         export(kit)
+
+
+def test_a_failure_says_where_and_how_much(kit, tmp_path):
+    right = port(kit, torch.float64, levels={"op backward"})
+    name = next(name for name in right if name.endswith("/sigma") and "mean" not in name)
+    wrong = right[name].clone()
+    wrong[1] += 1
+    result = bad(kit, tmp_path, {**right, name: wrong}, "float64")
+    assert result.id == name.rsplit("/", 1)[0] and "x" in result.right
+    (problem,) = result.problems
+    assert problem.startswith("sigma: 1 of 3 elements beyond the bound; worst at [1]: got ")
+    assert f"expected {right[name][1].item():.10g}" in problem
+    result = bad(kit, tmp_path, {**right, name: right[name].float()}, "float64")
+    assert result.problems[0].endswith("stored as float32, graded as float64")
 
 
 def test_command(kit, tmp_path, capsys):
@@ -142,9 +176,17 @@ def test_command(kit, tmp_path, capsys):
     results = port(kit, torch.float32, levels={"KL"})
     save_tensors(tmp_path / "o.safetensors", results.items())
     assert cli.main(["conformance", "check", str(kit), str(tmp_path / "o.safetensors")]) == 0
-    assert "6 of 6 cases passed" in capsys.readouterr().out
+    total = sum(1 for _ in cases(kit))
+    expected = f"6 of 6 cases passed, float32; {total - 6} not attempted"
+    assert expected in capsys.readouterr().out
     swapped = {k: results[k.replace("forward", "official")] for k in results if "forward" in k}
     save_tensors(tmp_path / "o.safetensors", swapped.items())
     assert cli.main(["conformance", "check", str(kit), str(tmp_path / "o.safetensors")]) == 1
     assert "KL in the other direction" in capsys.readouterr().out
+    save_tensors(tmp_path / "o.safetensors", {k: v * math.nan for k, v in results.items()}.items())
+    assert (
+        cli.main(["conformance", "check", str(kit), str(tmp_path / "o.safetensors"), "--json"]) == 1
+    )
+    report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert report["cases"][0]["worst"] is None and len(report["not_attempted"]) == total - 6
     assert cli.main(["conformance", "check", str(kit)]) == 2
