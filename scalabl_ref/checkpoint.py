@@ -141,6 +141,8 @@ def _open_file(path: Path) -> dict[str, Callable[[], Tensor]]:
 def _open_safetensors(path: Path) -> dict[str, Callable[[], Tensor]]:
     from safetensors import safe_open
 
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, expected a safetensors file")
     with _named_errors(path):
         file = safe_open(str(path), framework="pt")
         names = list(file.keys())

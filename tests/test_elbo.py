@@ -6,10 +6,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributions import Normal
+from torch.distributions import MultivariateNormal, Normal
 from torch.distributions import kl_divergence as torch_kl
 
-from scalabl_ref import Noise, adapters, elbo, kl_forward, kl_official, reference
+from scalabl_ref import (
+    Noise,
+    adapters,
+    elbo,
+    kl_forward,
+    kl_official,
+    reference,
+    subspace_lora_linear,
+)
 from scalabl_ref.elbo import class_logits
 from scalabl_ref.elbo import kl_divergence as model_kl
 from scalabl_ref.errors import InputError
@@ -175,3 +183,110 @@ def test_objective_equals_the_reference(kl):
     expected = reference.elbo(logits, batch.labels, gaussians, 1.0, 0.3, 50, kl)
     for value, slow in zip(elbo(model, batch, noise, 0.3, 50, kl), expected, strict=True):
         assert abs(value.item() - slow) <= rounding(torch.float32, 64) * abs(slow)
+
+
+# --- convexity ------------------------------------------------------------------------------------
+
+points = st.lists(
+    st.tuples(*[st.floats(-5, 5)] * 4, st.floats(0, 1)), min_size=1, max_size=4
+)  # s and log sigma at two points, and how far between them
+
+
+@given(points, st.sampled_from(["s and sigma", "s and log sigma", "s", "log sigma"]))
+def test_kl_is_convex_where_it_should_be(pairs, along):
+    """KL(q || p) jointly in s and sigma, and in s and log sigma; KL(p || q) in each by itself."""
+    s1, u1, s2, u2, _ = torch.tensor(pairs, dtype=torch.float64).T
+    t = pairs[0][4]
+    if along == "s":
+        u2 = u1
+    if along == "log sigma":
+        s2 = s1
+    a, b = (s1, u1.exp()), (s2, u2.exp())
+    if along == "s and sigma":
+        between = (t * s1 + (1 - t) * s2, t * a[1] + (1 - t) * b[1])
+    else:
+        between = (t * s1 + (1 - t) * s2, (t * u1 + (1 - t) * u2).exp())
+    for kl in [kl_forward] if "and" in along else [kl_forward, kl_official]:
+        chord = t * kl(*a, 1.0) + (1 - t) * kl(*b, 1.0)
+        size = kl(*a, 1.0) + kl(*b, 1.0) + 10 * len(pairs)
+        assert kl(*between, 1.0) <= chord + rounding(torch.float64, 64) * size
+
+
+# --- a lower bound on the evidence ----------------------------------------------------------------
+
+
+class LinearGaussian:
+    """A layer whose outputs carry noise N(0, tau^2): its evidence is known in closed form.
+
+    y_n = W x_n + c B diag(s~) A x_n + noise is linear in s~, so that y is Gaussian with covariance
+    tau^2 I + sigma_p^2 Phi Phi', and the posterior is Gaussian with precision
+    I / sigma_p^2 + Phi' Phi / tau^2; both come from torch.distributions and a matrix Phi, not from
+    the package. `orthogonal`: columns of B are, which makes the posterior's covariance diagonal.
+    """
+
+    def __init__(self, seed: int, rank: int, prior_std: float, orthogonal: bool) -> None:
+        g = torch.Generator().manual_seed(seed)
+        self.tau, self.prior_std, self.rank = 0.7, prior_std, rank
+        self.x, W, A, B, noise = (
+            torch.randn(*shape, generator=g).double()
+            for shape in ((3, 4), (5, 4), (rank, 4), (5, rank), (3, 5))
+        )
+        if orthogonal:
+            B = torch.linalg.qr(B)[0]
+        self.layer = (W, None, A, B)
+        self.base = self.x @ W.T
+        phi = 1.5 * torch.einsum("nk,ik->nik", self.x @ A.T, B).reshape(15, rank)
+        truth = prior_std * torch.randn(rank, generator=g).double()
+        self.y = self.base + (phi @ truth).reshape(3, 5) + self.tau * noise
+        residual = (self.y - self.base).flatten()
+        covariance = self.tau**2 * torch.eye(15).double() + prior_std**2 * phi @ phi.T
+        zero = torch.zeros(15).double()
+        self.evidence = MultivariateNormal(zero, covariance).log_prob(residual)
+        precision = torch.eye(rank).double() / prior_std**2 + phi.T @ phi / self.tau**2
+        mean = torch.linalg.solve(precision, phi.T @ residual / self.tau**2)
+        self.posterior = MultivariateNormal(mean, precision_matrix=precision)
+
+    def log_likelihood(self, s: torch.Tensor) -> torch.Tensor:
+        """At the scales s, by the op's mean model."""
+        y = subspace_lora_linear(self.x, *self.layer, s, torch.zeros_like(s), 1.5, None)
+        return Normal(y, self.tau).log_prob(self.y).sum()
+
+    def bound(self, s: torch.Tensor, sigma: torch.Tensor, kl=kl_forward) -> torch.Tensor:
+        """E_q[log likelihood] - KL; exact, as the likelihood is quadratic along each scale."""
+        middle, expected = self.log_likelihood(s), self.log_likelihood(s)
+        for k in range(self.rank):
+            step = sigma[k] * torch.eye(self.rank).double()[k]
+            sides = self.log_likelihood(s + step) + self.log_likelihood(s - step)
+            expected = expected + sides / 2 - middle
+        return expected - kl(s, sigma, self.prior_std)
+
+
+@given(
+    st.integers(0, 1000),
+    st.integers(1, 3),
+    st.floats(0.1, 3),
+    st.booleans(),
+    st.lists(st.tuples(st.floats(-2, 2), st.floats(0.05, 2)), min_size=3, max_size=3),
+)
+def test_the_elbo_is_below_the_evidence_by_the_distance_to_the_posterior(
+    seed, rank, prior_std, orthogonal, q
+):
+    """log p(y) - ELBO(q) = KL(q || posterior), by torch's own KL of full Gaussians."""
+    model = LinearGaussian(seed, rank, prior_std, orthogonal)
+    s, sigma = (t[:rank].contiguous() for t in columns(q))
+    gap = model.evidence - model.bound(s, sigma)
+    q = MultivariateNormal(s, torch.diag(sigma**2))
+    distance = torch_kl(q, model.posterior)
+    size = model.evidence.abs() + model.log_likelihood(s).abs() + distance
+    size = size + sigma.square().sum() * 1000 / model.tau**2
+    assert abs(gap - distance) <= rounding(torch.float64, 1000) * size
+    assert gap >= -rounding(torch.float64, 1000) * size
+
+
+@given(st.integers(0, 1000), st.integers(1, 3), st.floats(0.1, 3))
+def test_the_bound_is_tight_at_the_exact_posterior(seed, rank, prior_std):
+    """Where the posterior is diagonal, q can be it; in the other KL's place nothing is tight."""
+    model = LinearGaussian(seed, rank, prior_std, orthogonal=True)
+    s, sigma = model.posterior.mean, model.posterior.variance.sqrt()
+    assert abs(model.evidence - model.bound(s, sigma)) <= 1e-10 * (1 + model.evidence.abs())
+    assert abs(model.evidence - model.bound(s, sigma, kl_official)) > 1e-6
