@@ -7,6 +7,7 @@ import math
 import re
 import struct
 from decimal import Decimal, localcontext
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from scalabl_ref import InputError, Noise, native_status, noise, philox, philox4x32
 from scalabl_ref.native import core
 
-from .stats import chi_square_limit, ks_limit, normal_limit
+from .stats import ChiSquare, KSTest, ZTest
 from .tolerances import normal_double, normal_ulps
 
 WORDS = st.integers(0, 2**32 - 1)
@@ -264,43 +265,135 @@ def test_normals_are_accurate(word_a, word_b):
         assert abs(Decimal(single) - z) <= Decimal(normal_ulps() * ulp)
 
 
-# --- statistics, at a fixed seed: each would fail a true normal generator once in a million seeds -
+# --- statistics ----------------------------------------------------------------------------------
 
 
-def test_distribution_is_normal():
-    """Kolmogorov-Smirnov, n = 200,000: sees any difference of the distributions above .008."""
-    z = Noise(5, 0).normal(0, 25_000, 8).double().flatten().sort().values
-    n = len(z)
-    cdf, steps = torch.special.ndtr(z), torch.arange(n + 1, dtype=torch.float64) / n
-    distance = torch.maximum((cdf - steps[:-1]).abs().max(), (cdf - steps[1:]).abs().max())
-    assert distance <= ks_limit(n, rate=1e-6)
+@lru_cache(maxsize=1)
+def normals(seed: int, n: int) -> torch.Tensor:
+    return Noise(seed, 0).normal(0, n // 8, 8).flatten()
 
 
-@pytest.mark.parametrize("coordinate", ["seed", "draw", "layer", "group", "component"])
-def test_neighbours_are_uncorrelated(coordinate):
-    """Along each coordinate, and squared too; n = 80,000: sees correlations above .035."""
-    n = 10_000
-    if coordinate in ("group", "component"):
-        z = Noise(6, 0).normal(0, n, 9).double()
-        a, b = (z[:-1, :8], z[1:, :8]) if coordinate == "group" else (z[:, :8], z[:, 1:])
-    else:
-        at = {"seed": 6, "draw": 0, "layer": 0}
-        a, b = (
-            Noise(at["seed"] + (step if coordinate == "seed" else 0),
-                  at["draw"] + (step if coordinate == "draw" else 0))
-            .normal(at["layer"] + (step if coordinate == "layer" else 0), n, 8).double()
-            for step in (0, 1)
-        )  # fmt: skip
-    limit = normal_limit(rate=1e-6 / 2) / math.sqrt(a.numel())
-    assert (a * b).mean().abs() <= limit
-    assert ((a**2 - 1) * (b**2 - 1)).mean().abs() / 2 <= limit
+def moment(power: int, seed: int, n: int) -> float:
+    """Mean of z^power minus its expectation."""
+    expected = 0 if power % 2 else math.prod(range(1, power, 2))
+    return float((normals(seed, n).double() ** power).mean()) - expected
+
+
+MOMENTS = [
+    ZTest(f"moment {power}", partial(moment, power), 2**18, replay=2**15, sd=sd, skew=skew)
+    for power, sd, skew in (
+        (1, 1, 0), (2, 2**0.5, 8**0.5), (3, 15**0.5, 0), (4, 96**0.5, 9504 / 96**1.5)
+    )
+]  # fmt: skip
+
+KOLMOGOROV = KSTest(
+    "normal distribution",
+    lambda seed, n: torch.special.ndtr(normals(seed, n).double()),
+    n=2**18,
+    replay=2**15,
+)
+
+NORMAL_BINS = ChiSquare(
+    "normals in 256 bins",
+    lambda seed, n: cells(normals(seed, n), 256),
+    n=2**18,
+    replay=2**15,
+)
+
+
+def word_bytes(seed: int, n: int) -> torch.Tensor:
+    """The four bytes of every word, (4, n)."""
+    words = noise.philox_words(seed, stream=0, n=n)
+    return torch.stack([words >> shift & 0xFF for shift in (0, 8, 16, 24)])
+
+
+BYTES = ChiSquare("bytes of the words", word_bytes, n=2**18, count=4, replay=2**15)
+
+
+def cells(z: torch.Tensor, count: int) -> torch.Tensor:
+    """Numbers 0 .. count - 1 of the cells, equally probable for a normal, that hold z."""
+    edges = torch.special.ndtri(torch.arange(1, count, dtype=torch.float64) / count)
+    return torch.bucketize(z, edges.float())
+
+
+PAIRS = ("seed", "draw", "layer", "group", "component", "block", "draw and layer",
+         "layer and group", "draw and group", "seed and draw")  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def pairs(kind: str, seed: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """n disjoint pairs of normals: neighbours along a coordinate, or two coordinates exchanged."""
+    seed <<= 8
+
+    def row(seed: int = seed, draw: int = 0, layer: int = 0, group: int = 0) -> torch.Tensor:
+        return Noise(seed, draw).normal(layer, torch.tensor([group]), -(-n // 8))[0]
+
+    if kind in ("component", "block"):  # k with k + 1 (same or next two words), or with k + 4
+        z = Noise(seed, 0).normal(0, n // 8, 18)
+        if kind == "block":
+            blocks = z[:, :16].reshape(-1, 2, 4)
+            return blocks[:, 0].flatten(), blocks[:, 1].flatten()
+        even, odd = z[::2], z[1::2]
+        first = torch.cat([even[:, 0:16:2], odd[:, 1:17:2]])
+        return first.flatten(), torch.cat([even[:, 1:17:2], odd[:, 2:18:2]]).flatten()
+    base = {"seed": seed, "draw": 0, "layer": 0, "group": 0}
+    one, _, two = kind.partition(" and ")
+    a, b = [], []
+    for i in range(0, 16, 2):
+        here, there = ({one: base[one] + i}, {one: base[one] + i + 1})
+        if two:
+            here[two], there[two] = base[two] + i + 1, base[two] + i
+        a.append(row(**here))
+        b.append(row(**there))
+    return torch.cat(a)[:n], torch.cat(b)[:n]
+
+
+def correlation(power: int, kind: str, seed: int, n: int) -> float:
+    """Of z for power 1, of z^2 for power 2."""
+    a, b = (z.double() for z in pairs(kind, seed, n))
+    if power == 2:
+        a, b = (a * a - 1) / 2**0.5, (b * b - 1) / 2**0.5
+    return float((a * b).mean())
+
+
+def pair_cells(kind: str, seed: int, n: int) -> torch.Tensor:
+    """Cells of the plane, 8 along each axis."""
+    a, b = (cells(z, 8) for z in pairs(kind, seed, n))
+    return 8 * a + b
+
+
+INDEPENDENCE = {
+    kind: (
+        ZTest(f"correlation, {kind}", partial(correlation, 1, kind), 2**17, replay=2**14),
+        ZTest(
+            f"correlation of squares, {kind}",
+            partial(correlation, 2, kind),
+            2**17,
+            replay=2**14,
+            skew=8,
+        ),
+        ChiSquare(
+            f"pairs in 8 x 8 cells, {kind}",
+            partial(pair_cells, kind),
+            2**17,
+            replay=2**14,
+            cells=64,
+        ),
+    )
+    for kind in PAIRS
+}
+
+
+@pytest.mark.parametrize("assertion", [*MOMENTS, KOLMOGOROV, NORMAL_BINS], ids=lambda a: a.name)
+def test_normals_are_normal(assertion):
+    assertion.check(seed=5)
 
 
 def test_bytes_of_the_words_are_uniform():
-    """Chi-square of each of the four bytes over 256 values, n = 200,000."""
-    words = noise.philox_words(seed=7, stream=0, n=200_000)
-    for shift in (0, 8, 16, 24):
-        counts = torch.bincount(words >> shift & 0xFF, minlength=256).double()
-        expected = len(words) / 256
-        statistic = ((counts - expected) ** 2 / expected).sum()
-        assert statistic <= chi_square_limit(255, rate=1e-6 / 4)
+    BYTES.check(seed=7)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_pairs_are_independent(kind):
+    for assertion in INDEPENDENCE[kind]:
+        assertion.check(seed=6)

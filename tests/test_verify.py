@@ -10,9 +10,20 @@ import torch
 import torch.nn.functional as F
 
 from scalabl_ref import InputError, Noise, cli, native, subspace_lora_linear
-from scalabl_ref.verify import OP_CHECKS, gauss_hermite, load_op, verify
+from scalabl_ref.verify import (
+    FALSE_FAILURE,
+    OP_CHECKS,
+    gauss_hermite,
+    gradient_scores,
+    load_op,
+    moment_scores,
+    verify,
+)
 
+from .stats import ZTest
 from .tolerances import rounding
+
+CPU = torch.device("cpu")
 
 
 def failed(results) -> set[str]:
@@ -26,6 +37,27 @@ def test_what_is_right_passes(core, monkeypatch):
     results = verify()
     assert failed(results) == set(), [r for r in results if not r.passed]
     assert all(result.cases > 0 for result in results)
+
+
+# The statistics of verify, under other seeds; verify itself checks them at the seeds it has.
+ZTest(
+    "verify: moments",
+    lambda seed, n: moment_scores(Noise(seed, 0), n) / n**0.5,
+    n=2**20,
+    rate=FALSE_FAILURE,
+    count=6,
+    replay=2**15,
+    exact=False,
+)
+ZTest(
+    "verify: unbiased",
+    lambda seed, n: gradient_scores(subspace_lora_linear, CPU, Noise(seed, 0), n) / n**0.5,
+    n=100_000,
+    rate=FALSE_FAILURE,
+    count=2,
+    replay=2**13,
+    exact=False,
+)
 
 
 def test_quadrature_integrates_polynomials_exactly():
