@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import re
 import struct
+from collections import Counter
 from decimal import Decimal, localcontext
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,9 +17,13 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from scalabl_ref import InputError, Noise, native_status, noise, philox, philox4x32
+from scalabl_ref import InputError, Noise, data, native_status, noise, ops, philox, philox4x32
+from scalabl_ref.data import Encoded, evaluation_batches, split
 from scalabl_ref.native import core
+from scalabl_ref.predict import predict_all
+from scalabl_ref.train import TrainConfig, Trainer
 
+from .models import CLASSES, tiny_model
 from .stats import ChiSquare, KSTest, ZTest
 from .tolerances import normal_double, normal_ulps
 
@@ -265,6 +271,114 @@ def test_normals_are_accurate(word_a, word_b):
         assert abs(Decimal(single) - z) <= Decimal(normal_ulps() * ulp)
 
 
+# --- no counter serves twice ---------------------------------------------------------------------
+
+
+ADAPTERS = importlib.import_module("scalabl_ref.adapters")  # the package has a function so called
+
+
+@pytest.fixture(params=["native", "PyTorch"])
+def counters(request, monkeypatch):
+    """What reaches the generator: how often each (seed, draw, layer, group, block) was used.
+
+    first: by philox_words and by forward passes. again: outside of them, which is backward.
+    """
+    if request.param == "native":
+        request.getfixturevalue("native")
+    else:
+        monkeypatch.setattr("scalabl_ref.native.core", lambda: None)
+    used = {"first": Counter(), "again": Counter()}
+    inside = []
+
+    def record(seed, draw, layer, ids, blocks):
+        kind = "first" if inside or layer == noise.RESERVED_LAYER else "again"
+        used[kind].update((seed, draw, layer, g, j) for g in ids for j in range(blocks))
+
+    def update(core, x, t, draws):
+        if draws.noisy:
+            count = -(-len(x) // draws.rows_per_group)
+            ids = range(count) if draws.ids is None else draws.ids.tolist()
+            record(draws.seed, draws.draw, draws.layer, ids, -(-len(t.s) // 4))
+        return original["update"](core, x, t, draws)
+
+    def philox_(block, group, layer, draw, seed):
+        ids = group.flatten().tolist() if isinstance(group, torch.Tensor) else [group]
+        record(seed, draw, layer, ids, len(block))
+        return original["philox"](block, group, layer, draw, seed)
+
+    def op(*arguments):
+        inside.append(True)
+        try:
+            return original["op"](*arguments)
+        finally:
+            inside.pop()
+
+    original = {"update": ops._update, "philox": noise._philox, "op": ops.subspace_lora_linear}
+    monkeypatch.setattr(ops, "_update", update)
+    monkeypatch.setattr(noise, "_philox", philox_)
+    monkeypatch.setattr(ADAPTERS, "subspace_lora_linear", op)
+    return used
+
+
+def whole_run(sampling: str) -> None:
+    """Split, initial values, two epochs and a half of training, and prediction, under one seed."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(1, 40, (n,), generator=generator).tolist() for n in range(2, 12)]
+    data = Encoded(tokens, [i % 3 for i in range(10)], list(CLASSES))
+    split(list(range(10)), 0.3, seed=1)
+    model = tiny_model(seed=1, wake=False, rank=6, sampling=sampling)
+    trainer = Trainer(model, data, TrainConfig(steps=8, batch=4, micro_batch=3, seed=1))
+    for _ in range(8):
+        trainer.step()
+    predict_all(model, evaluation_batches(data, 4), samples=3, seed=1)
+
+
+@pytest.mark.parametrize("sampling", ["example", "token"])
+def test_no_counter_is_used_twice_in_a_run(counters, sampling):
+    """And the backward pass uses none but those of its forward pass."""
+    whole_run(sampling)
+    first, again = counters.values()
+    assert len(first) > 500 and set(first.values()) == {1}
+    assert {draw for _, draw, *_ in first} >= {0, 1, 2, *range(2**31, 2**31 + 8)}
+    assert again.keys() <= first.keys()
+
+
+def constant_draw(monkeypatch):
+    monkeypatch.setattr("scalabl_ref.train.Noise", lambda seed, draw: Noise(seed, 7))
+
+
+def prediction_among_the_steps(monkeypatch):
+    monkeypatch.setattr("scalabl_ref.train.FIRST_TRAINING_DRAW", 0)
+
+
+def one_layer_id(monkeypatch):
+    monkeypatch.setattr(ADAPTERS, "_layer_id", lambda name, target: 3)
+
+
+def one_stream(monkeypatch):
+    monkeypatch.setattr("scalabl_ref.data._EXAMPLES", data._BATCHES)
+
+
+def examples_share(monkeypatch):
+    original = ops.row_groups
+
+    def zeros(shape, sampling, groups):
+        ids, rows = original(shape, sampling, groups)
+        return torch.zeros_like(ids), rows
+
+    monkeypatch.setattr(ops, "row_groups", zeros)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [constant_draw, prediction_among_the_steps, one_layer_id, one_stream, examples_share],
+)
+def test_a_counter_used_twice_is_noticed(counters, fault, monkeypatch):
+    fault(monkeypatch)
+    whole_run("example")
+    assert max(counters["first"].values()) > 1
+
+
 # --- statistics ----------------------------------------------------------------------------------
 
 
@@ -397,3 +511,113 @@ def test_bytes_of_the_words_are_uniform():
 def test_pairs_are_independent(kind):
     for assertion in INDEPENDENCE[kind]:
         assertion.check(seed=6)
+
+
+# --- a broken generator is noticed ---------------------------------------------------------------
+
+SAMPLER = [
+    *MOMENTS,
+    KOLMOGOROV,
+    NORMAL_BINS,
+    BYTES,
+    *(a for kind in PAIRS for a in INDEPENDENCE[kind]),
+]
+
+
+def values(change):
+    """The normals changed after they were made."""
+    return lambda normal, at, rank: change(normal(at, rank))
+
+
+def odd_ones(change):
+    """Every second normal replaced by a function of the one before it and of itself."""
+
+    def faulty(normal, at, rank):
+        z = normal(at, rank + rank % 2)
+        z[:, 1::2] = change(z[:, ::2], z[:, 1::2])
+        return z[:, :rank]
+
+    return faulty
+
+
+def one_block(normal, at, rank):
+    """The four normals of a block, again and again."""
+    return normal(at, 4).repeat(1, -(-rank // 4))[:, :rank]
+
+
+def shared(coordinate):
+    """Two neighbours along a coordinate have the same noise."""
+    return lambda normal, at, rank: normal({**at, coordinate: at[coordinate] // 2 * 2}, rank)
+
+
+def confused(one, two):
+    """The noise depends on the sum of two coordinates."""
+    return lambda normal, at, rank: normal({**at, one: 0, two: at[one] + at[two]}, rank)
+
+
+FAULTS = {
+    "shifted": (values(lambda z: z + 0.06), "moment 1"),
+    "shifted further": (values(lambda z: z + 0.1), "normal distribution"),
+    "too wide": (values(lambda z: 1.05 * z), "moment 2"),
+    "skewed": (values(lambda z: z + 0.04 * (z * z - 1)), "moment 3"),
+    "without tails": (values(lambda z: z.clamp(-2.5, 2.5)), "moment 4"),
+    "coarse": (values(lambda z: (8 * z).round() / 8), "normals in 256 bins"),
+    "no block": (one_block, "correlation, block"),
+    "sine is cosine": (odd_ones(lambda a, b: a), "correlation, component"),
+    "one radius": (odd_ones(lambda a, b: a.abs() * b.sign()), "correlation of squares, component"),
+    "signs by size": (
+        odd_ones(lambda a, b: b.abs() * (a.abs() - 0.6745).sign()),
+        "pairs in 8 x 8 cells, component",
+    ),
+    **{f"{c} halved": (shared(c), f"correlation, {c}") for c in ("seed", "draw", "layer", "group")},
+    **{
+        f"{pair} confused": (confused(*pair.split(" and ")), f"pairs in 8 x 8 cells, {pair}")
+        for pair in ("draw and layer", "layer and group", "draw and group", "seed and draw")
+    },
+}  # fmt: skip
+
+
+def failing(monkeypatch, faulty) -> set[str]:
+    """Names of the sampler's assertions that fail, at the n of their replays."""
+    original = Noise.normal
+
+    def normal(at, rank):
+        return original(Noise(at["seed"], at["draw"]), at["layer"], at["group"], rank)
+
+    def broken(self, layer, groups, rank):
+        ids = noise._group_ids(groups)
+        return faulty(
+            normal, {"seed": self.seed, "draw": self.draw, "layer": layer, "group": ids}, rank
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Noise, "normal", broken)
+        for cached in (normals, pairs):
+            cached.cache_clear()
+        found = {
+            a.name
+            for a in SAMPLER
+            if a.statistic(a.sample(8, a.replay), a.replay) > a.limit(a.replay)
+        }
+    for cached in (normals, pairs):
+        cached.cache_clear()
+    return found
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_broken_generator_is_noticed(name, monkeypatch):
+    faulty, expected = FAULTS[name]
+    assert expected in failing(monkeypatch, faulty)
+
+
+def test_broken_words_are_noticed(monkeypatch):
+    original = noise.philox_words
+    monkeypatch.setattr(noise, "philox_words", lambda *a, **k: original(*a, **k) & ~1)
+    assert BYTES.statistic(BYTES.sample(8, 2**15), 2**15) > BYTES.limit(2**15)
+
+
+def test_every_assertion_of_the_sampler_catches_something(monkeypatch):
+    """And none fails what is right, at the same seed."""
+    assert failing(monkeypatch, values(lambda z: z)) == set()
+    caught = set().union(*(failing(monkeypatch, faulty) for faulty, _ in FAULTS.values()))
+    assert caught == {a.name for a in SAMPLER} - {BYTES.name}
