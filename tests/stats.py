@@ -18,6 +18,7 @@ To add one, write a function of (seed, n), register it where it stands, and chec
         PRODUCTS.check(seed=6)
 
 The function must use independent draws for different seeds. What it returns is said by each class.
+`python -m tests.test_stats 10000 products` then prints its row of docs/verification.md.
 """
 
 from __future__ import annotations

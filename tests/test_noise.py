@@ -320,15 +320,15 @@ def counters(request, monkeypatch):
     return used
 
 
-def whole_run(sampling: str) -> None:
-    """Split, initial values, two epochs and a half of training, and prediction, under one seed."""
+def whole_run(sampling: str, steps: int = 8) -> None:
+    """Split, initial values, training at 3 steps an epoch, and prediction, under one seed."""
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randint(1, 40, (n,), generator=generator).tolist() for n in range(2, 12)]
     data = Encoded(tokens, [i % 3 for i in range(10)], list(CLASSES))
     split(list(range(10)), 0.3, seed=1)
     model = tiny_model(seed=1, wake=False, rank=6, sampling=sampling)
-    trainer = Trainer(model, data, TrainConfig(steps=8, batch=4, micro_batch=3, seed=1))
-    for _ in range(8):
+    trainer = Trainer(model, data, TrainConfig(steps=steps, batch=4, micro_batch=3, seed=1))
+    for _ in range(steps):
         trainer.step()
     predict_all(model, evaluation_batches(data, 4), samples=3, seed=1)
 
@@ -375,7 +375,7 @@ def examples_share(monkeypatch):
 )
 def test_a_counter_used_twice_is_noticed(counters, fault, monkeypatch):
     fault(monkeypatch)
-    whole_run("example")
+    whole_run("example", steps=4)
     assert max(counters["first"].values()) > 1
 
 

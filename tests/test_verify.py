@@ -17,6 +17,7 @@ from scalabl_ref.verify import (
     gradient_scores,
     load_op,
     moment_scores,
+    moments,
     verify,
 )
 
@@ -152,6 +153,15 @@ FAULTS = {
 def test_a_fault_is_caught_by_the_property_it_breaks(name):
     op, expected = FAULTS[name]
     assert expected in failed(verify(op))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda z: z + 0.02, lambda z: 1.02 * z, lambda z: z.clamp(-2.5, 2.5)]
+)
+def test_normals_that_are_not_are_caught(change, monkeypatch):
+    original = Noise.normal
+    monkeypatch.setattr(Noise, "normal", lambda *a: change(original(*a)))
+    assert moments(subspace_lora_linear, CPU)[0] > 1
 
 
 def test_every_check_of_the_op_catches_something():
