@@ -16,10 +16,10 @@ import torch
 
 from scalabl_ref import InputError, Llama, cli, demo
 from scalabl_ref.data import encode
-from scalabl_ref.metrics import brier
+from scalabl_ref.metrics import brier, nll
 from scalabl_ref.tokenizer import load_tokenizer
 
-from .stats import normal_limit
+from .stats import ZTest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,32 +38,40 @@ def test_the_task_is_a_pure_function_of_its_seed():
     assert demo.examples(80, 3)[:50] == demo.examples(50, 3)
 
 
+def wrong_labels(seed: int, n: int) -> float:
+    """Their share, less the one that is stated."""
+    made = demo.examples(n, seed)
+    return sum(example.label != true_place(example) for example in made) / n - demo.NOISE
+
+
+def nll_and_brier(seed: int, n: int) -> torch.Tensor:
+    """What the distribution that made the labels scores, less the best possible, in sds of one."""
+    made = demo.examples(n, seed)
+    places = torch.tensor([true_place(example) for example in made])
+    probs = torch.full((n, 4), demo.NOISE / 3, dtype=torch.float64)
+    probs[range(n), places] = 1 - demo.NOISE
+    labels = torch.tensor([example.label for example in made])
+    gaps = nll(probs, labels) - demo.best_nll(), brier(probs, labels) - demo.best_brier()
+    return torch.tensor([gap / sd for gap, sd in zip(gaps, SCORE_SDS, strict=True)])
+
+
+LABEL_SD = math.sqrt(demo.NOISE * (1 - demo.NOISE))
+# A wrong label costs ln(.7 / .1) more in NLL, and 2 (.7 - .1) in Brier score.
+SCORE_SDS = (demo.best_nll_sd(1), 2 * (1 - demo.NOISE - demo.NOISE / 3) * LABEL_SD)
+LABELS = ZTest("demo: wrong labels", wrong_labels, 20_000, replay=1000, sd=LABEL_SD)
+SCORES = ZTest(
+    "demo: NLL and Brier score", nll_and_brier, 20_000, count=2, replay=1000, exact=False
+)
+
+
 def test_labels_are_wrong_as_often_as_stated():
-    """n = 20,000 binomial draws, false-failure rate 1e-8; sees a rate off by .02 (power > .999)."""
-    made = demo.examples(20_000, 0)
-    wrong = [example.label for example in made if example.label != true_place(example)]
-    sd = math.sqrt(demo.NOISE * (1 - demo.NOISE) / len(made))
-    assert abs(len(wrong) / len(made) - demo.NOISE) <= normal_limit(1e-8) * sd
+    LABELS.check(seed=0)
 
 
 def test_the_bound_is_what_the_true_distribution_scores():
-    """Mean NLL and Brier score of the distribution that made the labels.
-
-    n = 20,000, false-failure rate 1e-8 each; sees a bound off by .05 (NLL) and .04 (Brier).
-    """
-    made = demo.examples(20_000, 1)
-    right, wrong = -math.log(1 - demo.NOISE), -math.log(demo.NOISE / 3)
-    scores = [right if example.label == true_place(example) else wrong for example in made]
-    spread = math.sqrt(demo.NOISE * (1 - demo.NOISE) / len(made))
-    sd = (wrong - right) * spread
-    assert math.isclose(demo.best_nll_sd(len(made)), sd)
-    assert abs(sum(scores) / len(made) - demo.best_nll()) <= normal_limit(1e-8) * sd
-
-    probs = torch.full((len(made), 4), demo.NOISE / 3, dtype=torch.float64)
-    probs[range(len(made)), [true_place(example) for example in made]] = 1 - demo.NOISE
-    labels = torch.tensor([example.label for example in made])
-    sd = 2 * (1 - demo.NOISE - demo.NOISE / 3) * spread  # a wrong label costs so much more
-    assert abs(brier(probs, labels) - demo.best_brier()) <= normal_limit(1e-8) * sd
+    gap = math.log((1 - demo.NOISE) / (demo.NOISE / 3))
+    assert math.isclose(demo.best_nll_sd(20_000), gap * LABEL_SD / math.sqrt(20_000))
+    SCORES.check(seed=1)
 
 
 def test_no_sentence_serves_two_places():

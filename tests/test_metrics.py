@@ -12,6 +12,7 @@ from torch import Tensor
 
 from scalabl_ref import InputError, metrics
 
+from .stats import ZTest, binomial_tail
 from .tolerances import rounding
 
 # A row's score is a handful of operations on numbers below 1 (logs: below 40).
@@ -252,49 +253,67 @@ def test_bootstrap_follows_its_seed_and_level():
     assert first[0] < narrow[0] <= metrics.accuracy(probs, target) <= narrow[1] < first[1]
 
 
-def binomial_tail(n: int, k: int, p: float) -> float:
-    """P(at most k of n)."""
-    return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k + 1))
+def missed(seed: int, n: int) -> float:
+    """By how much n 95 % intervals of the NLL miss the true NLL too often, as an exact z.
+
+    Data sets of 100 rows whose labels follow p, 100 replicates each: percentile intervals of a mean
+    of 100 bounded scores cover at least .92 of the time. Intervals that are too wide are for the
+    test of the width.
+    """
+    p = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    truth = float(metrics.entropy(p[None]))  # E[-log p(label)] where labels are drawn from p
+    covered, probs = 0, p.expand(100, 3)
+    for trial in range(n):
+        target = torch.multinomial(p, 100, replacement=True, generator=generator)
+        low, high = metrics.bootstrap_intervals(
+            probs, target, replicates=100, seed=seed * 1000 + trial
+        )["nll"]
+        covered += low <= truth <= high
+    return max(0.0, -normal_score(binomial_tail(n, covered, 0.92))) * COVERAGE_SD / n**0.5
+
+
+COVERAGE_SD = (0.92 * 0.08) ** 0.5
+COVERAGE = ZTest("bootstrap coverage", missed, 200, replay=20, thin=20, sd=COVERAGE_SD, exact=False)
+
+
+def interval_ends(seed: int, n: int) -> torch.Tensor:
+    """Share of the replicates that lie beyond each end of a mean's interval, less .025.
+
+    Of n replicates of 3 n rows, and as an exact z, in units of the share's standard error.
+
+    The interval's low end is the order statistic k = floor(.025 (n - 1)) of n means, which are
+    normal; it lies below x when more than k of them do. So does the high end, counted from above.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    probs = torch.randn(3 * n, 4, generator=generator).double().softmax(1)
+    target = torch.randint(4, (3 * n,), generator=generator)
+    ends = metrics.bootstrap_intervals(probs, target, replicates=n, seed=seed)["brier"]
+    rows = (probs - torch.eye(4)[target].double()).square().sum(1)
+    mean, error = float(rows.mean()), float(rows.std()) / math.sqrt(3 * n)
+    beyond = [(mean - ends[0]) / error, (ends[1] - mean) / error]
+    fractions = torch.special.ndtr(-torch.tensor(beyond, dtype=torch.float64)).tolist()
+    k = math.floor(0.025 * (n - 1))
+    scores = [normal_score(binomial_tail(n, k, f)) for f in fractions]
+    return torch.tensor(scores, dtype=torch.float64) * END_SD / n**0.5
+
+
+def normal_score(p: float) -> float:
+    return float(torch.special.ndtri(torch.tensor(p, dtype=torch.float64)))
+
+
+END_SD = (0.025 * 0.975) ** 0.5
+WIDTH = ZTest(
+    "bootstrap width", interval_ends, 1000, count=2, replay=200, thin=20, sd=END_SD, exact=False
+)
 
 
 def test_bootstrap_intervals_cover():
-    """The 95 % interval of the NLL holds the true NLL of a known process as often as it says.
-
-    200 data sets of 100 rows, 100 replicates each. Percentile intervals of a mean of 100 bounded
-    scores cover at least .92 of the time. Over seeds (this one is fixed) the test would fail by
-    chance at most once in 1e6, and it sees a coverage of .77 or less with probability .9. Intervals
-    that are too wide are for the test of the width.
-    """
-    trials, rows = 200, 100
-    generator = torch.Generator().manual_seed(0)
-    p = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
-    truth = float(metrics.entropy(p[None]))  # E[-log p(label)] where labels are drawn from p
-    covered = 0
-    for trial in range(trials):
-        target = torch.multinomial(p, rows, replacement=True, generator=generator)
-        probs = p.expand(rows, 3)
-        low, high = metrics.bootstrap_intervals(probs, target, replicates=100, seed=trial)["nll"]
-        covered += low <= truth <= high
-    assert binomial_tail(trials, covered, 0.92) > 1e-6
+    COVERAGE.check(seed=0)
 
 
 def test_bootstrap_width_is_the_standard_error():
-    """Ends of a mean's interval: mean -+ 1.96 standard errors, up to the noise of R replicates.
-
-    A quantile q of R draws has standard deviation sqrt(q (1 - q) / R) / density; 5 of them fail
-    with probability 6e-7 an end, and a resample of the wrong size (N/2: 1.41 times wider) is seen.
-    """
-    n, replicates, tail, z = 3000, 1000, 0.025, 1.959964
-    generator = torch.Generator().manual_seed(1)
-    probs = torch.randn(n, 4, generator=generator).double().softmax(1)
-    target = torch.randint(4, (n,), generator=generator)
-    interval = metrics.bootstrap_intervals(probs, target, replicates=replicates)["brier"]
-    scores = (probs - torch.eye(4)[target].double()).square().sum(1)
-    error = float(scores.std()) / math.sqrt(n)
-    density = math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
-    slack = 5 * math.sqrt(tail * (1 - tail) / replicates) / density * error
-    for end, sign in zip(interval, (-1, 1), strict=True):
-        assert abs(end - (float(scores.mean()) + sign * z * error)) <= slack
+    WIDTH.check(seed=1)
 
 
 # Temperature -------------------------------------------------------------------------------------

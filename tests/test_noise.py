@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import re
 import struct
+from collections import Counter
 from decimal import Decimal, localcontext
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
@@ -14,10 +17,14 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from scalabl_ref import InputError, Noise, native_status, noise, philox, philox4x32
+from scalabl_ref import InputError, Noise, data, native_status, noise, ops, philox, philox4x32
+from scalabl_ref.data import Encoded, evaluation_batches, split
 from scalabl_ref.native import core
+from scalabl_ref.predict import predict_all
+from scalabl_ref.train import TrainConfig, Trainer
 
-from .stats import chi_square_limit, ks_limit, normal_limit
+from .models import CLASSES, tiny_model
+from .stats import ChiSquare, KSTest, ZTest
 from .tolerances import normal_double, normal_ulps
 
 WORDS = st.integers(0, 2**32 - 1)
@@ -264,43 +271,353 @@ def test_normals_are_accurate(word_a, word_b):
         assert abs(Decimal(single) - z) <= Decimal(normal_ulps() * ulp)
 
 
-# --- statistics, at a fixed seed: each would fail a true normal generator once in a million seeds -
+# --- no counter serves twice ---------------------------------------------------------------------
 
 
-def test_distribution_is_normal():
-    """Kolmogorov-Smirnov, n = 200,000: sees any difference of the distributions above .008."""
-    z = Noise(5, 0).normal(0, 25_000, 8).double().flatten().sort().values
-    n = len(z)
-    cdf, steps = torch.special.ndtr(z), torch.arange(n + 1, dtype=torch.float64) / n
-    distance = torch.maximum((cdf - steps[:-1]).abs().max(), (cdf - steps[1:]).abs().max())
-    assert distance <= ks_limit(n, rate=1e-6)
+ADAPTERS = importlib.import_module("scalabl_ref.adapters")  # the package has a function so called
 
 
-@pytest.mark.parametrize("coordinate", ["seed", "draw", "layer", "group", "component"])
-def test_neighbours_are_uncorrelated(coordinate):
-    """Along each coordinate, and squared too; n = 80,000: sees correlations above .035."""
-    n = 10_000
-    if coordinate in ("group", "component"):
-        z = Noise(6, 0).normal(0, n, 9).double()
-        a, b = (z[:-1, :8], z[1:, :8]) if coordinate == "group" else (z[:, :8], z[:, 1:])
+@pytest.fixture(params=["native", "PyTorch"])
+def counters(request, monkeypatch):
+    """What reaches the generator: how often each (seed, draw, layer, group, block) was used.
+
+    first: by philox_words and by forward passes. again: outside of them, which is backward.
+    """
+    if request.param == "native":
+        request.getfixturevalue("native")
     else:
-        at = {"seed": 6, "draw": 0, "layer": 0}
-        a, b = (
-            Noise(at["seed"] + (step if coordinate == "seed" else 0),
-                  at["draw"] + (step if coordinate == "draw" else 0))
-            .normal(at["layer"] + (step if coordinate == "layer" else 0), n, 8).double()
-            for step in (0, 1)
-        )  # fmt: skip
-    limit = normal_limit(rate=1e-6 / 2) / math.sqrt(a.numel())
-    assert (a * b).mean().abs() <= limit
-    assert ((a**2 - 1) * (b**2 - 1)).mean().abs() / 2 <= limit
+        monkeypatch.setattr("scalabl_ref.native.core", lambda: None)
+    used = {"first": Counter(), "again": Counter()}
+    inside = []
+
+    def record(seed, draw, layer, ids, blocks):
+        kind = "first" if inside or layer == noise.RESERVED_LAYER else "again"
+        used[kind].update((seed, draw, layer, g, j) for g in ids for j in range(blocks))
+
+    def update(core, x, t, draws):
+        if draws.noisy:
+            count = -(-len(x) // draws.rows_per_group)
+            ids = range(count) if draws.ids is None else draws.ids.tolist()
+            record(draws.seed, draws.draw, draws.layer, ids, -(-len(t.s) // 4))
+        return original["update"](core, x, t, draws)
+
+    def philox_(block, group, layer, draw, seed):
+        ids = group.flatten().tolist() if isinstance(group, torch.Tensor) else [group]
+        record(seed, draw, layer, ids, len(block))
+        return original["philox"](block, group, layer, draw, seed)
+
+    def op(*arguments):
+        inside.append(True)
+        try:
+            return original["op"](*arguments)
+        finally:
+            inside.pop()
+
+    original = {"update": ops._update, "philox": noise._philox, "op": ops.subspace_lora_linear}
+    monkeypatch.setattr(ops, "_update", update)
+    monkeypatch.setattr(noise, "_philox", philox_)
+    monkeypatch.setattr(ADAPTERS, "subspace_lora_linear", op)
+    return used
+
+
+def whole_run(sampling: str, steps: int = 8) -> None:
+    """Split, initial values, training at 3 steps an epoch, and prediction, under one seed."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(1, 40, (n,), generator=generator).tolist() for n in range(2, 12)]
+    data = Encoded(tokens, [i % 3 for i in range(10)], list(CLASSES))
+    split(list(range(10)), 0.3, seed=1)
+    model = tiny_model(seed=1, wake=False, rank=6, sampling=sampling)
+    trainer = Trainer(model, data, TrainConfig(steps=steps, batch=4, micro_batch=3, seed=1))
+    for _ in range(steps):
+        trainer.step()
+    predict_all(model, evaluation_batches(data, 4), samples=3, seed=1)
+
+
+@pytest.mark.parametrize("sampling", ["example", "token"])
+def test_no_counter_is_used_twice_in_a_run(counters, sampling):
+    """And the backward pass uses none but those of its forward pass."""
+    whole_run(sampling)
+    first, again = counters.values()
+    assert len(first) > 500 and set(first.values()) == {1}
+    assert {draw for _, draw, *_ in first} >= {0, 1, 2, *range(2**31, 2**31 + 8)}
+    assert again.keys() <= first.keys()
+
+
+def constant_draw(monkeypatch):
+    monkeypatch.setattr("scalabl_ref.train.Noise", lambda seed, draw: Noise(seed, 7))
+
+
+def prediction_among_the_steps(monkeypatch):
+    monkeypatch.setattr("scalabl_ref.train.FIRST_TRAINING_DRAW", 0)
+
+
+def one_layer_id(monkeypatch):
+    monkeypatch.setattr(ADAPTERS, "_layer_id", lambda name, target: 3)
+
+
+def one_stream(monkeypatch):
+    monkeypatch.setattr("scalabl_ref.data._EXAMPLES", data._BATCHES)
+
+
+def examples_share(monkeypatch):
+    original = ops.row_groups
+
+    def zeros(shape, sampling, groups):
+        ids, rows = original(shape, sampling, groups)
+        return torch.zeros_like(ids), rows
+
+    monkeypatch.setattr(ops, "row_groups", zeros)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [constant_draw, prediction_among_the_steps, one_layer_id, one_stream, examples_share],
+)
+def test_a_counter_used_twice_is_noticed(counters, fault, monkeypatch):
+    fault(monkeypatch)
+    whole_run("example", steps=4)
+    assert max(counters["first"].values()) > 1
+
+
+# --- statistics ----------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def normals(seed: int, n: int) -> torch.Tensor:
+    return Noise(seed, 0).normal(0, n // 8, 8).flatten()
+
+
+def moment(power: int, seed: int, n: int) -> float:
+    """Mean of z^power minus its expectation."""
+    expected = 0 if power % 2 else math.prod(range(1, power, 2))
+    return float((normals(seed, n).double() ** power).mean()) - expected
+
+
+MOMENTS = [
+    ZTest(f"moment {power}", partial(moment, power), 2**18, replay=2**15, sd=sd, skew=skew)
+    for power, sd, skew in (
+        (1, 1, 0), (2, 2**0.5, 8**0.5), (3, 15**0.5, 0), (4, 96**0.5, 9504 / 96**1.5)
+    )
+]  # fmt: skip
+
+KOLMOGOROV = KSTest(
+    "normal distribution",
+    lambda seed, n: torch.special.ndtr(normals(seed, n).double()),
+    n=2**18,
+    replay=2**15,
+)
+
+NORMAL_BINS = ChiSquare(
+    "normals in 256 bins",
+    lambda seed, n: cells(normals(seed, n), 256),
+    n=2**18,
+    replay=2**15,
+)
+
+
+def word_bytes(seed: int, n: int) -> torch.Tensor:
+    """The four bytes of every word, (4, n)."""
+    words = noise.philox_words(seed, stream=0, n=n)
+    return torch.stack([words >> shift & 0xFF for shift in (0, 8, 16, 24)])
+
+
+BYTES = ChiSquare("bytes of the words", word_bytes, n=2**18, count=4, replay=2**15)
+
+
+def cells(z: torch.Tensor, count: int) -> torch.Tensor:
+    """Numbers 0 .. count - 1 of the cells, equally probable for a normal, that hold z."""
+    edges = torch.special.ndtri(torch.arange(1, count, dtype=torch.float64) / count)
+    return torch.bucketize(z, edges.float())
+
+
+PAIRS = ("seed", "draw", "layer", "group", "component", "block", "draw and layer",
+         "layer and group", "draw and group", "seed and draw")  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def pairs(kind: str, seed: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """n disjoint pairs of normals: neighbours along a coordinate, or two coordinates exchanged."""
+    seed <<= 8
+
+    def row(seed: int = seed, draw: int = 0, layer: int = 0, group: int = 0) -> torch.Tensor:
+        return Noise(seed, draw).normal(layer, torch.tensor([group]), -(-n // 8))[0]
+
+    if kind in ("component", "block"):  # k with k + 1 (same or next two words), or with k + 4
+        z = Noise(seed, 0).normal(0, n // 8, 18)
+        if kind == "block":
+            blocks = z[:, :16].reshape(-1, 2, 4)
+            return blocks[:, 0].flatten(), blocks[:, 1].flatten()
+        even, odd = z[::2], z[1::2]
+        first = torch.cat([even[:, 0:16:2], odd[:, 1:17:2]])
+        return first.flatten(), torch.cat([even[:, 1:17:2], odd[:, 2:18:2]]).flatten()
+    base = {"seed": seed, "draw": 0, "layer": 0, "group": 0}
+    one, _, two = kind.partition(" and ")
+    a, b = [], []
+    for i in range(0, 16, 2):
+        here, there = ({one: base[one] + i}, {one: base[one] + i + 1})
+        if two:
+            here[two], there[two] = base[two] + i + 1, base[two] + i
+        a.append(row(**here))
+        b.append(row(**there))
+    return torch.cat(a)[:n], torch.cat(b)[:n]
+
+
+def correlation(power: int, kind: str, seed: int, n: int) -> float:
+    """Of z for power 1, of z^2 for power 2."""
+    a, b = (z.double() for z in pairs(kind, seed, n))
+    if power == 2:
+        a, b = (a * a - 1) / 2**0.5, (b * b - 1) / 2**0.5
+    return float((a * b).mean())
+
+
+def pair_cells(kind: str, seed: int, n: int) -> torch.Tensor:
+    """Cells of the plane, 8 along each axis."""
+    a, b = (cells(z, 8) for z in pairs(kind, seed, n))
+    return 8 * a + b
+
+
+INDEPENDENCE = {
+    kind: (
+        ZTest(f"correlation, {kind}", partial(correlation, 1, kind), 2**17, replay=2**14),
+        ZTest(
+            f"correlation of squares, {kind}",
+            partial(correlation, 2, kind),
+            2**17,
+            replay=2**14,
+            skew=8,
+        ),
+        ChiSquare(
+            f"pairs in 8 x 8 cells, {kind}",
+            partial(pair_cells, kind),
+            2**17,
+            replay=2**14,
+            cells=64,
+        ),
+    )
+    for kind in PAIRS
+}
+
+
+@pytest.mark.parametrize("assertion", [*MOMENTS, KOLMOGOROV, NORMAL_BINS], ids=lambda a: a.name)
+def test_normals_are_normal(assertion):
+    assertion.check(seed=5)
 
 
 def test_bytes_of_the_words_are_uniform():
-    """Chi-square of each of the four bytes over 256 values, n = 200,000."""
-    words = noise.philox_words(seed=7, stream=0, n=200_000)
-    for shift in (0, 8, 16, 24):
-        counts = torch.bincount(words >> shift & 0xFF, minlength=256).double()
-        expected = len(words) / 256
-        statistic = ((counts - expected) ** 2 / expected).sum()
-        assert statistic <= chi_square_limit(255, rate=1e-6 / 4)
+    BYTES.check(seed=7)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_pairs_are_independent(kind):
+    for assertion in INDEPENDENCE[kind]:
+        assertion.check(seed=6)
+
+
+# --- a broken generator is noticed ---------------------------------------------------------------
+
+SAMPLER = [
+    *MOMENTS,
+    KOLMOGOROV,
+    NORMAL_BINS,
+    BYTES,
+    *(a for kind in PAIRS for a in INDEPENDENCE[kind]),
+]
+
+
+def values(change):
+    """The normals changed after they were made."""
+    return lambda normal, at, rank: change(normal(at, rank))
+
+
+def odd_ones(change):
+    """Every second normal replaced by a function of the one before it and of itself."""
+
+    def faulty(normal, at, rank):
+        z = normal(at, rank + rank % 2)
+        z[:, 1::2] = change(z[:, ::2], z[:, 1::2])
+        return z[:, :rank]
+
+    return faulty
+
+
+def one_block(normal, at, rank):
+    """The four normals of a block, again and again."""
+    return normal(at, 4).repeat(1, -(-rank // 4))[:, :rank]
+
+
+def shared(coordinate):
+    """Two neighbours along a coordinate have the same noise."""
+    return lambda normal, at, rank: normal({**at, coordinate: at[coordinate] // 2 * 2}, rank)
+
+
+def confused(one, two):
+    """The noise depends on the sum of two coordinates."""
+    return lambda normal, at, rank: normal({**at, one: 0, two: at[one] + at[two]}, rank)
+
+
+FAULTS = {
+    "shifted": (values(lambda z: z + 0.06), "moment 1"),
+    "shifted further": (values(lambda z: z + 0.1), "normal distribution"),
+    "too wide": (values(lambda z: 1.05 * z), "moment 2"),
+    "skewed": (values(lambda z: z + 0.04 * (z * z - 1)), "moment 3"),
+    "without tails": (values(lambda z: z.clamp(-2.5, 2.5)), "moment 4"),
+    "coarse": (values(lambda z: (8 * z).round() / 8), "normals in 256 bins"),
+    "no block": (one_block, "correlation, block"),
+    "sine is cosine": (odd_ones(lambda a, b: a), "correlation, component"),
+    "one radius": (odd_ones(lambda a, b: a.abs() * b.sign()), "correlation of squares, component"),
+    "signs by size": (
+        odd_ones(lambda a, b: b.abs() * (a.abs() - 0.6745).sign()),
+        "pairs in 8 x 8 cells, component",
+    ),
+    **{f"{c} halved": (shared(c), f"correlation, {c}") for c in ("seed", "draw", "layer", "group")},
+    **{
+        f"{pair} confused": (confused(*pair.split(" and ")), f"pairs in 8 x 8 cells, {pair}")
+        for pair in ("draw and layer", "layer and group", "draw and group", "seed and draw")
+    },
+}  # fmt: skip
+
+
+def failing(monkeypatch, faulty) -> set[str]:
+    """Names of the sampler's assertions that fail, at the n of their replays."""
+    original = Noise.normal
+
+    def normal(at, rank):
+        return original(Noise(at["seed"], at["draw"]), at["layer"], at["group"], rank)
+
+    def broken(self, layer, groups, rank):
+        ids = noise._group_ids(groups)
+        return faulty(
+            normal, {"seed": self.seed, "draw": self.draw, "layer": layer, "group": ids}, rank
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Noise, "normal", broken)
+        for cached in (normals, pairs):
+            cached.cache_clear()
+        found = {
+            a.name
+            for a in SAMPLER
+            if a.statistic(a.sample(8, a.replay), a.replay) > a.limit(a.replay)
+        }
+    for cached in (normals, pairs):
+        cached.cache_clear()
+    return found
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_broken_generator_is_noticed(name, monkeypatch):
+    faulty, expected = FAULTS[name]
+    assert expected in failing(monkeypatch, faulty)
+
+
+def test_broken_words_are_noticed(monkeypatch):
+    original = noise.philox_words
+    monkeypatch.setattr(noise, "philox_words", lambda *a, **k: original(*a, **k) & ~1)
+    assert BYTES.statistic(BYTES.sample(8, 2**15), 2**15) > BYTES.limit(2**15)
+
+
+def test_every_assertion_of_the_sampler_catches_something(monkeypatch):
+    """And none fails what is right, at the same seed."""
+    assert failing(monkeypatch, values(lambda z: z)) == set()
+    caught = set().union(*(failing(monkeypatch, faulty) for faulty, _ in FAULTS.values()))
+    assert caught == {a.name for a in SAMPLER} - {BYTES.name}

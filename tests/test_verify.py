@@ -9,7 +9,19 @@ import torch
 import torch.nn.functional as F
 
 from scalabl_ref import InputError, Noise, cli, native, subspace_lora_linear
-from scalabl_ref.verify import OP_CHECKS, load_op, verify
+from scalabl_ref.verify import (
+    FALSE_FAILURE,
+    OP_CHECKS,
+    gradient_scores,
+    load_op,
+    moment_scores,
+    moments,
+    verify,
+)
+
+from .stats import ZTest
+
+CPU = torch.device("cpu")
 
 
 def failed(results) -> set[str]:
@@ -23,6 +35,27 @@ def test_what_is_right_passes(core, monkeypatch):
     results = verify()
     assert failed(results) == set(), [r for r in results if not r.passed]
     assert all(result.cases > 0 for result in results)
+
+
+# The statistics of verify, under other seeds; verify itself checks them at the seeds it has.
+ZTest(
+    "verify: moments",
+    lambda seed, n: moment_scores(Noise(seed, 0), n) / n**0.5,
+    n=2**20,
+    rate=FALSE_FAILURE,
+    count=6,
+    replay=2**15,
+    exact=False,
+)
+ZTest(
+    "verify: unbiased",
+    lambda seed, n: gradient_scores(subspace_lora_linear, CPU, Noise(seed, 0), n) / n**0.5,
+    n=100_000,
+    rate=FALSE_FAILURE,
+    count=2,
+    replay=2**13,
+    exact=False,
+)
 
 
 class DropsEps(torch.autograd.Function):
@@ -110,6 +143,15 @@ FAULTS = {
 def test_a_fault_is_caught_by_the_property_it_breaks(name):
     op, expected = FAULTS[name]
     assert expected in failed(verify(op))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda z: z + 0.02, lambda z: 1.02 * z, lambda z: z.clamp(-2.5, 2.5)]
+)
+def test_normals_that_are_not_are_caught(change, monkeypatch):
+    original = Noise.normal
+    monkeypatch.setattr(Noise, "normal", lambda *a: change(original(*a)))
+    assert moments(subspace_lora_linear, CPU)[0] > 1
 
 
 def test_every_check_of_the_op_catches_something():
