@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import cache
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal, Normal
@@ -18,11 +22,13 @@ from scalabl_ref import (
     reference,
     subspace_lora_linear,
 )
+from scalabl_ref.data import Batch
 from scalabl_ref.elbo import class_logits
 from scalabl_ref.elbo import kl_divergence as model_kl
 from scalabl_ref.errors import InputError
 
-from .models import tiny_batch, tiny_model
+from .models import CLASSES, tiny_batch, tiny_model
+from .stats import ZTest
 from .tolerances import central_difference, rounding
 
 positive = st.floats(1e-3, 1e3)
@@ -290,3 +296,211 @@ def test_the_bound_is_tight_at_the_exact_posterior(seed, rank, prior_std):
     s, sigma = model.posterior.mean, model.posterior.variance.sqrt()
     assert abs(model.evidence - model.bound(s, sigma)) <= 1e-10 * (1 + model.evidence.abs())
     assert abs(model.evidence - model.bound(s, sigma, kl_official)) > 1e-6
+
+
+# --- by chance: what one draw estimates, and how far it scatters ---------------------------------
+
+S, SIGMA = torch.tensor([0.5, -0.3]).double(), torch.tensor([0.8, 0.6]).double()
+
+
+def log_ratio(direction: str):
+    """log q - log p at w ~ q, or log p - log q at w ~ p, as sum_k a eps^2 + b eps + constant."""
+    if direction == "forward":
+        return (SIGMA**2 - 1) / 2, S * SIGMA
+    return (1 / SIGMA**2 - 1) / 2, -S / SIGMA**2
+
+
+def kl_by_sampling(direction: str):
+    def sample(seed: int, n: int) -> float:
+        eps = Noise(seed, 0).normal(0, n, 2).double()
+        q, p = Normal(S, SIGMA), Normal(0.0, 1.0)
+        kl, (inner, outer), w = {
+            "forward": (kl_forward, (q, p), S + SIGMA * eps),
+            "official": (kl_official, (p, q), eps),
+        }[direction]
+        ratio = (inner.log_prob(w) - outer.log_prob(w)).sum(1)
+        return float(ratio.mean() - kl(S, SIGMA, 1.0))
+
+    return sample
+
+
+SAMPLED_KL = {}
+for _direction in ("forward", "official"):
+    _a, _b = log_ratio(_direction)
+    _variance = float((2 * _a**2 + _b**2).sum())
+    SAMPLED_KL[_direction] = ZTest(
+        f"KL by sampling, {_direction}",
+        kl_by_sampling(_direction),
+        n=100_000,
+        sd=_variance**0.5,
+        skew=float((8 * _a**3 + 6 * _a * _b**2).sum()) / _variance**1.5,
+        replay=4000,
+    )
+
+
+@pytest.mark.parametrize("direction", SAMPLED_KL)
+def test_kl_equals_the_mean_log_ratio(direction):
+    SAMPLED_KL[direction].check(seed=1)
+
+
+@cache
+def head_only():
+    """A model whose head alone is adapted, one question of it, and what is certain about it.
+
+    Returns the model, the token, and per value of (log_s, log_sigma, B, one entry of each row of
+    A) the expectation, standard deviation and skewness of its gradient under one draw, by
+    quadrature over the two scales.
+    """
+    model = tiny_model(targets=("lm_head",), rank=2, sampling="example").double()
+    adapter = adapters(model)["lm_head"]
+    with torch.no_grad():
+        adapter.log_s.copy_(torch.tensor([0.2, -0.5]))
+        adapter.log_sigma.copy_(torch.tensor([-0.4, -0.1]))
+    token = torch.tensor([[7]])
+    hidden = {}
+    hook = model.lm_head.register_forward_pre_hook(lambda _, a: hidden.update(x=a[0]))
+    model(token, last_only=True)
+    hook.remove()
+    nodes, weights = reference.gauss_hermite(32)
+    leaves = [p.detach().clone().requires_grad_() for p in trained(adapter)]
+    log_s, log_sigma, B, A = leaves
+    base = (hidden["x"] @ model.lm_head.weight.T).detach()
+    moments = [0.0, 0.0, 0.0]
+    for i, j in itertools.product(range(32), repeat=2):
+        eps = torch.stack((nodes[i], nodes[j]))
+        scale = adapter.config.scaling * (log_s.exp() + log_sigma.exp() * eps)
+        logits = base + (hidden["x"].detach() @ A.T * scale) @ B.T
+        nll = F.cross_entropy(logits, torch.tensor([1]))
+        value = flat(torch.autograd.grad(nll, leaves))
+        moments = [m + weights[i] * weights[j] * value ** (k + 1) for k, m in enumerate(moments)]
+    mean, square, cube = moments
+    variance = square - mean**2
+    skew = (cube - 3 * mean * square + 2 * mean**3) / variance**1.5
+    return model, token, mean, variance.sqrt(), float(skew.abs().max())
+
+
+def trained(adapter):
+    return [adapter.log_s, adapter.log_sigma, adapter.B, adapter.A]
+
+
+def flat(gradients):
+    """The entries of a row of A's gradient are multiples of one another: one stands for all."""
+    *rest, A = gradients
+    return torch.cat([g.flatten() for g in rest] + [A[:, 0]])
+
+
+def head_gradients(seed: int, n: int) -> torch.Tensor:
+    """Mean gradient of `elbo` over n examples that differ in their draws alone, less the exact."""
+    model, token, mean, sd, _ = head_only()
+    batch = Batch(
+        token.expand(n, 1), torch.ones(n).long(), torch.ones(n).long(), torch.arange(n),
+        torch.tensor(CLASSES),
+    )  # fmt: skip
+    loss = elbo(model, batch, Noise(seed, 0), beta=0.0, num_examples=n).loss
+    return (flat(torch.autograd.grad(loss, trained(adapters(model)["lm_head"]))) - mean) / sd
+
+
+UNBIASED = ZTest(
+    "ELBO: gradient of one draw",
+    head_gradients,
+    n=20_000,
+    count=12,
+    skew=head_only()[-1],
+    replay=250,
+    exact=False,
+)
+
+
+def test_the_gradient_of_one_draw_is_unbiased():
+    UNBIASED.check(seed=2)
+
+
+class TwoRows:
+    """Two rows through a layer of rank 1 with a drawn scale, and what quadrature knows of them.
+
+    errors, gradients: the NLL of class 1 and its derivative by s.
+    """
+
+    def __init__(self, seed: int = 3, opposite: bool = False) -> None:
+        g = torch.Generator().manual_seed(seed)
+        x, other, self.W, self.A, self.B = (
+            torch.randn(*shape, generator=g).double()
+            for shape in ((1, 4), (1, 4), (3, 4), (1, 4), (3, 1))
+        )
+        if opposite:
+            self.W, other = torch.zeros_like(self.W), -x
+        self.x = torch.cat((x, other))
+        self.s, self.sigma = torch.tensor([0.4]).double(), torch.tensor([0.9]).double()
+        nodes, self.weights = reference.gauss_hermite(64)
+        h = (self.x @ self.A.T)[None, :, 0]  # (1, 2)
+        update = (h * (self.s + self.sigma * nodes[:, None]))[..., None] * self.B[:, 0]
+        self.logits = self.x @ self.W.T + 1.5 * update  # (nodes, 2, 3)
+        self.mean = self.weights @ self.gradients(self.logits)
+
+    def errors(self, logits: torch.Tensor) -> torch.Tensor:
+        return -logits.log_softmax(-1)[..., 1]
+
+    def gradients(self, logits: torch.Tensor) -> torch.Tensor:
+        error = logits.softmax(-1) - F.one_hot(torch.tensor(1), 3)
+        return 1.5 * (self.x @ self.A.T)[:, 0] * (error @ self.B)[..., 0]
+
+    def covariance(self, values: torch.Tensor) -> torch.Tensor:
+        """Of the two rows' values (nodes, 2) under one draw, (2, 2)."""
+        centred = values - self.weights @ values
+        return centred.T @ (self.weights[:, None] * centred)
+
+    def product(self, sampling: str):
+        """Mean product of both gradients: rows share a draw under "example", not under "token"."""
+        known = float(self.covariance(self.gradients(self.logits))[0, 1])
+        known = known if sampling == "example" else 0.0
+
+        def sample(seed: int, n: int) -> float:
+            y = subspace_lora_linear(
+                self.x.expand(n, 2, 4), self.W, None, self.A, self.B, self.s, self.sigma, 1.5,
+                Noise(seed, 0), 0, sampling,
+            )  # fmt: skip
+            centred = self.gradients(y) - self.mean
+            return float((centred[:, 0] * centred[:, 1]).mean() - known)
+
+        return sample
+
+    def product_sd(self, sampling: str) -> float:
+        centred = self.gradients(self.logits) - self.mean
+        squares = self.weights @ centred**2
+        if sampling == "token":
+            return float(squares.prod().sqrt())
+        product = centred.prod(1)
+        return float(self.weights @ product**2 - (self.weights @ product) ** 2) ** 0.5
+
+
+ROWS = TwoRows()
+PRODUCTS = {
+    sampling: ZTest(
+        f"gradients of two rows, {name}", ROWS.product(sampling), n=50_000,
+        sd=ROWS.product_sd(sampling), replay=5000, exact=False,
+    )
+    for sampling, name in (("example", "one draw"), ("token", "a draw each"))
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sampling", PRODUCTS)
+def test_rows_that_share_a_draw_are_correlated_and_others_are_not(sampling):
+    """Half the covariance is what one draw for both adds to the variance of the mean gradient."""
+    assert ROWS.covariance(ROWS.gradients(ROWS.logits))[0, 1] > 0.1
+    PRODUCTS[sampling].check(seed=3)
+
+
+@given(st.integers(0, 2**31), st.booleans())
+def test_a_draw_for_each_row_has_no_more_variance(seed, opposite):
+    """Of the gradient by s at rank 1: a convex NLL makes both rows' rise with the scale, and two
+    rising functions of one variable are not negatively correlated (Chebyshev)."""
+    rows = TwoRows(seed, opposite)
+    shared = rows.covariance(rows.gradients(rows.logits))
+    assert shared[0, 1] >= -rounding(torch.float64, 1000) * shared.diagonal().max()
+
+
+def test_it_is_no_theorem_for_the_loss_itself():
+    """One row's NLL rises where the other's falls: a shared draw is antithetic for their mean."""
+    rows = TwoRows(opposite=True)
+    shared = rows.covariance(rows.errors(rows.logits))
+    assert shared[0, 1] < -0.1 * shared.diagonal().max()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scalabl_ref import InputError, Noise, adapters, predict, reference
+from scalabl_ref import InputError, Noise, adapters, predict, reference, subspace_lora_linear
 from scalabl_ref.elbo import class_logits
 from scalabl_ref.predict import generate, predict_all, predictive
 
 from .models import tiny_batch, tiny_model
+from .stats import ZTest
 from .tolerances import rounding
 
 
@@ -133,3 +135,59 @@ def test_generation_stops():
         list(generate(model, [], 5))
     with pytest.raises(InputError, match="cut down to class tokens"):
         list(generate(tiny_model(), [1], 5))
+
+
+# --- convergence: errors fall as 1 / sqrt S -----------------------------------------------------
+
+DRAWS = (1, 4, 16, 64)
+
+
+@cache
+def drawn_head():
+    """A layer of rank 2, an input, and moments of the first class' probability under one draw.
+
+    Returns (x, W, A, B, s, sigma), the mean, and the second to fourth central moments.
+    """
+    g = torch.Generator().manual_seed(5)
+    x, W, A, B = (
+        torch.randn(*shape, generator=g).double() for shape in ((1, 4), (3, 4), (2, 4), (3, 2))
+    )
+    s, sigma = torch.tensor([0.7, 0.3]).double(), torch.tensor([0.5, 0.8]).double()
+    nodes, weights = reference.gauss_hermite(48)
+    eps = torch.cartesian_prod(nodes, nodes)
+    weight = torch.cartesian_prod(weights, weights).prod(1)
+    logits = x @ W.T + 1.5 * ((x @ A.T) * (s + sigma * eps)) @ B.T
+    p = logits.softmax(-1)[:, 0]
+    mean = float(weight @ p)
+    return (x, W, A, B, s, sigma), mean, [float(weight @ (p - mean) ** k) for k in (2, 3, 4)]
+
+
+def squared_errors(seed: int, n: int) -> torch.Tensor:
+    """For each S: mean over n predictions of S (error)^2 / variance, less 1, over its sd."""
+    (x, W, A, B, s, sigma), mean, moments = drawn_head()
+    out = []
+    for index, draws in enumerate(DRAWS):
+        rows = x.expand(draws * n, 4)
+        logits = subspace_lora_linear(
+            rows, W, None, A, B, s, sigma, 1.5, Noise(seed, index), 0, "token"
+        )
+        result = predictive(logits.log_softmax(-1).view(draws, n, 3))
+        error = result.probs[:, 0] - mean
+        out.append(((draws * error**2 / moments[0]).mean() - 1) / deviation(draws))
+    return torch.stack(out)
+
+
+def deviation(draws: int) -> float:
+    """Standard deviation of S (error)^2 / variance: 2 and the kurtosis' excess over S."""
+    variance, _, fourth = drawn_head()[2]
+    return (2 + (fourth / variance**2 - 3) / draws) ** 0.5
+
+
+CONVERGENCE = ZTest(
+    "predictive: variance 1 / S", squared_errors, n=4000, count=len(DRAWS), skew=8**0.5,
+    replay=250, exact=False,
+)  # fmt: skip
+
+
+def test_the_predictive_converges_as_one_over_the_root_of_the_draws():
+    CONVERGENCE.check(seed=4)
