@@ -6,21 +6,19 @@ y = W x + bias + c B diag(s~) A x,    q(s~) = N(s, diag(sigma^2)),    c = alpha 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .divergence import KLS
 from .errors import InputError
 from .noise import Noise, philox_words
 from .ops import SAMPLING, Sampling, subspace_lora_linear
 
 Device = torch.device | str | None
-Method = Literal["scalabl", "mle"]
-METHODS: tuple[Method, ...] = ("scalabl", "mle")
-
 TARGETS = (
     "q_proj",
     "k_proj",
@@ -44,7 +42,8 @@ INIT_STREAM = 2**62
 class AdapterConfig:
     """What to adapt and how.
 
-    method: "scalabl" (Gaussian over s) or "mle" (plain LoRA: A and B only, s = 1).
+    method: a name in `ADAPTERS`: "scalabl" (Gaussian over s), "mle" (plain LoRA: A and B alone),
+        "map" (the same with the prior on A and B), and those that `methods` adds.
     rank: r. alpha: the scaling is c = alpha / rank; None means 2 * rank.
     targets: names of linear layers, out of `TARGETS`.
     sampling: which rows share a draw, see `ops.subspace_lora_linear`.
@@ -54,7 +53,7 @@ class AdapterConfig:
     Raises InputError for a value outside its range.
     """
 
-    method: Method = "scalabl"
+    method: str = "scalabl"
     rank: int = 8
     alpha: float | None = None
     targets: tuple[str, ...] = ("q_proj", "v_proj", "lm_head")
@@ -64,8 +63,8 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
-        if self.method not in METHODS:
-            raise InputError(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")
+        if self.method not in ADAPTERS:
+            raise InputError(f"method must be one of {', '.join(ADAPTERS)}, not {self.method!r}")
         if self.sampling not in SAMPLING:
             raise InputError(
                 f"sampling must be one of {', '.join(SAMPLING)}, not {self.sampling!r}"
@@ -89,13 +88,14 @@ class AdapterConfig:
 
 
 class Adapter(nn.Module):
-    """The parameters of one adapted layer: A (r, d_in), B (d_out, r), and log_s, log_sigma (r,).
+    """What every adapted layer has, A (r, d_in) and B (d_out, r), in float32: plain LoRA.
 
-    Initial values are those of the official code: the thin SVD of a Kaiming-uniform r x d_in
-    matrix gives A (orthonormal rows) and s (its singular values), B = 0, and sigma is uniform in
-    [init_sigma / sqrt 2, init_sigma]. Method "mle" has A Kaiming-uniform, B = 0, s = 1, sigma = 0.
-    They are a pure function of (seed, layer), drawn from Philox words. Kept in float32.
+    Subclasses add what is random about it. Initial values are a pure function of (seed, layer),
+    drawn from Philox words: here A is Kaiming-uniform and B = 0.
     """
+
+    random = False  # whether draws differ
+    variational: tuple[str, ...] = ()  # names of the parameters of a distribution's width
 
     def __init__(
         self,
@@ -111,35 +111,122 @@ class Adapter(nn.Module):
         with torch.device(device):
             self.A = nn.Parameter(torch.empty(config.rank, d_in, dtype=torch.float32))
             self.B = nn.Parameter(torch.zeros(d_out, config.rank, dtype=torch.float32))
-            if config.method == "scalabl":
-                self.log_s = nn.Parameter(torch.empty(config.rank, dtype=torch.float32))
-                self.log_sigma = nn.Parameter(torch.empty(config.rank, dtype=torch.float32))
+            self._add_parameters()
         if self.A.device.type != "meta":
-            self._initialise(seed)
+            with torch.no_grad():
+                self._initialise(*initial_matrix(seed, layer, config.rank, d_in))
+
+    def _add_parameters(self) -> None:
+        """Create what a subclass trains besides A and B."""
+
+    def _initialise(self, matrix: Tensor, uniform: Tensor) -> None:
+        """Fill the parameters from what `initial_matrix` gives; B is zero already."""
+        self.A.copy_(matrix)
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        noise: Noise | None,
+        groups: Tensor | None,
+    ) -> Tensor:
+        """The adapted layer: x (..., d_in) -> (..., d_out); `noise=None` is the mean model."""
+        one = self.A.new_ones(self.config.rank)
+        return subspace_lora_linear(
+            x, weight, bias, self.A, self.B, one, one, self.config.scaling, None
+        )
+
+    @classmethod
+    def complexity(cls, layers: Sequence[Adapter], kl: str) -> Tensor:
+        """What the objective adds for all layers of this class, a float64 scalar in nats.
+
+        A KL divergence in the direction `kl`, or minus a log prior density; 0 for a point estimate.
+        """
+        return torch.zeros((), dtype=torch.float64)
 
     @torch.no_grad()
-    def _initialise(self, seed: int) -> None:
-        rank, d_in = self.A.shape
-        matrix, uniform = initial_matrix(seed, self.layer, rank, d_in)
-        if self.config.method == "mle":
-            self.A.copy_(matrix)
-            return
+    def bound_(self) -> None:
+        """Keep parameters where they are usable (call after an optimiser step)."""
+
+    def widths(self) -> Tensor:
+        """Standard deviations of what is drawn, flat; empty if nothing is."""
+        return self.A.new_empty(0)
+
+
+class MapAdapter(Adapter):
+    """Plain LoRA under the prior N(0, prior_std^2) on every entry of A and B."""
+
+    @classmethod
+    def complexity(cls, layers: Sequence[Adapter], kl: str) -> Tensor:
+        """Minus the log prior density, up to its constant: sum of squares / (2 prior_std^2)."""
+        squares = torch.stack([p.double().square().sum() for a in layers for p in (a.A, a.B)])
+        return squares.sum() / (2 * layers[0].config.prior_std ** 2)
+
+
+class SubspaceAdapter(Adapter):
+    """ScalaBL's: a Gaussian over the r scales, whose log_s and log_sigma (r,) are trained.
+
+    Initial values are those of the official code: the thin SVD of a Kaiming-uniform r x d_in
+    matrix gives A (orthonormal rows) and s (its singular values), B = 0, and sigma is uniform in
+    [init_sigma / sqrt 2, init_sigma].
+    """
+
+    random = True
+    variational = ("log_s", "log_sigma")
+
+    def _add_parameters(self) -> None:
+        self.log_s = nn.Parameter(torch.empty(self.config.rank, dtype=torch.float32))
+        self.log_sigma = nn.Parameter(torch.empty(self.config.rank, dtype=torch.float32))
+
+    def _initialise(self, matrix: Tensor, uniform: Tensor) -> None:
         _, singular, Vh = torch.linalg.svd(matrix, full_matrices=False)
         for name, value in initial_values(singular, Vh, uniform, self.config.init_sigma).items():
             self.get_parameter(name).copy_(value)
 
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        noise: Noise | None,
+        groups: Tensor | None,
+    ) -> Tensor:
+        s, sigma = self.scale()
+        config = self.config
+        return subspace_lora_linear(
+            x, weight, bias, self.A, self.B, s, sigma, config.scaling, noise, self.layer,
+            config.sampling, groups,
+        )  # fmt: skip
+
+    @classmethod
+    def complexity(cls, layers: Sequence[Adapter], kl: str) -> Tensor:
+        """(5) or (6), summed in one call: the sum over k does not see where a layer ends."""
+        log_s, log_sigma = (
+            torch.cat([layer.get_parameter(name) for layer in layers]).double()
+            for name in ("log_s", "log_sigma")
+        )
+        return KLS[kl](log_s.exp(), log_sigma.exp(), layers[0].config.prior_std)
+
     @torch.no_grad()
     def bound_(self) -> None:
-        """Keep log sigma above MIN_LOG_SIGMA (call after an optimiser step)."""
-        if self.config.method == "scalabl":
-            self.log_sigma.clamp_(min=MIN_LOG_SIGMA)
+        """Keep log sigma above MIN_LOG_SIGMA."""
+        self.log_sigma.clamp_(min=MIN_LOG_SIGMA)
 
     def scale(self) -> tuple[Tensor, Tensor]:
         """(s, sigma), each (r,): mean and standard deviation of the subspace Gaussian."""
-        if self.config.method == "mle":
-            one = self.A.new_ones(self.config.rank)
-            return one, torch.zeros_like(one)
         return self.log_s.exp(), self.log_sigma.exp()
+
+    def widths(self) -> Tensor:
+        return self.log_sigma.exp()
+
+
+# Every method's adapter by name; `methods` adds its own.
+ADAPTERS: dict[str, type[Adapter]] = {
+    "scalabl": SubspaceAdapter,
+    "mle": Adapter,
+    "map": MapAdapter,
+}
 
 
 def initial_matrix(seed: int, layer: int, rank: int, d_in: int) -> tuple[Tensor, Tensor]:
@@ -187,26 +274,9 @@ class Linear(nn.Module):
         self, x: Tensor, noise: Noise | None = None, groups: Tensor | None = None
     ) -> Tensor:
         """x (..., d_in) -> (..., d_out); `noise=None` is the mean; group ids as in `ops`."""
-        adapter = self.adapter
-        if adapter is None:
+        if self.adapter is None:
             return F.linear(x, self.weight, self.bias)
-        if adapter.config.method == "mle":
-            noise = None  # a point estimate has nothing to draw
-        s, sigma = adapter.scale()
-        return subspace_lora_linear(
-            x,
-            self.weight,
-            self.bias,
-            adapter.A,
-            adapter.B,
-            s,
-            sigma,
-            adapter.config.scaling,
-            noise,
-            adapter.layer,
-            adapter.config.sampling,
-            groups,
-        )
+        return self.adapter(x, self.weight, self.bias, noise, groups)
 
 
 def add_adapters(model: nn.Module, config: AdapterConfig, seed: int = 0) -> nn.Module:
@@ -233,7 +303,8 @@ def add_adapters(model: nn.Module, config: AdapterConfig, seed: int = 0) -> nn.M
                 f"rank {config.rank} is larger than a dimension of {name} {d_out, d_in}"
             )
         layer = _layer_id(name, target)
-        module.adapter = Adapter(d_in, d_out, config, layer, seed, module.weight.device)
+        kind = ADAPTERS[config.method]
+        module.adapter = kind(d_in, d_out, config, layer, seed, module.weight.device)
         found.add(target)
     missing = [target for target in config.targets if target not in found]
     if missing:

@@ -119,7 +119,7 @@ def _device(args: argparse.Namespace) -> Any:
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    from .adapters import METHODS, TARGETS, AdapterConfig
+    from .adapters import ADAPTERS, TARGETS, AdapterConfig
     from .elbo import KLS
     from .ops import SAMPLING
     from .train import OBJECTIVES, TrainConfig
@@ -128,7 +128,12 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", type=Path, required=True, help="folder of the base model")
     _add_data(parser)
-    add("--method", choices=METHODS, default=adapter.method, help="scalabl, or plain LoRA (mle)")
+    add(
+        "--method",
+        choices=tuple(ADAPTERS),
+        default=adapter.method,
+        help="scalabl, plain LoRA (mle), ...",
+    )
     add("--out", type=Path, required=True, help="run folder to write")
     add("--resume", action="store_true", help="go on from the checkpoint in the run folder")
     add("--steps", type=int, default=train.steps, help="optimiser steps")

@@ -94,11 +94,11 @@ def count_parameters(config: LlamaConfig, rank: int, targets: tuple[str, ...]) -
     add_adapters(model, AdapterConfig(rank=rank, targets=targets))
     own = adapters(model).values()
     A, B = sum(a.A.numel() for a in own), sum(a.B.numel() for a in own)
-    scales = sum(a.log_s.numel() + a.log_sigma.numel() for a in own)
+    trained = sum(p.numel() for a in own for p in a.parameters())
     return {
         "base_parameters": base,
         "adapted_layers": len(own),
         "lora": A + B,
-        "scalabl": A + B + scales,
+        "scalabl": trained,
         "blob": 2 * A + B,
     }

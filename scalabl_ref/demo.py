@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from . import metrics
-from .adapters import AdapterConfig, Method, add_adapters
+from .adapters import AdapterConfig, add_adapters
 from .data import Example, encode, evaluation_batches, question
 from .errors import InputError, atomic_write_text, make_folder
 from .llama import Llama
@@ -231,7 +231,7 @@ def _estimate(step_seconds: float, config: TrainConfig, tests: int, samples: int
 
 
 def _train(
-    method: Method,
+    method: str,
     folder: Path,
     data: list[Example],
     config: TrainConfig,

@@ -55,7 +55,7 @@ def _draws(model: Llama, samples: int, seed: int) -> list[Noise | None]:
     """The noise of each draw; the mean model, once, for no samples or with nothing to sample."""
     if samples < 0:
         raise InputError(f"samples must not be negative, and is {samples}")
-    random = any(adapter.config.method == "scalabl" for adapter in adapters(model).values())
+    random = any(adapter.random for adapter in adapters(model).values())
     return [Noise(seed, i) for i in range(samples if random else 0)] or [None]
 
 

@@ -134,8 +134,9 @@ class Trainer:
     def __post_init__(self) -> None:
         c = self.config
         self.adapters = own = list(adapters(self.model).values())
-        slow = [p for a in own for name, p in a.named_parameters() if name in ("A", "B")]
-        self.variational = [p for a in own for n, p in a.named_parameters() if n.startswith("log_")]
+        self.variational = [a.get_parameter(name) for a in own for name in a.variational]
+        fast = set(self.variational)
+        slow = [p for a in own for p in a.parameters() if p not in fast]
         fast_lr = 4 * c.lr if c.variational_lr is None else c.variational_lr
         groups: list[dict[str, Any]] = [{"params": slow, "lr": c.lr}]
         if self.variational:
@@ -161,7 +162,7 @@ class Trainer:
         )
         kl = kl_divergence(self.model, c.kl)
         loss = nll
-        if self.variational and c.objective == "elbo":
+        if kl.requires_grad and c.objective == "elbo":
             loss = nll + c.beta * kl.item() / len(self.data.labels)
             (c.beta * kl / len(self.data.labels)).backward()
         if not math.isfinite(loss):
@@ -223,9 +224,9 @@ class Trainer:
 
 @torch.no_grad()
 def mean_sigma(model: nn.Module) -> float:
-    """Mean of sigma over all adapters' ranks; 0 where nothing is sampled."""
-    sigmas = [adapter.scale()[1] for adapter in adapters(model).values()]
-    return torch.cat(sigmas).mean().item() if sigmas else 0.0
+    """Mean standard deviation of what the adapters draw; 0 where nothing is drawn."""
+    widths = torch.cat([adapter.widths() for adapter in adapters(model).values()])
+    return widths.mean().item() if len(widths) else 0.0
 
 
 # --- runs on disk ------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from scalabl_ref import (
     philox4x32,
     subspace_lora_linear,
 )
-from scalabl_ref.adapters import Adapter, Linear, initial_matrix, initial_values
+from scalabl_ref.adapters import Linear, SubspaceAdapter, initial_matrix, initial_values
 from scalabl_ref.checkpoint import load_tensors
 from scalabl_ref.data import Encoded
 from scalabl_ref.llama import MLP, Context, RMSNorm, RopeConfig
@@ -127,7 +127,7 @@ def objective(p, t, dtype):
 
 def initialisation(p, t):
     matrix, uniform = initial_matrix(int(p["seed"]), p["layer"], p["rank"], p["d_in"])
-    adapter = Adapter(p["d_in"], p["d_out"], AdapterConfig(rank=p["rank"]), p["layer"],
+    adapter = SubspaceAdapter(p["d_in"], p["d_out"], AdapterConfig(rank=p["rank"]), p["layer"],
                       int(p["seed"]), torch.device("cpu"))  # fmt: skip
     values = initial_values(t["singular"], t["Vh"], uniform, p["init_sigma"])
     return {"kaiming": matrix, "B": adapter.B, **values}

@@ -119,7 +119,7 @@ def test_log_sigma_is_bounded_below():
         ({"prior_std": 0.0}, "prior_std must be positive"),
         ({"prior_std": float("nan")}, "prior_std must be positive"),
         ({"sampling": "row"}, "sampling must be one of"),
-        ({"method": "map"}, "method must be one of"),
+        ({"method": "mpa"}, "method must be one of"),
     ],
 )
 def test_bad_settings_are_named(change, message):
