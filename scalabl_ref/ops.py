@@ -164,6 +164,23 @@ def row_groups(
     return groups, (max(1, shared.numel()) if shared else 1)
 
 
+def row_noise(
+    shape: torch.Size,
+    noise: Noise,
+    layer: int,
+    sampling: Sampling,
+    groups: Tensor | None,
+    rank: int,
+) -> Tensor:
+    """eps of every row of an x whose leading dimensions are `shape`: (*shape, rank) float32.
+
+    Rows share their eps as in `subspace_lora_linear`, which see for the arguments and errors.
+    """
+    draws = _draws(shape, noise, layer, sampling, groups)
+    eps = _eps(draws, shape.numel(), rank).repeat_interleave(draws.rows_per_group, 0)
+    return eps[: shape.numel()].view(*shape, rank)
+
+
 def _eps(draws: Draws, rows: int, rank: int) -> Tensor:
     """eps of every group, (count, rank) float32."""
     ids = draws.ids
