@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from .noise import Noise, philox_words
 from .ops import SAMPLING, Sampling, subspace_lora_linear
 
 Device = torch.device | str | None
+Prior = Literal["fixed", "layer", "component"]
+PRIORS: tuple[Prior, ...] = ("fixed", "layer", "component")
+
 TARGETS = (
     "q_proj",
     "k_proj",
@@ -47,8 +51,12 @@ class AdapterConfig:
     rank: r. alpha: the scaling is c = alpha / rank; None means 2 * rank.
     targets: names of linear layers, out of `TARGETS`.
     sampling: which rows share a draw, see `ops.subspace_lora_linear`.
-    prior_std: sigma_p of the prior N(0, sigma_p^2 I).
+    covariance: "diagonal" or, for "scalabl", "full": of the Gaussian over the scales.
+    prior: "fixed" is N(0, prior_std^2 I). "layer" and "component" are empirical Bayes, for
+        "scalabl": sigma_p is what minimises the forward KL, for each layer or for each scale.
+    prior_std: sigma_p of the fixed prior.
     init_sigma: sigma starts uniform in [init_sigma / sqrt 2, init_sigma].
+    dropout: share of inputs dropped, of method "dropout".
 
     Raises InputError for a value outside its range.
     """
@@ -58,8 +66,11 @@ class AdapterConfig:
     alpha: float | None = None
     targets: tuple[str, ...] = ("q_proj", "v_proj", "lm_head")
     sampling: Sampling = "example"
+    covariance: str = "diagonal"
+    prior: Prior = "fixed"
     prior_std: float = 1.0
     init_sigma: float = 0.05
+    dropout: float = 0.1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
@@ -71,6 +82,16 @@ class AdapterConfig:
             )
         if self.rank < 1:
             raise InputError(f"rank must be at least 1, not {self.rank}")
+        if self.method not in COVARIANCES.get(self.covariance, {}):
+            possible = [name for name, kinds in COVARIANCES.items() if self.method in kinds]
+            raise InputError(
+                f"covariance of method {self.method} must be one of {', '.join(possible)}, "
+                f"not {self.covariance!r}"
+            )
+        if self.prior not in PRIORS:
+            raise InputError(f"prior must be one of {', '.join(PRIORS)}, not {self.prior!r}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout must be in [0, 1), not {self.dropout}")
         for name in ("prior_std", "init_sigma"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
@@ -173,7 +194,7 @@ class SubspaceAdapter(Adapter):
     """
 
     random = True
-    variational = ("log_s", "log_sigma")
+    variational: tuple[str, ...] = ("log_s", "log_sigma")
 
     def _add_parameters(self) -> None:
         self.log_s = nn.Parameter(torch.empty(self.config.rank, dtype=torch.float32))
@@ -201,12 +222,13 @@ class SubspaceAdapter(Adapter):
 
     @classmethod
     def complexity(cls, layers: Sequence[Adapter], kl: str) -> Tensor:
-        """(5) or (6), summed in one call: the sum over k does not see where a layer ends."""
+        """(5) or (6), summed over layers and scales; (10) where the prior is fitted."""
         log_s, log_sigma = (
-            torch.cat([layer.get_parameter(name) for layer in layers]).double()
+            torch.stack([layer.get_parameter(name) for layer in layers]).double()
             for name in ("log_s", "log_sigma")
-        )
-        return KLS[kl](log_s.exp(), log_sigma.exp(), layers[0].config.prior_std)
+        )  # (layers, r)
+        s, sigma, config = log_s.exp(), log_sigma.exp(), layers[0].config
+        return KLS[kl](s, sigma, fitted_prior_std(s.square() + sigma.square(), config, kl))
 
     @torch.no_grad()
     def bound_(self) -> None:
@@ -221,12 +243,28 @@ class SubspaceAdapter(Adapter):
         return self.log_sigma.exp()
 
 
+def fitted_prior_std(second: Tensor, config: AdapterConfig, kl: str) -> float | Tensor:
+    """sigma_p: the fixed one, or (10), from the second moments (layers, r) of the scales under q.
+
+    The forward KL is smallest over sigma_p where sigma_p^2 is the mean of E_q[s~_k^2]. What is left
+    of it does not change with (s, sigma) / a and a B: that arbitrary scale is gone.
+
+    Raises InputError for the official direction, whose minimum over sigma_p is another.
+    """
+    if config.prior == "fixed":
+        return config.prior_std
+    if kl != "forward":
+        raise InputError(f"prior {config.prior!r} is fitted by the forward KL, not by {kl!r}")
+    return second.mean(1, keepdim=True).sqrt() if config.prior == "layer" else second.sqrt()
+
+
 # Every method's adapter by name; `methods` adds its own.
 ADAPTERS: dict[str, type[Adapter]] = {
     "scalabl": SubspaceAdapter,
     "mle": Adapter,
     "map": MapAdapter,
 }
+COVARIANCES: dict[str, dict[str, type[Adapter]]] = {"diagonal": ADAPTERS, "full": {}}
 
 
 def initial_matrix(seed: int, layer: int, rank: int, d_in: int) -> tuple[Tensor, Tensor]:
@@ -303,7 +341,7 @@ def add_adapters(model: nn.Module, config: AdapterConfig, seed: int = 0) -> nn.M
                 f"rank {config.rank} is larger than a dimension of {name} {d_out, d_in}"
             )
         layer = _layer_id(name, target)
-        kind = ADAPTERS[config.method]
+        kind = COVARIANCES[config.covariance][config.method]
         module.adapter = kind(d_in, d_out, config, layer, seed, module.weight.device)
         found.add(target)
     missing = [target for target in config.targets if target not in found]

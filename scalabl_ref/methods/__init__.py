@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from . import dropout, full  # noqa: F401  they add themselves to `adapters.ADAPTERS`
+
 if TYPE_CHECKING:
     from ..data import Batch
     from ..llama import Llama

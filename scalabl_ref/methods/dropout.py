@@ -1,0 +1,41 @@
+"""Monte Carlo dropout on the adapters' inputs (Gal and Ghahramani 2016), drawn by `Noise`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..adapters import ADAPTERS, Adapter
+from ..noise import Noise
+from ..ops import row_noise
+
+
+class DropoutAdapter(Adapter):
+    """Plain LoRA whose input is thinned out, in training and in every draw of a prediction.
+
+    y = W x + bias + c B A (m * x) / (1 - p), m_j = 1 with probability 1 - p, independently for the
+    rows that `sampling` tells apart. `noise=None` is x itself.
+    """
+
+    random = True
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        noise: Noise | None,
+        groups: Tensor | None,
+    ) -> Tensor:
+        if noise is None or self.config.dropout == 0:
+            return super().forward(x, weight, bias, None, groups)
+        p, sampling = self.config.dropout, self.config.sampling
+        z = row_noise(x.shape[:-1], noise, self.layer, sampling, groups, x.shape[-1])
+        cut = torch.special.ndtri(torch.tensor(p, dtype=torch.float64)).item()  # P(z < cut) = p
+        kept = (z.to(x.device) >= cut) * (self.config.scaling / (1 - p))
+        h = F.linear(x.to(self.A.dtype) * kept, self.A)
+        return F.linear(x, weight, bias) + F.linear(h, self.B).to(x.dtype)
+
+
+ADAPTERS["dropout"] = DropoutAdapter

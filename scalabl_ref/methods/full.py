@@ -1,0 +1,72 @@
+"""ScalaBL with all correlations: a full Gaussian over the r scales, by its Cholesky factor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapters import COVARIANCES, Adapter, SubspaceAdapter, fitted_prior_std
+from ..errors import InputError
+from ..noise import Noise
+from ..ops import row_noise
+
+
+class FullAdapter(SubspaceAdapter):
+    """q(s~) = N(s, L L^T): L (r, r) has exp(log_sigma) on its diagonal and `lower` below it.
+
+    `lower` starts at 0, where q and the rest of the start are those of method "scalabl". It costs
+    r (r - 1) / 2 more parameters a layer and, per row, a product with L.
+    """
+
+    variational = ("log_s", "log_sigma", "lower")
+
+    def _add_parameters(self) -> None:
+        super()._add_parameters()
+        rank = self.config.rank
+        self.lower = nn.Parameter(torch.zeros(rank * (rank - 1) // 2, dtype=torch.float32))
+
+    def factor(self) -> Tensor:
+        """L, (r, r)."""
+        rank = self.config.rank
+        row, column = torch.tril_indices(rank, rank, -1)
+        L = torch.diag(self.log_sigma.exp())
+        return L.index_put((row, column), self.lower)
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        noise: Noise | None,
+        groups: Tensor | None,
+    ) -> Tensor:
+        if noise is None:
+            return super().forward(x, weight, bias, None, groups)
+        rank, sampling = self.config.rank, self.config.sampling
+        eps = row_noise(x.shape[:-1], noise, self.layer, sampling, groups, rank).to(self.A)
+        drawn = self.config.scaling * (self.log_s.exp() + eps @ self.factor().T)
+        h = F.linear(x.to(self.A.dtype), self.A)
+        return F.linear(x, weight, bias) + F.linear(h * drawn, self.B).to(x.dtype)
+
+    @classmethod
+    def complexity(cls, layers: Sequence[Adapter], kl: str) -> Tensor:
+        """(11): KL(q || p) of Gaussians with covariances L L^T and sigma_p^2 I; forward alone."""
+        if kl != "forward":
+            raise InputError(f"a full covariance has the forward KL, not {kl!r}")
+        own = [layer for layer in layers if isinstance(layer, FullAdapter)]
+        s = torch.stack([layer.log_s for layer in own]).double().exp()  # (layers, r)
+        L = torch.stack([layer.factor() for layer in own]).double()  # (layers, r, r)
+        second = s.square() + L.square().sum(-1)  # E s~_k^2
+        prior = fitted_prior_std(second, own[0].config, kl)
+        log_ratio = torch.log(prior / L.diagonal(dim1=-2, dim2=-1))
+        return (log_ratio + second / (2 * prior**2) - 0.5).sum()
+
+    def widths(self) -> Tensor:
+        """Marginal standard deviations."""
+        return self.factor().square().sum(1).sqrt()
+
+
+COVARIANCES["full"]["scalabl"] = FullAdapter
