@@ -17,6 +17,7 @@ from .noise import Noise
 
 if TYPE_CHECKING:
     from .data import Batch
+    from .methods import Posterior
 
 
 class Prediction(NamedTuple):
@@ -60,14 +61,23 @@ def _draws(model: Llama, samples: int, seed: int) -> list[Noise | None]:
 
 
 @torch.no_grad()
-def predict(model: Llama, batch: Batch, samples: int = 10, seed: int = 0) -> Prediction:
+def predict(
+    model: Llama,
+    batch: Batch,
+    samples: int = 10,
+    seed: int = 0,
+    posterior: Posterior | None = None,
+) -> Prediction:
     """Predictive distribution over the answer classes, from `samples` draws.
 
     Draw i is Noise(seed, i), keyed per example by `batch.ids`: the result for an example does not
-    depend on what else is in the batch. samples = 0 is the mean model.
+    depend on what else is in the batch. samples = 0 is the mean model. posterior: what is drawn, if
+    it is not what the adapters themselves have; see `methods`.
 
     Raises InputError for negative `samples`.
     """
+    if posterior is not None:
+        return predictive(posterior.log_probs(model, batch, samples, seed))
     logits = torch.stack(
         [class_logits(model, batch, noise) for noise in _draws(model, samples, seed)]
     )
@@ -80,6 +90,7 @@ def predict_all(
     samples: int = 10,
     seed: int = 0,
     progress: Callable[[int], None] = lambda rows: None,
+    posterior: Posterior | None = None,
 ) -> Prediction:
     """`predict` over a whole data set, put back in the order of the examples' ids.
 
@@ -88,7 +99,7 @@ def predict_all(
     device = next(model.parameters()).device
     parts, ids = [], []
     for batch in batches:
-        part = predict(model, batch.to(device), samples, seed)
+        part = predict(model, batch.to(device), samples, seed, posterior)
         parts.append([tensor.cpu() for tensor in part])
         ids.append(batch.ids.cpu())
         progress(len(batch.labels))

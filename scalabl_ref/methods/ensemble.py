@@ -1,0 +1,106 @@
+"""Deep ensembles and SWAG: predictions averaged over several settings of the adapters' weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..adapters import adapters
+from ..elbo import class_logits
+from ..errors import InputError
+from ..noise import Noise
+
+if TYPE_CHECKING:
+    from ..data import Batch
+    from ..llama import Llama
+
+State = dict[str, Tensor]  # adapter parameters by name, as `train.adapter_state` gives them
+FIRST_SWAG_LAYER = 2**31  # layer ids of SWAG's noise: parameter i has this one plus i
+
+
+@dataclass
+class Ensemble:
+    """Members trained apart, from different seeds (Lakshminarayanan et al. 2017).
+
+    members: the adapters' state of each. All of them predict, whatever `samples` says, but that
+    samples = 0 is the first alone.
+    """
+
+    members: list[State]
+
+    def log_probs(self, model: Llama, batch: Batch, samples: int, seed: int) -> Tensor:
+        chosen = self.members if samples else self.members[:1]
+        return torch.stack([_mean_log_probs(model, batch, state) for state in chosen])
+
+
+@dataclass
+class Swag:
+    """SWAG-diagonal (Maddox et al. 2019): a Gaussian through the iterates of the last steps.
+
+    `collect` after a step adds the adapters' state as it is; count, mean and square are running
+    averages, by name. A draw is one setting of all weights, shared by all examples.
+    """
+
+    count: int = 0
+    mean: State = field(default_factory=dict)
+    square: State = field(default_factory=dict)
+
+    @torch.no_grad()
+    def collect(self, model: Llama) -> None:
+        self.count += 1
+        for name, value in _state(model).items():
+            for kept, new in ((self.mean, value), (self.square, value.square())):
+                old = kept.get(name, torch.zeros_like(new))
+                kept[name] = old + (new - old) / self.count
+
+    def draw(self, noise: Noise) -> State:
+        """One setting of the weights: mean + sd * eps."""
+        out = {}
+        for index, (name, mean) in enumerate(self.mean.items()):
+            sd = (self.square[name] - mean.square()).clamp(min=0).sqrt()
+            eps = noise.normal(FIRST_SWAG_LAYER + index, 1, mean.numel()).view(mean.shape)
+            out[name] = mean + sd * eps.to(mean)
+        return out
+
+    def log_probs(self, model: Llama, batch: Batch, samples: int, seed: int) -> Tensor:
+        if not self.count:
+            raise InputError("SWAG has collected no iterate")
+        states = [self.draw(Noise(seed, i)) for i in range(samples)] or [self.mean]
+        return torch.stack([_mean_log_probs(model, batch, state) for state in states])
+
+
+def _state(model: Llama) -> State:
+    return {
+        f"{name}.{key}": parameter.detach().clone()
+        for name, adapter in adapters(model).items()
+        for key, parameter in adapter.named_parameters()
+    }
+
+
+def _mean_log_probs(model: Llama, batch: Batch, state: State) -> Tensor:
+    with _weights(model, state):
+        return torch.log_softmax(class_logits(model, batch, None).double(), dim=-1)
+
+
+@contextmanager
+@torch.no_grad()
+def _weights(model: Llama, state: State) -> Iterator[None]:
+    """The model with these adapters for as long as the block lasts."""
+    parameters = {
+        f"{name}.{key}": parameter
+        for name, adapter in adapters(model).items()
+        for key, parameter in adapter.named_parameters()
+    }
+    before = {name: parameter.data for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        parameter.data = state[name].to(parameter)
+    try:
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = before[name]
