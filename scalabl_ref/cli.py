@@ -514,6 +514,21 @@ def _conformance(args: argparse.Namespace) -> Result:
             "exit_code": int(failed > 0)}  # fmt: skip
 
 
+def _study_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="FILE", help="JSON: the fields of study.Study")
+    parser.add_argument("--out", type=Path, required=True, help="folder of its runs and results")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, a thread each")
+
+
+def _study(args: argparse.Namespace) -> Result:
+    from .study import Study, study, table
+
+    results = study(Study.read(args.config), args.out, args.jobs)
+    _say(args, table(results))
+    _say(args, f"results: {args.out / 'results.md'}, {args.out / 'results.json'}")
+    return results
+
+
 def _info(args: argparse.Namespace) -> Result:
     import platform
 
@@ -569,6 +584,7 @@ _COMMANDS: dict[str, Command] = {
         _conformance_arguments,
         _conformance,
     ),
+    "study": ("methods side by side on one task, tuned alike", _study_arguments, _study),
     "info": ("versions, what was built, which path runs", lambda parser: None, _info),
 }
 

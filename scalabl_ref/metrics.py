@@ -12,7 +12,7 @@ bootstrap, Efron 1979.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,9 @@ from .errors import InputError
 # `fit_temperature` looks no further: a split on which every answer is right asks for 0, one on
 # which the answers are worse than chance asks for infinity, and neither is of any use elsewhere.
 TEMPERATURE_RANGE = (0.05, 20.0)
+
+
+SCORES = ("acc", "ece", "nll", "brier")
 
 
 class Reliability(NamedTuple):
@@ -165,17 +168,31 @@ def bootstrap_intervals(
 
     Same resamples and same values, but rows are scored once and only their scores are resampled.
     """
-    probs, labels = _checked(probs, labels)
-    index, gap = _gaps(probs, labels, _checked_bins(bins))
-    _, correct = _confidence(probs, labels)
-    scores = torch.stack((correct, _nll_rows(probs, labels), _brier_rows(probs, labels)))  # (3, N)
-    values = []
-    for rows in _resamples(len(labels), replicates, level, seed):
-        acc, surprise, distance = scores[:, rows].mean(1).tolist()
-        values.append((acc, _ece(index[rows], gap[rows], bins), surprise, distance))
-    columns = torch.tensor(values, dtype=torch.float64).T
-    names = ("acc", "ece", "nll", "brier")
-    return {name: _percentiles(column, level) for name, column in zip(names, columns, strict=True)}
+    columns = _replicates(probs, labels, bins, replicates, level, seed)
+    return {name: _percentiles(c, level) for name, c in zip(SCORES, columns, strict=True)}
+
+
+def paired_intervals(
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    labels: Tensor,
+    bins: int = 15,
+    replicates: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """Intervals of the difference first - second of "acc", "ece", "nll" and "brier".
+
+    first, second: probabilities (N, C) of the same rows, one for each run of either method; scores
+    are averaged over runs. Both are resampled with the same rows: what makes a test set hard or
+    easy for both cancels.
+    """
+    means = [
+        torch.stack([_replicates(p, labels, bins, replicates, level, seed) for p in runs]).mean(0)
+        for runs in (first, second)
+    ]
+    differences = means[0] - means[1]
+    return {name: _percentiles(c, level) for name, c in zip(SCORES, differences, strict=True)}
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -256,6 +273,21 @@ def _resamples(n: int, replicates: int, level: float, seed: int) -> Iterator[Ten
     generator = torch.Generator().manual_seed(seed)
     for _ in range(replicates):
         yield torch.randint(n, (n,), generator=generator)
+
+
+def _replicates(
+    probs: Tensor, labels: Tensor, bins: int, replicates: int, level: float, seed: int
+) -> Tensor:
+    """SCORES of resampled rows, (4, replicates)."""
+    probs, labels = _checked(probs, labels)
+    index, gap = _gaps(probs, labels, _checked_bins(bins))
+    _, correct = _confidence(probs, labels)
+    scores = torch.stack((correct, _nll_rows(probs, labels), _brier_rows(probs, labels)))  # (3, N)
+    values = []
+    for rows in _resamples(len(labels), replicates, level, seed):
+        acc, surprise, distance = scores[:, rows].mean(1).tolist()
+        values.append((acc, _ece(index[rows], gap[rows], bins), surprise, distance))
+    return torch.tensor(values, dtype=torch.float64).T
 
 
 def _percentiles(values: Tensor, level: float) -> tuple[float, float]:

@@ -1,9 +1,9 @@
 """`scalabl study`: methods side by side, on the same model, data, seeds and budget.
 
-A study is one JSON file, the fields of `Study`. Every trial of a method, a setting of its knobs, is
-trained with the first seed and scored by its NLL on a validation split; the best one is then trained
-with all seeds and scored on the test set. All methods train on the same part of the data and have
-equally many trials, and the validation split also gives the temperature of the scaled rows.
+A study is one JSON file, the fields of `Study`. Every trial of a method, a setting of its knobs,
+is trained with the first seed and scored by its NLL on a validation split; the best one then is
+trained with all seeds and scored on the test set. All methods train on the same part of the data
+and have equally many trials; the validation split also gives the temperature of the scaled rows.
 
 Everything lies under OUT/runs/METHOD/TRIAL-SEED: what is there already is not done again.
 """
@@ -52,7 +52,7 @@ class Method:
     """
 
     settings: dict[str, Any]
-    knob: tuple[str, tuple[float, ...]] = ("steps", (1.0, 0.25))
+    knob: tuple[str, tuple[float, ...]] = ("share_of_steps", (1.0, 0.25))
     members: int = 1
     after: Callable[..., Posterior | None] | None = None
     collects: bool = False  # SWAG's iterates
@@ -155,10 +155,8 @@ class Job:
     def configs(self, member: int) -> tuple[AdapterConfig, TrainConfig]:
         values = {**self.study.settings, **METHODS[self.method].settings, **self.trial}
         values["seed"] = 1000 * member + self.seed
-        steps = values.get("steps", 1000)
-        if "steps" in self.trial:  # a share of the study's
-            steps = int(self.trial["steps"] * self.study.settings.get("steps", 1000))
-        values["steps"] = steps
+        share = values.pop("share_of_steps", 1.0)  # stopping early, with a schedule to match
+        values["steps"] = max(1, round(share * values.get("steps", TrainConfig.steps)))
         return _config(AdapterConfig, values), _config(TrainConfig, values)
 
     def missing(self) -> list[str]:
@@ -236,7 +234,7 @@ def _collector(swag: Swag, model: Llama, steps: int) -> Callable[[dict[str, floa
     """Collects the iterates of the last quarter of the steps."""
 
     def collect(record: dict[str, float]) -> None:
-        if record["step"] >= 0.75 * steps:
+        if record["step"] + 1 > 0.75 * steps:
             swag.collect(model)
 
     return collect
@@ -305,9 +303,6 @@ def _run_all(todo: list[Job], jobs: int, title: str) -> None:
 
 # --- Results --------------------------------------------------------------------------------------
 
-COLUMNS = ("acc", "ece", "nll", "brier")
-RESAMPLES = 1000
-
 
 def _load(job: Job, name: str) -> dict[str, Tensor]:
     return load_tensors(job.folder / f"{name}.safetensors")[0]
@@ -351,12 +346,12 @@ def summary(config: Study, finals: dict[str, list[Job]]) -> dict[str, Any]:
                 "peak_bytes": max(a["peak_bytes"] for a in about),
                 "widths": about[0]["widths"],
                 "seeds": scores,
-                **{key: _mean([s[key] for s in scores]) for key in COLUMNS},
-                "sd": {key: _sd([s[key] for s in scores]) for key in COLUMNS},
+                **{key: _mean([s[key] for s in scores]) for key in metrics.SCORES},
+                "sd": {key: _sd([s[key] for s in scores]) for key in metrics.SCORES},
             }
         if config.ood is not None:
             rows[method].update(_out_of_distribution(runs))
-    best = {key: _best(key, rows, probs, labels, config.bins) for key in COLUMNS}
+    best = {key: _best(key, rows, probs, labels, config.bins) for key in metrics.SCORES}
     return {"study": dataclasses.asdict(config), "methods": rows, "best": best}
 
 
@@ -387,17 +382,7 @@ def _best(
     """
     sign = -1.0 if key == "acc" else 1.0
     first, second = sorted(rows, key=lambda name: sign * rows[name][key])[:2]
-    generator = torch.Generator().manual_seed(0)
-    differences = []
-    for _ in range(RESAMPLES):
-        picked = torch.randint(len(labels), (len(labels),), generator=generator)
-        means = [
-            _mean([_metrics(p[picked], labels[picked], bins)[key] for p in probs[name]])
-            for name in (first, second)
-        ]
-        differences.append(means[0] - means[1])
-    ordered = sorted(differences)
-    low, high = ordered[int(0.025 * RESAMPLES)], ordered[int(0.975 * RESAMPLES) - 1]
+    low, high = metrics.paired_intervals(probs[first], probs[second], labels, bins)[key]
     return {"name": first, "runner_up": second, "difference": [low, high],
             "significant": not low <= 0 <= high}  # fmt: skip
 
@@ -411,7 +396,7 @@ def table(results: dict[str, Any]) -> str:
     for name, row in results["methods"].items():
         trial = ", ".join(f"{key} {value:g}" for key, value in row["trial"].items())
         cells = [name, trial]
-        for key in COLUMNS:
+        for key in metrics.SCORES:
             best = results["best"][key]
             value = f"{row[key]:.3f}"
             if best["significant"] and best["name"] == name:
