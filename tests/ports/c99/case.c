@@ -41,7 +41,7 @@ size_t whole(const struct kit_case *c, const char *name, size_t least)
 
 uint32_t word(const struct kit_case *c, const char *name)
 {
-    size_t value = whole(c, name, 0);
+    uint64_t value = whole(c, name, 0);
 
     if (value > UINT32_MAX) {
         fail("%s: parameter %s has more than 32 bits", c->id, name);
