@@ -47,7 +47,8 @@ def mutants(source: str) -> list[Mutant]:
     return [
         Mutant(tree, parent, field, index, new, _describe(old, new))
         for parent, field, index, old in _places(tree)
-        for new in _variants(parent, field, old)
+        for new in _variants(field, old)
+        if isinstance(new, ast.Pass) or ast.dump(new) != ast.dump(old)
     ]
 
 
@@ -92,7 +93,7 @@ def _left_out(node: ast.AST) -> bool:
     return isinstance(node, (ast.Import, ast.ImportFrom, ast.JoinedStr, ast.expr_context))
 
 
-def _variants(parent: ast.AST, field: str, node: ast.AST) -> Iterator[ast.AST]:
+def _variants(field: str, node: ast.AST) -> Iterator[ast.AST]:
     match node:
         case ast.BinOp(op=op) if type(op) in SWAPS:
             yield _with(node, op=SWAPS[type(op)]())
