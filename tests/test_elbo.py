@@ -147,6 +147,15 @@ def test_the_draw_follows_the_example_through_the_whole_model():
     )
 
 
+def test_an_answer_is_read_off_the_last_real_token():
+    model, batch = tiny_model(), tiny_batch()
+    for row, length in enumerate(batch.lengths.tolist()):
+        one = batch.tokens[row : row + 1, :length]
+        alone = model(one, noise=Noise(1, 2), groups=batch.ids[row : row + 1])[0, -1]
+        together = class_logits(model, batch, Noise(1, 2))[row]
+        assert (alone - together).abs().max() <= rounding(torch.float32, 256)
+
+
 def test_full_head_and_trimmed_head_give_the_same_class_logits():
     full, trimmed, batch = tiny_model(trim=False, wake=False), tiny_model(wake=False), tiny_batch()
     difference = class_logits(full, batch, None) - class_logits(trimmed, batch, None)

@@ -129,6 +129,37 @@ def test_one_objective_step_is_adamw_on_nll_plus_beta_kl_over_n():
     assert moved > 1e-2 / 2
 
 
+def test_a_step_follows_the_schedule():
+    """The first of a warm-up has the rate 0, and the next a half of it all."""
+    ours = trainer(warmup=2 / 12, beta=0.0)
+    start = {n: p.clone() for n, p in adapter_state(ours.model).items()}
+    assert ours.step()["lr"] == 0.0
+    assert all(torch.equal(p, start[n]) for n, p in adapter_state(ours.model).items())
+    assert ours.step()["lr"] == 5e-3
+    moved = max(float((p - start[n]).abs().max()) for n, p in adapter_state(ours.model).items())
+    # AdamW moves by a rate at most: half of 4e-2, that of the variational parameters.
+    assert 0 < moved <= 4e-2 / 2 * (1 + rounding(torch.float32, 8))
+
+
+def test_weight_decay_is_decoupled():
+    """One step more or less of it differs by rate * decay * the value."""
+    with_, without = trainer(weight_decay=0.5, warmup=0.0), trainer(warmup=0.0)
+    start = {n: p.clone() for n, p in adapter_state(without.model).items()}
+    with_.step()
+    without.step()
+    for (name, a), b in zip(
+        adapter_state(with_.model).items(), adapter_state(without.model).values(), strict=True
+    ):
+        shrunk = start[name] * 0.5 * (4e-2 if ".log_" in name else 1e-2)
+        assert (b - a - shrunk).abs().max() <= rounding(torch.float32, 4) * start[name].abs().max()
+
+
+def test_the_official_loss_is_the_nll():
+    t = trainer(objective="official", kl="official")
+    record = t.step()
+    assert record["loss"] == record["nll"] and record["kl"] > 0
+
+
 def test_official_objective_steps_the_kl_apart():
     """With lr = 0 only the SGD step is left: sigma moves by kl_lr * pi * gradient of the KL."""
     ours = trainer(lr=0.0, variational_lr=0.0, warmup=0.0, objective="official", kl="official")

@@ -66,7 +66,7 @@ TESTS = {
     "philox": ["noise.py", *KIT],
     "noise": ["noise.py", "adapters.py", *AUDIT, *KIT],
     "elbo": ["elbo.py", "train.py", *KIT],
-    "reference": ["ops.py", "elbo.py", "predict.py", *AUDIT, KIT[1]],
+    "reference": ["reference.py", "ops.py", "elbo.py", "predict.py", *AUDIT, KIT[1]],
     "ops": ["ops.py", "elbo.py", "llama.py", *AUDIT, *KIT],
     "metrics": ["metrics.py", *KIT],
 }
@@ -193,7 +193,7 @@ def _first_failure(body: str) -> str:
     from scalabl_ref import native
     from scalabl_ref.checkpoint import save_tensors
     from scalabl_ref.conformance import check
-    from tests.test_conformance import port
+    from tests.own_port import port
 
     if body == "PyTorch":
         native.core = lambda: None

@@ -52,7 +52,14 @@ ROTATE = "test_llama.py::test_rope_turns_each_pair_by_its_angle"
 ROPE = "test_llama.py::test_rope_scalings_equal_their_formulas"
 NORM = "test_llama.py::test_rmsnorm_equals_its_formula"
 ATTENTION = "test_llama.py::test_attention_equals_explicit_loops"
-MODEL = "test_llama.py::test_whole_model_equals_explicit_loops"
+MODEL = "test_llama.py::test_the_model_equals_its_formulas"
+WORDS = "test_adapters.py::test_initial_values_are_those_of_the_words"
+STEP = "test_train.py::test_one_objective_step_is_adamw_on_nll_plus_beta_kl_over_n"
+OFFICIAL = "test_train.py::test_official_objective_steps_the_kl_apart"
+LOSS = "test_elbo.py::test_loss_is_nll_plus_beta_kl_over_n"
+SLOPE = "test_elbo.py::test_gradient_of_the_loss_equals_a_finite_difference"
+OBJECTIVES = "test_elbo.py::test_objective_equals_the_reference"
+AUROC = "test_metrics.py::test_auroc_equals_all_pairs"
 
 PHILOX = [
     Fault("Philox: one round too few", "philox",
@@ -229,6 +236,85 @@ OBJECTIVE = [
           "log_probs.exp()).sum(-1) / math.log(2)", LITERAL),
 ]  # fmt: skip
 
+TRAINING = [
+    Fault("KL not divided by N", "elbo", ".to(nll) / num_examples", ".to(nll)", LOSS),
+    Fault("beta left out", "elbo", "nll + beta * divergence", "nll + divergence", LOSS),
+    Fault("NLL summed over the batch", "elbo", "noise), batch.labels)",
+          'noise), batch.labels, reduction="sum")', LOSS),
+    Fault("KL of one layer only", "elbo", 'method == "scalabl"]', 'method == "scalabl"][:1]',
+          "test_elbo.py::test_model_kl_sums_over_the_layers"),
+    Fault("KL directions exchanged", "elbo",
+          '"forward": kl_forward,\n    "official": kl_official,',
+          '"forward": kl_official,\n    "official": kl_forward,', OBJECTIVES),
+    Fault("KL of the logarithms", "elbo", "log_s.double().exp(), log", "log_s.double(), log",
+          OBJECTIVES),
+    Fault("the draw follows the row", "elbo", "groups=batch.ids", "groups=None",
+          "test_elbo.py::test_the_draw_follows_the_example_through_the_whole_model"),
+    Fault("answer read off the padding", "elbo", "lengths=batch.lengths, ", "",
+          "test_elbo.py::test_an_answer_is_read_off_the_last_real_token"),
+    Fault("dropped Jacobian of exp", "adapters", "return self.log_s.exp(), self",
+          "return self.log_s + (self.log_s.exp() - self.log_s).detach(), self", SLOPE),
+    Fault("dropped Jacobian of sigma's exp", "adapters", ", self.log_sigma.exp()",
+          ", self.log_sigma + (self.log_sigma.exp() - self.log_sigma).detach()", SLOPE),
+    Fault("log s for s", "adapters", "return self.log_s.exp(), self", "return self.log_s, self",
+          OBJECTIVES),
+    Fault("log variance for log sigma", "adapters", ", self.log_sigma.exp()",
+          ", (self.log_sigma / 2).exp()", OBJECTIVES),
+    Fault("scaling by the root of the rank", "adapters", "self.alpha) / self.rank",
+          "self.alpha) / self.rank**0.5", "test_adapters.py::test_scaling_is_alpha_over_rank"),
+    Fault("layers numbered without their blocks", "adapters", "len(TARGETS) * block +", "block +",
+          "test_adapters.py::test_layer_ids_are_distinct_and_do_not_depend_on_the_targets"),
+    Fault("start: uniform not centred", "adapters", "(2 * uniform[: rank * d_in] - 1)",
+          "(uniform[: rank * d_in])", WORDS),
+    Fault("start: fan-out for fan-in", "adapters", "/ math.sqrt(d_in)", "/ math.sqrt(rank)",
+          "test_adapters.py::test_kaiming_entries_have_the_uniform_variance"),
+    Fault("start: the same words for all layers", "adapters", "INIT_STREAM + layer,", "INIT_STREAM,",
+          "test_adapters.py::test_initial_values_are_a_pure_function_of_seed_and_layer"),
+    Fault("start: halves of the stream exchanged", "noise",
+          "stream % WORD, RESERVED_LAYER, stream // WORD",
+          "stream // WORD, RESERVED_LAYER, stream % WORD",
+          "test_noise.py::test_philox_words_are_blocks_of_the_reserved_layer"),
+    Fault("start: log sigma uniform", "adapters", "low + (init_sigma - low) * uniform",
+          "low * (init_sigma / low) ** uniform", WORDS),
+    Fault("start: sigma from zero", "adapters", "low + (init_sigma - low) * uniform",
+          "init_sigma * uniform",
+          "test_adapters.py::test_initialisation_is_the_thin_svd_of_a_kaiming_matrix"),
+    Fault("start: s where log s belongs", "adapters", '"log_s": singular.log()',
+          '"log_s": singular',
+          "test_adapters.py::test_initialisation_is_the_thin_svd_of_a_kaiming_matrix"),
+    Fault("start: B not zero", "adapters", "torch.zeros(d_out, config.rank",
+          "torch.ones(d_out, config.rank", "test_adapters.py::test_a_fresh_adapter_changes_nothing"),
+    Fault("step: KL not divided by N", "train", "(c.beta * kl / len(self.data.labels)).backward()",
+          "(c.beta * kl).backward()", STEP),
+    Fault("step: KL in the log but not in the gradient", "train",
+          "(c.beta * kl / len(self.data.labels)).backward()", "pass", STEP),
+    Fault("step: NLL summed over the batch", "train", 'reduction="sum") / len(indices)',
+          'reduction="sum")', STEP),
+    Fault("step: one rate for all", "train", "fast_lr = 4 * c.lr if c.variational_lr is None else",
+          "fast_lr = c.lr if True else", STEP),
+    Fault("step: the rates of A, B and of the variational parameters exchanged", "train",
+          'if name in ("A", "B")]', 'if name not in ("A", "B")]', STEP),
+    Fault("step: AdamW on the variational parameters alone", "train", '"params": slow,',
+          '"params": slow[:0] or [torch.nn.Parameter(torch.zeros(1))],', STEP),
+    Fault("step: schedule left out", "train", 'group["lr"] = rate * factor', 'group["lr"] = rate',
+          "test_train.py::test_a_step_follows_the_schedule"),
+    Fault("step: weight decay left out", "train", "weight_decay=c.weight_decay", "weight_decay=0.0",
+          "test_train.py::test_weight_decay_is_decoupled"),
+    Fault("step: one draw for all steps", "train", "FIRST_TRAINING_DRAW + step)",
+          "FIRST_TRAINING_DRAW)", "test_train.py::test_noise_of_a_step_is_its_own"),
+    Fault("step: training's draws are prediction's", "train", "FIRST_TRAINING_DRAW + step)",
+          "step)", "test_train.py::test_noise_of_a_step_is_its_own"),
+    Fault("official step: KL ascended", "train", "parameter.sub_(rate", "parameter.add_(rate",
+          OFFICIAL),
+    Fault("official step: without pi", "train", "factor * kl_weight(self.done, period)", "factor",
+          OFFICIAL),
+    Fault("official step: pi of the next step", "train", "kl_weight(self.done, period)",
+          "kl_weight(self.done + 1, period)", OFFICIAL),
+    Fault("official step: KL mixed into AdamW's too", "train",
+          'if self.variational and c.objective == "elbo":', "if self.variational:",
+          "test_train.py::test_the_official_loss_is_the_nll"),
+]  # fmt: skip
+
 METRICS = [
     Fault("bins: confidence 1 has one of its own", "metrics", ".long().clamp(max=bins - 1)",
           ".long()", "test_metrics.py::test_confidence_one_is_in_the_last_bin"),
@@ -256,6 +342,11 @@ METRICS = [
           "test_metrics.py::test_the_first_of_tied_classes_is_predicted"),
     Fault("accuracy of the least probable class", "metrics", "descending=True, stable",
           "descending=False, stable", SCORES),
+    Fault("AUROC: ties won", "metrics", "- behind) + behind)).sum()", "- behind) + 2 * behind)).sum()",
+          AUROC),
+    Fault("AUROC: ties lost", "metrics", "- behind) + behind)).sum()", "- behind))).sum()", AUROC),
+    Fault("AUROC: positives below", "metrics", "positive = labels == 1", "positive = labels == 0",
+          AUROC),
 ]  # fmt: skip
 
 SCHEDULES = [
@@ -335,4 +426,4 @@ LLAMA = [
     Fault("final norm left out", "llama", "x = self.norm(x).to(", "x = x.to(", MODEL),
 ]  # fmt: skip
 
-FAULTS = PHILOX + NOISE + LAYER + OBJECTIVE + METRICS + SCHEDULES + LLAMA
+FAULTS = PHILOX + NOISE + LAYER + OBJECTIVE + TRAINING + METRICS + SCHEDULES + LLAMA
