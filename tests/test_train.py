@@ -120,6 +120,11 @@ def test_one_objective_step_is_adamw_on_nll_plus_beta_kl_over_n():
     ]
     torch.optim.AdamW(groups, lr=1e-2, eps=1e-6, weight_decay=0).step()
     moved = 0.0
+    gradients = zip(ours.model.named_parameters(), twin.model.parameters(), strict=True)
+    for (name, a), b in gradients:  # Adam's first step does not see how large they are
+        if a.requires_grad:
+            size = b.grad.abs().max()
+            assert (a.grad - b.grad).abs().max() <= rounding(torch.float32, 512) * size, name
     for (name, a), b in zip(
         adapter_state(ours.model).items(), adapter_state(twin.model).values(), strict=True
     ):
@@ -161,11 +166,18 @@ def test_the_official_loss_is_the_nll():
 
 
 def test_official_objective_steps_the_kl_apart():
-    """With lr = 0 only the SGD step is left: sigma moves by kl_lr * pi * gradient of the KL."""
-    ours = trainer(lr=0.0, variational_lr=0.0, warmup=0.0, objective="official", kl="official")
+    """With lr = 0 only the SGD step is left: sigma moves by kl_lr * pi * gradient of the KL.
+
+    The last step but one of a round of 61: pi is 1/4 there, and 2^-61 at the start.
+    """
+    ours = trainer(
+        steps=80, lr=0.0, variational_lr=0.0, warmup=0.0, objective="official", kl="official"
+    )
+    ours.done = 59
     before = {n: (a.log_s.clone(), a.log_sigma.clone()) for n, a in adapters(ours.model).items()}
     ours.step()
-    rate = 0.2 * kl_weight(0, kl_period(10, 4))
+    assert kl_period(10, 4) == 61
+    rate = 0.2 * (80 - 59) / 80 * 2.0**60 / (2.0**62 - 1)
     for name, adapter in adapters(ours.model).items():
         log_s, log_sigma = (t.detach().double() for t in before[name])
         s, sigma = log_s.exp(), log_sigma.exp()

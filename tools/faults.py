@@ -19,6 +19,7 @@ import argparse
 import gc
 import importlib.machinery
 import json
+import math
 import os
 import re
 import resource
@@ -50,7 +51,7 @@ from tools import mutants, seeded  # noqa: E402
 
 os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
 
-LIMIT = 60  # seconds until a process counts as hanging, which is noticed
+LIMIT = 300  # seconds until a process counts as hanging, which is noticed
 MEMORY = 12 << 30
 # As few as will do: they are imported, and look for garbage, once for every fault.
 PLUGINS = ["-p", "_hypothesis_pytestplugin", "-p", "no:cacheprovider",
@@ -97,6 +98,7 @@ class Task(NamedTuple):
     key: Any
     change: Callable[[], tuple[str, CodeType]] | None
     work: Callable[[], Any]
+    limit: float = LIMIT
 
 
 def in_processes(tasks: Iterator[Task], jobs: int) -> Iterator[tuple[Any, Any]]:
@@ -126,7 +128,7 @@ def in_processes(tasks: Iterator[Task], jobs: int) -> Iterator[tuple[Any, Any]]:
 
 
 def _child(task: Task, folder: Path) -> None:
-    signal.alarm(LIMIT)
+    signal.alarm(math.ceil(task.limit))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)
     output = os.open(folder / f"{os.getpid()}.log", os.O_WRONLY | os.O_CREAT)
@@ -281,12 +283,13 @@ def _mutate(module: str, jobs: int, step: int) -> tuple[int, list[mutants.Mutant
     ((_, right),) = in_processes(iter([Task(None, None, lambda: run_tests(tests, "faults"))]), 1)
     if "error" in right or right["caught"]:
         raise SystemExit(f"{module}, without any change: {right}")
+    print(f"{module}: {right['seconds']:.0f} s without a change", flush=True)
     seconds, kills, start = right["each"], Counter[str](), time.perf_counter()
     # Cheap tests first, and those that caught others; -x ends a run at the first that fails.
     cost = lambda name: seconds.get(name, 0.0) / (1 + kills[name])  # noqa: E731
     tasks = (
         Task(i, lambda i=i: (module, mutants.changed(found, i)),
-             lambda: run_tests(tests, "faults", cost))
+             lambda: run_tests(tests, "faults", cost), 2 * right["seconds"] + 5)
         for i in chosen
     )  # fmt: skip
     alive = []

@@ -1,7 +1,7 @@
 """Every small change of a module: the operators of mutation testing, on its syntax tree.
 
-Left out are annotations, docstrings, imports, `__all__`, what an exception says, and whatever only
-a type checker reads.
+Left out are annotations, docstrings, imports, `__all__`, what an exception says, whatever only a
+type checker reads, and zip's `strict`, which is an assertion.
 """
 
 from __future__ import annotations
@@ -90,6 +90,8 @@ def _left_out(node: ast.AST) -> bool:
         return literal or isinstance(target, ast.Name) and target.id in names
     if isinstance(node, ast.If):
         return ast.unparse(node.test) == "TYPE_CHECKING"
+    if isinstance(node, ast.keyword):
+        return node.arg == "strict"
     return isinstance(node, (ast.Import, ast.ImportFrom, ast.JoinedStr, ast.expr_context))
 
 
@@ -123,9 +125,11 @@ def _variants(field: str, node: ast.AST) -> Iterator[ast.AST]:
         case ast.Attribute(attr=name) if name in NAMES and field == "func":
             yield _with(node, attr=NAMES[name])
         case ast.Call(func=func, args=args, keywords=keywords):
-            for i in range(len(keywords)):
-                yield _with(node, keywords=keywords[:i] + keywords[i + 1 :])
-            if len(args) > 1 and not any(isinstance(a, ast.Starred) for a in args[:2]):
+            for i, keyword in enumerate(keywords):
+                if keyword.arg != "strict":
+                    yield _with(node, keywords=keywords[:i] + keywords[i + 1 :])
+            commutes = ast.unparse(func) in ("min", "max")
+            if len(args) > 1 and not commutes and not any(isinstance(a, ast.Starred) for a in args[:2]):
                 yield _with(node, args=[args[1], args[0], *args[2:]])
             if isinstance(func, ast.Attribute) and not _is_module(func.value):
                 yield func.value  # x.method(...) -> x
