@@ -62,13 +62,15 @@ REPORT = ROOT / "docs" / "verification.md"
 # The tests that `mutate` asks about each module; none of them is there to test the tests.
 KIT = ["conformance.py::test_a_right_port_passes_every_case",
        "conformance.py::test_the_vectors_in_the_repository_are_these"]  # fmt: skip
-AUDIT = ["verify.py::test_what_is_right_passes"]
+# What takes long and is about the C++ core, the machine, or the tests: not about these modules.
+SLOW = ("instruction_set or large_shapes or half_precision or used_twice or catches_something "
+        "or by_hand or below_the_evidence or bootstrap_intervals_cover")  # fmt: skip
 TESTS = {
     "philox": ["noise.py", *KIT],
-    "noise": ["noise.py", "adapters.py", *AUDIT, *KIT],
+    "noise": ["noise.py", "adapters.py", *KIT],
     "elbo": ["elbo.py", "train.py", *KIT],
-    "reference": ["reference.py", "ops.py", "elbo.py", "predict.py", *AUDIT, KIT[1]],
-    "ops": ["ops.py", "elbo.py", "llama.py", *AUDIT, *KIT],
+    "reference": ["reference.py", "ops.py", "elbo.py", "predict.py", KIT[1]],
+    "ops": ["ops.py", KIT[0]],
     "metrics": ["metrics.py", *KIT],
 }
 
@@ -171,11 +173,11 @@ def run_tests(
 ) -> dict[str, Any]:
     """Run until one fails: caught (which, or ""), seconds since the start, seconds of each test."""
     start, plugin = time.perf_counter(), Plugin(cost)
-    os.chdir(ROOT)
+    os.chdir(ROOT / "tests")
     arguments = ["-x", "-q", "--assert=plain", f"--hypothesis-profile={profile}", *PLUGINS]
-    status = pytest.main([*arguments, *(f"tests/{test}" for test in tests)], [plugin])
+    status = pytest.main([*arguments, *tests], [plugin])
     caught = plugin.caught or ("" if status == pytest.ExitCode.OK else "import")
-    return {"caught": caught.replace("tests/", ""), "seconds": time.perf_counter() - start,
+    return {"caught": caught.removeprefix("tests/"), "seconds": time.perf_counter() - start,
             "each": plugin.seconds}  # fmt: skip
 
 
@@ -280,6 +282,7 @@ def _mutate(module: str, jobs: int, step: int) -> tuple[int, list[mutants.Mutant
     """How many mutants there are, those that no test noticed, and seconds."""
     found = mutants.mutants((ROOT / "scalabl_ref" / f"{module}.py").read_text())
     chosen, tests = range(0, len(found), step), [f"test_{name}" for name in TESTS[module]]
+    tests += ["-k", f"not ({SLOW})"]
     ((_, right),) = in_processes(iter([Task(None, None, lambda: run_tests(tests, "faults"))]), 1)
     if "error" in right or right["caught"]:
         raise SystemExit(f"{module}, without any change: {right}")

@@ -1,7 +1,7 @@
 """Every small change of a module: the operators of mutation testing, on its syntax tree.
 
 Left out are annotations, docstrings, imports, `__all__`, what an exception says, whatever only a
-type checker reads, and zip's `strict`, which is an assertion.
+type checker reads, zip's `strict`, which is an assertion, and the one function that only CUDA runs.
 """
 
 from __future__ import annotations
@@ -88,6 +88,8 @@ def _left_out(node: ast.AST) -> bool:
         names = ("__all__", "Word", "KL")
         literal = isinstance(value, ast.Subscript) and ast.unparse(value.value) == "Literal"
         return literal or isinstance(target, ast.Name) and target.id in names
+    if isinstance(node, ast.FunctionDef):
+        return node.name == "_on_stream"
     if isinstance(node, ast.If):
         return ast.unparse(node.test) == "TYPE_CHECKING"
     if isinstance(node, ast.keyword):
@@ -129,7 +131,11 @@ def _variants(field: str, node: ast.AST) -> Iterator[ast.AST]:
                 if keyword.arg != "strict":
                     yield _with(node, keywords=keywords[:i] + keywords[i + 1 :])
             commutes = ast.unparse(func) in ("min", "max")
-            if len(args) > 1 and not commutes and not any(isinstance(a, ast.Starred) for a in args[:2]):
+            if (
+                len(args) > 1
+                and not commutes
+                and not any(isinstance(a, ast.Starred) for a in args[:2])
+            ):
                 yield _with(node, args=[args[1], args[0], *args[2:]])
             if isinstance(func, ast.Attribute) and not _is_module(func.value):
                 yield func.value  # x.method(...) -> x
