@@ -28,25 +28,28 @@ NAMES = {a: b for pair in PAIRS for a, b in (pair.split(), pair.split()[::-1])}
 
 
 class Mutant(NamedTuple):
-    """parent.field (or parent.field[index]) becomes `new`."""
+    """parent.field (or parent.field[index]) becomes `new`; what: in words; where: its statement."""
 
     tree: ast.Module
     parent: ast.AST
     field: str
     index: int | None
     new: Any
+    line: int
     what: str
+    where: str
 
     def __str__(self) -> str:
-        return self.what
+        """Without the line number, which moves."""
+        return self.what if self.what.startswith(self.where) else f"{self.what} in {self.where}"
 
 
 def mutants(source: str) -> list[Mutant]:
     """All of them, in the order of the text. They share one tree: `changed` changes it."""
     tree = ast.parse(source)
     return [
-        Mutant(tree, parent, field, index, new, _describe(old, new))
-        for parent, field, index, old in _places(tree)
+        Mutant(tree, parent, field, index, new, old.lineno, _describe(old, new), where)
+        for parent, field, index, old, where in _places(tree, "")
         for new in _variants(field, old)
         if isinstance(new, ast.Pass) or ast.dump(new) != ast.dump(old)
     ]
@@ -64,20 +67,22 @@ def changed(found: list[Mutant], number: int) -> CodeType:
 
 def _describe(old: Any, new: Any) -> str:
     after = "left out" if isinstance(new, ast.Pass) else ast.unparse(new)
-    return f"{old.lineno}: {ast.unparse(old).splitlines()[0]} -> {after.splitlines()[0]}"
+    return f"{ast.unparse(old).splitlines()[0]} -> {after.splitlines()[0]}"
 
 
-def _places(node: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
-    """(parent, field, index, node) of all that may be changed."""
+def _places(node: ast.AST, where: str) -> Iterator[tuple[ast.AST, str, int | None, ast.AST, str]]:
+    """(parent, field, index, node, statement) of all that may be changed."""
+    if isinstance(node, ast.stmt):
+        where = ast.unparse(node).splitlines()[0]
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "type_comment"):
             continue
         for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if not isinstance(child, ast.AST) or _left_out(child):
                 continue
-            yield node, field, index, child
+            yield node, field, index, child, where or ast.unparse(child).splitlines()[0]
             if not isinstance(child, ast.Raise):
-                yield from _places(child)
+                yield from _places(child, where)
 
 
 def _left_out(node: ast.AST) -> bool:
@@ -131,11 +136,8 @@ def _variants(field: str, node: ast.AST) -> Iterator[ast.AST]:
                 if keyword.arg != "strict":
                     yield _with(node, keywords=keywords[:i] + keywords[i + 1 :])
             commutes = ast.unparse(func) in ("min", "max")
-            if (
-                len(args) > 1
-                and not commutes
-                and not any(isinstance(a, ast.Starred) for a in args[:2])
-            ):
+            starred = any(isinstance(a, ast.Starred) for a in args[:2])
+            if len(args) > 1 and not commutes and not starred:
                 yield _with(node, args=[args[1], args[0], *args[2:]])
             if isinstance(func, ast.Attribute) and not _is_module(func.value):
                 yield func.value  # x.method(...) -> x
