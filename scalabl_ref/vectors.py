@@ -482,17 +482,21 @@ def _initialisation() -> Iterator[Vector]:
 
 
 def _training_step() -> Iterator[Vector]:
-    """The third step of a run, both objectives: gradients, then AdamW by its formula."""
+    """One step of a run, both objectives: gradients, then AdamW by its formula."""
     tokens = torch.tensor([[3, 9, 14, 0], [7, 2, 18, 11], [6, 0, 0, 0]])
     lengths, labels = torch.tensor([3, 4, 1]), torch.tensor([1, 0, 1])
     ids, classes = torch.tensor([11, 4, 9]), torch.tensor([5, 12])
     p: dict[str, Any] = {
-        "seed": str(2**40 + 5), "draw": FIRST_TRAINING_DRAW + 2, "step": 2, "steps": 50,
-        "warmup": 0.1, "num_examples": 12, "lr": 0.01, "variational_lr": 0.05, "adam_eps": 1e-6,
-        "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "beta": 0.5, "prior_std": 1.5,
+        "seed": str(2**40 + 5), "warmup": 0.1, "num_examples": 12, "lr": 0.01,
+        "variational_lr": 0.05, "adam_eps": 1e-6, "beta1": 0.9, "beta2": 0.999,
+        "weight_decay": 0.1, "beta": 0.5, "prior_std": 1.5,
         "kl_lr": 0.2, "rank": 2, "scaling": 1.5,
     }  # fmt: skip
-    for objective, kl in (("elbo", "forward"), ("elbo", "official"), ("official", "official")):
+    # The official weight of the KL, pi, is 2^-M at the start of a round: ask near its end, M = 88.
+    for objective, kl, step, steps in (
+        ("elbo", "forward", 2, 50), ("elbo", "official", 2, 50), ("official", "official", 86, 100)
+    ):  # fmt: skip
+        p = {**p, "step": step, "steps": steps, "draw": FIRST_TRAINING_DRAW + step}
         config, w = _tiny_weights(1500)
         w["lm_head.weight"] = w["lm_head.weight"][classes]
         layers = {
@@ -531,18 +535,19 @@ def _training_step() -> Iterator[Vector]:
             for name, value in _kl_gradients(trained, kl, 1.5).items():
                 gradients[name] = gradients[name] + share * value
         after, scale = {}, {}
-        factor = 2 / 5  # step 2 of a rise over 0.1 * 50 steps
+        rise = steps // 10
+        factor = step / rise if step < rise else (steps - step) / (steps - rise)
         for name, g in gradients.items():
             rate = factor * (p["variational_lr"] if ".log_" in name else p["lr"])
             m = 0.9 * moments[f"exp_avg.{name}"] + 0.1 * g
             v = 0.999 * moments[f"exp_avg_sq.{name}"] + 0.001 * g**2
-            denominator = (v / (1 - 0.999**3)).sqrt() + p["adam_eps"]
+            denominator = (v / (1 - 0.999 ** (step + 1))).sqrt() + p["adam_eps"]
             shrunk = trained[name] * (1 - rate * p["weight_decay"])
-            after[name] = shrunk - rate * (m / (1 - 0.9**3)) / denominator
+            after[name] = shrunk - rate * (m / (1 - 0.9 ** (step + 1))) / denominator
             scale[name] = after[name].abs() / 64 + rate * float(g.abs().max()) / denominator
         if objective == "official":
             period = kl_period(p["num_examples"], len(tokens))
-            rate = factor * p["kl_lr"] * 2.0**3 / (2.0 ** (period + 1) - 1)  # i = 2 mod M + 1
+            rate = factor * p["kl_lr"] * 2.0 ** (step % period + 1) / (2.0 ** (period + 1) - 1)
             for name, value in _kl_gradients(after, kl, 1.5).items():
                 after[name] = after[name] - rate * value
                 scale[name] = scale[name] + rate * value.abs()
