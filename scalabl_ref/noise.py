@@ -90,7 +90,7 @@ def _group_ids(groups: int | Tensor) -> Tensor:
         return _arange(in_range("groups", groups, 0, WORD + 1))
     if groups.ndim != 1 or groups.is_floating_point() or groups.is_complex():
         raise InputError(f"groups must be a 1-D integer tensor, not {groups.ndim}-D {groups.dtype}")
-    ids = groups.detach().to("cpu", torch.int64).contiguous()
+    ids = groups.to("cpu", torch.int64).contiguous()
     if len(ids):
         low, high = (int(end) for end in ids.aminmax())
         in_range("group id", low, 0, WORD)

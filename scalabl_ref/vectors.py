@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import metrics, reference
-from .adapters import INIT_STREAM
+from .adapters import INIT_STREAM, MIN_LOG_SIGMA
 from .llama import Llama, LlamaConfig, RopeConfig
 from .noise import Noise
 from .ops import SAMPLING
@@ -220,12 +220,13 @@ def _schedules() -> Iterator[Vector]:
         {"steps": 50, "warmup": 0.06}, {"step": torch.tensor(steps)},
         {"factor": Output(factor, 4, 1.0)},
     )  # fmt: skip
-    for examples, batch in ((640, 4), (20, 16)):
+    for examples, batch in ((640, 4), (640, 1), (20, 16)):
         period = kl_period(examples, batch)
         at = list(range(0, 3 * period, max(1, period // 7)))
         weight = _double([kl_weight(i, period) for i in at])
         yield Vector(
-            f"kl-weight-{examples}", "schedules", "(7)", ["off by one in i", "period", "overflow"],
+            f"kl-weight-{examples}-{batch}", "schedules", "(7)",
+            ["off by one in i", "period", "overflow"],
             {"num_examples": examples, "batch": batch}, {"step": torch.tensor(at)},
             {"period": Output(torch.tensor(period)),
              "weight": Output(weight, 8, weight.clamp(min=1e-30))},
@@ -414,7 +415,7 @@ def _frequencies(head_dim: int, rope: RopeConfig) -> Tensor:
 
 def _tiny_weights(seed: int, **options: Any) -> tuple[LlamaConfig, Weights]:
     """A configuration, and weights that float32 holds; no two of the norms are alike."""
-    config = LlamaConfig(20, 8, 12, 2, 4, 2, 2, rms_norm_eps=1e-5, **options)
+    config = LlamaConfig(20, 8, 12, 2, 4, 2, 4, rms_norm_eps=1e-5, **options)
     weights = {}
     for index, (name, shape) in enumerate(
         (n, p.shape) for n, p in Llama(config, device="meta").named_parameters()
@@ -482,18 +483,26 @@ def _initialisation() -> Iterator[Vector]:
 
 
 def _training_step() -> Iterator[Vector]:
-    """The third step of a run, both objectives: gradients, then AdamW by its formula."""
+    """One step of a run, both objectives: gradients, then AdamW by its formula."""
     tokens = torch.tensor([[3, 9, 14, 0], [7, 2, 18, 11], [6, 0, 0, 0]])
     lengths, labels = torch.tensor([3, 4, 1]), torch.tensor([1, 0, 1])
     ids, classes = torch.tensor([11, 4, 9]), torch.tensor([5, 12])
     p: dict[str, Any] = {
-        "seed": str(2**40 + 5), "draw": FIRST_TRAINING_DRAW + 2, "step": 2, "steps": 50,
-        "warmup": 0.1, "num_examples": 12, "lr": 0.01, "variational_lr": 0.05, "adam_eps": 1e-6,
-        "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "beta": 0.5, "prior_std": 1.5,
-        "kl_lr": 0.2, "rank": 2, "scaling": 1.5,
+        "seed": str(2**40 + 5), "warmup": 0.1, "num_examples": 12, "lr": 0.01,
+        "variational_lr": 0.05, "adam_eps": 1e-6, "beta1": 0.9, "beta2": 0.999,
+        "weight_decay": 0.1, "beta": 0.5, "prior_std": 1.5,
+        "kl_lr": 0.002, "rank": 2, "scaling": 1.5,
     }  # fmt: skip
-    for objective, kl in (("elbo", "forward"), ("elbo", "official"), ("official", "official")):
-        config, w = _tiny_weights(1500)
+    # The official weight of the KL, pi, is 2^-M at the start of a round: ask near its end, M = 88.
+    for name, objective, kl, step, steps, options in (
+        ("elbo-forward", "elbo", "forward", 2, 50, {}),
+        ("elbo-official", "elbo", "official", 2, 50, {}),
+        ("official", "official", "official", 86, 100, {}),
+        ("qwen", "elbo", "forward", 2, 50, {"qkv_bias": True, "qk_norm": True}),
+    ):
+        id = f"step-{name}"
+        p = {**p, "step": step, "steps": steps, "draw": FIRST_TRAINING_DRAW + step}
+        config, w = _tiny_weights(1500, **options)
         w["lm_head.weight"] = w["lm_head.weight"][classes]
         layers = {
             "layers.0.attn.q_proj": 0, "layers.0.attn.v_proj": 2,
@@ -507,6 +516,8 @@ def _training_step() -> Iterator[Vector]:
             shape = {"A": (2, d_in), "B": (d_out, 2)}.get(part, (2,))
             mean = -1.5 if part == "log_sigma" else 0.0
             trained[f"{name}.{part}"] = _random(1600 + index, *shape, times=0.5, plus=mean)
+        if kl == "forward":  # one width below its bound, which the step brings back to it
+            trained["lm_head.log_sigma"][0] = -20.5
         moments = {}
         for index, (name, value) in enumerate(trained.items()):
             moments[f"exp_avg.{name}"] = _random(1700 + index, *value.shape) / 16
@@ -530,35 +541,41 @@ def _training_step() -> Iterator[Vector]:
         if objective == "elbo":
             for name, value in _kl_gradients(trained, kl, 1.5).items():
                 gradients[name] = gradients[name] + share * value
+        # What cancels in a small gradient, as q's in an even softmax, is as large as the others.
+        largest = max(float(g.abs().max()) for g in gradients.values())
         after, scale = {}, {}
-        factor = 2 / 5  # step 2 of a rise over 0.1 * 50 steps
+        rise = steps // 10
+        factor = step / rise if step < rise else (steps - step) / (steps - rise)
         for name, g in gradients.items():
             rate = factor * (p["variational_lr"] if ".log_" in name else p["lr"])
             m = 0.9 * moments[f"exp_avg.{name}"] + 0.1 * g
             v = 0.999 * moments[f"exp_avg_sq.{name}"] + 0.001 * g**2
-            denominator = (v / (1 - 0.999**3)).sqrt() + p["adam_eps"]
+            denominator = (v / (1 - 0.999 ** (step + 1))).sqrt() + p["adam_eps"]
             shrunk = trained[name] * (1 - rate * p["weight_decay"])
-            after[name] = shrunk - rate * (m / (1 - 0.9**3)) / denominator
-            scale[name] = after[name].abs() / 64 + rate * float(g.abs().max()) / denominator
+            after[name] = shrunk - rate * (m / (1 - 0.9 ** (step + 1))) / denominator
+            scale[name] = after[name].abs() / 64 + rate * largest / denominator
         if objective == "official":
             period = kl_period(p["num_examples"], len(tokens))
-            rate = factor * p["kl_lr"] * 2.0**3 / (2.0 ** (period + 1) - 1)  # i = 2 mod M + 1
+            rate = factor * p["kl_lr"] * 2.0 ** (step % period + 1) / (2.0 ** (period + 1) - 1)
             for name, value in _kl_gradients(after, kl, 1.5).items():
                 after[name] = after[name] - rate * value
                 scale[name] = scale[name] + rate * value.abs()
+        for name in after:
+            if name.endswith("log_sigma"):
+                after[name] = after[name].clamp(min=MIN_LOG_SIGMA)
         outputs = {
             "nll": Output(nll.detach(), 512, float(logits.detach().abs().max())),
             "kl": Output(_double(divergence), 64, float(divergence)),
             "loss": Output(nll.detach() + share * divergence, 512, 1 + share * divergence),
         }
         for name, g in gradients.items():
-            outputs[f"gradient.{name}"] = Output(g, 512, float(g.abs().max()))
+            outputs[f"gradient.{name}"] = Output(g, 512, largest)
             outputs[f"after.{name}"] = Output(after[name], 512, scale[name])
         yield Vector(
-            f"step-{objective}-{kl}", "training step", "(1) to (7), AdamW",
+            id, "training step", "(1) to (7), AdamW",
             ["bias correction off by one", "decay coupled to the gradient", "KL / N left out",
              "the draw follows the row and not the example", "last token of the padding",
-             "dropped Jacobian of exp", "one rate for all", "order of layers"],
+             "dropped Jacobian of exp", "one rate for all", "log sigma not bounded"],
             {**p, "objective": objective, "kl": kl,
              "layers": layers, **_shape(config)},
             {"tokens": tokens, "lengths": lengths, "labels": labels, "ids": ids,

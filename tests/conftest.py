@@ -9,7 +9,7 @@ import scalabl_ref  # noqa: F401  before torch, whose warning about a missing Nu
 
 # isort: split
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from . import models
 
@@ -17,6 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Other examples in every run, but where the run decides something.
 settings.register_profile("suite", deadline=None, print_blob=True, derandomize="CI" in os.environ)
+settings.register_profile(  # of tools/faults.py: quick, and the same every time
+    "faults", settings.get_profile("suite"), max_examples=20, derandomize=True, database=None,
+    phases=(Phase.explicit, Phase.generate),
+)  # fmt: skip
 settings.load_profile("suite")
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from scalabl_ref import AdapterConfig, Llama, adapters, add_adapters
-from scalabl_ref.adapters import MIN_LOG_SIGMA, TARGETS, Linear
+from scalabl_ref import AdapterConfig, Llama, adapters, add_adapters, philox4x32
+from scalabl_ref.adapters import MIN_LOG_SIGMA, TARGETS, Adapter, Linear
 from scalabl_ref.configs import CONFIGS, count_parameters, find_config
 from scalabl_ref.errors import InputError
 from scalabl_ref.noise import Noise
@@ -30,6 +31,29 @@ def test_initialisation_is_the_thin_svd_of_a_kaiming_matrix():
         assert (sigma <= 0.05 * (1 + 1e-6)).all()
         # Entries uniform in +-1/sqrt(d_in): the sum of squares, sum(s^2), is at most rank.
         assert 0 < (s**2).sum() < rank
+
+
+def test_initial_values_are_those_of_the_words():
+    """Word by word, in loops: entries 2u - 1 over the root of the fan-in, then the widths."""
+    seed, layer, rank, d_in = 2**40 + 3, 21, 3, 5
+    stream, key = 2**62 + layer, (seed % 2**32, seed // 2**32)
+    words = [w for j in range(5)
+             for w in philox4x32((j, stream % 2**32, 2**32 - 1, stream // 2**32), key)]  # fmt: skip
+    uniform = [(word + 0.5) / 2**32 for word in words]
+    config = AdapterConfig(method="mle", rank=rank)
+    plain, drawn = (
+        Adapter(d_in, 4, c, layer, seed, torch.device("cpu"))
+        for c in (config, replace(config, method="scalabl", init_sigma=0.5))
+    )
+    for got, u in zip(plain.A.flatten().tolist(), uniform, strict=False):
+        assert abs(got - (2 * u - 1) / math.sqrt(d_in)) <= rounding(torch.float32, 1)
+    low = 0.5 / math.sqrt(2)
+    for got, u in zip(drawn.scale()[1].tolist(), uniform[rank * d_in :], strict=False):
+        assert abs(got - (low + (0.5 - low) * u)) <= rounding(torch.float32, 4)
+
+
+def test_scaling_is_alpha_over_rank():
+    assert AdapterConfig(rank=4).scaling == 2.0 and AdapterConfig(rank=4, alpha=2.0).scaling == 0.5
 
 
 def kaiming_variance(seed: int, n: int) -> float:

@@ -14,6 +14,7 @@ from torch.distributions import MultivariateNormal, Normal
 from torch.distributions import kl_divergence as torch_kl
 
 from scalabl_ref import (
+    Llama,
     Noise,
     adapters,
     elbo,
@@ -27,7 +28,7 @@ from scalabl_ref.elbo import class_logits
 from scalabl_ref.elbo import kl_divergence as model_kl
 from scalabl_ref.errors import InputError
 
-from .models import CLASSES, tiny_batch, tiny_model
+from .models import CLASSES, TINY, tiny_batch, tiny_model
 from .stats import ZTest
 from .tolerances import central_difference, rounding
 
@@ -145,6 +146,29 @@ def test_the_draw_follows_the_example_through_the_whole_model():
     assert (class_logits(model, part, Noise(1, 2)) - whole[order]).abs().max() <= rounding(
         torch.float32, 256
     )
+
+
+def test_what_is_narrow_is_widened_first():
+    """KLs are of float64 whatever their arguments are, and class logits of float32 at least."""
+    s, sigma = torch.tensor([0.3, 1.7]), torch.tensor([0.05, 0.2])
+    for kl in (kl_forward, kl_official):
+        value = kl(s, sigma, 1.0)
+        assert value.dtype == torch.float64 and value == kl(s.double(), sigma.double(), 1.0)
+    for method in ("scalabl", "mle"):
+        assert model_kl(tiny_model(method=method)).dtype == torch.float64
+    assert elbo(tiny_model(), tiny_batch(), None, 1.0, 10).loss.dtype == torch.float32
+    low = Llama(TINY).init_random_(0, std=0.3).to(torch.bfloat16)
+    assert class_logits(low, tiny_batch(), None).dtype == torch.float32
+    assert class_logits(low.double(), tiny_batch(), None).dtype == torch.float64
+
+
+def test_an_answer_is_read_off_the_last_real_token():
+    model, batch = tiny_model(), tiny_batch()
+    for row, length in enumerate(batch.lengths.tolist()):
+        one = batch.tokens[row : row + 1, :length]
+        alone = model(one, noise=Noise(1, 2), groups=batch.ids[row : row + 1])[0, -1]
+        together = class_logits(model, batch, Noise(1, 2))[row]
+        assert (alone - together).abs().max() <= rounding(torch.float32, 256)
 
 
 def test_full_head_and_trimmed_head_give_the_same_class_logits():

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalabl_ref import InputError, Llama, LlamaConfig, Noise, ops
+from scalabl_ref import InputError, Llama, LlamaConfig, Noise, ops, vectors
 from scalabl_ref.llama import Attention, Context, KVCache, RMSNorm, RopeConfig, rotate
 
 from .models import CLASSES, TINY, tiny_batch, tiny_model
@@ -139,6 +139,18 @@ def test_attention_equals_explicit_loops(config):
 
 
 # --- the whole model ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"qkv_bias": True}, {"qk_norm": True}])
+@torch.no_grad()
+def test_the_model_equals_its_formulas(options):
+    """Every norm with weights of its own: none can stand in for another."""
+    config, weights = vectors._tiny_weights(1, **options)
+    model = Llama(config).double()
+    model.load_state_dict(weights)
+    tokens = random_tokens(2, 6) % config.vocab_size
+    expected = vectors._plain_llama(weights, config, tokens) @ weights["lm_head.weight"].T
+    assert (model(tokens) - expected).abs().max() <= rounding(torch.float64, 256)
 
 
 @given(configs(), st.integers(0, 1000))

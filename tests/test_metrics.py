@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -180,7 +181,7 @@ def test_extremes():
 
 def test_the_first_of_tied_classes_is_predicted():
     wide = torch.full((2, 100), 0.01)
-    assert metrics.accuracy(wide, labels(0, 99)) == 0.5
+    assert metrics.accuracy(wide, labels(0, 0)) == 1 and metrics.accuracy(wide, labels(1, 99)) == 0
 
 
 def test_calibrated_predictions_have_no_ece():
@@ -219,6 +220,36 @@ def test_low_precision_is_accepted_and_computed_in_float64():
         assert close(metrics.nll(rounded, target), -float(picked.mean()), 64)
 
 
+def test_rows_may_miss_one_by_their_rounding_and_no_more():
+    """(classes + 8) units of float32, on either side."""
+    for units, fine in ((10, True), (10.5, False), (9.5, True)):
+        for sign in (-1, 1):
+            probs = two_classes([0.5] * 3)
+            probs[1, 0] += sign * units * 2.0**-23
+            if fine:
+                assert metrics.entropy(probs).isfinite().all()
+                continue
+            with pytest.raises(InputError, match="row 1: must sum to one"):
+                metrics.entropy(probs)
+
+
+def test_whole_numbers_are_accepted():
+    certain = torch.eye(3).long()
+    assert metrics.accuracy(certain, torch.tensor([0, 1, 0], dtype=torch.int32)) == 2 / 3
+    assert metrics.brier(certain, torch.tensor([0, 1, 0], dtype=torch.uint8)) == 2 / 3
+    assert metrics.nll(certain, torch.tensor([0, 1, 2], dtype=torch.int32)) == 0
+
+
+def test_a_temperature_is_found_in_float64():
+    logits = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    target = torch.arange(40) % 3
+    assert metrics.fit_temperature(logits, target) == metrics.fit_temperature(
+        logits.double(), target
+    )
+    with pytest.raises(InputError, match="logits, row 1: .infinity is no logit"):
+        metrics.fit_temperature(torch.tensor([[0, 1], [math.inf, 0]]), labels(0, 1))
+
+
 # Bootstrap ---------------------------------------------------------------------------------------
 
 
@@ -251,6 +282,28 @@ def test_bootstrap_follows_its_seed_and_level():
     assert first != other
     narrow = metrics.bootstrap_interval(metrics.accuracy, probs, target, 200, level=0.5, seed=1)
     assert first[0] < narrow[0] <= metrics.accuracy(probs, target) <= narrow[1] < first[1]
+
+
+@pytest.mark.parametrize(
+    ("replicates", "level", "expected"),
+    [(100, 0.9, (4, 95)), (41, 0.5, (10, 30)), (1, 0.9, (0, 0))],
+)
+def test_the_ends_of_an_interval_are_order_statistics_rounded_outwards(replicates, level, expected):
+    """The values 0 .. R - 1, in another order: 5 % from either end of 0 .. 99 is 4.95 and 94.05."""
+    values = iter(torch.randperm(replicates, generator=torch.Generator().manual_seed(0)).tolist())
+    interval = metrics.bootstrap_interval(
+        lambda probs, target: next(values), two_classes([0.5]), labels(0), replicates, level
+    )
+    assert interval == expected
+
+
+def test_defaults_are_those_of_the_documents():
+    for fn in (metrics.ece, metrics.reliability, metrics.bootstrap_intervals):
+        assert inspect.signature(fn).parameters["bins"].default == 15
+    for fn in (metrics.bootstrap_interval, metrics.bootstrap_intervals):
+        defaults = {n: p.default for n, p in inspect.signature(fn).parameters.items()}
+        assert (defaults["replicates"], defaults["level"], defaults["seed"]) == (1000, 0.95, 0)
+    assert metrics.TEMPERATURE_RANGE == (0.05, 20.0)
 
 
 def missed(seed: int, n: int) -> float:

@@ -225,6 +225,62 @@ def test_bad_arguments(call, complaint):
         call()
 
 
+LARGEST = 2**32, 2**34, 2**64  # words, components, seeds
+
+
+@pytest.mark.parametrize("body", ["native", "PyTorch"])
+@pytest.mark.parametrize(
+    "call, name, low, high, wrong",
+    [
+        (lambda n: Noise(n, 0), "seed", 0, LARGEST[2], (-1, LARGEST[2])),
+        (lambda n: Noise(0, n), "draw", 0, LARGEST[0], (-1, LARGEST[0])),
+        (lambda n: Noise(0, 0).normal(n, 1, 1), "layer", 0, LARGEST[0] - 1, (-1, LARGEST[0] - 1)),
+        (lambda n: Noise(0, 0).normal(0, 0, n), "rank", 1, LARGEST[1] + 1, (0, LARGEST[1] + 1)),
+        (lambda n: Noise(0, 0).normal(0, n, 1), "groups", 0, LARGEST[0] + 1, (-1, LARGEST[0] + 1)),
+        (lambda n: Noise(0, 0).normal(0, torch.tensor([1, n]), 1),
+         "group id", 0, LARGEST[0], (-1, LARGEST[0])),
+        (lambda n: noise.philox_words(n, 0, 1), "seed", 0, LARGEST[2], (-1, LARGEST[2])),
+        (lambda n: noise.philox_words(0, n, 1), "stream", 0, LARGEST[2], (-1, LARGEST[2])),
+        (lambda n: noise.philox_words(0, 0, n), "n", 0, LARGEST[1] + 1, (-1, LARGEST[1] + 1)),
+        (lambda n: philox4x32((0,) * 4, (0,) * 2, n), "rounds", 1, 17, (0, 17)),
+        (lambda n: philox4x32((n, 0, 0, 0), (0,) * 2), "counter word", 0, LARGEST[0], (-1, 2**32)),
+        (lambda n: philox4x32((0,) * 4, (0, n)), "key word", 0, LARGEST[0], (-1, LARGEST[0])),
+    ],
+)  # fmt: skip
+def test_every_range_is_checked_and_stated(call, name, low, high, wrong, body, monkeypatch):
+    """What is refused says what would do; the ends themselves do, where they are no trouble."""
+    if body == "PyTorch":
+        monkeypatch.setattr("scalabl_ref.native.core", lambda: None)
+    for n in wrong:
+        with pytest.raises(InputError) as error:
+            call(n)
+        assert str(error.value) == f"{name} must be in [{low}, {high}), not {n}"
+    if name not in ("groups", "rank", "n"):
+        call(high - 1)
+    call(low)
+
+
+def test_no_block_is_computed_in_vain(monkeypatch):
+    blocks, original = [], noise._philox
+
+    def spy(block, *rest):
+        blocks.append(len(block))
+        return original(block, *rest)
+
+    monkeypatch.setattr(noise, "_philox", spy)
+    for n in range(1, 10):
+        noise.philox_words(1, 2, n)
+        noise._normals(1, 2, 3, torch.tensor([4]), n)
+    assert blocks == [-(-n // 4) for n in range(1, 10) for _ in range(2)]
+
+
+def test_the_version_and_the_series_are_the_documented_ones():
+    text = (Path(__file__).parent.parent / "docs" / "conformance.md").read_text()
+    assert f"## Noise, version {noise.NOISE_VERSION}\n" in text
+    degrees = [int(re.search(rf"p = {name}\[(\d+)\]", text)[1]) for name in "LSC"]
+    assert degrees == [len(c) - 1 for c in (philox.ATANH, philox.SIN, philox.COS)]
+
+
 def test_native_core_checks_for_itself(native):
     ids = torch.tensor([-1])
     with pytest.raises(ValueError, match="group id must be in"):

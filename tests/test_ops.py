@@ -469,6 +469,13 @@ def test_autocast_rounds_the_base_and_not_the_adapter(body):
         out = call(case, body)
     low = {n: getattr(case, n).bfloat16() for n in ("x", "weight")}
     assert out.dtype == torch.bfloat16 and torch.equal(out, call(case, body, **low))
+    biased = replace(case, bias=torch.randn(10, generator=torch.Generator().manual_seed(1)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = call(biased, body)
+        wide = call(biased, body, **{n: getattr(biased, n).double() for n in TENSORS})
+    low["bias"] = biased.bias.bfloat16()
+    assert out.dtype == torch.bfloat16 and torch.equal(out, call(biased, body, **low))
+    assert wide.dtype == torch.float64  # which autocast leaves alone
     leaves = leaves_of(case, ("x", "A"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = call(case, body, **leaves)

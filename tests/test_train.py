@@ -120,6 +120,11 @@ def test_one_objective_step_is_adamw_on_nll_plus_beta_kl_over_n():
     ]
     torch.optim.AdamW(groups, lr=1e-2, eps=1e-6, weight_decay=0).step()
     moved = 0.0
+    gradients = zip(ours.model.named_parameters(), twin.model.parameters(), strict=True)
+    for (name, a), b in gradients:  # Adam's first step does not see how large they are
+        if a.requires_grad:
+            size = b.grad.abs().max()
+            assert (a.grad - b.grad).abs().max() <= rounding(torch.float32, 512) * size, name
     for (name, a), b in zip(
         adapter_state(ours.model).items(), adapter_state(twin.model).values(), strict=True
     ):
@@ -129,12 +134,50 @@ def test_one_objective_step_is_adamw_on_nll_plus_beta_kl_over_n():
     assert moved > 1e-2 / 2
 
 
+def test_a_step_follows_the_schedule():
+    """The first of a warm-up has the rate 0, and the next a half of it all."""
+    ours = trainer(warmup=2 / 12, beta=0.0)
+    start = {n: p.clone() for n, p in adapter_state(ours.model).items()}
+    assert ours.step()["lr"] == 0.0
+    assert all(torch.equal(p, start[n]) for n, p in adapter_state(ours.model).items())
+    assert ours.step()["lr"] == 5e-3
+    moved = max(float((p - start[n]).abs().max()) for n, p in adapter_state(ours.model).items())
+    # AdamW moves by a rate at most: half of 4e-2, that of the variational parameters.
+    assert 0 < moved <= 4e-2 / 2 * (1 + rounding(torch.float32, 8))
+
+
+def test_weight_decay_is_decoupled():
+    """One step more or less of it differs by rate * decay * the value."""
+    with_, without = trainer(weight_decay=0.5, warmup=0.0), trainer(warmup=0.0)
+    start = {n: p.clone() for n, p in adapter_state(without.model).items()}
+    with_.step()
+    without.step()
+    for (name, a), b in zip(
+        adapter_state(with_.model).items(), adapter_state(without.model).values(), strict=True
+    ):
+        shrunk = start[name] * 0.5 * (4e-2 if ".log_" in name else 1e-2)
+        assert (b - a - shrunk).abs().max() <= rounding(torch.float32, 4) * start[name].abs().max()
+
+
+def test_the_official_loss_is_the_nll():
+    t = trainer(objective="official", kl="official")
+    record = t.step()
+    assert record["loss"] == record["nll"] and record["kl"] > 0
+
+
 def test_official_objective_steps_the_kl_apart():
-    """With lr = 0 only the SGD step is left: sigma moves by kl_lr * pi * gradient of the KL."""
-    ours = trainer(lr=0.0, variational_lr=0.0, warmup=0.0, objective="official", kl="official")
+    """With lr = 0 only the SGD step is left: sigma moves by kl_lr * pi * gradient of the KL.
+
+    The last step but one of a round of 61: pi is 1/4 there, and 2^-61 at the start.
+    """
+    ours = trainer(
+        steps=80, lr=0.0, variational_lr=0.0, warmup=0.0, objective="official", kl="official"
+    )
+    ours.done = 59
     before = {n: (a.log_s.clone(), a.log_sigma.clone()) for n, a in adapters(ours.model).items()}
     ours.step()
-    rate = 0.2 * kl_weight(0, kl_period(10, 4))
+    assert kl_period(10, 4) == 61
+    rate = 0.2 * (80 - 59) / 80 * 2.0**60 / (2.0**62 - 1)
     for name, adapter in adapters(ours.model).items():
         log_s, log_sigma = (t.detach().double() for t in before[name])
         s, sigma = log_s.exp(), log_sigma.exp()

@@ -1,0 +1,382 @@
+"""Do the tests and the conformance kit notice? Faults put into the package, one at a time.
+
+    python tools/faults.py seeded [PART OF A NAME]   tools/seeded.py: plausible mistakes, by hand
+    python tools/faults.py mutate MODULE...          tools/mutants.py: every small change there is
+
+A fault is the changed code of one module, never written to disk: PyTorch and pytest are imported
+once, each fault gets a forked process of its own, and an import hook there serves the changed code.
+So the working tree stays as it is and faults are tried side by side. `seeded` fails (exit status 1)
+where a fault is not caught by the test named for it and by the kit; both commands write their
+section of docs/verification.md when they ran over everything.
+
+mutmut was considered: it skips module-level code and decorated functions, where the constants of
+Philox and the registered operators are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.machinery
+import json
+import math
+import os
+import re
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from datetime import date
+from pathlib import Path
+from types import CodeType
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+with warnings.catch_warnings():  # everything slow, for all processes; nothing of the package
+    warnings.simplefilter("ignore")
+    import hypothesis.internal.conjecture.engine  # noqa: F401
+    import pytest
+    import torch
+    import torch._dynamo  # noqa: F401
+    import torch.testing  # noqa: F401
+
+from tools import mutants, seeded, survivors  # noqa: E402
+
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+
+LIMIT = 300  # seconds until a process counts as hanging, which is noticed
+MEMORY = 12 << 30
+# As few as will do: they are imported, and look for garbage, once for every fault.
+PLUGINS = ["-p", "_hypothesis_pytestplugin", "-p", "no:cacheprovider",
+           "-p", "no:unraisableexception", "-p", "no:threadexception"]  # fmt: skip
+VECTORS = ROOT / "tests" / "vectors"
+RESULTS = ROOT / "tools" / "mutation.json"
+REPORT = ROOT / "docs" / "verification.md"
+
+# The tests that `mutate` asks about each module; none of them is there to test the tests.
+KIT = ["conformance.py::test_a_right_port_passes_every_case",
+       "conformance.py::test_the_vectors_in_the_repository_are_these"]  # fmt: skip
+# What takes long and is about the C++ core, the machine, or the tests: not about these modules.
+SLOW = ("instruction_set or large_shapes or half_precision or used_twice or catches_something "
+        "or by_hand or below_the_evidence or bootstrap_intervals_cover")  # fmt: skip
+TESTS = {
+    "philox": ["noise.py", *KIT],
+    "noise": ["noise.py", "adapters.py", *KIT],
+    "elbo": ["elbo.py", "train.py", *KIT],
+    "reference": ["reference.py", "ops.py::test_equals_the_reference",
+                  "ops.py::test_gradients_equal_the_reference", "elbo.py",
+                  "predict.py::test_predictive_equals_the_reference", KIT[1]],
+    "ops": ["ops.py", KIT[0]],
+    "metrics": ["metrics.py", *KIT],
+}  # fmt: skip
+
+
+# --- Processes ----------------------------------------------------------------------------------
+
+
+class Changed(importlib.machinery.PathFinder):
+    """Serves `code` as the module `name`, and every other module as it is."""
+
+    def __init__(self, name: str, code: CodeType) -> None:
+        self.name, self.code = f"scalabl_ref.{name}", code
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        spec = super().find_spec(name, path, target)
+        if spec and name == self.name:
+            spec.loader.get_code = lambda _: self.code
+        return spec
+
+
+class Task(NamedTuple):
+    """What one process does: `work` with the package changed, its result any JSON value.
+
+    change: the module and its code, made in the process; None leaves the package as it is.
+    """
+
+    key: Any
+    change: Callable[[], tuple[str, CodeType]] | None
+    work: Callable[[], Any]
+    limit: float = LIMIT
+
+
+def in_processes(tasks: Iterator[Task], jobs: int) -> Iterator[tuple[Any, Any]]:
+    """Run the tasks, `jobs` at a time; yields (key, result) as they end.
+
+    The result of a process that a signal ended is that signal's name.
+    """
+    keys: dict[int, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        while True:
+            while len(keys) < jobs and (task := next(tasks, None)) is not None:
+                sys.stdout.flush()
+                gc.freeze()
+                pid = os.fork()
+                if pid == 0:
+                    _child(task, Path(folder))
+                keys[pid] = task.key
+            if not keys:
+                return
+            pid, status = os.wait()
+            answer = Path(folder) / f"{pid}.json"
+            if os.WIFSIGNALED(status):
+                result: Any = signal.Signals(os.WTERMSIG(status)).name
+            else:
+                result = json.loads(answer.read_text())
+            yield keys.pop(pid), result
+
+
+def _child(task: Task, folder: Path) -> None:
+    signal.alarm(math.ceil(task.limit))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    torch.set_num_threads(1)
+    output = os.open(folder / f"{os.getpid()}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    try:
+        if task.change is not None:
+            sys.meta_path.insert(0, Changed(*task.change()))
+        result = task.work()
+    except BaseException:
+        result = {"error": traceback.format_exc()}
+    (folder / f"{os.getpid()}.json").write_text(json.dumps(result))
+    os._exit(0)
+
+
+# --- Who notices --------------------------------------------------------------------------------
+
+
+class Plugin:
+    """Sorts the tests, times them, and remembers the first that failed."""
+
+    def __init__(self, cost: Callable[[str], float]) -> None:
+        self.cost, self.seconds, self.caught = cost, Counter[str](), ""
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items.sort(key=lambda item: self.cost(item.nodeid))
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.caught = self.caught or f"{report.nodeid} (import)"
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid] += report.duration
+        if report.failed:
+            self.caught = self.caught or report.nodeid
+
+
+def run_tests(
+    tests: Sequence[str], profile: str, cost: Callable[[str], float] = lambda _: 0.0
+) -> dict[str, Any]:
+    """Run until one fails: caught (which, or ""), seconds since the start, seconds of each test."""
+    start, plugin = time.perf_counter(), Plugin(cost)
+    os.chdir(ROOT / "tests")
+    arguments = ["-x", "-q", "--assert=plain", f"--hypothesis-profile={profile}", *PLUGINS]
+    status = pytest.main([*arguments, *tests], [plugin])
+    caught = plugin.caught or ("" if status == pytest.ExitCode.OK else "import")
+    return {"caught": caught.removeprefix("tests/"), "seconds": time.perf_counter() - start,
+            "each": plugin.seconds}  # fmt: skip
+
+
+def run_kit() -> dict[str, Any]:
+    """Grade the package as a port, with the native core and without, against the stored vectors."""
+    start = time.perf_counter()
+    caught = ""
+    for body in ("native", "PyTorch"):
+        try:
+            caught = caught or _first_failure(body)
+        except Exception as error:  # a port that cannot run is no port
+            caught = f"raises {type(error).__name__}"
+    return {"caught": caught, "seconds": time.perf_counter() - start}
+
+
+def _first_failure(body: str) -> str:
+    from scalabl_ref import native
+    from scalabl_ref.checkpoint import save_tensors
+    from scalabl_ref.conformance import check
+    from tests.own_port import port
+
+    if body == "PyTorch":
+        native.core = lambda: None
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = Path(folder) / "outputs.safetensors"
+        save_tensors(outputs, port(VECTORS, torch.float32).items())
+        return next((grade.id for grade in check(VECTORS, outputs) if not grade.passed), "")
+
+
+# --- The catalogue ------------------------------------------------------------------------------
+
+
+def run_seeded(part: str, jobs: int) -> int:
+    faults = [fault for fault in seeded.FAULTS if part in fault.name]
+    start = time.perf_counter()
+    properties = sorted({fault.property for fault in faults})
+
+    def work(tests: Sequence[str]) -> Callable[[], Any]:
+        return lambda: {"property": run_tests(tests, "faults"), "kit": run_kit()}
+
+    ((_, right),) = in_processes(iter([Task(None, None, work(properties))]), 1)
+    if "error" in right or right["property"]["caught"] or right["kit"]["caught"]:
+        print(f"without any fault: {right}")
+        return 1
+    tasks = (Task(f, f.change, work([f.property])) for f in faults)
+    rows, bad = {}, 0
+    for fault, got in in_processes(tasks, jobs):
+        if "error" in got:
+            print(f"{fault.name}: {got}")
+            return 1
+        by, kit = got["property"], got["kit"]
+        missed = [who for who, result in (("property", by), ("kit", kit)) if not result["caught"]]
+        bad += bool(missed)
+        print(f"{len(rows) + 1:3} {fault.name}: {by['caught']}, {kit['caught']}",
+              *(f"NOT CAUGHT by the {who}" for who in missed))  # fmt: skip
+        rows[fault] = (
+            f"| {fault.name} | {fault.module} | {_code(by['caught'])} | {by['seconds']:.1f} "
+            f"| {_code(kit['caught'])} | {kit['seconds']:.1f} |"
+        )
+    seconds = time.perf_counter() - start
+    print(f"{len(rows) - bad} of {len(rows)} faults caught by both, {seconds:.0f} s")
+    if not part:
+        write_section("Seeded faults", _seeded_text([rows[f] for f in faults], bad, seconds))
+    return int(bad > 0)
+
+
+def _code(name: str) -> str:
+    return f"`{name.split('::')[-1][:60]}`" if name else "**missed**"
+
+
+def _seeded_text(rows: list[str], bad: int, seconds: float) -> str:
+    return f"""\
+`python tools/faults.py seeded` puts the mistakes of `tools/seeded.py` into the package one by one
+(in memory) and runs, for each, the one test that is there for it, and the conformance kit: the
+package's results, with and without the native core, graded against `tests/vectors`.
+{date.today():%Y-%m}: {len(rows) - bad} of {len(rows)} caught by both, in {seconds:.0f} s
+on two cores. Seconds count from the start of the process until the test fails, and of the kit until
+it is done. What is not a case's name says how the port failed to run.
+
+| fault | module | caught by the property | s | caught by the kit's case | s |
+|---|---|---|---|---|---|
+""" + "\n".join(rows)
+
+
+# --- Mutation testing ---------------------------------------------------------------------------
+
+
+def run_mutation(modules: Sequence[str], jobs: int, step: int, again: bool) -> int:
+    """Try the mutants of the modules, or `again` those that lived; keeps tools/mutation.json."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for module in modules:
+        found = mutants.mutants((ROOT / "scalabl_ref" / f"{module}.py").read_text())
+        chosen: Sequence[int] = range(0, len(found), step)
+        record = {"all": len(found), "tried": len(chosen)}
+        if again:
+            record, lived = results[module], set(results[module]["alive"])
+            chosen = [i for i, mutant in enumerate(found) if str(mutant) in lived]
+        alive = _mutate(module, found, chosen, jobs)
+        results[module] = {**record, "alive": [str(found[i]) for i in alive]}
+        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    text, worst = _mutation_text(results)
+    write_section("Mutation testing", text)
+    print(text)
+    return int(worst < 0.95)
+
+
+def _mutate(
+    module: str, found: list[mutants.Mutant], chosen: Sequence[int], jobs: int
+) -> list[int]:
+    """Those of the chosen mutants that no test noticed."""
+    tests = [f"test_{name}" for name in TESTS[module]] + ["-k", f"not ({SLOW})"]
+    ((_, right),) = in_processes(iter([Task(None, None, lambda: run_tests(tests, "faults"))]), 1)
+    if "error" in right or right["caught"]:
+        raise SystemExit(f"{module}, without any change: {right}")
+    print(f"{module}: {right['seconds']:.0f} s without a change", flush=True)
+    seconds, kills, start = right["each"], Counter[str](), time.perf_counter()
+    # Cheap tests first, and those that caught others; -x ends a run at the first that fails.
+    cost = lambda name: seconds.get(name, 0.0) / (1 + kills[name])  # noqa: E731
+    tasks = (
+        Task(i, lambda i=i: (module, mutants.changed(found, i)),
+             lambda: run_tests(tests, "faults", cost), 2 * right["seconds"] + 5)
+        for i in chosen
+    )  # fmt: skip
+    alive = []
+    for done, (i, got) in enumerate(in_processes(tasks, jobs), 1):
+        caught = got if isinstance(got, str) else got.get("caught", "cannot be compiled")
+        kills[f"tests/{caught}"] += 1
+        if not caught:
+            alive.append(i)
+            print(f"  alive: {module} {found[i].line}: {found[i]}", flush=True)
+        if done % 50 == 0 or done == len(chosen):
+            elapsed = time.perf_counter() - start
+            print(f"{module}: {done} of {len(chosen)}, {len(alive)} alive, {elapsed:.0f} s",
+                  flush=True)  # fmt: skip
+    return sorted(alive)
+
+
+def _mutation_text(results: dict[str, Any]) -> tuple[str, float]:
+    """The section, and the smallest score."""
+    rows, lists, worst = [], [], 1.0
+    for module, result in results.items():
+        known = survivors.EXPLAINED.get(module, {})
+        reasons = [(mutant, known.get(mutant, "")) for mutant in result["alive"]]
+        missed = sum(not reason for _, reason in reasons)
+        counted = result["tried"] - len(reasons) + missed
+        score = (counted - missed) / counted
+        worst = min(worst, score)
+        rows.append(f"| {module} | {result['all']} | {result['tried']} | {counted - missed} "
+                    f"| {len(reasons) - missed} | {missed} | {100 * score:.1f} % |")  # fmt: skip
+        lists += [f"\n{module}:\n"] * bool(reasons)
+        lists += [f"* `{mutant}`: {reason or '**not noticed**'}" for mutant, reason in reasons]
+    text = f"""\
+`python tools/faults.py mutate MODULE...` makes every small change of `tools/mutants.py` in a module
+(operators exchanged, terms, statements, calls, keywords, bounds and branches left out, constants
+moved, arguments and related functions exchanged) and runs the tests of that module until one fails.
+Hypothesis draws 20 examples, the same every time, and slow tests of the C++ core and of chance are
+left out: the suite itself is the stricter. A process that crashes, or takes more than twice as long
+as the tests without a change, has noticed too.
+Score: noticed / (tried - unobservable), {date.today():%Y-%m}.
+
+| module | mutants | tried | noticed | unobservable | not noticed | score |
+|---|---|---|---|---|---|---|
+""" + "\n".join(rows)
+    return text + "\n\nThose that live, and why:\n" + "\n".join(lists), worst
+
+
+# --- The report ---------------------------------------------------------------------------------
+
+
+def write_section(title: str, text: str) -> None:
+    """Replace or append one `## title` section of docs/verification.md."""
+    whole = REPORT.read_text() if REPORT.exists() else "# Verification\n"
+    section = f"## {title}\n\n{text.strip()}\n"
+    pattern = re.compile(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", re.M | re.S)
+    if pattern.search(whole):
+        whole = pattern.sub(lambda _: section + "\n", whole)
+    else:
+        whole = f"{whole.rstrip()}\n\n{section}"
+    REPORT.write_text(whole.rstrip() + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--jobs", type=int, default=2)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("seeded").add_argument("part", nargs="?", default="")
+    mutate = commands.add_parser("mutate")
+    mutate.add_argument("modules", nargs="+", choices=TESTS)
+    mutate.add_argument("--step", type=int, default=1, help="only every n-th mutant")
+    mutate.add_argument("--again", action="store_true", help="only those that lived last time")
+    arguments = parser.parse_args()
+    if arguments.command == "seeded":
+        return run_seeded(arguments.part, arguments.jobs)
+    a = arguments
+    return run_mutation(a.modules, a.jobs, a.step, a.again)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,450 @@
+"""Plausible mistakes in this method, each with the test that is there for it: see faults.py.
+
+Every one changes what a port would compute, so that the conformance kit has to notice it as well.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import CodeType
+from typing import NamedTuple
+
+PACKAGE = Path(__file__).resolve().parent.parent / "scalabl_ref"
+
+
+class Fault(NamedTuple):
+    """`old`, which occurs once in the module, is replaced by `new`; `property`: the test for it."""
+
+    name: str
+    module: str
+    old: str
+    new: str
+    property: str
+
+    def source(self) -> str:
+        text = (PACKAGE / f"{self.module}.py").read_text()
+        if text.count(self.old) != 1:
+            raise ValueError(f"{self.name}: {text.count(self.old)} times in {self.module}.py")
+        return text.replace(self.old, self.new)
+
+    def change(self) -> tuple[str, CodeType]:
+        return self.module, compile(self.source(), str(PACKAGE / f"{self.module}.py"), "exec")
+
+
+KNOWN = "test_noise.py::test_philox_known_answers"
+BODIES = "test_noise.py::test_three_bodies_agree"
+ACCURATE = "test_noise.py::test_normals_are_accurate"
+EXAMPLE = "test_noise.py::test_worked_example_of_the_porting_guide"
+OP = "test_ops.py::test_equals_the_reference"
+GRADIENT = "test_ops.py::test_gradients_equal_the_reference"
+AUDIT = "test_verify.py::test_what_is_right_passes"
+KL = "test_elbo.py::test_both_directions_equal_torch_distributions_and_the_reference"
+KL_GRADIENT = "test_elbo.py::test_kl_gradients_equal_the_closed_forms"
+KL_ZERO = "test_elbo.py::test_kl_is_zero_at_the_prior"
+KL_VALUES = "test_elbo.py::test_check_values"
+MIXTURE = "test_predict.py::test_predictive_equals_the_reference"
+LITERAL = "test_predict.py::test_predictive_equals_the_literal_average"
+ECE = "test_metrics.py::test_ece_and_reliability_equal_loops"
+SCORES = "test_metrics.py::test_accuracy_nll_brier_and_entropy_equal_loops"
+WARMUP = "test_train.py::test_warmup_rises_then_falls_to_zero"
+PERIODS = "test_train.py::test_periods_of_the_official_schedule"
+WEIGHTS = "test_train.py::test_kl_weights_are_the_geometric_round_of_the_official_code"
+ROTATE = "test_llama.py::test_rope_turns_each_pair_by_its_angle"
+ROPE = "test_llama.py::test_rope_scalings_equal_their_formulas"
+NORM = "test_llama.py::test_rmsnorm_equals_its_formula"
+ATTENTION = "test_llama.py::test_attention_equals_explicit_loops"
+MODEL = "test_llama.py::test_the_model_equals_its_formulas"
+WORDS = "test_adapters.py::test_initial_values_are_those_of_the_words"
+STEP = "test_train.py::test_one_objective_step_is_adamw_on_nll_plus_beta_kl_over_n"
+OFFICIAL = "test_train.py::test_official_objective_steps_the_kl_apart"
+LOSS = "test_elbo.py::test_loss_is_nll_plus_beta_kl_over_n"
+SLOPE = "test_elbo.py::test_gradient_of_the_loss_equals_a_finite_difference"
+OBJECTIVES = "test_elbo.py::test_objective_equals_the_reference"
+AUROC = "test_metrics.py::test_auroc_equals_all_pairs"
+
+PHILOX = [
+    Fault("Philox: one round too few", "philox",
+          "range(in_range(", "range(1, in_range(", KNOWN),
+    Fault("Philox: multipliers exchanged", "philox",
+          "(0xD2511F53, 0xCD9E8D57)", "(0xCD9E8D57, 0xD2511F53)", KNOWN),
+    Fault("Philox: key steps exchanged", "philox",
+          "(0x9E3779B9, 0xBB67AE85)", "(0xBB67AE85, 0x9E3779B9)", KNOWN),
+    Fault("Philox: key never moves on", "philox",
+          "k0, k1 = (k0 + KEY_STEPS[0]) % WORD, (k1 + KEY_STEPS[1]) % WORD", "pass", KNOWN),
+    Fault("Philox: high and low word exchanged", "philox",
+          "hi0, lo0 = divmod", "lo0, hi0 = divmod", KNOWN),
+    Fault("Philox: words of the key exchanged", "philox",
+          "hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1", "hi1 ^ c1 ^ k1, lo1, hi0 ^ c3 ^ k0", KNOWN),
+    Fault("Philox: signed multiplication", "philox",
+          "MULTIPLIERS[0] * c0,", "MULTIPLIERS[0] * (c0 - (c0 >> 31 << 32)),", KNOWN),
+    Fault("Philox: words out in the opposite order", "philox",
+          "return c0, c1, c2, c3", "return c3, c2, c1, c0", KNOWN),
+    Fault("Philox: or for exclusive or", "philox", "hi1 ^ c1 ^ k0", "hi1 | c1 ^ k0", KNOWN),
+    Fault("uniform biased by half a step", "philox",
+          "(word_a + 0.5) * 2.0**-32", "(word_a + 1.0) * 2.0**-32", ACCURATE),
+    Fault("uniform of 24 bits", "philox", "(word_a + 0.5)", "(word_a // 256 * 256 + 128)", BODIES),
+    Fault("uniform over 2^31", "philox", "+ 0.5) * 2.0**-32", "+ 0.5) * 2.0**-33", ACCURATE),
+    Fault("sine and cosine exchanged", "philox",
+          "radius * cos, radius * sin", "radius * sin, radius * cos", EXAMPLE),
+    Fault("half a turn for a whole one", "philox",
+          "TURN = 1.4629180792671596e-09", "TURN = 0.7314590396335798e-09", ACCURATE),
+    Fault("radius without the factor two", "philox", "(-2.0 * _ln(", "(-1.0 * _ln(", ACCURATE),
+    Fault("squared radius", "philox",
+          "radius = math.sqrt(-2.0 * _ln((word_a + 0.5) * 2.0**-32))",
+          "radius = -2.0 * _ln((word_a + 0.5) * 2.0**-32)", ACCURATE),
+    Fault("exponent not lowered with the mantissa", "philox", "m + m, e - 1", "m + m, e", ACCURATE),
+    Fault("second quadrant mirrored", "philox", "(-sin, cos), (-cos", "(sin, cos), (-cos",
+          ACCURATE),
+    Fault("logarithm's series cut short", "philox", "range(11))", "range(3))", ACCURATE),
+    Fault("cosine's series cut short", "philox",
+          "math.factorial(2 * k) for k in range(9)", "math.factorial(2 * k) for k in range(4)",
+          ACCURATE),
+    Fault("series of the hyperbolic sine", "philox",
+          "SIN = tuple((-1.0) ** k", "SIN = tuple((1.0) ** k", ACCURATE),
+]  # fmt: skip
+
+NOISE = [
+    Fault("noise: 7 rounds", "noise", "in range(10)", "in range(7)", BODIES),
+    Fault("noise: group and layer exchanged in the counter", "noise",
+          "ids[:, None], layer, draw, seed)", "layer, ids[:, None], draw, seed)", BODIES),
+    Fault("noise: the layer does not count", "noise",
+          "ids[:, None], layer, draw, seed)", "ids[:, None], 0, draw, seed)", BODIES),
+    Fault("noise: shared by all draws", "noise",
+          "ids[:, None], layer, draw, seed)", "ids[:, None], layer, 0, seed)", BODIES),
+    Fault("noise: shared by all groups", "noise",
+          "ids[:, None], layer, draw, seed)", "0 * ids[:, None], layer, draw, seed)", BODIES),
+    Fault("noise: seed cut to 32 bits", "noise",
+          "k0, k1 = seed % WORD, seed // WORD", "k0, k1 = seed % WORD, 0", BODIES),
+    Fault("noise: halves of the seed exchanged", "noise",
+          "k0, k1 = seed % WORD, seed // WORD", "k1, k0 = seed % WORD, seed // WORD", BODIES),
+    Fault("noise: blocks counted from one", "noise",
+          "_philox(_arange((rank + 3) // 4)", "_philox(1 + _arange((rank + 3) // 4)", BODIES),
+    Fault("noise: components across blocks", "noise", "(pairs, dim=-1)", "(pairs, dim=1)", BODIES),
+    Fault("noise: words of a pair exchanged", "noise",
+          "_box_muller(words[a], words[a + 1])", "_box_muller(words[a + 1], words[a])", BODIES),
+    Fault("noise: a word used twice", "noise", "for a in (0, 2)", "for a in (0, 1)", BODIES),
+    Fault("noise: the last components of the block", "noise", "[:, :rank]", "[:, -rank:]", BODIES),
+    Fault("noise: carry of the product lost", "noise",
+          "(factor >> 16) + (low >> 16)", "(factor >> 16)", BODIES),
+    Fault("noise: radius without the factor two", "noise", "(-2.0 * _ln(", "(-1.0 * _ln(", BODIES),
+    Fault("noise: draws counted from one", "noise",
+          "core.normals(self.seed, self.draw,", "core.normals(self.seed, self.draw ^ 1,", BODIES),
+    Fault("noise: rounded to bfloat16", "noise",
+          "rank].to(torch.float32)", "rank].bfloat16().float()", BODIES),
+]  # fmt: skip
+
+LAYER = [
+    Fault("variance for standard deviation", "ops", "(t.scaling * (s + sigma * eps)",
+          "(t.scaling * (s + sigma**2 * eps)", OP),
+    Fault("multiplicative noise", "ops", "(t.scaling * (s + sigma * eps)",
+          "(t.scaling * (s * (1 + sigma * eps))", OP),
+    Fault("noise without the mean", "ops", "(t.scaling * (s + sigma * eps)",
+          "(t.scaling * (sigma * eps)", OP),
+    Fault("noise left out", "ops", "(t.scaling * (s + sigma * eps)",
+          "(t.scaling * (s + 0 * sigma * eps)", OP),
+    Fault("noise subtracted", "ops", "(t.scaling * (s + sigma * eps)",
+          "(t.scaling * (s - sigma * eps)", OP),
+    Fault("scaling left out", "ops", "spread(t.scaling * (s", "spread((s", OP),
+    Fault("scaling left out of the mean model", "ops", "return t.scaling * s[None]",
+          "return s[None]",
+          OP),
+    Fault("scaling squared", "ops", "F.linear(h * factor", "F.linear(t.scaling * h * factor", OP),
+    Fault("scaling inverted", "ops", "sigma, float(scaling))", "sigma, 1 / float(scaling))", OP),
+    Fault("bias left out", "ops", "t.bias)\n    wide", "None)\n    wide", OP),
+    Fault("bias left out of the native body", "ops",
+          "F.linear(t.x, t.weight, t.bias).contiguous()", "F.linear(t.x, t.weight).contiguous()",
+          OP),
+    Fault("update without the base", "ops", "return y + update.to", "return 0 * y + update.to", OP),
+    Fault("update subtracted", "ops", "return y + update.to", "return y - update.to", OP),
+    Fault("update computed in bfloat16", "ops", "update.to(y.dtype)",
+          "update.bfloat16().to(y.dtype)",
+          OP),
+    Fault("ranks of A in the opposite order", "ops",
+          "t.A.to(wide))  # (..., r)", "t.A.to(wide).flip(0))", OP),
+    Fault("groups counted from one", "ops",
+          "torch.arange(-(-rows // draws.rows_per_group))",
+          "torch.arange(-(-rows // draws.rows_per_group)) + 1", OP),
+    Fault("a draw for every example under batch sampling", "ops",
+          "groups, shared = None, shape", "groups, shared = None, shape[1:]",
+          "test_ops.py::test_sampling_groups_share_what_they_should"),
+    Fault("a draw for every example under token sampling", "ops",
+          "shared = shape[:0]", "shared = shape[1:]",
+          "test_ops.py::test_sampling_groups_share_what_they_should"),
+    Fault("a draw for every token under example sampling", "ops",
+          "shared = shape[1:]  #", "shared = shape[:0]  #",
+          "test_ops.py::test_sampling_groups_share_what_they_should"),
+    Fault("group ids ignored", "ops", "groups = groups.reshape(-1)", "groups = None",
+          "test_ops.py::test_a_draw_follows_the_group_and_not_the_place"),
+    Fault("rows dealt to the groups in turn", "ops",
+          "repeat_interleave(draws.rows_per_group, 0)", "repeat(draws.rows_per_group, 1)", AUDIT),
+    Fault("seed cut to 63 bits", "ops", "seed - ((seed >> 63) << 64)", "seed & (2**63 - 1)", OP),
+    Fault("layer off by one", "ops", "noise.draw, layer, ids", "noise.draw, layer + 1, ids", OP),
+    Fault("noise shared by all layers", "ops", "noise.draw, layer, ids", "noise.draw, 0, ids", OP),
+    Fault("noise shared by all steps", "ops", "noise.draw, layer, ids", "0, layer, ids", OP),
+    Fault("s and sigma exchanged", "ops",
+          "s.data_ptr(), sigma.data_ptr()", "sigma.data_ptr(), s.data_ptr()", OP),
+    Fault("layer and draw exchanged", "ops",
+          "scaling, noisy, seed & MASK, draw, layer,", "scaling, noisy, seed & MASK, layer, draw,",
+          OP),
+    Fault("gradient of sigma without eps", "ops", "(t.scaling * (s + sigma * eps)",
+          "(t.scaling * (s + sigma - sigma.detach() + sigma.detach() * eps)", GRADIENT),
+    Fault("sigma detached", "ops", "(t.scaling * (s + sigma * eps)",
+          "(t.scaling * (s + sigma.detach() * eps)", GRADIENT),
+    Fault("s detached", "ops", "(t.scaling * (s + sigma * eps)",
+          "(t.scaling * (s.detach() + sigma * eps)", GRADIENT),
+    Fault("gradients of s and sigma exchanged", "ops",
+          "to[0], x.shape[1], *to[3:],", "to[0], x.shape[1], *to[3:5], to[6], to[5],", GRADIENT),
+    Fault("gradient of x without the base's share", "ops",
+          "out[0] = (grad_rows @ t.weight).view(t.x.shape)", "out[0] = torch.zeros_like(t.x)",
+          GRADIENT),
+    Fault("gradient of x without the update's share", "ops",
+          "            to[0], x.shape[1], *to[3:],", "            0, x.shape[1], *to[3:],",
+          GRADIENT),
+    Fault("mean for sum in the gradient of the bias", "ops",
+          "out[2] = grad_rows.sum(0)", "out[2] = grad_rows.mean(0)", GRADIENT),
+]  # fmt: skip
+
+OBJECTIVE = [
+    Fault("KL reversed", "elbo",
+          "return (log_ratio + (sigma**2 + s**2) / (2 * prior_std**2) - 0.5).sum()",
+          "return kl_official(s, sigma, prior_std)", KL_VALUES),
+    Fault("official KL reversed", "elbo",
+          "return (log_ratio + (prior_std**2 + s**2) / (2 * sigma**2) - 0.5).sum()",
+          "return kl_forward(s, sigma, prior_std)", KL_VALUES),
+    Fault("log ratio upside down", "elbo", "torch.log(prior_std / sigma)",
+          "torch.log(sigma / prior_std)", KL),
+    Fault("official log ratio upside down", "elbo", "log_ratio = torch.log(sigma / prior_std)",
+          "log_ratio = torch.log(prior_std / sigma)", KL),
+    Fault("KL without its half", "elbo", "(2 * prior_std**2) - 0.5)", "(2 * prior_std**2))",
+          KL_ZERO),
+    Fault("KL: standard deviation for variance", "elbo", "(sigma**2 + s**2)", "(sigma + s**2)", KL),
+    Fault("KL: the prior's variance is its width", "elbo", "(2 * prior_std**2) -",
+          "(2 * prior_std) -", KL),
+    Fault("KL without the mean", "elbo", "(sigma**2 + s**2)", "(sigma**2)", KL_GRADIENT),
+    Fault("KL: mean for sum over the ranks", "elbo", "(2 * prior_std**2) - 0.5).sum()",
+          "(2 * prior_std**2) - 0.5).mean()", KL),
+    Fault("KL: two forgotten", "elbo", "/ (2 * prior_std**2)", "/ prior_std**2", KL_GRADIENT),
+    Fault("official KL: standard deviation for variance", "elbo", "(2 * sigma**2)", "(2 * sigma)",
+          KL_GRADIENT),
+    Fault("official KL: the mean in the wrong place", "elbo", "(prior_std**2 + s**2) / (2",
+          "prior_std**2 + s**2 / (2", KL_GRADIENT),
+    Fault("logits averaged", "predict",
+          "torch.logsumexp(log_probs, dim=0) - math.log(len(log_probs))",
+          "torch.log_softmax(log_probs.mean(0), -1)",
+          "test_predict.py::test_probabilities_are_averaged_and_not_logits"),
+    Fault("log-probabilities averaged", "predict",
+          "torch.logsumexp(log_probs, dim=0) - math.log(len(log_probs))", "log_probs.mean(0)",
+          "test_predict.py::test_probabilities_are_averaged_and_not_logits"),
+    Fault("probabilities summed over the draws", "predict", "dim=0) - math.log(len(log_probs))",
+          "dim=0)", LITERAL),
+    Fault("the first draw for all", "predict", "log_probs = log_probs.double()",
+          "log_probs = log_probs.double()[:1]", MIXTURE),
+    Fault("entropies exchanged", "predict", "mixture.exp(), entropy, expected, information",
+          "mixture.exp(), expected, entropy, information", MIXTURE),
+    Fault("mutual information upside down", "predict", "(entropy - expected)",
+          "(expected - entropy)", MIXTURE),
+    Fault("entropies summed over the draws", "predict", "_entropy(log_probs).mean(0)",
+          "_entropy(log_probs).sum(0)", LITERAL),
+    Fault("entropy in bits", "predict", "log_probs.exp()).sum(-1)",
+          "log_probs.exp()).sum(-1) / math.log(2)", LITERAL),
+]  # fmt: skip
+
+TRAINING = [
+    Fault("KL not divided by N", "elbo", ".to(nll) / num_examples", ".to(nll)", LOSS),
+    Fault("beta left out", "elbo", "nll + beta * divergence", "nll + divergence", LOSS),
+    Fault("NLL summed over the batch", "elbo", "noise), batch.labels)",
+          'noise), batch.labels, reduction="sum")', LOSS),
+    Fault("KL of one layer only", "elbo", 'method == "scalabl"]', 'method == "scalabl"][:1]',
+          "test_elbo.py::test_model_kl_sums_over_the_layers"),
+    Fault("KL directions exchanged", "elbo",
+          '"forward": kl_forward,\n    "official": kl_official,',
+          '"forward": kl_official,\n    "official": kl_forward,', OBJECTIVES),
+    Fault("KL of the logarithms", "elbo", "log_s.double().exp(), log", "log_s.double(), log",
+          OBJECTIVES),
+    Fault("the draw follows the row", "elbo", "groups=batch.ids", "groups=None",
+          "test_elbo.py::test_the_draw_follows_the_example_through_the_whole_model"),
+    Fault("answer read off the padding", "elbo", "lengths=batch.lengths, ", "",
+          "test_elbo.py::test_an_answer_is_read_off_the_last_real_token"),
+    Fault("dropped Jacobian of exp", "adapters", "return self.log_s.exp(), self",
+          "return self.log_s + (self.log_s.exp() - self.log_s).detach(), self", SLOPE),
+    Fault("dropped Jacobian of sigma's exp", "adapters", ", self.log_sigma.exp()",
+          ", self.log_sigma + (self.log_sigma.exp() - self.log_sigma).detach()", SLOPE),
+    Fault("log s for s", "adapters", "return self.log_s.exp(), self", "return self.log_s, self",
+          OBJECTIVES),
+    Fault("log variance for log sigma", "adapters", ", self.log_sigma.exp()",
+          ", (self.log_sigma / 2).exp()", OBJECTIVES),
+    Fault("scaling by the root of the rank", "adapters", "self.alpha) / self.rank",
+          "self.alpha) / self.rank**0.5", "test_adapters.py::test_scaling_is_alpha_over_rank"),
+    Fault("layers numbered without their blocks", "adapters", "len(TARGETS) * block +", "block +",
+          "test_adapters.py::test_layer_ids_are_distinct_and_do_not_depend_on_the_targets"),
+    Fault("start: uniform not centred", "adapters", "(2 * uniform[: rank * d_in] - 1)",
+          "(uniform[: rank * d_in])", WORDS),
+    Fault("start: fan-out for fan-in", "adapters", "/ math.sqrt(d_in)", "/ math.sqrt(rank)",
+          "test_adapters.py::test_kaiming_entries_have_the_uniform_variance"),
+    Fault("start: the same words for all layers", "adapters", "INIT_STREAM + layer,",
+          "INIT_STREAM,",
+          "test_adapters.py::test_initial_values_are_a_pure_function_of_seed_and_layer"),
+    Fault("start: halves of the stream exchanged", "noise",
+          "stream % WORD, RESERVED_LAYER, stream // WORD",
+          "stream // WORD, RESERVED_LAYER, stream % WORD",
+          "test_noise.py::test_philox_words_are_blocks_of_the_reserved_layer"),
+    Fault("start: log sigma uniform", "adapters", "low + (init_sigma - low) * uniform",
+          "low * (init_sigma / low) ** uniform", WORDS),
+    Fault("start: sigma from zero", "adapters", "low + (init_sigma - low) * uniform",
+          "init_sigma * uniform",
+          "test_adapters.py::test_initialisation_is_the_thin_svd_of_a_kaiming_matrix"),
+    Fault("start: s where log s belongs", "adapters", '"log_s": singular.log()',
+          '"log_s": singular',
+          "test_adapters.py::test_initialisation_is_the_thin_svd_of_a_kaiming_matrix"),
+    Fault("start: B not zero", "adapters", "torch.zeros(d_out, config.rank",
+          "torch.ones(d_out, config.rank",
+          "test_adapters.py::test_a_fresh_adapter_changes_nothing"),
+    Fault("step: KL not divided by N", "train", "(c.beta * kl / len(self.data.labels)).backward()",
+          "(c.beta * kl).backward()", STEP),
+    Fault("step: KL in the log but not in the gradient", "train",
+          "(c.beta * kl / len(self.data.labels)).backward()", "pass", STEP),
+    Fault("step: NLL summed over the batch", "train", 'reduction="sum") / len(indices)',
+          'reduction="sum")', STEP),
+    Fault("step: one rate for all", "train", "fast_lr = 4 * c.lr if c.variational_lr is None else",
+          "fast_lr = c.lr if True else", STEP),
+    Fault("step: the rates of A, B and of the variational parameters exchanged", "train",
+          'if name in ("A", "B")]', 'if name not in ("A", "B")]', STEP),
+    Fault("step: AdamW on the variational parameters alone", "train", '"params": slow,',
+          '"params": slow[:0] or [torch.nn.Parameter(torch.zeros(1))],', STEP),
+    Fault("step: schedule left out", "train", 'group["lr"] = rate * factor', 'group["lr"] = rate',
+          "test_train.py::test_a_step_follows_the_schedule"),
+    Fault("step: weight decay left out", "train", "weight_decay=c.weight_decay", "weight_decay=0.0",
+          "test_train.py::test_weight_decay_is_decoupled"),
+    Fault("step: one draw for all steps", "train", "FIRST_TRAINING_DRAW + step)",
+          "FIRST_TRAINING_DRAW)", "test_train.py::test_noise_of_a_step_is_its_own"),
+    Fault("step: training's draws are prediction's", "train", "FIRST_TRAINING_DRAW + step)",
+          "step)", "test_train.py::test_noise_of_a_step_is_its_own"),
+    Fault("official step: KL ascended", "train", "parameter.sub_(rate", "parameter.add_(rate",
+          OFFICIAL),
+    Fault("official step: without pi", "train", "factor * kl_weight(self.done, period)", "factor",
+          OFFICIAL),
+    Fault("official step: pi of the next step", "train", "kl_weight(self.done, period)",
+          "kl_weight(self.done + 1, period)", OFFICIAL),
+    Fault("official step: KL mixed into AdamW's too", "train",
+          'if self.variational and c.objective == "elbo":', "if self.variational:",
+          "test_train.py::test_the_official_loss_is_the_nll"),
+]  # fmt: skip
+
+METRICS = [
+    Fault("bins: confidence 1 has one of its own", "metrics", ".long().clamp(max=bins - 1)",
+          ".long()", "test_metrics.py::test_confidence_one_is_in_the_last_bin"),
+    Fault("bins: an edge belongs below", "metrics", "(confidence * bins).floor().long()",
+          "((confidence * bins).ceil() - 1).long()",
+          "test_metrics.py::test_a_confidence_on_an_edge_opens_its_bin"),
+    Fault("bins: one too few", "metrics", "(confidence * bins).floor()",
+          "(confidence * (bins - 1)).floor()", ECE),
+    Fault("ECE: mean over the bins", "metrics", ".abs().sum()) / len(gap)", ".abs().sum()) / bins",
+          ECE),
+    Fault("ECE: signed gaps cancel", "metrics", "minlength=bins).abs().sum()",
+          "minlength=bins).sum().abs()", ECE),
+    Fault("ECE: a gap for every row", "metrics", "weights=gap, ", "weights=gap.abs(), ", ECE),
+    Fault("Brier averaged over the classes", "metrics", ".square().sum(1)", ".square().mean(1)",
+          SCORES),
+    Fault("Brier not squared", "metrics", ".square().sum(1)", ".abs().sum(1)", SCORES),
+    Fault("NLL summed over the rows", "metrics", "_nll_rows(*_checked(probs, labels)).mean()",
+          "_nll_rows(*_checked(probs, labels)).sum()", SCORES),
+    Fault("NLL in bits", "metrics", "labels[:, None])[:, 0].log()", "labels[:, None])[:, 0].log2()",
+          SCORES),
+    Fault("ties to the last class", "metrics",
+          "stable=True)\n    return ordered[:, 0], (classes[:, 0] == labels).double()",
+          "stable=True)\n    last = (ordered == ordered[:, :1]).sum(1, keepdim=True) - 1\n"
+          "    return ordered[:, 0], (classes.gather(1, last)[:, 0] == labels).double()",
+          "test_metrics.py::test_the_first_of_tied_classes_is_predicted"),
+    Fault("accuracy of the least probable class", "metrics", "descending=True, stable",
+          "descending=False, stable", SCORES),
+    Fault("AUROC: ties won", "metrics", "- behind) + behind)).sum()",
+          "- behind) + 2 * behind)).sum()",
+          AUROC),
+    Fault("AUROC: ties lost", "metrics", "- behind) + behind)).sum()", "- behind))).sum()", AUROC),
+    Fault("AUROC: positives below", "metrics", "positive = labels == 1", "positive = labels == 0",
+          AUROC),
+]  # fmt: skip
+
+SCHEDULES = [
+    Fault("warm-up off by one", "train", "return step / max(1, rise)",
+          "return (step + 1) / max(1, rise)", WARMUP),
+    Fault("warm-up left out", "train", "if step < rise:", "if False:", WARMUP),
+    Fault("warm-up without a fall", "train",
+          "return max(0.0, (steps - step) / max(1, steps - rise))",
+          "return 1.0", WARMUP),
+    Fault("fall one step early", "train", "(steps - step) /", "(steps - step - 1) /", WARMUP),
+    Fault("fall as if there were no warm-up", "train", "max(1, steps - rise)", "max(1, steps)",
+          WARMUP),
+    Fault("period with another power of N", "train", "(math.pi / 8)", "(math.pi / 4)", PERIODS),
+    Fault("period not divided by the batch", "train", "(math.pi / 8) / batch)", "(math.pi / 8))",
+          PERIODS),
+    Fault("KL weights counted from zero", "train", "i = step % period + 1", "i = step % period",
+          WEIGHTS),
+    Fault("KL weights without a new round", "train", "i = step % period + 1", "i = step + 1",
+          WEIGHTS),
+    Fault("KL weights doubled", "train", "2.0 ** (i - period - 1)", "2.0 ** (i - period)", WEIGHTS),
+    Fault("KL weights falling", "train", "2.0 ** (i - period - 1)", "2.0 ** -i", WEIGHTS),
+]  # fmt: skip
+
+LLAMA = [
+    Fault("RMSNorm: mean subtracted", "llama", "wide.pow(2).mean(-1, keepdim=True)",
+          "wide.var(-1, keepdim=True, unbiased=False)", NORM),
+    Fault("RMSNorm: sum for mean", "llama", "wide.pow(2).mean(-1", "wide.pow(2).sum(-1", NORM),
+    Fault("RMSNorm: eps outside the root", "llama",
+          "torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)",
+          "(1 / (wide.pow(2).mean(-1, keepdim=True).sqrt() + self.eps))", NORM),
+    Fault("RMSNorm: weight counted from one", "llama", "return self.weight * wide",
+          "return (1 + self.weight) * wide", NORM),
+    Fault("RoPE: neighbouring pairs", "llama", "first, second = x.chunk(2, dim=-1)",
+          "first, second = x[..., ::2], x[..., 1::2]", ROTATE),
+    Fault("RoPE: turned backwards", "llama", "torch.cat((-second, first)",
+          "torch.cat((second, -first)", ROTATE),
+    Fault("RoPE: halves exchanged", "llama", "torch.cat((-second, first)",
+          "torch.cat((first, -second)", ROTATE),
+    Fault("RoPE: another base", "llama", "1.0 / self.theta**exponent",
+          "1.0 / 1e4**exponent if self.theta != 1e4 else 1.0 / 5e5**exponent", ROTATE),
+    Fault("RoPE: exponent of half the width", "llama", ".float() / head_dim",
+          ".float() / (head_dim // 2)", ROTATE),
+    Fault("RoPE: linear factor multiplied", "llama", "return inverse / self.factor",
+          "return inverse * self.factor", ROPE),
+    Fault("RoPE: ramp upside down", "llama",
+          "keep * inverse + (1 - keep) * inverse / self.factor",
+          "(1 - keep) * inverse + keep * inverse / self.factor", ROPE),
+    Fault("RoPE: wavelength without two pi", "llama", "* inverse / (2 * math.pi)", "* inverse",
+          ROPE),
+    Fault("RoPE: no ramp", "llama", "span).clamp(0, 1)", "span).clamp(0, 1).round()", ROPE),
+    Fault("attention: kv heads in turn", "llama",
+          "k.repeat_interleave(repeats, dim=1)", "k.repeat(1, repeats, 1, 1)", ATTENTION),
+    Fault("attention: sees the future", "llama", "is_causal=ctx.attend is None", "is_causal=False",
+          ATTENTION),
+    Fault("attention: no 1/sqrt(h)", "llama", "is_causal=ctx.attend is None",
+          "is_causal=ctx.attend is None, scale=1.0", ATTENTION),
+    Fault("attention: values turned too", "llama", "v = v.transpose(1, 2)\n",
+          "v = rotate(v.transpose(1, 2), ctx.cos, ctx.sin)\n", ATTENTION),
+    Fault("attention: queries not turned", "llama",
+          "q = rotate(q.transpose(1, 2), ctx.cos, ctx.sin)",
+          "q = q.transpose(1, 2)", ATTENTION),
+    Fault("attention: q's rows in the other order of heads", "llama",
+          "self.q_proj(x, ctx.noise, ctx.groups).view(B, T, self.heads, self.head_dim)",
+          "self.q_proj(x, ctx.noise, ctx.groups).view(B, T, self.head_dim, self.heads).mT",
+          ATTENTION),
+    Fault("attention: heads not put back", "llama", "self.o_proj(y.transpose(1, 2).reshape",
+          "self.o_proj(y.reshape", ATTENTION),
+    Fault("attention: keys and values exchanged", "llama",
+          "k, v = k.repeat_interleave(repeats, dim=1), v.rep",
+          "v, k = k.repeat_interleave(repeats, dim=1), v.rep", ATTENTION),
+    Fault("SwiGLU: gate and up exchanged", "llama", "F.silu(gate) * up", "gate * F.silu(up)",
+          MODEL),
+    Fault("SwiGLU: gelu for silu", "llama", "F.silu(gate) * up", "F.gelu(gate) * up", MODEL),
+    Fault("residual of the attention left out", "llama", "x = x + self.attn(", "x = self.attn(",
+          MODEL),
+    Fault("residual of the MLP left out", "llama", "return x + self.mlp(", "return self.mlp(",
+          MODEL),
+    Fault("norms of a block exchanged", "llama", "self.attn(self.attn_norm(x), ctx)",
+          "self.attn(self.mlp_norm(x), ctx)", MODEL),
+    Fault("post-norm for pre-norm", "llama", "self.attn(self.attn_norm(x), ctx)",
+          "self.attn_norm(self.attn(x, ctx))", MODEL),
+    Fault("final norm left out", "llama", "x = self.norm(x).to(", "x = x.to(", MODEL),
+]  # fmt: skip
+
+FAULTS = PHILOX + NOISE + LAYER + OBJECTIVE + TRAINING + METRICS + SCHEDULES + LLAMA
