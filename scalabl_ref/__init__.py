@@ -7,7 +7,7 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     import torch as _torch  # noqa: F401
 
-from . import metrics, reference
+from . import methods, metrics, reference
 from .adapters import AdapterConfig, adapters, add_adapters
 from .elbo import Elbo, elbo, kl_forward, kl_official
 from .errors import InputError
@@ -34,6 +34,7 @@ __all__ = [
     "kl_forward",
     "kl_official",
     "load_run",
+    "methods",
     "metrics",
     "native_status",
     "philox4x32",

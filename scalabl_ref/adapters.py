@@ -47,8 +47,8 @@ class AdapterConfig:
     rank: r. alpha: the scaling is c = alpha / rank; None means 2 * rank.
     targets: names of linear layers, out of `TARGETS`.
     sampling: which rows share a draw, see `ops.subspace_lora_linear`.
-    prior_std: sigma_p of the prior N(0, sigma_p^2 I).
-    init_sigma: sigma starts uniform in [init_sigma / sqrt 2, init_sigma].
+    prior_std: sigma_p of the prior N(0, sigma_p^2 I); None becomes the method's own: 1, blob's 0.2.
+    init_sigma: sigma starts uniform in [init_sigma / sqrt 2, init_sigma] (blob: its root G does).
 
     Raises InputError for a value outside its range.
     """
@@ -58,13 +58,15 @@ class AdapterConfig:
     alpha: float | None = None
     targets: tuple[str, ...] = ("q_proj", "v_proj", "lm_head")
     sampling: Sampling = "example"
-    prior_std: float = 1.0
+    prior_std: float = None  # type: ignore[assignment]  # a float once it is made
     init_sigma: float = 0.05
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
         if self.method not in ADAPTERS:
             raise InputError(f"method must be one of {', '.join(ADAPTERS)}, not {self.method!r}")
+        if self.prior_std is None:
+            object.__setattr__(self, "prior_std", ADAPTERS[self.method].prior_std)
         if self.sampling not in SAMPLING:
             raise InputError(
                 f"sampling must be one of {', '.join(SAMPLING)}, not {self.sampling!r}"
@@ -96,6 +98,7 @@ class Adapter(nn.Module):
 
     random = False  # whether draws differ
     variational: tuple[str, ...] = ()  # names of the parameters of a distribution's width
+    prior_std = 1.0  # unless the configuration says otherwise
 
     def __init__(
         self,
@@ -114,7 +117,8 @@ class Adapter(nn.Module):
             self._add_parameters()
         if self.A.device.type != "meta":
             with torch.no_grad():
-                self._initialise(*initial_matrix(seed, layer, config.rank, d_in))
+                widths = self.widths().numel()
+                self._initialise(*initial_matrix(seed, layer, config.rank, d_in, widths))
 
     def _add_parameters(self) -> None:
         """Create what a subclass trains besides A and B."""
@@ -229,12 +233,16 @@ ADAPTERS: dict[str, type[Adapter]] = {
 }
 
 
-def initial_matrix(seed: int, layer: int, rank: int, d_in: int) -> tuple[Tensor, Tensor]:
-    """A layer's Kaiming-uniform matrix (rank, d_in) and uniforms in (0, 1) for its widths (rank,).
+def initial_matrix(
+    seed: int, layer: int, rank: int, d_in: int, widths: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """A layer's Kaiming-uniform matrix (rank, d_in) and uniforms in (0, 1) for its widths.
 
-    Uniform in +-1 / sqrt(d_in), which is kaiming_uniform_ with a = sqrt(5); both float64.
+    widths: how many of these, None is rank. The matrix is uniform in +-1 / sqrt(d_in), which is
+    kaiming_uniform_ with a = sqrt(5); both float64.
     """
-    words = philox_words(seed, INIT_STREAM + layer, rank * d_in + rank).double()
+    count = rank * d_in + (rank if widths is None else widths)
+    words = philox_words(seed, INIT_STREAM + layer, count).double()
     uniform = (words + 0.5) / 2**32
     matrix = (2 * uniform[: rank * d_in] - 1).view(rank, d_in) / math.sqrt(d_in)
     return matrix, uniform[rank * d_in :]
@@ -244,9 +252,14 @@ def initial_values(
     singular: Tensor, Vh: Tensor, uniform: Tensor, init_sigma: float
 ) -> dict[str, Tensor]:
     """A, log_s and log_sigma from the matrix' singular values (r,) and right vectors (r, d_in)."""
-    low = init_sigma / math.sqrt(2)
-    sigma = low + (init_sigma - low) * uniform
+    sigma = initial_widths(uniform, init_sigma)
     return {"A": Vh, "log_s": singular.log(), "log_sigma": sigma.log()}
+
+
+def initial_widths(uniform: Tensor, init_sigma: float) -> Tensor:
+    """Uniforms in (0, 1) moved to [init_sigma / sqrt 2, init_sigma]."""
+    low = init_sigma / math.sqrt(2)
+    return low + (init_sigma - low) * uniform
 
 
 class Linear(nn.Module):

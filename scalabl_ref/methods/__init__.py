@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from ..adapters import ADAPTERS
+from .blob import BlobAdapter
+
 if TYPE_CHECKING:
     from ..data import Batch
     from ..llama import Llama
+
+__all__ = ["BlobAdapter", "Posterior"]
+
+ADAPTERS.update(blob=BlobAdapter)
 
 
 class Posterior(Protocol):
