@@ -12,14 +12,15 @@ from torch import Tensor
 
 from ..adapters import ADAPTERS
 from .blob import BlobAdapter
+from .tfb import TfbAdapter, tfb
 
 if TYPE_CHECKING:
     from ..data import Batch
     from ..llama import Llama
 
-__all__ = ["BlobAdapter", "Posterior"]
+__all__ = ["BlobAdapter", "Posterior", "TfbAdapter", "tfb"]
 
-ADAPTERS.update(blob=BlobAdapter)
+ADAPTERS.update(blob=BlobAdapter, tfb=TfbAdapter)
 
 
 class Posterior(Protocol):
