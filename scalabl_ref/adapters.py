@@ -54,8 +54,8 @@ class AdapterConfig:
     covariance: "diagonal" or, for "scalabl", "full": of the Gaussian over the scales.
     prior: "fixed" is N(0, prior_std^2 I). "layer" and "component" are empirical Bayes, for
         "scalabl": sigma_p is what minimises the forward KL, for each layer or for each scale.
-    prior_std: sigma_p of the fixed prior.
-    init_sigma: sigma starts uniform in [init_sigma / sqrt 2, init_sigma].
+    prior_std: sigma_p of the fixed prior; None becomes the method's own: 1, blob's 0.2.
+    init_sigma: sigma starts uniform in [init_sigma / sqrt 2, init_sigma] (blob: its root G does).
     dropout: share of inputs dropped, of method "dropout".
 
     Raises InputError for a value outside its range.
@@ -68,7 +68,7 @@ class AdapterConfig:
     sampling: Sampling = "example"
     covariance: str = "diagonal"
     prior: Prior = "fixed"
-    prior_std: float = 1.0
+    prior_std: float = None  # type: ignore[assignment]  # a float once it is made
     init_sigma: float = 0.05
     dropout: float = 0.1
 
@@ -76,6 +76,8 @@ class AdapterConfig:
         object.__setattr__(self, "targets", tuple(self.targets))
         if self.method not in ADAPTERS:
             raise InputError(f"method must be one of {', '.join(ADAPTERS)}, not {self.method!r}")
+        if self.prior_std is None:
+            object.__setattr__(self, "prior_std", ADAPTERS[self.method].prior_std)
         if self.sampling not in SAMPLING:
             raise InputError(
                 f"sampling must be one of {', '.join(SAMPLING)}, not {self.sampling!r}"
@@ -117,6 +119,7 @@ class Adapter(nn.Module):
 
     random = False  # whether draws differ
     variational: tuple[str, ...] = ()  # names of the parameters of a distribution's width
+    prior_std = 1.0  # unless the configuration says otherwise
 
     def __init__(
         self,
@@ -135,7 +138,8 @@ class Adapter(nn.Module):
             self._add_parameters()
         if self.A.device.type != "meta":
             with torch.no_grad():
-                self._initialise(*initial_matrix(seed, layer, config.rank, d_in))
+                widths = self.widths().numel()
+                self._initialise(*initial_matrix(seed, layer, config.rank, d_in, widths))
 
     def _add_parameters(self) -> None:
         """Create what a subclass trains besides A and B."""
@@ -267,12 +271,16 @@ ADAPTERS: dict[str, type[Adapter]] = {
 COVARIANCES: dict[str, dict[str, type[Adapter]]] = {"diagonal": ADAPTERS, "full": {}}
 
 
-def initial_matrix(seed: int, layer: int, rank: int, d_in: int) -> tuple[Tensor, Tensor]:
-    """A layer's Kaiming-uniform matrix (rank, d_in) and uniforms in (0, 1) for its widths (rank,).
+def initial_matrix(
+    seed: int, layer: int, rank: int, d_in: int, widths: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """A layer's Kaiming-uniform matrix (rank, d_in) and uniforms in (0, 1) for its widths.
 
-    Uniform in +-1 / sqrt(d_in), which is kaiming_uniform_ with a = sqrt(5); both float64.
+    widths: how many of these, None is rank. The matrix is uniform in +-1 / sqrt(d_in), which is
+    kaiming_uniform_ with a = sqrt(5); both float64.
     """
-    words = philox_words(seed, INIT_STREAM + layer, rank * d_in + rank).double()
+    count = rank * d_in + (rank if widths is None else widths)
+    words = philox_words(seed, INIT_STREAM + layer, count).double()
     uniform = (words + 0.5) / 2**32
     matrix = (2 * uniform[: rank * d_in] - 1).view(rank, d_in) / math.sqrt(d_in)
     return matrix, uniform[rank * d_in :]
@@ -282,9 +290,14 @@ def initial_values(
     singular: Tensor, Vh: Tensor, uniform: Tensor, init_sigma: float
 ) -> dict[str, Tensor]:
     """A, log_s and log_sigma from the matrix' singular values (r,) and right vectors (r, d_in)."""
-    low = init_sigma / math.sqrt(2)
-    sigma = low + (init_sigma - low) * uniform
+    sigma = initial_widths(uniform, init_sigma)
     return {"A": Vh, "log_s": singular.log(), "log_sigma": sigma.log()}
+
+
+def initial_widths(uniform: Tensor, init_sigma: float) -> Tensor:
+    """Uniforms in (0, 1) moved to [init_sigma / sqrt 2, init_sigma]."""
+    low = init_sigma / math.sqrt(2)
+    return low + (init_sigma - low) * uniform
 
 
 class Linear(nn.Module):

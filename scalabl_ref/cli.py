@@ -140,7 +140,11 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=train.batch, help="examples a step")
     add("--micro-batch", type=int, help="examples computed at a time (gradient accumulation)")
     add("--lr", type=float, default=train.lr, help="AdamW rate of A and B")
-    add("--variational-lr", type=float, help="AdamW rate of log s and log sigma (default: 4 * lr)")
+    add(
+        "--variational-lr",
+        type=float,
+        help="AdamW rate of widths (default: 4 * lr)",
+    )
     add("--warmup", type=float, default=train.warmup, help="fraction of steps with rising rates")
     add("--weight-decay", type=float, default=train.weight_decay, help="AdamW's")
     add("--beta", type=float, default=train.beta, help="weight of KL / N; 1 is the ELBO")
@@ -162,7 +166,11 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"layers to adapt, of {' '.join(TARGETS)}",
     )
     add("--sampling", choices=SAMPLING, default=adapter.sampling, help="rows that share a draw")
-    add("--prior-std", type=float, default=adapter.prior_std, help="sigma of the prior")
+    add(
+        "--prior-std",
+        type=float,
+        help="sigma of the prior (default: 1, blob's 0.2)",
+    )
     add("--init-sigma", type=float, default=adapter.init_sigma, help="upper end of sigma's start")
     add("--head", choices=("classes", "full"), default="classes", help="rows of lm_head to keep")
     add("--holdout", type=float, default=0.0, help="fraction kept from training, for temperature")

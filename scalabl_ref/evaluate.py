@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import metrics
+from .adapters import ADAPTERS
 from .data import Example, encode, evaluation_batches
 from .errors import InputError, atomic_write_text
 from .llama import Llama
@@ -93,7 +94,7 @@ def evaluate(
     probs, labels = answers.prediction.probs, answers.labels
     result: dict[str, Any] = {
         "method": info["adapter"]["method"],
-        "kl": info["train"]["kl"] if info["adapter"]["method"] == "scalabl" else None,
+        "kl": info["train"]["kl"] if ADAPTERS[info["adapter"]["method"]].variational else None,
         "objective": info["train"]["objective"],
         "samples": samples,
         "seed": seed,

@@ -45,8 +45,9 @@ class TrainConfig:
 
     steps: optimiser steps, of `batch` examples each, computed `micro_batch` at a time (gradient
         accumulation; None is all at once).
-    lr: AdamW's rate for A and B. variational_lr: for log_s and log_sigma, None is 4 * lr (at equal
-        rates the width hardly leaves its starting value, since AdamW is scale-free).
+    lr: AdamW's rate for A and B. variational_lr: for the parameters of a width (scalabl: log_s and
+        log_sigma; blob: G), None is 4 * lr (at equal rates the width hardly leaves its starting
+        value, since AdamW is scale-free).
     warmup: fraction of the steps in which rates rise linearly to full, then fall linearly to 0.
     kl: direction, see `elbo`. beta: weight of KL / N in the one objective.
     objective: "elbo" steps AdamW on NLL + beta KL / N. "official" does, per batch, an AdamW step on
@@ -202,10 +203,13 @@ class Trainer:
         c = self.config
         period = kl_period(len(self.data.labels), c.batch)
         rate = c.kl_lr * factor * kl_weight(self.done, period)
-        gradients = torch.autograd.grad(kl_divergence(self.model, c.kl), self.variational)
+        parameters = [p for adapter in self.adapters for p in adapter.parameters()]
+        kl = kl_divergence(self.model, c.kl)
+        gradients = torch.autograd.grad(kl, parameters, allow_unused=True)
         with torch.no_grad():
-            for parameter, gradient in zip(self.variational, gradients, strict=True):
-                parameter.sub_(rate * gradient)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    parameter.sub_(rate * gradient)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: step count, adapters, optimiser moments."""

@@ -54,7 +54,7 @@ def refused(command: str, capsys) -> str:
     return err
 
 
-@pytest.mark.parametrize("method", ["scalabl", "mle"])
+@pytest.mark.parametrize("method", ["scalabl", "mle", "blob"])
 def test_train_evaluate_predict(work, capsys, method):
     result = ok(f"{TRAIN} --method {method} --holdout 0.25", capsys)
     assert result["steps"] == 6 and result["examples"] == 18
@@ -66,7 +66,7 @@ def test_train_evaluate_predict(work, capsys, method):
     )
     assert metrics == json.loads((work / "run" / "metrics.json").read_text())
     assert metrics["method"] == method and metrics["n"] == 9 and metrics["bins"] == 15
-    assert metrics["kl"] == ("forward" if method == "scalabl" else None)
+    assert metrics["kl"] == (None if method == "mle" else "forward")
     assert {"acc", "ece", "nll", "brier", "samples"} <= metrics.keys()
     assert metrics["temperature"]["n_fit"] == 6 and metrics["temperature"]["value"] > 0
     assert metrics["ood"]["n"] == 24

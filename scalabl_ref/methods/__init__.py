@@ -10,11 +10,20 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from . import dropout, full  # noqa: F401  they add themselves to `adapters.ADAPTERS`
+from ..adapters import ADAPTERS, COVARIANCES
+from .blob import BlobAdapter
+from .dropout import DropoutAdapter
+from .full import FullAdapter
+from .tfb import TfbAdapter, tfb
 
 if TYPE_CHECKING:
     from ..data import Batch
     from ..llama import Llama
+
+__all__ = ["BlobAdapter", "DropoutAdapter", "FullAdapter", "Posterior", "TfbAdapter", "tfb"]
+
+ADAPTERS.update(blob=BlobAdapter, dropout=DropoutAdapter, tfb=TfbAdapter)
+COVARIANCES["full"]["scalabl"] = FullAdapter
 
 
 class Posterior(Protocol):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..adapters import ADAPTERS, Adapter
+from ..adapters import Adapter
 from ..noise import Noise
 from ..ops import row_noise
 
@@ -36,6 +36,3 @@ class DropoutAdapter(Adapter):
         kept = (z.to(x.device) >= cut) * (self.config.scaling / (1 - p))
         h = F.linear(x.to(self.A.dtype) * kept, self.A)
         return F.linear(x, weight, bias) + F.linear(h, self.B).to(x.dtype)
-
-
-ADAPTERS["dropout"] = DropoutAdapter

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters import COVARIANCES, Adapter, SubspaceAdapter, fitted_prior_std
+from ..adapters import Adapter, SubspaceAdapter, fitted_prior_std
 from ..errors import InputError
 from ..noise import Noise
 from ..ops import row_noise
@@ -67,6 +67,3 @@ class FullAdapter(SubspaceAdapter):
     def widths(self) -> Tensor:
         """Marginal standard deviations."""
         return self.factor().square().sum(1).sqrt()
-
-
-COVARIANCES["full"]["scalabl"] = FullAdapter

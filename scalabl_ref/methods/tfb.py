@@ -1,0 +1,160 @@
+"""TFB: a posterior over A for adapters that are trained already, with one width to be found.
+
+Shi, Wang, Han, Zhang, Wang, "Training-Free Bayesianization for Low-Rank Adapters of Large Language
+Models", 2024, arXiv 2412.05723. "The official code" is Wang-ML-Lab/bayesian-peft.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import Adapter, adapters
+from ..elbo import class_logits
+from ..errors import InputError
+from ..noise import Noise
+from ..train import FIRST_TRAINING_DRAW
+from .blob import FlipoutAdapter
+
+if TYPE_CHECKING:
+    from ..data import Batch
+    from ..llama import Llama
+
+
+class TfbAdapter(FlipoutAdapter):
+    """What `tfb` makes: row k of A has the standard deviation sigma_k in each entry; sigma (r,)."""
+
+    def _add_parameters(self) -> None:
+        self.sigma = nn.Parameter(torch.zeros(self.config.rank, dtype=torch.float32))
+
+    def omega(self) -> Tensor:
+        return self.sigma[:, None]
+
+    @classmethod
+    def complexity(cls, layers: Sequence[Adapter], kl: str) -> Tensor:
+        """Raises InputError: there is nothing to train by."""
+        raise InputError("method tfb is not trained: methods.tfb makes it of a run of mle or map")
+
+    def widths(self) -> Tensor:
+        return self.sigma
+
+
+@torch.no_grad()
+def tfb(
+    model: Llama,
+    batches: Iterable[Batch],
+    tolerance: float = 0.003,
+    samples: int = 10,
+    seed: int = 0,
+    bounds: tuple[float, float] = (1e-4, 1.0),
+    resolution: float = 0.01,
+) -> float:
+    """Make the model's adapters Bayesian in place, as wide as the answers allow; returns sigma_q.
+
+    With the thin SVD B = U diag(d) V^T, an adapter becomes B' = U diag(d) and A' = V^T A, the same
+    function, and the entries of row k of A' get the standard deviation sigma_q / d_k; a row with
+    d_k = 0, which B' ignores, gets none. sigma_q is the largest within `bounds` for which
+
+        |NLL(sigma_q) - NLL(0)| <= tolerance NLL(0)
+
+    where the NLL is that of the mean model's own answers to `batches` (labels are not used), under
+    the mixture of `samples` draws. Bisection of log sigma_q finds it, to ends a factor of at most
+    1 + resolution apart; the lower end is returned, which satisfies the tolerance, as the upper one
+    does not. If the upper of `bounds` satisfies it, that is returned.
+
+    The same draws serve every sigma_q; they are training's, so that none is one of prediction's.
+
+    Raises InputError, and leaves the model as it was, if an adapter is not a point estimate (method
+    "mle" or "map") or if the lower of `bounds` does not satisfy the tolerance.
+    """
+    points = adapters(model)
+    for name, point in points.items():
+        if point.config.method not in ("mle", "map"):
+            raise InputError(f"{name}: tfb starts from mle or map, not {point.config.method}")
+    if samples < 1:
+        raise InputError(f"samples must be at least 1, not {samples}")
+    device = next(model.parameters()).device
+    batches = [batch.to(device) for batch in batches]
+    draws = [Noise(seed, FIRST_TRAINING_DRAW + i) for i in range(samples)]
+
+    mean = _log_mixture(model, batches, [None])
+    answers = mean.argmax(-1, keepdim=True)
+
+    def nll(log_probs: Tensor) -> float:
+        return -log_probs.gather(1, answers).mean().item()
+
+    rotated = {name: _rotate(point) for name, point in points.items()}
+
+    def widen(sigma: float) -> None:
+        for adapter, inverse in rotated.values():
+            adapter.sigma.copy_(sigma * inverse)
+
+    def fits(sigma: float) -> bool:
+        widen(sigma)
+        change = nll(_log_mixture(model, batches, draws)) - nll(mean)
+        return abs(change) <= tolerance * nll(mean)
+
+    _attach(model, {name: adapter for name, (adapter, _) in rotated.items()})
+    try:
+        found = largest(fits, *bounds, resolution)
+    except InputError:
+        _attach(model, points)
+        raise
+    widen(found)
+    return found
+
+
+def largest(fits: Callable[[float], bool], low: float, high: float, resolution: float) -> float:
+    """x in [low, high] that fits, while some x' <= x (1 + resolution) does not; or else `high`.
+
+    Raises InputError if `low` does not fit, or if 0 < low < high and 1e-9 < resolution do not hold.
+    """
+    if not (0 < low < high < math.inf and resolution > 1e-9):
+        raise InputError(f"cannot search [{low}, {high}] to a resolution of {resolution}")
+    if fits(high):
+        return high
+    if not fits(low):
+        raise InputError(f"no sigma in [{low}, {high}] satisfies the tolerance")
+    while high > low * (1 + resolution):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+@torch.no_grad()
+def _rotate(point: Adapter) -> tuple[TfbAdapter, Tensor]:
+    """The same function with orthogonal columns in B, and 1 / d of each (r,), 0 where d = 0.
+
+    d counts as 0 where rounding to float32 could have made it, as in torch.linalg.matrix_rank. A B
+    with fewer rows than the rank has fewer d: zeros are added.
+    """
+    rank, d_in = point.A.shape
+    config = dataclasses.replace(point.config, method="tfb")
+    adapter = TfbAdapter(d_in, len(point.B), config, point.layer, 0, point.A.device)
+    U, d, Vh = torch.linalg.svd(point.B.double(), full_matrices=False)
+    adapter.A.zero_()[: len(d)] = Vh @ point.A.double()
+    adapter.B.zero_()[:, : len(d)] = U * d
+    least = torch.finfo(torch.float32).eps * max(point.B.shape) * d.max()
+    inverse = torch.zeros(rank, dtype=d.dtype, device=d.device)
+    inverse[: len(d)] = torch.where(d > least, 1 / d, 0.0)
+    return adapter, inverse
+
+
+def _attach(model: Llama, chosen: dict[str, Adapter] | dict[str, TfbAdapter]) -> None:
+    for name, adapter in chosen.items():
+        model.get_submodule(name).adapter = adapter
+
+
+def _log_mixture(model: Llama, batches: list[Batch], draws: Sequence[Noise | None]) -> Tensor:
+    """Log of the answers' probabilities, averaged over draws: (examples, C) float64."""
+    rows = []
+    for batch in batches:
+        logits = torch.stack([class_logits(model, batch, noise) for noise in draws])
+        log_probs = torch.log_softmax(logits.double(), dim=-1)
+        rows.append(torch.logsumexp(log_probs, dim=0) - math.log(len(draws)))
+    return torch.cat(rows)
