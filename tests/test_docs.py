@@ -37,7 +37,7 @@ def test_the_audit_table_names_what_exists():
             if "/" in name:
                 assert (ROOT / name).is_file(), name
                 continue
-            module, attribute = name.split(".")
+            module, _, attribute = name.rpartition(".")
             assert hasattr(importlib.import_module(f"scalabl_ref.{module}"), attribute), name
         for name in names(tests):
             file, _, function = name.partition("::")
