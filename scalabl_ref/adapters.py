@@ -226,7 +226,7 @@ class SubspaceAdapter(Adapter):
 
     @classmethod
     def complexity(cls, layers: Sequence[Adapter], kl: str) -> Tensor:
-        """(5) or (6), summed over layers and scales; (10) where the prior is fitted."""
+        """(5) or (6), summed over layers and scales; (19) where the prior is fitted."""
         log_s, log_sigma = (
             torch.stack([layer.get_parameter(name) for layer in layers]).double()
             for name in ("log_s", "log_sigma")
@@ -248,7 +248,7 @@ class SubspaceAdapter(Adapter):
 
 
 def fitted_prior_std(second: Tensor, config: AdapterConfig, kl: str) -> float | Tensor:
-    """sigma_p: the fixed one, or (10), from the second moments (layers, r) of the scales under q.
+    """sigma_p: the fixed one, or (19), from the second moments (layers, r) of the scales under q.
 
     The forward KL is smallest over sigma_p where sigma_p^2 is the mean of E_q[s~_k^2]. What is left
     of it does not change with (s, sigma) / a and a B: that arbitrary scale is gone.

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from .checkpoint import load_tensors, read_json, save_tensors
 from .data import Encoded, Example, encode, evaluation_batches, load, num_classes, split
 from .errors import InputError, atomic_write_text, make_folder
 from .llama import Llama
-from .methods import Posterior
+from .methods import Laplace, Posterior, tfb
 from .methods.ensemble import Ensemble, Swag
 from .predict import Prediction, predict_all
 from .progress import progress_bar
@@ -58,11 +58,27 @@ class Method:
     collects: bool = False  # SWAG's iterates
 
 
+def _laplace(layers: Literal["all", "last"]) -> Callable[..., Posterior]:
+    def after(model: Llama, train: Encoded, held: Encoded, samples: int, seed: int) -> Posterior:
+        return Laplace.fit(model, evaluation_batches(train, 8), layers=layers).optimise_prior()
+
+    return after
+
+
+def _tfb(model: Llama, train: Encoded, held: Encoded, samples: int, seed: int) -> None:
+    """Turns the model into one that draws; 0.003 is the published tolerance."""
+    tfb(model, list(evaluation_batches(held, 32)), 0.003, samples=samples, seed=seed)
+
+
 METHODS: dict[str, Method] = {
     "mle": Method({"method": "mle"}),
     "map": Method({"method": "map"}, ("prior_std", (0.1, 0.3))),
     "dropout": Method({"method": "dropout", "sampling": "token"}, ("dropout", (0.1, 0.3))),
     "ensemble": Method({"method": "mle"}, members=3),
+    "laplace": Method({"method": "map"}, ("prior_std", (0.1, 0.3)), after=_laplace("all")),
+    "laplace last": Method({"method": "map"}, ("prior_std", (0.1, 0.3)), after=_laplace("last")),
+    "blob": Method({"method": "blob"}, ("beta", (0.1, 1.0))),
+    "tfb": Method({"method": "mle"}, after=_tfb),
     "swag": Method({"method": "mle"}, collects=True),
     "scalabl": Method({"method": "scalabl"}, ("beta", (1.0, 5.0))),
     "scalabl official": Method({"method": "scalabl", "kl": "official"}, ("beta", (0.1, 0.5))),

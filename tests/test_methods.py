@@ -12,6 +12,8 @@ from torch.distributions import kl_divergence as torch_kl
 from scalabl_ref import AdapterConfig, InputError, Noise, adapters, elbo, kl_forward, predict
 from scalabl_ref.adapters import Linear, add_adapters
 from scalabl_ref.elbo import kl_divergence
+from scalabl_ref.methods import Ensemble, Swag
+from scalabl_ref.train import adapter_state
 
 from .models import tiny_batch, tiny_model
 from .stats import ZTest
@@ -225,3 +227,48 @@ def test_each_scale_may_have_its_own_prior():
     both = kl_forward(s, sigma, torch.tensor([1.0, 2.0]).double())
     apart = kl_forward(s[:1], sigma[:1], 1.0) + kl_forward(s[1:], sigma[1:], 2.0)
     assert both == apart
+
+
+# --- ensembles and SWAG ---------------------------------------------------------------------------
+
+
+def test_an_ensemble_averages_its_members():
+    models, batch = [tiny_model(seed, method="mle") for seed in (0, 1)], tiny_batch()
+    each = [predict(model, batch, samples=0).probs for model in models]
+    host = tiny_model(0, method="mle")
+    base = {n: p.clone() for n, p in host.named_parameters()}
+    ensemble = Ensemble([adapter_state(m) for m in models])
+    # The members' bases differ in the trimmed head; predict with each on its own base.
+    ours = predict(models[0], batch, posterior=Ensemble([adapter_state(models[0])] * 2))
+    assert (ours.probs - each[0]).abs().max() <= rounding(torch.float64, 64)
+    both = predict(host, batch, posterior=ensemble)
+    singles = [predict(host, batch, posterior=Ensemble([s])).probs for s in ensemble.members]
+    assert (both.probs - (singles[0] + singles[1]) / 2).abs().max() <= rounding(torch.float64, 64)
+    assert (singles[0] - singles[1]).abs().max() > 1e-3
+    assert all(torch.equal(p, base[n]) for n, p in host.named_parameters())
+    first = predict(host, batch, samples=0, posterior=ensemble)
+    assert torch.equal(first.probs, singles[0])
+
+
+def test_swag_is_a_gaussian_through_the_iterates():
+    model, swag, seen = tiny_model(method="mle"), Swag(), []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        for adapter in adapters(model).values():
+            adapter.A.data += torch.randn(adapter.A.shape, generator=generator)
+        swag.collect(model)
+        seen.append(adapter_state(model)["lm_head.A"].clone().double())
+    mean, sd = torch.stack(seen).mean(0), torch.stack(seen).std(0, correction=0)
+    assert (swag.mean["lm_head.A"] - mean).abs().max() <= rounding(torch.float32, 64)
+    draws = [swag.draw(Noise(7, i))["lm_head.A"].double() for i in range(2)]
+    eps = [(draw - mean) / sd for draw in draws]
+    index = list(swag.mean).index("lm_head.A")
+    for i in range(2):
+        z = Noise(7, i).normal(2**31 + index, 1, mean.numel()).view(mean.shape)
+        assert (eps[i] - z).abs().max() <= rounding(torch.float32, 1e4)
+    unmoved = swag.draw(Noise(7, 0))["lm_head.B"]
+    assert torch.equal(unmoved, swag.mean["lm_head.B"])
+    prediction = predict(model, tiny_batch(), samples=4, posterior=swag)
+    assert (prediction.mutual_information > 0).all()
+    with pytest.raises(InputError, match="no iterate"):
+        predict(model, tiny_batch(), posterior=Swag())

@@ -13,14 +13,26 @@ from torch import Tensor
 from ..adapters import ADAPTERS, COVARIANCES
 from .blob import BlobAdapter
 from .dropout import DropoutAdapter
+from .ensemble import Ensemble, Swag
 from .full import FullAdapter
+from .laplace import Laplace
 from .tfb import TfbAdapter, tfb
 
 if TYPE_CHECKING:
     from ..data import Batch
     from ..llama import Llama
 
-__all__ = ["BlobAdapter", "DropoutAdapter", "FullAdapter", "Posterior", "TfbAdapter", "tfb"]
+__all__ = [
+    "BlobAdapter",
+    "DropoutAdapter",
+    "Ensemble",
+    "FullAdapter",
+    "Laplace",
+    "Posterior",
+    "Swag",
+    "TfbAdapter",
+    "tfb",
+]
 
 ADAPTERS.update(blob=BlobAdapter, dropout=DropoutAdapter, tfb=TfbAdapter)
 COVARIANCES["full"]["scalabl"] = FullAdapter

@@ -53,7 +53,7 @@ class FullAdapter(SubspaceAdapter):
 
     @classmethod
     def complexity(cls, layers: Sequence[Adapter], kl: str) -> Tensor:
-        """(11): KL(q || p) of Gaussians with covariances L L^T and sigma_p^2 I; forward alone."""
+        """(20): KL(q || p) of Gaussians with covariances L L^T and sigma_p^2 I; forward alone."""
         if kl != "forward":
             raise InputError(f"a full covariance has the forward KL, not {kl!r}")
         own = [layer for layer in layers if isinstance(layer, FullAdapter)]
