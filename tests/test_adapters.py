@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scalabl_ref import AdapterConfig, Llama, adapters, add_adapters, philox4x32
-from scalabl_ref.adapters import MIN_LOG_SIGMA, TARGETS, Adapter, Linear
+from scalabl_ref.adapters import ADAPTERS, MIN_LOG_SIGMA, TARGETS, Linear
 from scalabl_ref.configs import CONFIGS, count_parameters, find_config
 from scalabl_ref.errors import InputError
 from scalabl_ref.noise import Noise
@@ -42,7 +42,7 @@ def test_initial_values_are_those_of_the_words():
     uniform = [(word + 0.5) / 2**32 for word in words]
     config = AdapterConfig(method="mle", rank=rank)
     plain, drawn = (
-        Adapter(d_in, 4, c, layer, seed, torch.device("cpu"))
+        ADAPTERS[c.method](d_in, 4, c, layer, seed, torch.device("cpu"))
         for c in (config, replace(config, method="scalabl", init_sigma=0.5))
     )
     for got, u in zip(plain.A.flatten().tolist(), uniform, strict=False):
