@@ -1,7 +1,8 @@
 """The slow truth: the method's formulas as explicit loops over Python floats (float64).
 
-Nothing here is vectorised, fused or clever; every line can be laid beside its equation in
-docs/method.md. `ops`, `elbo` and `predict` are tested against this file and never imported by it.
+`tolist` gives these from any dtype. Nothing here is vectorised, fused or clever; every line can be
+laid beside its equation in docs/method.md. `ops`, `elbo` and `predict` are tested against this file
+and never imported by it.
 """
 
 from __future__ import annotations
@@ -39,15 +40,15 @@ def subspace_lora_linear(
     whatever the inputs' dtype, without gradient.
     """
     d_out, rank = len(weight), len(s)
-    W, a, b = weight.double().tolist(), A.double().tolist(), B.double().tolist()
-    mean, sd = s.double().tolist(), sigma.double().tolist()
-    offset = [0.0] * d_out if bias is None else bias.double().tolist()
+    W, a, b = weight.tolist(), A.tolist(), B.tolist()
+    mean, sd = s.tolist(), sigma.tolist()
+    offset = [0.0] * d_out if bias is None else bias.tolist()
     out = []
-    for row, vector in enumerate(x.double().reshape(-1, x.shape[-1]).tolist()):
+    for row, vector in enumerate(x.reshape(-1, x.shape[-1]).tolist()):
         eps = [0.0] * rank
         if noise is not None:
             group = group_of_row(row, tuple(x.shape[:-1]), sampling, groups)
-            eps = noise.normal(layer, torch.tensor([group]), rank)[0].double().tolist()
+            eps = noise.normal(layer, torch.tensor([group]), rank)[0].tolist()
         h = [_dot(a[k], vector) * (mean[k] + sd[k] * eps[k]) for k in range(rank)]
         out += [
             _dot(W[i], vector) + offset[i] + scaling * sum(b[i][k] * h[k] for k in range(rank))
@@ -77,21 +78,21 @@ def subspace_lora_linear_gradients(
     x, weight, bias, A, B, s, sigma, each of its argument's shape (bias (d_out,) in any case).
     """
     (d_out, d_in), rank = weight.shape, len(s)
-    W, a, b = weight.double().tolist(), A.double().tolist(), B.double().tolist()
-    mean, sd = s.double().tolist(), sigma.double().tolist()
+    W, a, b = weight.tolist(), A.tolist(), B.tolist()
+    mean, sd = s.tolist(), sigma.tolist()
     to_x: list[list[float]] = []
     to_W, to_A, to_B = _zeros(d_out, d_in), _zeros(rank, d_in), _zeros(d_out, rank)
     to_bias, to_s, to_sigma = [0.0] * d_out, [0.0] * rank, [0.0] * rank
     rows = zip(
-        x.double().reshape(math.prod(x.shape[:-1]), d_in).tolist(),
-        grad_y.double().reshape(math.prod(x.shape[:-1]), d_out).tolist(),
+        x.reshape(math.prod(x.shape[:-1]), d_in).tolist(),
+        grad_y.reshape(math.prod(x.shape[:-1]), d_out).tolist(),
         strict=True,
     )
     for row, (vector, g) in enumerate(rows):
         eps = [0.0] * rank
         if noise is not None:
             group = group_of_row(row, tuple(x.shape[:-1]), sampling, groups)
-            eps = noise.normal(layer, torch.tensor([group]), rank)[0].double().tolist()
+            eps = noise.normal(layer, torch.tensor([group]), rank)[0].tolist()
         dh = [0.0] * rank
         for k in range(rank):
             h = _dot(a[k], vector)
@@ -126,7 +127,7 @@ def subspace_lora_linear_gradients(
 def kl_forward(s: Tensor, sigma: Tensor, prior_std: float) -> float:
     """KL(q || p) of q = N(s, diag(sigma^2)) from p = N(0, prior_std^2 I), in nats."""
     total = 0.0
-    for mean, sd in zip(s.double().tolist(), sigma.double().tolist(), strict=True):
+    for mean, sd in zip(s.tolist(), sigma.tolist(), strict=True):
         total += math.log(prior_std / sd) + (sd**2 + mean**2) / (2 * prior_std**2) - 0.5
     return total
 
@@ -134,7 +135,7 @@ def kl_forward(s: Tensor, sigma: Tensor, prior_std: float) -> float:
 def kl_official(s: Tensor, sigma: Tensor, prior_std: float) -> float:
     """KL(p || q), the direction that the official code computes, in nats."""
     total = 0.0
-    for mean, sd in zip(s.double().tolist(), sigma.double().tolist(), strict=True):
+    for mean, sd in zip(s.tolist(), sigma.tolist(), strict=True):
         total += math.log(sd / prior_std) + (prior_std**2 + mean**2) / (2 * sd**2) - 0.5
     return total
 
@@ -153,7 +154,7 @@ def elbo(
     logits (B, C), labels (B,); gaussians: (s, sigma) of every adapted layer, each (r,).
     """
     nll = 0.0
-    for row, label in zip(logits.double().tolist(), labels.tolist(), strict=True):
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
         nll -= (row[label] - _log_sum_exp(row)) / len(labels)
     function = {"forward": kl_forward, "official": kl_official}[kl]
     divergence = sum(function(s, sigma, prior_std) for s, sigma in gaussians)
@@ -179,7 +180,7 @@ def expectation(
     the function: tests hold 1e-10 for exponentials and softmaxes at 32 nodes.
     """
     points, weights = (t.tolist() for t in gauss_hermite(nodes))
-    mean, sd = s.double().tolist(), sigma.double().tolist()
+    mean, sd = s.tolist(), sigma.tolist()
     total = 0.0
     for index in itertools.product(range(nodes), repeat=len(mean)):
         at = [mean[k] + sd[k] * points[i] for k, i in enumerate(index)]
@@ -199,7 +200,7 @@ def predictive(logits: Tensor) -> dict[str, list]:
     for b in range(rows):
         each = []
         for draw in range(draws):
-            row = logits[draw, b].double().tolist()
+            row = logits[draw, b].tolist()
             each.append([math.exp(value - _log_sum_exp(row)) for value in row])
         mixture = [sum(p[c] for p in each) / draws for c in range(classes)]
         expected = sum(_entropy(p) for p in each) / draws

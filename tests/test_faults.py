@@ -43,6 +43,8 @@ def f(x: int = 1, *, y=None) -> int:
 def test_mutants_are_the_small_changes_of_a_source():
     found = mutants.mutants(SOURCE)
     assert len({str(m) for m in found}) == len(found)
+    twice = [str(m) for m in mutants.mutants("a(1, 1)")]
+    assert twice[1::2] == ["1 -> 2 in a(1, 1)", "1 -> 2 (2) in a(1, 1)"]
     texts = {m.what for m in found}
     assert texts == {
         "1 -> 2", "1 -> 0", "x < 2 -> x <= 2", "2 -> 3", "2 -> 1", "not y -> y",

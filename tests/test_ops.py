@@ -573,6 +573,16 @@ def test_tensors_of_another_device_never_reach_the_core():
 
 
 @needs_core
+@pytest.mark.parametrize("rank", [256, 257])
+def test_ranks_beyond_the_cores_take_the_composition(rank):
+    case = wide_case((2, 3), 12, 10, rank, torch.float64)
+    t = ops.Inputs(*(vars(case)[n] for n in (*TENSORS, "scaling")))
+    assert (ops._core_for(t, ops._MEAN) is None) == (rank > 256)
+    error = (call(case) - call(case, reference.subspace_lora_linear)).abs()
+    assert (error <= op_bound(case)).all()
+
+
+@needs_core
 def test_the_core_names_what_is_wrong():
     case = wide_case((2, 3), 12, 10, 4)
     with pytest.raises(InputError, match="group id must be in"):

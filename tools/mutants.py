@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from types import CodeType
 from typing import Any, NamedTuple
@@ -46,13 +47,18 @@ class Mutant(NamedTuple):
 
 def mutants(source: str) -> list[Mutant]:
     """All of them, in the order of the text. They share one tree: `changed` changes it."""
-    tree = ast.parse(source)
-    return [
+    tree, seen = ast.parse(source), Counter[str]()
+    found = [
         Mutant(tree, parent, field, index, new, old.lineno, _describe(old, new), where)
         for parent, field, index, old, where in _places(tree, "")
         for new in _variants(field, old)
         if isinstance(new, ast.Pass) or ast.dump(new) != ast.dump(old)
     ]
+    for i, mutant in enumerate(found):  # the same change twice in a statement
+        seen[str(mutant)] += 1
+        if seen[str(mutant)] > 1:
+            found[i] = mutant._replace(what=f"{mutant.what} ({seen[str(mutant)]})")
+    return found
 
 
 def changed(found: list[Mutant], number: int) -> CodeType:
