@@ -69,6 +69,7 @@ SLOW = ("instruction_set or large_shapes or half_precision or used_twice or catc
 TESTS = {
     "philox": ["noise.py", *KIT],
     "noise": ["noise.py", "adapters.py", *KIT],
+    "divergence": ["elbo.py", *KIT],
     "elbo": ["elbo.py", "train.py", *KIT],
     "reference": ["reference.py", "ops.py::test_equals_the_reference",
                   "ops.py::test_gradients_equal_the_reference", "elbo.py",
