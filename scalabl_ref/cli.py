@@ -119,7 +119,7 @@ def _device(args: argparse.Namespace) -> Any:
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    from .adapters import ADAPTERS, TARGETS, AdapterConfig
+    from .adapters import ADAPTERS, COVARIANCES, PRIORS, TARGETS, AdapterConfig
     from .elbo import KLS
     from .ops import SAMPLING
     from .train import OBJECTIVES, TrainConfig
@@ -166,6 +166,11 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"layers to adapt, of {' '.join(TARGETS)}",
     )
     add("--sampling", choices=SAMPLING, default=adapter.sampling, help="rows that share a draw")
+    add("--covariance", choices=tuple(COVARIANCES), default=adapter.covariance,
+        help="of the Gaussian over the scales (scalabl)")  # fmt: skip
+    add("--prior", choices=PRIORS, default=adapter.prior,
+        help="fixed, or fitted for each layer or each component (scalabl)")  # fmt: skip
+    add("--dropout", type=float, default=adapter.dropout, help="share of inputs (dropout)")
     add(
         "--prior-std",
         type=float,

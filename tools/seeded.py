@@ -215,7 +215,7 @@ OBJECTIVE = [
     Fault("log ratio upside down", "divergence", "torch.log(prior_std / sigma)",
           "torch.log(sigma / prior_std)", KL),
     Fault("official log ratio upside down", "divergence",
-          "log_ratio = torch.log(sigma / prior_std)", "log_ratio = torch.log(prior_std / sigma)", KL),
+          "torch.log(sigma / prior_std)", "torch.log(prior_std / sigma)", KL),
     Fault("KL without its half", "divergence", "(2 * prior_std**2) - 0.5)", "(2 * prior_std**2))",
           KL_ZERO),
     Fault("KL: standard deviation for variance", "divergence",
