@@ -6,8 +6,8 @@
 A fault is the changed code of one module, never written to disk: PyTorch and pytest are imported
 once, each fault gets a forked process of its own, and an import hook there serves the changed code.
 So the working tree stays as it is and faults are tried side by side. `seeded` fails (exit status 1)
-where a fault is not caught by the test named for it and by the kit; both commands write their
-section of docs/verification.md when they ran over everything.
+where a fault is not caught by the test named for it and by the kit; `seeded --write` and `mutate`
+write their sections of docs/verification.md.
 
 mutmut was considered: it skips module-level code and decorated functions, where the constants of
 Philox and the registered operators are.
@@ -218,7 +218,7 @@ def _first_failure(body: str) -> str:
 # --- The catalogue ------------------------------------------------------------------------------
 
 
-def run_seeded(part: str, jobs: int) -> int:
+def run_seeded(part: str, jobs: int, write: bool) -> int:
     faults = [fault for fault in seeded.FAULTS if part in fault.name]
     start = time.perf_counter()
     properties = sorted({fault.property for fault in faults})
@@ -247,7 +247,7 @@ def run_seeded(part: str, jobs: int) -> int:
         )
     seconds = time.perf_counter() - start
     print(f"{len(rows) - bad} of {len(rows)} faults caught by both, {seconds:.0f} s")
-    if not part:
+    if write:
         write_section("Seeded faults", _seeded_text([rows[f] for f in faults], bad, seconds))
     return int(bad > 0)
 
@@ -377,14 +377,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--jobs", type=int, default=2)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("seeded").add_argument("part", nargs="?", default="")
+    seed = commands.add_parser("seeded")
+    seed.add_argument("part", nargs="?", default="", help="of the names of those to try")
+    seed.add_argument("--write", action="store_true", help="the table into docs/verification.md")
     mutate = commands.add_parser("mutate")
     mutate.add_argument("modules", nargs="+", choices=TESTS)
     mutate.add_argument("--step", type=int, default=1, help="only every n-th mutant")
     mutate.add_argument("--again", action="store_true", help="only those that lived last time")
     arguments = parser.parse_args()
     if arguments.command == "seeded":
-        return run_seeded(arguments.part, arguments.jobs)
+        return run_seeded(arguments.part, arguments.jobs, arguments.write)
     a = arguments
     return run_mutation(a.modules, a.jobs, a.step, a.again)
 
