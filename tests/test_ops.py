@@ -510,6 +510,9 @@ def test_vmap_over_group_ids_gives_independent_draws():
         return call(case, sampling="example", groups=groups)
 
     drawn = torch.func.vmap(draw)(ids)
+    each = torch.arange(24).view(4, 2, 3)
+    last = torch.func.vmap(draw, in_dims=2)(each.permute(1, 2, 0))
+    assert torch.equal(last, torch.func.vmap(draw)(each))
     for i in range(4):
         error = (drawn[i] - draw(ids[i])).abs().max()
         assert error <= rounding(torch.float32, 64) * drawn.abs().max()
