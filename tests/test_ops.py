@@ -421,7 +421,9 @@ def test_compiles_whole(body, monkeypatch):
     """One graph, for any draw: a new Noise is not a new program (after the second)."""
     if body == "composition":
         monkeypatch.setattr(native, "core", lambda: None)
-    case = wide_case((2, 3), 12, 10, 4)
+    case = replace(
+        wide_case((2, 3), 12, 10, 4), sampling="example", groups=torch.tensor([2**32 - 1, 4])
+    )
     names = ("x", "A", "B", "s", "sigma")
     direction = direction_of(case)
     graphs = []
