@@ -421,7 +421,9 @@ def test_compiles_whole(body, monkeypatch):
     """One graph, for any draw: a new Noise is not a new program (after the second)."""
     if body == "composition":
         monkeypatch.setattr(native, "core", lambda: None)
-    case = wide_case((2, 3), 12, 10, 4)
+    case = replace(
+        wide_case((2, 3), 12, 10, 4), sampling="example", groups=torch.tensor([2**32 - 1, 4])
+    )
     names = ("x", "A", "B", "s", "sigma")
     direction = direction_of(case)
     graphs = []
@@ -510,6 +512,9 @@ def test_vmap_over_group_ids_gives_independent_draws():
         return call(case, sampling="example", groups=groups)
 
     drawn = torch.func.vmap(draw)(ids)
+    each = torch.arange(24).view(4, 2, 3)
+    last = torch.func.vmap(draw, in_dims=2)(each.permute(1, 2, 0))
+    assert torch.equal(last, torch.func.vmap(draw)(each))
     for i in range(4):
         error = (drawn[i] - draw(ids[i])).abs().max()
         assert error <= rounding(torch.float32, 64) * drawn.abs().max()
@@ -570,6 +575,58 @@ def test_tensors_of_another_device_never_reach_the_core():
         t = ops.Inputs(*({**vars(case), **elsewhere}[n] for n in (*TENSORS, "scaling")))
         assert ops._core_for(t, ops._MEAN) is None
     assert ops._core_for(ops.Inputs(*(vars(case)[n] for n in (*TENSORS, "scaling"))), ops._MEAN)
+
+
+@needs_core
+def test_what_the_core_does_not_serve_is_left_to_the_composition():
+    case = wide_case((2, 3), 12, 10, 4)
+    bias, low, none = torch.zeros(10), torch.float16, ops._MEAN
+    t = ops.Inputs(*({**vars(case), "bias": bias}[n] for n in (*TENSORS, "scaling")))
+    assert ops._core_for(t, none)
+    for name in ("weight", "bias", "A", "B", "s", "sigma"):
+        assert ops._core_for(t._replace(**{name: getattr(t, name).to(low)}), none) is None
+    narrow = {name: getattr(t, name).to(low) for name in ("A", "B", "s", "sigma")}
+    assert ops._core_for(t._replace(**narrow), none) is None
+    number = {n: v.to(torch.complex64) for n, v in t._asdict().items() if n != "scaling"}
+    assert ops._core_for(t._replace(**number), none) is None
+    assert ops._core_for(t._replace(A=t.A[:0], B=t.B[:, :0]), none) is None
+
+    class Other(torch.Tensor):
+        pass
+
+    for name in ("x", "weight", "A", "B", "s", "sigma"):
+        other = getattr(t, name).as_subclass(Other)
+        assert ops._core_for(t._replace(**{name: other}), none) is None
+    ids = torch.arange(2)
+    assert ops._core_for(t, none._replace(ids=ids))
+    assert ops._core_for(t, none._replace(ids=ids.as_subclass(Other))) is None
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_scales_and_groups_may_have_strides(body):
+    case = replace(wide_case((2, 3), 12, 10, 4), groups=torch.tensor([7, 4]))
+    wide = {n: torch.stack((getattr(case, n), 1 + getattr(case, n)), 1)[:, 0]
+            for n in ("s", "sigma", "groups")}  # fmt: skip
+    assert torch.equal(call(case, body, **wide), call(case, body))
+    direction = direction_of(case)
+    plain = outputs_and_gradients(case, body, direction)
+    strided = outputs_and_gradients(replace(case, **wide), body, direction)
+    for name, value in plain.items():
+        assert torch.equal(strided[name], value), name
+
+
+@pytest.mark.parametrize("body", ["native", "composition"])
+def test_registered_gradients_have_the_dtypes_of_their_inputs(body, monkeypatch):
+    if body == "composition":
+        monkeypatch.setattr(native, "core", lambda: None)
+    case = replace(wide_case((2, 3), 12, 10, 4), bias=torch.zeros(10).double())
+    wide = {name: getattr(case, name).double() for name in ("x", "weight", "bias")}
+    case = replace(case, **wide)
+    wanted = [True] * 7
+    backward = torch.ops.scalabl_ref.subspace_lora_linear_backward
+    got = backward(direction_of(case), *op_arguments(case), wanted)
+    for name, gradient in zip(TENSORS, got, strict=True):
+        assert gradient.dtype == getattr(case, name).dtype, name
 
 
 @needs_core

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import torch
@@ -14,6 +15,46 @@ from .strategies import op_cases
 from .tolerances import rounding
 
 NAMES = ("x", "weight", "A", "B", "s", "sigma")
+
+
+@given(op_cases(dtype=torch.float32))
+@settings(max_examples=10)
+def test_narrow_numbers_are_widened_before_anything_else(case):
+    wide = {n: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+            for n, v in case.arguments().items()}  # fmt: skip
+    narrow_y = reference.subspace_lora_linear(**case.arguments())
+    assert torch.equal(narrow_y, reference.subspace_lora_linear(**wide))
+    got, expected = (
+        reference.subspace_lora_linear_gradients(torch.ones_like(y), **a)
+        for y, a in ((narrow_y.float(), case.arguments()), (narrow_y, wide))
+    )
+    assert all(torch.equal(got[name], expected[name]) for name in got)
+
+
+def test_logits_far_apart_are_no_trouble():
+    far = torch.tensor([[[1e4, -1e4, 0.0]], [[1e4, -1e4, 0.0]]])
+    assert reference.predictive(far) == {
+        "probs": [[1.0, 0.0, 0.0]], "entropy": [0.0], "expected_entropy": [0.0],
+        "mutual_information": [0.0],
+    }  # fmt: skip
+    loss, nll, kl = reference.elbo(far[0], torch.tensor([2]), [], 1.0, 1.0, 1)
+    assert (loss, nll, kl) == (1e4, 1e4, 0.0)
+
+
+def test_the_group_of_a_row_is_a_number():
+    groups = torch.tensor([[7, 8], [9, 10]])
+    rows = [reference.group_of_row(r, (2, 2, 3), "example", groups) for r in range(12)]
+    assert rows == [7] * 3 + [8] * 3 + [9] * 3 + [10] * 3 and type(rows[0]) is int
+
+
+def test_defaults_are_those_of_the_op():
+    ours = inspect.signature(ops.subspace_lora_linear).parameters
+    for fn in (reference.subspace_lora_linear, reference.subspace_lora_linear_gradients):
+        for name in ("layer", "sampling", "groups"):
+            assert inspect.signature(fn).parameters[name].default == ours[name].default
+    defaults = (ours[name].default for name in ("layer", "sampling", "groups"))
+    assert tuple(defaults) == (0, "example", None)
+    assert inspect.signature(reference.expectation).parameters["nodes"].default == 32
 
 
 def test_quadrature_integrates_polynomials_exactly():
