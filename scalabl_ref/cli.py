@@ -514,7 +514,8 @@ def _conformance(args: argparse.Namespace) -> Result:
         for problem in grade.problems:
             _say(args, f"    {problem}")
         if not grade.passed:
-            right = f"; right: {', '.join(grade.right)}" if grade.right else ""
+            few = ", ".join(grade.right) if len(grade.right) < 8 else f"{len(grade.right)} others"
+            right = f"; right: {few}" if grade.right else ""
             _say(args, f"    {grade.covers}; it catches {', '.join(grade.catches)}{right}")
     failed = sum(not grade.passed for grade in grades)
     missing = f"; {len(left_out)} not attempted" if left_out else ""
