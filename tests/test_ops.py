@@ -616,17 +616,28 @@ def test_scales_and_groups_may_have_strides(body):
 
 
 @pytest.mark.parametrize("body", ["native", "composition"])
-def test_registered_gradients_have_the_dtypes_of_their_inputs(body, monkeypatch):
+@pytest.mark.parametrize(
+    "base, own",
+    [(torch.float64, torch.float32), (torch.float32, torch.float64)]
+    + [(low, torch.float32) for low in (torch.bfloat16, torch.float16)],
+)
+def test_registered_gradients_have_the_dtypes_of_their_inputs(body, base, own, monkeypatch):
+    """And are as near as that to those of the numbers themselves."""
     if body == "composition":
         monkeypatch.setattr(native, "core", lambda: None)
-    case = replace(wide_case((2, 3), 12, 10, 4), bias=torch.zeros(10).double())
-    wide = {name: getattr(case, name).double() for name in ("x", "weight", "bias")}
-    case = replace(case, **wide)
-    wanted = [True] * 7
-    backward = torch.ops.scalabl_ref.subspace_lora_linear_backward
-    got = backward(direction_of(case), *op_arguments(case), wanted)
+    case = replace(wide_case((2, 3), 12, 10, 4), bias=torch.zeros(10))
+    dtypes = {name: base if name in ("x", "weight", "bias") else own for name in TENSORS}
+    case = replace(case, **{name: getattr(case, name).to(dtypes[name]) for name in TENSORS})
+    backward, direction = torch.ops.scalabl_ref.subspace_lora_linear_backward, direction_of(case)
+    got = backward(direction, *op_arguments(case), [True] * 7)
+    sizes = op_sizes(case, direction)
+    expected = reference.subspace_lora_linear_gradients(direction, **case.arguments())
     for name, gradient in zip(TENSORS, got, strict=True):
-        assert gradient.dtype == getattr(case, name).dtype, name
+        assert gradient.dtype == dtypes[name], name
+        error = (gradient.double() - expected[name]).abs().max()
+        worst = max(torch.finfo(torch.promote_types(base, torch.float32)).eps,
+                    torch.finfo(dtypes[name]).eps)  # fmt: skip
+        assert error <= case.longest_sum() * worst * sizes[name].max(), name
 
 
 @needs_core

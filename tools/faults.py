@@ -74,7 +74,7 @@ TESTS = {
     "reference": ["reference.py", "ops.py::test_equals_the_reference",
                   "ops.py::test_gradients_equal_the_reference", "elbo.py",
                   "predict.py::test_predictive_equals_the_reference", KIT[1]],
-    "ops": ["ops.py", KIT[0]],
+    "ops": ["ops.py", "reference.py::test_defaults_are_those_of_the_op", KIT[0]],
     "metrics": ["metrics.py", *KIT],
 }  # fmt: skip
 
@@ -382,7 +382,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("seeded").add_argument("part", nargs="?", default="")
     mutate = commands.add_parser("mutate")
-    mutate.add_argument("modules", nargs="*", choices=TESTS)
+    mutate.add_argument("modules", nargs="*", choices=[*TESTS, []])
     mutate.add_argument("--step", type=int, default=1, help="only every n-th mutant")
     mutate.add_argument("--again", action="store_true", help="only those that lived last time")
     arguments = parser.parse_args()
