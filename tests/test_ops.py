@@ -195,6 +195,15 @@ def test_adapters_stay_float32_on_a_bfloat16_base():
     assert ((out.double() - exact).abs() <= 1.01 * half_ulp * exact.abs()).all()
 
 
+def test_without_more_the_layer_is_0_and_examples_have_a_draw_each():
+    case = wide_case((3, 2), 6, 5, 2)
+    short = [getattr(case, name) for name in TENSORS] + [case.scaling, Noise(3, 4)]
+    y = subspace_lora_linear(*short)
+    assert torch.equal(y, subspace_lora_linear(*short, 0, "example", None))
+    assert not torch.equal(y, subspace_lora_linear(*short, 1))
+    assert not torch.equal(y, subspace_lora_linear(*short, 0, "token"))
+
+
 def test_bad_arguments_are_named():
     x = torch.zeros(2, 3, 4)
     A, B, r = torch.zeros(1, 4), torch.zeros(5, 1), torch.zeros(1)
