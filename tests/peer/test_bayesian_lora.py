@@ -134,7 +134,10 @@ def their_curvature(curvature, width: int = 24):
         of_A = name.endswith("A")
         small, large = (c.left, c.right) if of_A else (c.right, c.left)
         values = c.values if of_A else c.values.T
-        L = torch.linalg.cholesky((small * values.sum(1) / values.sum()) @ small.T)
+        # A softmax over C classes has C - 1 directions: the factor may be singular, to rounding.
+        root = small * (values.sum(1) / values.sum()).clamp(min=0).sqrt()
+        L = torch.linalg.qr(root.T)[1].T  # L L^T = root root^T, L lower triangular
+        L = L * torch.where(L.diagonal() < 0, -1.0, 1.0)
         root = torch.zeros(len(large), width).double()
         root[:, : large.shape[1]] = large * values.sum(0).sqrt()
         out[f"model.{name[:-1]}lora_{name[-1]}"] = (root, L) if of_A else (L, root)
