@@ -34,6 +34,8 @@ NOISE_VERSION = 1  # of the map from coordinates to normals: docs/conformance.md
 SEED_END = 1 << 64
 Word = int | Tensor
 RESERVED_LAYER = WORD - 1  # the layer word of philox_words: no layer of a model may use it
+# Draws 0, 1, ... belong to prediction; training's start here, so that no counter serves both.
+FIRST_TRAINING_DRAW = 2**31
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,14 @@ is trained with the first seed and scored by its NLL on a validation split; the 
 trained with all seeds and scored on the test set. All methods train on the same part of the data
 and have equally many trials; the validation split also gives the temperature of the scaled rows.
 
-Everything lies under OUT/runs/METHOD/TRIAL-SEED: what is there already is not done again.
+OUT/runs holds what was trained, shared by the methods that start alike (mle, ensemble, swag, tfb;
+map, laplace), and OUT/answers what each method answered: what is there is not done again.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -18,7 +20,7 @@ import json
 import multiprocessing
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,15 +31,15 @@ from torch import Tensor
 from . import metrics
 from .adapters import AdapterConfig, adapters, add_adapters
 from .checkpoint import load_tensors, read_json, save_tensors
-from .data import Encoded, Example, encode, evaluation_batches, load, num_classes, split
+from .data import Encoded, encode, evaluation_batches, load, num_classes, split
 from .errors import InputError, atomic_write_text, make_folder
-from .llama import Llama
+from .llama import Llama, LlamaConfig
 from .methods import Laplace, Posterior, tfb
 from .methods.ensemble import Ensemble, Swag
-from .predict import Prediction, predict_all
+from .predict import predict_all
 from .progress import progress_bar
 from .tokenizer import load_tokenizer
-from .train import TrainConfig, Trainer, adapter_state, fit
+from .train import TrainConfig, Trainer, adapter_state, fit, load_run, save_run
 
 SETS = ("validation", "test", "ood")
 
@@ -48,38 +50,47 @@ class Method:
 
     settings: changes to AdapterConfig and TrainConfig. knob: the second knob beside lr, its name
     and its values. members: runs that one model takes. after: makes the posterior of a finished run
-    from (model, training data, validation data, samples, seed); None draws from the adapters.
+    from (model, its folder, sets, samples, seed); None draws from the adapters.
     """
 
     settings: dict[str, Any]
     knob: tuple[str, tuple[float, ...]] = ("share_of_steps", (1.0, 0.25))
     members: int = 1
-    after: Callable[..., Posterior | None] | None = None
-    collects: bool = False  # SWAG's iterates
+    after: After | None = None
 
 
-def _laplace(layers: Literal["all", "last"]) -> Callable[..., Posterior]:
-    def after(model: Llama, train: Encoded, held: Encoded, samples: int, seed: int) -> Posterior:
-        return Laplace.fit(model, evaluation_batches(train, 8), layers=layers).optimise_prior()
+Sets = dict[str, Encoded]
+After = Callable[[Llama, Path, Sets, int, int], Posterior | None]
+
+
+def _laplace(layers: Literal["all", "last"]) -> After:
+    def after(model: Llama, run: Path, sets: Sets, samples: int, seed: int) -> Posterior:
+        batches = evaluation_batches(sets["train"], 8)
+        return Laplace.fit(model, batches, layers=layers).optimise_prior()
 
     return after
 
 
-def _tfb(model: Llama, train: Encoded, held: Encoded, samples: int, seed: int) -> None:
+def _tfb(model: Llama, run: Path, sets: Sets, samples: int, seed: int) -> None:
     """Turns the model into one that draws; 0.003 is the published tolerance."""
-    tfb(model, list(evaluation_batches(held, 32)), 0.003, samples=samples, seed=seed)
+    tfb(model, evaluation_batches(sets["validation"], 32), 0.003, samples=samples, seed=seed)
 
 
+def _swag(model: Llama, run: Path, sets: Sets, samples: int, seed: int) -> Posterior:
+    return Swag.load(run)
+
+
+PLAIN = {"method": "mle", "swag": 0.25}
 METHODS: dict[str, Method] = {
-    "mle": Method({"method": "mle"}),
+    "mle": Method(PLAIN),
     "map": Method({"method": "map"}, ("prior_std", (0.1, 0.3))),
     "dropout": Method({"method": "dropout", "sampling": "token"}, ("dropout", (0.1, 0.3))),
-    "ensemble": Method({"method": "mle"}, members=3),
+    "ensemble": Method(PLAIN, members=3),
     "laplace": Method({"method": "map"}, ("prior_std", (0.1, 0.3)), after=_laplace("all")),
     "laplace last": Method({"method": "map"}, ("prior_std", (0.1, 0.3)), after=_laplace("last")),
     "blob": Method({"method": "blob"}, ("beta", (0.1, 1.0))),
-    "tfb": Method({"method": "mle"}, after=_tfb),
-    "swag": Method({"method": "mle"}, collects=True),
+    "tfb": Method(PLAIN, after=_tfb),
+    "swag": Method(PLAIN, after=_swag),
     "scalabl": Method({"method": "scalabl"}, ("beta", (1.0, 5.0))),
     "scalabl official": Method({"method": "scalabl", "kl": "official"}, ("beta", (0.1, 0.5))),
     "scalabl full": Method({"method": "scalabl", "covariance": "full"}, ("beta", (1.0, 5.0))),
@@ -96,7 +107,9 @@ class Study:
 
     validation: share of the training examples set apart. lr: rates that every method tries.
     settings: of AdapterConfig and TrainConfig, for all methods. knobs: other values of a method's
-    second knob, by method. seeds: of data order, initial values and noise.
+    second knob, by method. seeds: of data order, initial values and noise. sizes: other limits of
+    the training set at which all of it is done again. sweep: methods of which every trial, and not
+    the chosen one alone, is trained with all seeds and tested.
     """
 
     model: str
@@ -114,6 +127,8 @@ class Study:
     lr: tuple[float, ...] = (1e-3, 3e-3)
     knobs: dict[str, list[float]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    sizes: tuple[int, ...] = ()
+    sweep: tuple[str, ...] = ()
     samples: int = 10
     bins: int = 15
 
@@ -128,7 +143,7 @@ class Study:
         for name in ("model", "train", "test"):
             if name not in values:
                 raise InputError(f"{path}: field {name!r} is missing")
-        for name in ("methods", "seeds", "lr"):
+        for name in ("methods", "seeds", "lr", "sizes", "sweep"):
             if name in values:
                 values[name] = tuple(values[name])
         study = Study(**values)
@@ -150,6 +165,46 @@ class Study:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """One training run, in a folder that `load_run` reads; methods that start alike share it."""
+
+    study: Study
+    adapter: AdapterConfig
+    train: TrainConfig
+    out: Path
+
+    @property
+    def folder(self) -> Path:
+        configs = [dataclasses.asdict(self.adapter), dataclasses.asdict(self.train)]
+        about = [_data(self.study, "train"), configs]
+        return self.out / "runs" / f"{self.adapter.method}-{_digest(about)}"
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "run.json").exists()
+
+    def run(self) -> None:
+        """Train from where an interrupted run stopped."""
+        started = time.perf_counter()
+        _reset_peak()
+        data = _encoded(self.study, ["train"])["train"]
+        model = Llama.from_pretrained(self.study.model)
+        add_adapters(model.trim_head(data.classes), self.adapter, self.train.seed)
+        trainer = Trainer(model, data, self.train)
+        fit(trainer, self.folder, resume=(self.folder / "checkpoint.pt").exists())
+        if self.train.swag:
+            trainer.swag.save(self.folder)
+        info = {
+            "model": self.study.model,
+            "data": self.study.train,
+            "train": dataclasses.asdict(self.train),
+            "seconds": time.perf_counter() - started,
+            "peak_bytes": _peak_bytes(),
+        }
+        save_run(self.folder, model, info)
+
+
+@dataclass(frozen=True)
 class Job:
     """One model: a method with one trial's settings and a seed, and the sets that it answers."""
 
@@ -162,21 +217,80 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        about = [dataclasses.asdict(self.study), self.method, self.trial]
-        for irrelevant in ("methods", "seeds", "knobs", "lr"):
-            del about[0][irrelevant]  # type: ignore[attr-defined]
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:10]
-        return self.out / "runs" / self.method.replace(" ", "-") / f"{digest}-{self.seed}"
+        sets = [_data(self.study, name) for name in ("train", "test", "ood")]
+        about = [sets, self.study.samples, self.study.settings, self.method, self.trial]
+        name = f"{self.method.replace(' ', '-')}-{_digest(about)}-{self.seed}"
+        return self.out / "answers" / name
 
-    def configs(self, member: int) -> tuple[AdapterConfig, TrainConfig]:
-        values = {**self.study.settings, **METHODS[self.method].settings, **self.trial}
-        values["seed"] = 1000 * member + self.seed
-        share = values.pop("share_of_steps", 1.0)  # stopping early, with a schedule to match
-        values["steps"] = max(1, round(share * values.get("steps", TrainConfig.steps)))
-        return _config(AdapterConfig, values), _config(TrainConfig, values)
+    @property
+    def done(self) -> bool:
+        return not self.missing() and (self.folder / "answers.json").exists()
 
     def missing(self) -> list[str]:
         return [name for name in self.sets if not (self.folder / f"{name}.safetensors").exists()]
+
+    def fits(self) -> list[Fit]:
+        """What has to be trained first."""
+        return [self._fit(1000 * member + self.seed) for member in range(self._method.members)]
+
+    def run(self) -> None:
+        """Answer the sets that are not answered."""
+        started = time.perf_counter()
+        _reset_peak()
+        make_folder(self.folder)
+        fits, wanted = self.fits(), self.missing() or list(self.sets)
+        model, _ = load_run(fits[0].folder)
+        sets = _encoded(self.study, ["train", "validation", *wanted])
+        posterior = self._posterior(model, fits, sets)
+        ready = time.perf_counter()
+        for name in wanted:
+            answers = predict_all(
+                model,
+                evaluation_batches(sets[name], 32),
+                self.study.samples,
+                self.seed,
+                posterior=posterior,
+            )
+            tensors = {**answers._asdict(), "labels": torch.tensor(sets[name].labels)}
+            save_tensors(self.folder / f"{name}.safetensors", tensors.items())
+        answered = sum(len(sets[name].labels) for name in wanted)
+        trained = [read_json(f.folder / "run.json") for f in fits]
+        about = {
+            "method": self.method,
+            "trial": self.trial,
+            "seed": self.seed,
+            "runs": [f.folder.name for f in fits],
+            "parameters": len(fits) * sum(p.numel() for p in adapter_state(model).values()),
+            "train_seconds": sum(t["seconds"] for t in trained) + ready - started,
+            "answer_seconds": (time.perf_counter() - ready) / answered,
+            "peak_bytes": max([_peak_bytes(), *(t["peak_bytes"] for t in trained)]),
+            "widths": {
+                name: a.widths().mean().item()
+                for name, a in adapters(model).items()
+                if len(a.widths())
+            },
+        }
+        atomic_write_text(self.folder / "answers.json", json.dumps(about, indent=2) + "\n")
+
+    def _posterior(
+        self, model: Llama, fits: list[Fit], sets: dict[str, Encoded]
+    ) -> Posterior | None:
+        if len(fits) > 1:
+            return Ensemble([load_tensors(f.folder / "adapter.safetensors")[0] for f in fits])
+        if self._method.after is None:
+            return None
+        return self._method.after(model, fits[0].folder, sets, self.study.samples, self.seed)
+
+    @property
+    def _method(self) -> Method:
+        return METHODS[self.method]
+
+    def _fit(self, seed: int) -> Fit:
+        values = {**self.study.settings, **self._method.settings, **self.trial, "seed": seed}
+        share = values.pop("share_of_steps", 1.0)  # stopping early, with a schedule to match
+        values["steps"] = max(1, round(share * values.get("steps", TrainConfig.steps)))
+        configs = (_config(AdapterConfig, values), _config(TrainConfig, values))
+        return Fit(self.study, *configs, self.out)
 
 
 def _config(cls: type, values: dict[str, Any]) -> Any:
@@ -184,82 +298,57 @@ def _config(cls: type, values: dict[str, Any]) -> Any:
     return cls(**{name: value for name, value in values.items() if name in names})
 
 
-def run(job: Job) -> None:
-    """Train what is not trained, and answer the sets that are not answered, into job.folder."""
-    wanted = job.missing()
-    if not wanted:
-        return
-    method, started = METHODS[job.method], time.perf_counter()
-    sets, tokenizer = _sets(job.study), load_tokenizer(Path(job.study.model))
-    classes = num_classes(sets["train"])
-    states, swag, model = [], Swag(), None
-    for member in range(method.members):
-        model = Llama.from_pretrained(job.study.model)
-        encoded = {
-            name: encode(
-                rows, tokenizer, classes=classes, max_length=model.config.max_position_embeddings
-            )
-            for name, rows in sets.items()
-            if name == "train" or name in (*wanted, "validation")
-        }
-        adapter, config = job.configs(member)
-        add_adapters(model.trim_head(encoded["train"].classes), adapter, config.seed)
-        trainer, folder = Trainer(model, encoded["train"], config), job.folder / f"member-{member}"
-        collect = _collector(swag, model, config.steps) if method.collects else lambda record: None
-        resume = (folder / "checkpoint.pt").exists() and not method.collects
-        fit(trainer, folder, resume, collect)
-        states.append({name: t.clone() for name, t in adapter_state(model).items()})
-    assert model is not None
-    model.eval()
-    posterior: Posterior | None = swag if method.collects else None
-    if method.members > 1:
-        posterior = Ensemble(states)
-    if method.after is not None:
-        posterior = method.after(
-            model, encoded["train"], encoded["validation"], job.study.samples, job.seed
+def _data(study: Study, name: str) -> list[Any]:
+    """What decides a set and its tokens; of the training set, how much is set apart as well."""
+    about = [study.model, *_source(study, name)]
+    return [*about, study.validation] if name == "train" else about
+
+
+def _source(study: Study, name: str) -> tuple[str, str, int | None]:
+    """File, format and limit."""
+    return {
+        "train": (study.train, study.format, study.limit),
+        "test": (study.test, study.format, study.test_limit),
+        "ood": (study.ood or "", study.ood_format, study.ood_limit),
+    }[name]
+
+
+def _encoded(study: Study, names: Iterable[str]) -> dict[str, Encoded]:
+    """Sets in token ids. The validation split comes from the training file."""
+    model = Path(study.model)
+    tokenizer = load_tokenizer(model)
+    length = LlamaConfig.from_dict(read_json(model / "config.json")).max_position_embeddings
+    train = load(*_source(study, "train"))
+    classes, (rest, held) = num_classes(train), split(train, study.validation, 0)
+    known = {"train": rest, "validation": held}
+    return {
+        name: encode(
+            known[name] if name in known else load(*_source(study, name)),
+            tokenizer,
+            classes=classes,
+            max_length=length,
         )
-    trained = time.perf_counter()
-    for name in wanted:
-        answers = _answers(model, encoded[name], job.study.samples, job.seed, posterior)
-        tensors = {**answers._asdict(), "labels": torch.tensor(encoded[name].labels)}
-        save_tensors(job.folder / f"{name}.safetensors", tensors.items())
-    about = {
-        "method": job.method,
-        "trial": job.trial,
-        "seed": job.seed,
-        "parameters": method.members * sum(p.numel() for p in adapter_state(model).values()),
-        "train_seconds": trained - started,
-        "answer_seconds": time.perf_counter() - trained,
-        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        "widths": {name: a.widths().mean().item() for name, a in adapters(model).items()
-                   if len(a.widths())},
-    }  # fmt: skip
-    atomic_write_text(job.folder / "run.json", json.dumps(about, indent=2) + "\n")
+        for name in names
+    }
 
 
-def _sets(study: Study) -> dict[str, list[Example]]:
-    rest, held = split(load(study.train, study.format, study.limit), study.validation, 0)
-    sets = {"train": rest, "validation": held}
-    sets["test"] = load(study.test, study.format, study.test_limit)
-    if study.ood is not None:
-        sets["ood"] = load(study.ood, study.ood_format, study.ood_limit)
-    return sets
+def _digest(about: Any) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def _collector(swag: Swag, model: Llama, steps: int) -> Callable[[dict[str, float]], None]:
-    """Collects the iterates of the last quarter of the steps."""
-
-    def collect(record: dict[str, float]) -> None:
-        if record["step"] + 1 > 0.75 * steps:
-            swag.collect(model)
-
-    return collect
+def _reset_peak() -> None:
+    """Start counting this process's peak memory anew, where the system lets it (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
-def _answers(
-    model: Llama, data: Encoded, samples: int, seed: int, posterior: Posterior | None
-) -> Prediction:
-    return predict_all(model, evaluation_batches(data, 32), samples, seed, posterior=posterior)
+def _peak_bytes() -> int:
+    """Peak resident memory since `_reset_peak`, or of the whole process where that is not known."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 # --- The whole study ------------------------------------------------------------------------------
@@ -272,6 +361,18 @@ def study(config: Study, out: Path, jobs: int = 1) -> dict[str, Any]:
     Writes OUT/results.json and OUT/results.md. Raises InputError as loading and training do.
     """
     make_folder(out)
+    results = _of_size(config, out, jobs)
+    results["sizes"] = {
+        size: _of_size(dataclasses.replace(config, limit=size, sweep=()), out, jobs)
+        for size in config.sizes
+    }
+    atomic_write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
+    atomic_write_text(out / "results.md", table(results))
+    return results
+
+
+def _of_size(config: Study, out: Path, jobs: int) -> dict[str, Any]:
+    """Tune, then test, with the training set at `config.limit`."""
     sets = tuple(name for name in SETS if name != "ood" or config.ood is not None)
     tuning = {
         method: [
@@ -281,40 +382,71 @@ def study(config: Study, out: Path, jobs: int = 1) -> dict[str, Any]:
         for method in config.methods
     }
     _run_all([job for trials in tuning.values() for job in trials], jobs, "tune")
-    chosen = {
-        method: min(trials, key=lambda job: _scores(job, "validation", config.bins)["nll"]).trial
+    scores = {
+        method: [_scores(job, "validation", config.bins) for job in trials]
         for method, trials in tuning.items()
     }
     finals = {
-        method: [Job(config, method, trial, seed, sets, out) for seed in config.seeds]
-        for method, trial in chosen.items()
+        method: _with_seeds(trials[_least([s["nll"] for s in scores[method]])], sets)
+        for method, trials in tuning.items()
     }
     _run_all([job for runs in finals.values() for job in runs], jobs, "test")
-    results = summary(config, finals)
-    results["tuning"] = {
-        method: [{**job.trial, **_scores(job, "validation", config.bins)} for job in tuning[method]]
-        for method in config.methods
+    sweeps = {
+        method: [_with_seeds(job, ("test",)) for job in tuning[method]] for method in config.sweep
     }
-    atomic_write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
-    atomic_write_text(out / "results.md", table(results))
-    return results
+    swept = [job for trials in sweeps.values() for runs in trials for job in runs]
+    _run_all(swept, jobs, "sweep")
+    return {
+        **summary(config, finals),
+        "tuning": {
+            method: [
+                {**job.trial, **s} for job, s in zip(tuning[method], scores[method], strict=True)
+            ]
+            for method in config.methods
+        },
+        "sweep": {
+            method: [_row(runs, _probs(runs), config.bins) for runs in trials]
+            for method, trials in sweeps.items()
+        },
+    }
 
 
-def _run_all(todo: list[Job], jobs: int, title: str) -> None:
-    todo = [job for job in todo if job.missing()]
-    with progress_bar(len(todo), title, "run") as bar:
-        if jobs == 1:
-            for job in todo:
-                run(job)
-                bar.update()
-            return
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(
-            jobs, context, initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
-            for done in concurrent.futures.as_completed([pool.submit(run, job) for job in todo]):
-                done.result()
-                bar.update()
+def _with_seeds(job: Job, sets: tuple[str, ...]) -> list[Job]:
+    return [dataclasses.replace(job, seed=seed, sets=sets) for seed in job.study.seeds]
+
+
+def _least(values: list[float]) -> int:
+    return min(range(len(values)), key=values.__getitem__)
+
+
+def _run_all(wanted: list[Job], jobs: int, title: str) -> None:
+    """Train what is not trained, then answer what is not answered."""
+    todo = [job for job in wanted if not job.done]
+    fits = {fit.folder: fit for job in todo for fit in job.fits() if not fit.done}
+    with _workers(jobs) as run:
+        for what, some in (("train", list(fits.values())), ("answer", todo)):
+            with progress_bar(len(some), f"{title}: {what}", "run") as bar:
+                for _ in run(some):
+                    bar.update()
+
+
+@contextlib.contextmanager
+def _workers(jobs: int) -> Iterator[Callable[[Sequence[Fit | Job]], Iterator[None]]]:
+    """What runs the things it is given, in any order, and yields as each is finished."""
+    if jobs == 1:
+        yield lambda todo: (each.run() for each in todo)
+        return
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(
+        jobs, context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+
+        def run(todo: Sequence[Fit | Job]) -> Iterator[None]:
+            futures = [pool.submit(each.run) for each in todo]
+            for done in concurrent.futures.as_completed(futures):
+                yield done.result()
+
+        yield run
 
 
 # --- Results --------------------------------------------------------------------------------------
@@ -344,31 +476,41 @@ def summary(config: Study, finals: dict[str, list[Job]]) -> dict[str, Any]:
     probs: dict[str, list[Tensor]] = {}
     labels = _load(next(iter(finals.values()))[0], "test")["labels"]
     for method, runs in finals.items():
-        plain = [_load(job, "test")["probs"] for job in runs]
+        plain = _probs(runs)
         scaled = []
         for job, p in zip(runs, plain, strict=True):
             held = _load(job, "validation")
             temperature = metrics.fit_temperature(held["probs"].log(), held["labels"])
             scaled.append(metrics.apply_temperature(p, temperature))
-        about = [read_json(job.folder / "run.json") for job in runs]
         for name, each in ((method, plain), (f"{method} + temperature", scaled)):
             probs[name] = each
-            scores = [_metrics(p, labels, config.bins) for p in each]
-            rows[name] = {
-                "trial": runs[0].trial,
-                "parameters": about[0]["parameters"],
-                "train_seconds": _mean([a["train_seconds"] for a in about]),
-                "answer_seconds": _mean([a["answer_seconds"] for a in about]),
-                "peak_bytes": max(a["peak_bytes"] for a in about),
-                "widths": about[0]["widths"],
-                "seeds": scores,
-                **{key: _mean([s[key] for s in scores]) for key in metrics.SCORES},
-                "sd": {key: _sd([s[key] for s in scores]) for key in metrics.SCORES},
-            }
+            rows[name] = _row(runs, each, config.bins)
         if config.ood is not None:
             rows[method].update(_out_of_distribution(runs))
     best = {key: _best(key, rows, probs, labels, config.bins) for key in metrics.SCORES}
     return {"study": dataclasses.asdict(config), "methods": rows, "best": best}
+
+
+def _probs(runs: list[Job]) -> list[Tensor]:
+    return [_load(job, "test")["probs"] for job in runs]
+
+
+def _row(runs: list[Job], probs: list[Tensor], bins: int) -> dict[str, Any]:
+    """Scores and cost of one model, by seed and averaged; answer_seconds are of one example."""
+    about = [read_json(job.folder / "answers.json") for job in runs]
+    labels = _load(runs[0], "test")["labels"]
+    scores = [_metrics(p, labels, bins) for p in probs]
+    return {
+        "trial": runs[0].trial,
+        "parameters": about[0]["parameters"],
+        "train_seconds": _mean([a["train_seconds"] for a in about]),
+        "answer_seconds": _mean([a["answer_seconds"] for a in about]),
+        "peak_bytes": max(a["peak_bytes"] for a in about),
+        "widths": {name: _mean([a["widths"][name] for a in about]) for name in about[0]["widths"]},
+        "seeds": scores,
+        **{key: _mean([s[key] for s in scores]) for key in metrics.SCORES},
+        "sd": {key: _sd([s[key] for s in scores]) for key in metrics.SCORES},
+    }
 
 
 def _out_of_distribution(runs: list[Job]) -> dict[str, float]:
@@ -406,7 +548,7 @@ def _best(
 def table(results: dict[str, Any]) -> str:
     """The results in Markdown: mean and sd over the seeds; bold where the best is told apart."""
     ood = any("auroc_entropy" in row for row in results["methods"].values())
-    heads = ["method", "trial", "ACC", "ECE", "NLL", "Brier", "parameters", "train s", "answer s"]
+    heads = ["method", "trial", "ACC", "ECE", "NLL", "Brier", "parameters", "train s", "answer ms"]
     heads += ["AUROC entropy", "AUROC information"] if ood else []
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for name, row in results["methods"].items():
@@ -419,7 +561,7 @@ def table(results: dict[str, Any]) -> str:
                 value = f"**{value}**"
             cells.append(f"{value} ± {row['sd'][key]:.3f}")
         cells += [f"{row['parameters']:,}", f"{row['train_seconds']:.0f}"]
-        cells.append(f"{row['answer_seconds']:.0f}")
+        cells.append(f"{1000 * row['answer_seconds']:.1f}")
         if ood:
             for key in ("auroc_entropy", "auroc_mutual_information"):
                 cells.append(f"{row[key]:.3f}" if key in row else "")

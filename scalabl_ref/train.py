@@ -30,13 +30,11 @@ from .data import Encoded, TrainingOrder, collate
 from .elbo import KL, KLS, class_logits, kl_divergence
 from .errors import InputError, Interrupted, atomic_write, atomic_write_text, make_folder
 from .llama import Llama
-from .noise import Noise
+from .methods.ensemble import Swag
+from .noise import FIRST_TRAINING_DRAW, Noise
 
 Objective = Literal["elbo", "official"]
 OBJECTIVES: tuple[Objective, ...] = ("elbo", "official")
-
-# Draws 0, 1, ... belong to prediction; training's start here, so that no counter serves both.
-FIRST_TRAINING_DRAW = 2**31
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,7 @@ class TrainConfig:
     objective: "elbo" steps AdamW on NLL + beta KL / N. "official" does, per batch, an AdamW step on
         the NLL and then an SGD step on the sum of KLs, at rate kl_lr * schedule * pi_i.
     kl_lr: that SGD rate. seed: of data order, noise and initial values.
+    swag: share of the steps, the last ones, whose weights are collected for `methods.Swag`.
     checkpoint_every: steps between checkpoints.
 
     Raises InputError for a value outside its range.
@@ -70,6 +69,7 @@ class TrainConfig:
     kl: KL = "forward"
     beta: float = 1.0
     kl_lr: float = 0.2
+    swag: float = 0.0
     seed: int = 0
     checkpoint_every: int = 200
 
@@ -83,6 +83,8 @@ class TrainConfig:
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise InputError(f"{name} must be finite and not negative, and is {value}")
+        if not 0 <= self.swag <= 1:
+            raise InputError(f"swag must lie between 0 and 1, and is {self.swag}")
         if self.objective not in OBJECTIVES:
             raise InputError(f"objective must be one of {', '.join(OBJECTIVES)}")
         if self.kl not in KLS:
@@ -124,12 +126,14 @@ class Trainer:
     """Model, data and optimisers of one run; `step()` does one optimiser step.
 
     The model carries adapters. data: the encoded training set. Its N is the N of KL / N.
+    swag: the weights collected so far, if the configuration asks for any.
     """
 
     model: Llama
     data: Encoded
     config: TrainConfig
     done: int = 0  # steps finished
+    swag: Swag = field(default_factory=Swag)
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -174,6 +178,8 @@ class Trainer:
         for adapter in self.adapters:
             adapter.bound_()
         self.done += 1
+        if self.done > (1 - c.swag) * c.steps:
+            self.swag.collect(self.model)
         return {
             "step": step,
             "loss": loss,
@@ -212,17 +218,19 @@ class Trainer:
                     parameter.sub_(rate * gradient)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds: step count, adapters, optimiser moments."""
+        """What a checkpoint holds: step count, adapters, optimiser moments, SWAG's averages."""
         return {
             "done": self.done,
             "adapters": adapter_state(self.model),
             "optimizer": self.optimizer.state_dict(),
+            "swag": vars(self.swag),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned. Raises InputError if it is of another run."""
         load_adapter_state(self.model, state["adapters"], "checkpoint")
         self.optimizer.load_state_dict(state["optimizer"])
+        self.swag = Swag(**state["swag"])
         self.done = state["done"]
 
 
@@ -384,7 +392,7 @@ def _restore(trainer: Trainer, run: Path) -> None:
     if not path.exists():
         raise InputError(f"{path}: no checkpoint to resume from")
     state = load_pickle(path)
-    expected = {"done", "adapters", "optimizer", "identity"}
+    expected = {"done", "adapters", "optimizer", "swag", "identity"}
     if not isinstance(state, dict) or not expected <= state.keys():
         raise InputError(f"{path}: not a checkpoint of this program")
     theirs, ours = json.loads(state["identity"]), json.loads(_identity(trainer))

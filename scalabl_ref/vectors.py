@@ -22,10 +22,10 @@ from torch import Tensor
 from . import metrics, reference
 from .adapters import INIT_STREAM, MIN_LOG_SIGMA
 from .llama import Llama, LlamaConfig, RopeConfig
-from .noise import Noise
+from .noise import FIRST_TRAINING_DRAW, Noise
 from .ops import SAMPLING
 from .philox import box_muller, philox4x32
-from .train import FIRST_TRAINING_DRAW, kl_period, kl_weight, warmup_linear
+from .train import kl_period, kl_weight, warmup_linear
 from .verify import Case, sizes, terms
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -11,7 +12,9 @@ import torch
 from scalabl_ref import InputError, cli, metrics
 from scalabl_ref import study as module
 from scalabl_ref.checkpoint import load_tensors
-from scalabl_ref.study import METHODS, Job, Study, study, table
+from scalabl_ref.methods import Swag
+from scalabl_ref.study import METHODS, Fit, Job, Study, study, table
+from scalabl_ref.train import Trainer
 
 from .models import questions_file, tiny_folder
 
@@ -73,23 +76,87 @@ def test_members_of_an_ensemble_differ_and_are_averaged(done):
     config, out, results = done
     trial = results["methods"]["ensemble"]["trial"]
     job = Job(config, "ensemble", trial, 1, ("test",), out)
-    seeds = {job.configs(member)[1].seed for member in range(3)}
-    assert len(seeds) == 3
-    members = [
-        torch.load(job.folder / f"member-{i}" / "checkpoint.pt", weights_only=True)
-        for i in range(3)
-    ]
-    values = [m["adapters"]["lm_head.A"] for m in members]
+    fits = job.fits()
+    assert len({fit.train.seed for fit in fits}) == 3
+    states = [load_tensors(fit.folder / "adapter.safetensors")[0] for fit in fits]
+    values = [state["lm_head.A"] for state in states]
     assert not torch.equal(values[0], values[1]) and not torch.equal(values[1], values[2])
     answers, _ = load_tensors(job.folder / "test.safetensors")
     assert (answers["mutual_information"] > 0).all()
+
+
+def test_methods_that_start_alike_share_their_runs(done):
+    """mle, ensemble, swag and tfb train once for all; so do map and both Laplaces."""
+    config, out, results = done
+    folders = sorted(path.name.partition("-")[0] for path in (out / "runs").iterdir())
+    kinds = {kind: folders.count(kind) for kind in set(folders)}
+    # Tuning: 2 trials of seed 0. Then seed 1 of the one chosen, where two methods may disagree.
+    assert kinds["dropout"] == kinds["blob"] == 3
+    assert 3 <= kinds["map"] <= 4
+    assert kinds["scalabl"] == 5 * 3
+    members = 2 * 3 + 3  # an ensemble's two trials of seed 0, and the chosen one of seed 1
+    assert members <= kinds["mle"] <= members + 1
+    trial = results["methods"]["tfb"]["trial"]
+    tfb, mle = (Job(config, name, trial, 0, (), out) for name in ("tfb", "mle"))
+    assert tfb.fits() == mle.fits() and tfb.folder != mle.folder
+
+
+def test_swag_is_that_of_the_uninterrupted_run(done, tmp_path, monkeypatch):
+    """A run stopped among its last steps goes on with the averages that it had."""
+    config, out, results = done
+    trial = results["methods"]["swag"]["trial"]
+    settings = {**config.settings, "steps": 8, "checkpoint_every": 1}
+    config = dataclasses.replace(config, settings=settings)
+    trial = {**trial, "share_of_steps": 1.0}
+    whole, cut = (
+        Job(config, "swag", trial, 0, ("test",), tmp_path / name).fits()[0] for name in ("a", "b")
+    )
+    whole.run()
+    real, calls = Trainer.step, []
+
+    def stops(trainer):
+        calls.append(trainer)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return real(trainer)
+
+    monkeypatch.setattr(Trainer, "step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        cut.run()
+    assert not cut.done
+    monkeypatch.setattr(Trainer, "step", real)
+    cut.run()
+    ours, theirs = Swag.load(whole.folder), Swag.load(cut.folder)
+    assert ours.count == theirs.count == 2
+    for name, value in ours.mean.items():
+        assert torch.equal(value, theirs.mean[name])
+        assert torch.equal(ours.square[name], theirs.square[name])
+    assert any((ours.square[n] - ours.mean[n].square()).abs().max() > 0 for n in ours.mean)
+
+
+def test_sizes_and_sweeps_are_the_studies_of_their_own(tmp_path):
+    """Each size is what a study at that limit gives; a sweep has every trial with all seeds."""
+    changes = {"methods": ["mle", "scalabl"], "lr": [0.01], "limit": 16}
+    path = config(tmp_path, **changes, sizes=[10, 20], sweep=["scalabl"])
+    results = study(Study.read(path), tmp_path / "out")
+    assert list(results["sizes"]) == [10, 20]
+    small = study(Study.read(config(tmp_path, **{**changes, "limit": 10})), tmp_path / "small")
+    for name, row in small["methods"].items():
+        assert results["sizes"][10]["methods"][name]["seeds"] == row["seeds"]
+        assert results["methods"][name]["seeds"] != row["seeds"]
+    rows = results["sweep"]["scalabl"]
+    assert [row["trial"]["beta"] for row in rows] == [1.0, 5.0]
+    assert all(len(row["seeds"]) == 2 for row in rows)
+    chosen = results["methods"]["scalabl"]
+    assert [row["seeds"] for row in rows if row["trial"] == chosen["trial"]] == [chosen["seeds"]]
 
 
 def test_what_is_there_is_not_done_again(tmp_path, monkeypatch):
     path, out = config(tmp_path, methods=["mle"], lr=[0.01]), tmp_path / "out"
     first = study(Study.read(path), out)
     calls = []
-    monkeypatch.setattr(module, "run", lambda job: calls.append(job))
+    for kind in (Fit, Job):
+        monkeypatch.setattr(kind, "run", lambda self: calls.append(self))
     again = study(Study.read(path), out)
     assert calls == [] and again == first
 
@@ -97,7 +164,7 @@ def test_what_is_there_is_not_done_again(tmp_path, monkeypatch):
 def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
     path = config(tmp_path, methods=["scalabl"], lr=[0.01])
     whole = study(Study.read(path), tmp_path / "whole")
-    real, calls = module.run, []
+    real, calls = Job.run, []
 
     def stops(job):
         calls.append(job)
@@ -105,10 +172,10 @@ def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         real(job)
 
-    monkeypatch.setattr(module, "run", stops)
+    monkeypatch.setattr(Job, "run", stops)
     with pytest.raises(KeyboardInterrupt):
         study(Study.read(path), tmp_path / "out")
-    monkeypatch.setattr(module, "run", real)
+    monkeypatch.setattr(Job, "run", real)
     results = study(Study.read(path), tmp_path / "out")
     for name, row in results["methods"].items():
         assert row["seeds"] == whole["methods"][name]["seeds"]

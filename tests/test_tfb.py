@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scalabl_ref import InputError, Llama, Noise, adapters, load_run, save_run
 from scalabl_ref.elbo import class_logits
 from scalabl_ref.methods.tfb import TfbAdapter, largest, tfb
-from scalabl_ref.train import FIRST_TRAINING_DRAW
+from scalabl_ref.noise import FIRST_TRAINING_DRAW
 
 from .models import TINY, tiny_batch, tiny_model
 from .test_train import trainer

@@ -16,8 +16,8 @@ from scalabl_ref.adapters import MIN_LOG_SIGMA
 from scalabl_ref.data import Encoded
 from scalabl_ref.elbo import kl_divergence
 from scalabl_ref.errors import Interrupted
+from scalabl_ref.noise import FIRST_TRAINING_DRAW
 from scalabl_ref.train import (
-    FIRST_TRAINING_DRAW,
     TrainConfig,
     Trainer,
     adapter_state,

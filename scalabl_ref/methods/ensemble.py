@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..adapters import adapters
+from ..checkpoint import load_tensors, save_tensors
 from ..elbo import class_logits
-from ..errors import InputError
+from ..errors import InputError, make_folder
 from ..noise import Noise
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from ..llama import Llama
 
 State = dict[str, Tensor]  # adapter parameters by name, as `train.adapter_state` gives them
+SWAG_FILE = "swag.safetensors"
 FIRST_SWAG_LAYER = 2**31  # layer ids of SWAG's noise: parameter i has this one plus i
 
 
@@ -57,6 +60,27 @@ class Swag:
             for kept, new in ((self.mean, value), (self.square, value.square())):
                 old = kept.get(name, torch.zeros_like(new))
                 kept[name] = old + (new - old) / self.count
+
+    def save(self, folder: Path | str) -> None:
+        """Write FOLDER/swag.safetensors. Raises InputError if it cannot be written."""
+        make_folder(folder)
+        parts = (("mean", self.mean), ("square", self.square))
+        tensors = [(f"{key}.{name}", value) for key, part in parts for name, value in part.items()]
+        save_tensors(Path(folder) / SWAG_FILE, tensors, {"count": str(self.count)})
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Swag:
+        """What `save` wrote. Raises InputError if the file is missing, broken or another's."""
+        path = Path(folder) / SWAG_FILE
+        tensors, metadata = load_tensors(path)
+        parts: dict[str, State] = {"mean": {}, "square": {}}
+        try:
+            for name, value in tensors.items():
+                key, _, rest = name.partition(".")
+                parts[key][rest] = value
+            return cls(int(metadata["count"]), **parts)
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{path}: not written by this program: {error}") from None
 
     def draw(self, noise: Noise) -> State:
         """One setting of the weights: mean + sd * eps."""

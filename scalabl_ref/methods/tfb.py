@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from ..adapters import Adapter, adapters
 from ..elbo import class_logits
 from ..errors import InputError
-from ..noise import Noise
-from ..train import FIRST_TRAINING_DRAW
+from ..noise import FIRST_TRAINING_DRAW, Noise
 from .blob import FlipoutAdapter
 
 if TYPE_CHECKING:
