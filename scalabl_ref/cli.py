@@ -535,11 +535,12 @@ def _study_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _study(args: argparse.Namespace) -> Result:
-    from .study import Study, study, table
+    from .comparison import table
+    from .study import Study, study
 
     results = study(Study.read(args.config), args.out, args.jobs)
     _say(args, table(results))
-    _say(args, f"results: {args.out / 'results.md'}, {args.out / 'results.json'}")
+    _say(args, f"results: {args.out}/results.md, results.json, results.html")
     return results
 
 

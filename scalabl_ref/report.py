@@ -45,6 +45,11 @@ def write_report(path: Path | str, results: Mapping[str, Any]) -> None:
                   intervals {metric: (low, high)}, ood (optional)}, shown side by side
         bounds    {label, nll, acc, ...}: the best possible values, where known (optional)
         notes     sentences for the reader (optional)
+        spread    what a model's interval is, in words (optional: a bootstrap interval without it)
+        tables    list of {title, words, heads, rows: (name, cells, which of them are bold)}
+                  (optional)
+        plots     list of {title, x, y, series: (name, points), log: whether x is logarithmic};
+                  a series of one point is a dot, a longer one a line (optional)
     ood:
         name, metrics {n, acc, ..., auroc_entropy, auroc_mutual_information, intervals}, and scores
         {name of the score: (values inside (N,), values outside (M,))} for histograms (optional)
@@ -60,7 +65,9 @@ def _document(results: Mapping[str, Any]) -> str:
     bins = int(about.get("bins", 15))
     body = [_header(title, results.get("subtitle"), about)]
     body += _notes(results.get("notes", ()))
-    body += _scores(models, results.get("bounds", {}))
+    body += _scores(models, results.get("bounds", {}), results.get("spread"))
+    body += [_cells(table) for table in results.get("tables", ())]
+    body += [_plot(f"plot-{i}", plot) for i, plot in enumerate(results.get("plots", ()))]
     body += _calibration(models, bins)
     body += _risk(models)
     body += _out_of_distribution(models)
@@ -102,21 +109,42 @@ def _notes(notes: Sequence[str]) -> list[str]:
     return [_section("What to look at", paragraphs, class_="notes")] if notes else []
 
 
-def _scores(models: Sequence[Mapping], bounds: Mapping[str, Any]) -> list[str]:
+BOOTSTRAP = "95 % bootstrap interval over the test examples"
+
+
+def _scores(models: Sequence[Mapping], bounds: Mapping[str, Any], spread: str | None) -> list[str]:
     rows = [(m["name"], m["metrics"], m.get("intervals", {}), f"c{_colour(i)}")
             for i, m in enumerate(models)]  # fmt: skip
     if bounds:
         rows.append((bounds.get("label", "best possible"), bounds, {}, "bound"))
     columns = [c for c in _COLUMNS if any(c[0] in values for _, values, *_ in rows)]
-    words = (
-        "In brackets: 95 % bootstrap interval over the test examples. Resampling raises an ECE, "
-        "so that its interval may lie above its value."
-    )
-    charts = [_interval_chart(models, bounds, column) for column in columns[:4]]
+    words = f"In brackets: {spread or BOOTSTRAP}."
+    if spread is None:
+        words += " Resampling raises an ECE, so that its interval may lie above its value."
+    charts = [_interval_chart(models, bounds, spread, column) for column in columns[:4]]
     return [
         _section("Scores", _table("Scores of each model", columns, rows), _caption(words)),
         _tag("div", *charts, class_="grid pairs"),
     ]
+
+
+def _cells(table: Mapping[str, Any]) -> str:
+    """A table of words and numbers that are formatted already."""
+    heads = (_tag("th", _escape(head), scope="col") for head in table["heads"])
+    lines = [_tag("tr", _tag("th", "Model", scope="col"), *heads)]
+    for name, cells, bold in table["rows"]:
+        parts = [
+            _tag("td", _tag("strong", _escape(cell)) if strong else _escape(cell))
+            for cell, strong in zip(cells, bold, strict=True)
+        ]
+        lines.append(_tag("tr", _tag("th", _escape(name), scope="row"), *parts))
+    title = table["title"]
+    return _section(_escape(title), _scrolling(title, lines), _caption(table["words"]))
+
+
+def _plot(id: str, plot: Mapping[str, Any]) -> str:
+    names = [{"name": name} for name, _ in plot["series"]]
+    return _section(_escape(plot["title"]), _numbered(names), _series_chart(id, plot))
 
 
 def _calibration(models: Sequence[Mapping], bins: int) -> list[str]:
@@ -353,7 +381,9 @@ def _risk_chart(models: Sequence[Mapping]) -> str:
     return _svg("risk-coverage", axes, "Risk and coverage", words, parts)
 
 
-def _interval_chart(models: Sequence[Mapping], bounds: Mapping[str, Any], column: tuple) -> str:
+def _interval_chart(
+    models: Sequence[Mapping], bounds: Mapping[str, Any], spread: str | None, column: tuple
+) -> str:
     """One metric: a dot and its interval for each model, and a line at the best possible value."""
     key, heading, unit = column
     rows = []
@@ -389,7 +419,7 @@ def _interval_chart(models: Sequence[Mapping], bounds: Mapping[str, Any], column
                 class_=f"c{_colour(i)}",
             )
         )
-    title = f"{heading} with 95 % intervals"
+    title = f"{heading} with {spread or '95 % intervals'}"
     return _svg(f"interval-{key}", axes, title, "; ".join(words) + ".", parts)
 
 
@@ -412,6 +442,47 @@ def _ood_chart(
     words = f"Filled for familiar examples, outlined for foreign ones: {label} of {name}."
     chart = _svg(id, axes, f"{label} inside and outside", words, parts, f"c{colour}")
     return _tag("div", _tag("h3", _swatch(colour), _escape(name)), chart)
+
+
+def _series_chart(id: str, plot: Mapping[str, Any]) -> str:
+    """Series of points, each with its number in the legend at its end; infinite ones are left out.
+
+    A logarithmic axis needs positive x: with any other it is a linear one.
+    """
+    places = [(x, y) for _, points in plot["series"] for x, y in points if math.isfinite(y)]
+    if not places:
+        return ""
+    log = plot.get("log", False) and all(x > 0 for x, _ in places)
+
+    def across(x: float) -> float:
+        return math.log10(x) if log else x
+
+    def ends(values: list[float]) -> tuple[float, float]:
+        margin = 0.06 * (max(values) - min(values)) or 0.05
+        return min(values) - margin, max(values) + margin
+
+    x_range, y_range = ends([across(x) for x, _ in places]), ends([y for _, y in places])
+    axes = _Axes(x_range, y_range, width=560, height=360)
+    label = f"log10 of the {plot['x']}" if log else plot["x"]
+    parts = [axes.frame(label, plot["y"])]
+    words = []
+    for i, (name, points) in enumerate(plot["series"]):
+        kept = [(across(x), y) for x, y in points if math.isfinite(y)]
+        if not kept:
+            continue
+        said = ", ".join(f"({x:g}, {y:.3g})" for x, y in points)
+        words.append(f"{name} {said}")
+        line = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in kept)
+        marks = [_tag("circle", cx=axes.x(x), cy=axes.y(y), r="3.5", class_="dot") for x, y in kept]
+        if len(kept) > 1:
+            marks.insert(
+                0, _tag("polyline", points=line, class_="curve", stroke_dasharray=_dash(i))
+            )
+        x, y = kept[-1]
+        number = _text(axes.x(x) + 6, axes.y(y) - 4, str(i + 1))
+        title = _tag("title", _escape(words[-1]))
+        parts.append(_tag("g", title, *marks, number, class_=f"c{_colour(i)}"))
+    return _svg(id, axes, plot["title"], "; ".join(words) + ".", parts)
 
 
 # Pieces ------------------------------------------------------------------------------------------
@@ -470,6 +541,12 @@ def _legend(models: Sequence[Mapping]) -> str:
                     stroke_dasharray=_dash(i))  # fmt: skip
         piece = _tag("svg", line, viewBox="0 0 30 10", aria_hidden="true", class_=f"c{_colour(i)}")
         items.append(_tag("li", piece, _escape(model["name"])))
+    return _tag("ul", *items, class_="legend")
+
+
+def _numbered(models: Sequence[Mapping]) -> str:
+    """The legend of charts with many series: what each number stands for."""
+    items = [_tag("li", f"{i + 1} ", _swatch(i), _escape(m["name"])) for i, m in enumerate(models)]
     return _tag("ul", *items, class_="legend")
 
 

@@ -26,11 +26,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from . import metrics
 from .adapters import AdapterConfig, adapters, add_adapters
 from .checkpoint import load_tensors, read_json, save_tensors
+from .comparison import row, scores, summary, table, write_page
 from .data import Encoded, encode, evaluation_batches, load, num_classes, split
 from .errors import InputError, atomic_write_text, make_folder
 from .llama import Llama, LlamaConfig
@@ -99,6 +98,7 @@ METHODS: dict[str, Method] = {
         {"method": "scalabl", "prior": "component"}, ("beta", (1.0, 5.0))
     ),
 }
+OURS = tuple(name for name, method in METHODS.items() if method.settings["method"] == "scalabl")
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ class Job:
             "trial": self.trial,
             "seed": self.seed,
             "runs": [f.folder.name for f in fits],
-            "parameters": len(fits) * sum(p.numel() for p in adapter_state(model).values()),
+            "parameters": _numbers(model, posterior),
             "train_seconds": sum(t["seconds"] for t in trained) + ready - started,
             "answer_seconds": (time.perf_counter() - ready) / answered,
             "peak_bytes": max([_peak_bytes(), *(t["peak_bytes"] for t in trained)]),
@@ -291,6 +291,18 @@ class Job:
         values["steps"] = max(1, round(share * values.get("steps", TrainConfig.steps)))
         configs = (_config(AdapterConfig, values), _config(TrainConfig, values))
         return Fit(self.study, *configs, self.out)
+
+
+def _numbers(model: Llama, posterior: Posterior | None) -> int:
+    """How many numbers answering needs beside the base model."""
+    own = list(adapter_state(model).values())
+    if isinstance(posterior, Ensemble):
+        own = [p for state in posterior.members for p in state.values()]
+    elif isinstance(posterior, Swag):
+        own = [p for state in (posterior.mean, posterior.square) for p in state.values()]
+    elif isinstance(posterior, Laplace):
+        own += [p for curvature in posterior.curvature.values() for p in curvature]
+    return sum(p.numel() for p in own)
 
 
 def _config(cls: type, values: dict[str, Any]) -> Any:
@@ -358,21 +370,23 @@ def study(config: Study, out: Path, jobs: int = 1) -> dict[str, Any]:
     """Run what is missing of the study under `out`; returns, and writes, its results.
 
     jobs: runs side by side, each in a process of its own with one thread.
-    Writes OUT/results.json and OUT/results.md. Raises InputError as loading and training do.
+    Writes OUT/results.json, OUT/results.md and OUT/results.html. Raises InputError as loading and
+    training do.
     """
     make_folder(out)
-    results = _of_size(config, out, jobs)
+    results, models = _of_size(config, out, jobs)
     results["sizes"] = {
-        size: _of_size(dataclasses.replace(config, limit=size, sweep=()), out, jobs)
+        size: _of_size(dataclasses.replace(config, limit=size, sweep=()), out, jobs)[0]
         for size in config.sizes
     }
     atomic_write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     atomic_write_text(out / "results.md", table(results))
+    write_page(out / "results.html", results, models)
     return results
 
 
-def _of_size(config: Study, out: Path, jobs: int) -> dict[str, Any]:
-    """Tune, then test, with the training set at `config.limit`."""
+def _of_size(config: Study, out: Path, jobs: int) -> tuple[dict[str, Any], dict[str, list[Path]]]:
+    """Tune, then test, with the training set at `config.limit`: results and folders of answers."""
     sets = tuple(name for name in SETS if name != "ood" or config.ood is not None)
     tuning = {
         method: [
@@ -382,13 +396,13 @@ def _of_size(config: Study, out: Path, jobs: int) -> dict[str, Any]:
         for method in config.methods
     }
     _run_all([job for trials in tuning.values() for job in trials], jobs, "tune")
-    scores = {
-        method: [_scores(job, "validation", config.bins) for job in trials]
+    validation = {
+        method: [scores(job.folder, "validation", config.bins) for job in trials]
         for method, trials in tuning.items()
     }
+    chosen = {method: _least([s["nll"] for s in tried]) for method, tried in validation.items()}
     finals = {
-        method: _with_seeds(trials[_least([s["nll"] for s in scores[method]])], sets)
-        for method, trials in tuning.items()
+        method: _with_seeds(trials[chosen[method]], sets) for method, trials in tuning.items()
     }
     _run_all([job for runs in finals.values() for job in runs], jobs, "test")
     sweeps = {
@@ -396,19 +410,25 @@ def _of_size(config: Study, out: Path, jobs: int) -> dict[str, Any]:
     }
     swept = [job for trials in sweeps.values() for runs in trials for job in runs]
     _run_all(swept, jobs, "sweep")
-    return {
-        **summary(config, finals),
+    models = {method: _folders(runs) for method, runs in finals.items()}
+    reached = {method: validation[method][trial]["nll"] for method, trial in chosen.items()}
+    results = {
+        "study": dataclasses.asdict(config),
+        **summary(models, reached, OURS, config.bins, config.ood is not None),
         "tuning": {
-            method: [
-                {**job.trial, **s} for job, s in zip(tuning[method], scores[method], strict=True)
-            ]
-            for method in config.methods
+            method: [{**job.trial, **s} for job, s in zip(trials, validation[method], strict=True)]
+            for method, trials in tuning.items()
         },
         "sweep": {
-            method: [_row(runs, _probs(runs), config.bins) for runs in trials]
+            method: [row(_folders(runs), config.bins) for runs in trials]
             for method, trials in sweeps.items()
         },
     }
+    return results, models
+
+
+def _folders(runs: list[Job]) -> list[Path]:
+    return [job.folder for job in runs]
 
 
 def _with_seeds(job: Job, sets: tuple[str, ...]) -> list[Job]:
@@ -447,135 +467,3 @@ def _workers(jobs: int) -> Iterator[Callable[[Sequence[Fit | Job]], Iterator[Non
                 yield done.result()
 
         yield run
-
-
-# --- Results --------------------------------------------------------------------------------------
-
-
-def _load(job: Job, name: str) -> dict[str, Tensor]:
-    return load_tensors(job.folder / f"{name}.safetensors")[0]
-
-
-def _scores(job: Job, name: str, bins: int) -> dict[str, float]:
-    answers = _load(job, name)
-    return _metrics(answers["probs"], answers["labels"], bins)
-
-
-def _metrics(probs: Tensor, labels: Tensor, bins: int) -> dict[str, float]:
-    return {
-        "acc": metrics.accuracy(probs, labels),
-        "ece": metrics.ece(probs, labels, bins),
-        "nll": metrics.nll(probs, labels),
-        "brier": metrics.brier(probs, labels),
-    }
-
-
-def summary(config: Study, finals: dict[str, list[Job]]) -> dict[str, Any]:
-    """Of every method, with and without temperature: each seed's scores, mean and sd; the best."""
-    rows: dict[str, dict[str, Any]] = {}
-    probs: dict[str, list[Tensor]] = {}
-    labels = _load(next(iter(finals.values()))[0], "test")["labels"]
-    for method, runs in finals.items():
-        plain = _probs(runs)
-        scaled = []
-        for job, p in zip(runs, plain, strict=True):
-            held = _load(job, "validation")
-            temperature = metrics.fit_temperature(held["probs"].log(), held["labels"])
-            scaled.append(metrics.apply_temperature(p, temperature))
-        for name, each in ((method, plain), (f"{method} + temperature", scaled)):
-            probs[name] = each
-            rows[name] = _row(runs, each, config.bins)
-        if config.ood is not None:
-            rows[method].update(_out_of_distribution(runs))
-    best = {key: _best(key, rows, probs, labels, config.bins) for key in metrics.SCORES}
-    return {"study": dataclasses.asdict(config), "methods": rows, "best": best}
-
-
-def _probs(runs: list[Job]) -> list[Tensor]:
-    return [_load(job, "test")["probs"] for job in runs]
-
-
-def _row(runs: list[Job], probs: list[Tensor], bins: int) -> dict[str, Any]:
-    """Scores and cost of one model, by seed and averaged; answer_seconds are of one example."""
-    about = [read_json(job.folder / "answers.json") for job in runs]
-    labels = _load(runs[0], "test")["labels"]
-    scores = [_metrics(p, labels, bins) for p in probs]
-    return {
-        "trial": runs[0].trial,
-        "parameters": about[0]["parameters"],
-        "train_seconds": _mean([a["train_seconds"] for a in about]),
-        "answer_seconds": _mean([a["answer_seconds"] for a in about]),
-        "peak_bytes": max(a["peak_bytes"] for a in about),
-        "widths": {name: _mean([a["widths"][name] for a in about]) for name in about[0]["widths"]},
-        "seeds": scores,
-        **{key: _mean([s[key] for s in scores]) for key in metrics.SCORES},
-        "sd": {key: _sd([s[key] for s in scores]) for key in metrics.SCORES},
-    }
-
-
-def _out_of_distribution(runs: list[Job]) -> dict[str, float]:
-    """Mean AUROC over the seeds of telling the ood set from the test set, by both uncertainties."""
-    out: dict[str, list[float]] = {"auroc_entropy": [], "auroc_mutual_information": []}
-    for job in runs:
-        inside, outside = _load(job, "test"), _load(job, "ood")
-        kind = torch.cat((torch.zeros(len(inside["labels"])), torch.ones(len(outside["labels"]))))
-        for name, values in out.items():
-            score = name.removeprefix("auroc_")
-            both = torch.cat((inside[score], outside[score]))
-            values.append(metrics.auroc(both, kind.long()))
-    return {name: _mean(values) for name, values in out.items()}
-
-
-def _best(
-    key: str,
-    rows: dict[str, dict[str, Any]],
-    probs: dict[str, list[Tensor]],
-    labels: Tensor,
-    bins: int,
-) -> dict[str, Any]:
-    """The best row by `key`, and whether a paired bootstrap over the test set tells it apart.
-
-    The runner-up is resampled with the same rows, seeds averaged; significant says that the 95 %
-    interval of the difference does not hold 0.
-    """
-    sign = -1.0 if key == "acc" else 1.0
-    first, second = sorted(rows, key=lambda name: sign * rows[name][key])[:2]
-    low, high = metrics.paired_intervals(probs[first], probs[second], labels, bins)[key]
-    return {"name": first, "runner_up": second, "difference": [low, high],
-            "significant": not low <= 0 <= high}  # fmt: skip
-
-
-def table(results: dict[str, Any]) -> str:
-    """The results in Markdown: mean and sd over the seeds; bold where the best is told apart."""
-    ood = any("auroc_entropy" in row for row in results["methods"].values())
-    heads = ["method", "trial", "ACC", "ECE", "NLL", "Brier", "parameters", "train s", "answer ms"]
-    heads += ["AUROC entropy", "AUROC information"] if ood else []
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for name, row in results["methods"].items():
-        trial = ", ".join(f"{key} {value:g}" for key, value in row["trial"].items())
-        cells = [name, trial]
-        for key in metrics.SCORES:
-            best = results["best"][key]
-            value = f"{row[key]:.3f}"
-            if best["significant"] and best["name"] == name:
-                value = f"**{value}**"
-            cells.append(f"{value} ± {row['sd'][key]:.3f}")
-        cells += [f"{row['parameters']:,}", f"{row['train_seconds']:.0f}"]
-        cells.append(f"{1000 * row['answer_seconds']:.1f}")
-        if ood:
-            for key in ("auroc_entropy", "auroc_mutual_information"):
-                cells.append(f"{row[key]:.3f}" if key in row else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _sd(values: list[float]) -> float:
-    """Sample standard deviation; 0 of one value."""
-    if len(values) < 2:
-        return 0.0
-    mean = _mean(values)
-    return (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5

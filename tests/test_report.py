@@ -310,3 +310,51 @@ def test_bad_predictions_write_nothing(tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
         write_report(tmp_path / "missing" / "report.html", full())
     assert list(tmp_path.iterdir()) == []
+
+
+def _series(**changes):
+    series = [("one", [(10, 2.0), (100, 1.0)]), ("two", [(10, 3.0)])]
+    plot = {"title": "NLL and size", "x": "examples", "y": "NLL", "log": True, "series": series}
+    return {**plot, **changes}
+
+
+def _circles(tmp_path, plot) -> list[tuple[float, float]]:
+    results = {"title": "t", "models": [{"name": "m", **_model(20, 3, 0)}], "plots": [plot]}
+    write_report(tmp_path / "r.html", results)
+    text = (tmp_path / "r.html").read_text()
+    found = re.search(r'<svg[^>]*aria-labelledby="plot-0-title.*?</svg>', text, re.DOTALL)
+    if found is None:
+        return []
+    svg = ElementTree.fromstring(found[0])
+    return [(float(c.get("cx")), float(c.get("cy"))) for c in svg.iter("circle")]
+
+
+def test_series_stand_where_their_numbers_say(tmp_path):
+    """On a logarithmic axis equal ratios are equal distances; y grows upwards."""
+    points = [(1, 1.0), (10, 2.0), (100, 4.0)]
+    (x0, y0), (x1, y1), (x2, y2) = _circles(tmp_path, _series(series=[("a", points)]))
+    assert abs((x1 - x0) - (x2 - x1)) <= 0.02 and x0 < x1
+    assert abs(2 * (y0 - y1) - (y1 - y2)) <= 0.02 and y0 > y1
+    linear = _circles(tmp_path, _series(series=[("a", points)], log=False))
+    assert abs((linear[2][0] - linear[1][0]) - 10 * (linear[1][0] - linear[0][0])) <= 0.1
+    zero = [(0, 1.0), (10, 2.0)]
+    assert len(_circles(tmp_path, _series(series=[("a", zero)]))) == 2  # no logarithm of 0
+    infinite = [(1, math.inf), (10, 2.0)]
+    assert len(_circles(tmp_path, _series(series=[("a", infinite)]))) == 1
+    assert _circles(tmp_path, _series(series=[("a", [(1, math.inf)])])) == []
+
+
+def test_tables_plots_and_the_word_for_intervals(tmp_path):
+    rows = [("mle", ["0.5 ± 0.1", "<b>"], [True, False])]
+    table = {"title": "All", "heads": ["ACC", "x"], "rows": rows, "words": "What it is."}
+    model = {"name": "m", "intervals": {"acc": (0.1, 0.2)}, **_model(20, 3, 0)}
+    results = {"title": "t", "models": [model], "tables": [table], "plots": [_series()],
+               "spread": "least and greatest seed"}  # fmt: skip
+    write_report(tmp_path / "r.html", results)
+    page = Page((tmp_path / "r.html").read_text())
+    assert page.text("strong") == "0.5 ± 0.1"
+    assert "<b>" in page.text("td") and "What it is." in page.text("p")
+    assert "In brackets: least and greatest seed." in page.text("p")
+    assert "bootstrap" not in page.text()
+    assert [w for tag, w in page.words if tag == "li" and w in ("one", "two")] == ["one", "two"]
+    assert "two (10, 3)" in page.text("desc")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import math
+import re
 
 import pytest
 import torch
 
-from scalabl_ref import InputError, cli, metrics
-from scalabl_ref import study as module
+from scalabl_ref import InputError, cli, comparison, metrics
 from scalabl_ref.checkpoint import load_tensors
+from scalabl_ref.comparison import table
 from scalabl_ref.methods import Swag
-from scalabl_ref.study import METHODS, Fit, Job, Study, study, table
+from scalabl_ref.study import METHODS, Fit, Job, Study, study
 from scalabl_ref.train import Trainer
 
 from .models import questions_file, tiny_folder
@@ -151,6 +153,63 @@ def test_sizes_and_sweeps_are_the_studies_of_their_own(tmp_path):
     assert [row["seeds"] for row in rows if row["trial"] == chosen["trial"]] == [chosen["seeds"]]
 
 
+def test_the_page_shows_every_method_and_every_plot(tmp_path):
+    changes = {"methods": ["mle", "scalabl", "blob"], "lr": [0.01], "limit": 16}
+    path = config(tmp_path, **changes, sizes=[10], sweep=["scalabl"])
+    results = study(Study.read(path), tmp_path / "out")
+    page = (tmp_path / "out" / "results.html").read_text()
+    for name, row in results["methods"].items():
+        assert f"{row['nll']:.3f} ± {row['sd']['nll']:.3f}" in page, name
+        assert f"<td>{row['parameters']:,}</td>" in page
+    headings = re.findall(r"<h2>(.*?)</h2>", page)
+    wanted = ["All scores", "Cost", "Accuracy and ECE", "NLL and training set", "Sigma by layer"]
+    wanted += ["NLL (nats) and the second knob", "ECE and the second knob"]
+    assert [h for h in headings if h in wanted] == wanted
+    assert page.count('id="reliability-') == 2 * 3 + 3  # title, description and hatching of each
+    assert results["verdict"][0]["ours"] == "scalabl"
+    assert comparison.sentences(results)[1] in html.unescape(page)
+    assert "With the first 10 training examples" in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_the_verdict_is_the_paired_interval():
+    """Ours better by a lot, and worse by a lot: the words and the interval say so."""
+    results = {"verdict": [
+        {"ours": "a", "rival": "b", "difference": [-2.0, -1.0], "no_worse": True},
+        {"ours": "a", "rival": "b", "difference": [-1.0, 1.0], "no_worse": True},
+        {"ours": "a", "rival": "b", "difference": [1.0, 2.0], "no_worse": False},
+    ]}  # fmt: skip
+    words = comparison.sentences(results)[1:]
+    for sentence, expected in zip(
+        words, ("better than", "no worse than", "worse than"), strict=True
+    ):
+        assert f"is {expected} b" in sentence
+
+
+def test_the_verdict_chooses_ours_on_validation_and_the_rival_on_the_test(done):
+    config, out, results = done
+    tuned = {m: min(t["nll"] for t in trials) for m, trials in results["tuning"].items()}
+    ours = {name for name in METHODS if METHODS[name].settings["method"] == "scalabl"}
+    plain, scaled = results["verdict"]
+    assert plain["ours"] == min(ours, key=tuned.__getitem__)
+    others = {name: results["methods"][name]["nll"] for name in METHODS if name not in ours}
+    assert plain["rival"] == min(others, key=others.__getitem__)
+    assert scaled["ours"] == plain["ours"] + " + temperature"
+    low, high = plain["difference"]
+    nll = {name: results["methods"][name]["nll"] for name in (plain["ours"], plain["rival"])}
+    assert low <= nll[plain["ours"]] - nll[plain["rival"]] <= high
+    assert plain["no_worse"] == (low <= 0)
+
+
+def test_parameters_count_all_that_answering_needs(done):
+    """An ensemble keeps three models, SWAG two numbers for each, Laplace its curvature as well."""
+    config, out, results = done
+    counts = {name: row["parameters"] for name, row in results["methods"].items()}
+    assert counts["ensemble"] == 3 * counts["mle"] and counts["swag"] == 2 * counts["mle"]
+    assert counts["mle"] == counts["map"] == counts["dropout"]
+    assert counts["laplace"] > counts["laplace last"] > counts["map"]
+    assert counts["mle"] < counts["scalabl"] < counts["blob"]
+
+
 def test_what_is_there_is_not_done_again(tmp_path, monkeypatch):
     path, out = config(tmp_path, methods=["mle"], lr=[0.01]), tmp_path / "out"
     first = study(Study.read(path), out)
@@ -197,11 +256,11 @@ def test_bold_is_only_what_the_bootstrap_tells_apart():
     right = torch.full((200, 2), 0.2).scatter(1, labels[:, None], 0.8)
     even = torch.full((200, 2), 0.5)
     rows = {"good": {"nll": 0.223}, "bad": {"nll": 0.693}}
-    best = module._best("nll", rows, {"good": [right], "bad": [even]}, labels, 15)
+    best = comparison._best("nll", rows, {"good": [right], "bad": [even]}, labels, 15)
     assert best["name"] == "good" and best["significant"] and best["difference"][1] < 0
     noise = (right.log() + 0.1 * torch.randn(200, 2, generator=g)).softmax(1)
     rows = {"a": {"nll": metrics.nll(right, labels)}, "b": {"nll": metrics.nll(noise, labels)}}
-    best = module._best("nll", rows, {"a": [right], "b": [noise]}, labels, 15)
+    best = comparison._best("nll", rows, {"a": [right], "b": [noise]}, labels, 15)
     assert not best["significant"]
 
 
