@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .data import Example
     from .evaluate import Answers
     from .llama import Llama
+    from .methods import Posterior
     from .tokenizer import Tokenizer
 
 Result = dict[str, Any]
@@ -155,6 +156,8 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         default=train.objective,
         help="elbo: one objective; official: AdamW on the NLL, then SGD on the KL",
     )
+    add("--swag", type=float, default=train.swag,
+        help="share of the steps, the last, whose weights are collected for swag")  # fmt: skip
     add("--kl-lr", type=float, default=train.kl_lr, help="SGD rate on the KL (objective official)")
     add("--rank", type=int, default=adapter.rank, help="r")
     add("--alpha", type=float, help="scaling is alpha / rank (default: 2 * rank)")
@@ -236,9 +239,86 @@ def _train(args: argparse.Namespace) -> Result:
         print(f"{error}: continue with --resume", file=sys.stderr)
         return {"run": str(args.out), "steps": trainer.done, "exit_code": 128 + error.signum}
     save_run(args.out, model, info)
+    if config.swag:
+        trainer.swag.save(args.out)
     last = json.loads((args.out / "train.jsonl").read_text().splitlines()[-1])
     _say(args, f"trained {trainer.done} steps on {len(examples)} examples: {args.out}")
     return {"run": str(args.out), "steps": trainer.done, "examples": len(examples), "last": last}
+
+
+# --- posterior ---------------------------------------------------------------------------------
+
+
+def _posterior_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("method", choices=("laplace", "tfb", "swag", "ensemble"), help="what to make of the runs")
+    add(
+        "--run",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="finished run of mle or map (ensemble: two or more; swag: trained with --swag)",
+    )
+    add("--model", type=Path, help="folder of the base model, if it has moved")
+    add("--out", type=Path, required=True, help="run folder to write")
+    _add_data(parser, required=False)
+    add("--layers", choices=("all", "last"), default="all", help="that are random (laplace)")
+    add("--kron-rank", type=int, help="eigenvectors kept of each factor (laplace; default: all)")
+    add("--tolerance", type=float, default=0.003, help="relative change of the NLL allowed (tfb)")
+    add("--samples", type=int, default=10, help="draws by which the change is measured (tfb)")
+    add("--batch", type=int, default=8, help="examples computed at a time")
+
+
+def _posterior(args: argparse.Namespace) -> Result:
+    """Without --data, laplace and tfb see what the run was trained on, its hold-out left out."""
+    from .checkpoint import load_tensors, read_json
+    from .data import encode, evaluation_batches, load, split
+    from .methods import Ensemble, Laplace, Swag, tfb
+    from .train import save_run
+
+    runs = args.run
+    if (len(runs) > 1) != (args.method == "ensemble"):
+        raise InputError(
+            f"{args.method} takes {'more' if len(runs) == 1 else 'no more'} than a run"
+        )
+    args.run = runs[0]
+    model, tokenizer, info, before = _open_run(args)
+    if before is not None:
+        raise InputError(f"{args.run}: has a posterior already, {info['posterior']}")
+    facts: dict[str, Any] = {"made_by": args.method, "from": [str(run) for run in runs]}
+    posterior: Posterior | None = None
+    if args.method == "ensemble":
+        for run in runs[1:]:
+            other = read_json(run / "run.json")
+            for key in ("fingerprint", "adapter", "head_tokens"):
+                if other.get(key) != json.loads(json.dumps(info[key])):
+                    raise InputError(f"{run}: differs from {args.run} in {key}: no ensemble")
+        posterior = Ensemble([load_tensors(run / "adapter.safetensors")[0] for run in runs])
+    elif args.method == "swag":
+        posterior = Swag.load(args.run)
+    else:
+        if args.data:
+            examples = load(args.data, args.format, args.limit)
+        else:
+            examples = load(Path(info["data"]), info["format"], info["limit"])
+            examples, _ = split(examples, info["holdout"], info["train"]["seed"])
+        head, longest = model.config.head_tokens, model.config.max_position_embeddings
+        classes = None if head is None else len(head)
+        data = encode(examples, tokenizer, classes=classes, max_length=longest)
+        batches = evaluation_batches(data, args.batch)
+        if args.method == "tfb":
+            facts["sigma"] = tfb(
+                model, batches, args.tolerance, samples=args.samples, seed=args.seed
+            )
+        else:
+            posterior = Laplace.fit(model, batches, args.layers, args.kron_rank).optimise_prior()
+            facts["precision"] = posterior.precision
+    name = None if posterior is None else args.method
+    save_run(args.out, model, {**info, "posterior": name, **facts})
+    if posterior is not None:
+        posterior.save(args.out)
+    _say(args, f"written: {args.out}, a run to evaluate and predict with")
+    return {"run": str(args.out), **facts}
 
 
 # --- evaluate ----------------------------------------------------------------------------------
@@ -268,10 +348,12 @@ def _evaluate(args: argparse.Namespace) -> Result:
     from .data import load
     from .evaluate import answer, evaluate
 
-    model, tokenizer, info = _open_run(args)
+    model, tokenizer, info, posterior = _open_run(args)
 
     def ask(examples: list[Example], title: str) -> Answers:
-        return answer(model, tokenizer, examples, args.samples, args.seed, args.batch, title)
+        return answer(
+            model, tokenizer, examples, args.samples, args.seed, args.batch, title, posterior
+        )
 
     examples = load(args.data, args.format, args.limit)
     calibration = ood = None
@@ -294,10 +376,13 @@ def _evaluate(args: argparse.Namespace) -> Result:
     return result
 
 
-def _open_run(args: argparse.Namespace) -> tuple[Llama, Tokenizer, dict[str, Any]]:
-    """(model, tokenizer, facts) of --run, its base taken from --model if that is given."""
+def _open_run(
+    args: argparse.Namespace,
+) -> tuple[Llama, Tokenizer, dict[str, Any], Posterior | None]:
+    """(model, tokenizer, facts, posterior) of --run; its base is --model's if that is given."""
     from .checkpoint import read_json
     from .llama import Llama
+    from .methods import load_posterior
     from .tokenizer import load_tokenizer
     from .train import load_run
 
@@ -310,7 +395,7 @@ def _open_run(args: argparse.Namespace) -> tuple[Llama, Tokenizer, dict[str, Any
     dtype = getattr(torch, info["dtype"]) if info.get("dtype") else None
     base = Llama.from_pretrained(folder, dtype=dtype, device=_device(args))
     model, info = load_run(args.run, base)
-    return model, load_tokenizer(folder), info
+    return model, load_tokenizer(folder), info, load_posterior(args.run, info)
 
 
 def _held_out(args: argparse.Namespace, info: dict[str, Any]) -> list[Example]:
@@ -361,9 +446,9 @@ def _predict(args: argparse.Namespace) -> Result:
     from .data import question
     from .evaluate import answer
 
-    model, tokenizer, info = _open_run(args)
+    model, tokenizer, info, posterior = _open_run(args)
     example = question(args.prompt, args.choices, info["format"])
-    p = answer(model, tokenizer, [example], args.samples, args.seed).prediction
+    p = answer(model, tokenizer, [example], args.samples, args.seed, posterior=posterior).prediction
     probs = p.probs[0].tolist()[: len(args.choices)]
     for choice, value in zip(args.choices, probs, strict=True):
         _say(args, f"{value:.4f}  {choice}")
@@ -389,7 +474,9 @@ def _generate(args: argparse.Namespace) -> Result:
     from .tokenizer import load_tokenizer
 
     if args.run:
-        model, tokenizer, _ = _open_run(args)
+        model, tokenizer, _, posterior = _open_run(args)
+        if posterior is not None:
+            raise InputError(f"{args.run}: its posterior answers questions, it cannot write text")
     elif args.model:
         model = Llama.from_pretrained(args.model, device=_device(args))
         tokenizer = load_tokenizer(args.model)
@@ -589,6 +676,11 @@ Command = tuple[
 _COMMANDS: dict[str, Command] = {
     "demo": ("the whole story in about a minute", _demo_arguments, _demo),
     "train": ("fine-tune a model", _train_arguments, _train),
+    "posterior": (
+        "laplace, tfb, swag or an ensemble from finished runs",
+        _posterior_arguments,
+        _posterior,
+    ),
     "evaluate": ("accuracy, calibration and uncertainty of a run", _evaluate_arguments, _evaluate),
     "predict": ("probabilities of the answers to one question", _predict_arguments, _predict),
     "generate": ("text with its uncertainty token by token", _generate_arguments, _generate),

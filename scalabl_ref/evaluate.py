@@ -16,6 +16,7 @@ from .adapters import ADAPTERS
 from .data import Example, encode, evaluation_batches
 from .errors import InputError, atomic_write_text
 from .llama import Llama
+from .methods import Posterior
 from .predict import Prediction, predict_all
 from .progress import progress_bar
 from .report import write_report
@@ -39,8 +40,12 @@ def answer(
     seed: int,
     batch: int = 32,
     title: str = "evaluate",
+    posterior: Posterior | None = None,
 ) -> Answers:
-    """Predict every example with `samples` draws (0: the mean model); nothing is dropped."""
+    """Predict every example with `samples` draws (0: the mean model); nothing is dropped.
+
+    posterior: what is drawn, if it is not what the adapters themselves have.
+    """
     head = model.config.head_tokens
     encoded = encode(
         examples,
@@ -55,7 +60,7 @@ def answer(
         )
     with progress_bar(len(examples), title, "row") as bar:
         prediction = predict_all(
-            model, evaluation_batches(encoded, batch), samples, seed, progress=bar.update
+            model, evaluation_batches(encoded, batch), samples, seed, bar.update, posterior
         )
     return Answers(examples, torch.tensor(encoded.labels), prediction)
 
@@ -93,7 +98,7 @@ def evaluate(
     """
     probs, labels = answers.prediction.probs, answers.labels
     result: dict[str, Any] = {
-        "method": info["adapter"]["method"],
+        "method": info.get("posterior") or info["adapter"]["method"],
         "kl": info["train"]["kl"] if ADAPTERS[info["adapter"]["method"]].variational else None,
         "objective": info["train"]["objective"],
         "samples": samples,

@@ -6,11 +6,14 @@ A method is either an adapter of its own, trained like ours and listed in `adapt
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
 from ..adapters import ADAPTERS, COVARIANCES
+from ..errors import InputError
 from .blob import BlobAdapter
 from .dropout import DropoutAdapter
 from .ensemble import Ensemble, Swag
@@ -28,9 +31,11 @@ __all__ = [
     "Ensemble",
     "FullAdapter",
     "Laplace",
+    "POSTERIORS",
     "Posterior",
     "Swag",
     "TfbAdapter",
+    "load_posterior",
     "tfb",
 ]
 
@@ -47,3 +52,27 @@ class Posterior(Protocol):
         A draw is a function of (seed, its number, the example's id), as in `predict`.
         """
         ...
+
+    def save(self, folder: Path | str) -> None:
+        """Write a file of its own into a run folder."""
+        ...
+
+
+POSTERIORS: dict[str, type[Laplace] | type[Swag] | type[Ensemble]] = {
+    "laplace": Laplace,
+    "swag": Swag,
+    "ensemble": Ensemble,
+}
+
+
+def load_posterior(run: Path | str, info: Mapping[str, Any]) -> Posterior | None:
+    """The posterior that a run's facts, `load_run`'s, name; None if its adapters are all there is.
+
+    Raises InputError if its file is missing or broken, or if the name is unknown.
+    """
+    name = info.get("posterior")
+    if name is None:
+        return None
+    if name not in POSTERIORS:
+        raise InputError(f"{run}: unknown posterior {name!r}: expected {', '.join(POSTERIORS)}")
+    return POSTERIORS[name].load(run)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..llama import Llama
 
 State = dict[str, Tensor]  # adapter parameters by name, as `train.adapter_state` gives them
+ENSEMBLE_FILE = "ensemble.safetensors"
 SWAG_FILE = "swag.safetensors"
 FIRST_SWAG_LAYER = 2**31  # layer ids of SWAG's noise: parameter i has this one plus i
 
@@ -35,6 +36,24 @@ class Ensemble:
     """
 
     members: list[State]
+
+    def save(self, folder: Path | str) -> None:
+        """Write FOLDER/ensemble.safetensors. Raises InputError if it cannot be written."""
+        make_folder(folder)
+        tensors = [(f"{i}.{name}", v) for i, m in enumerate(self.members) for name, v in m.items()]
+        save_tensors(Path(folder) / ENSEMBLE_FILE, tensors)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Ensemble:
+        """What `save` wrote. Raises InputError if the file is missing, broken or another's."""
+        path = Path(folder) / ENSEMBLE_FILE
+        members: dict[str, State] = {}
+        for name, value in load_tensors(path)[0].items():
+            number, _, rest = name.partition(".")
+            members.setdefault(number, {})[rest] = value
+        if set(members) != {str(i) for i in range(len(members))} or not members:
+            raise InputError(f"{path}: not written by this program: members {sorted(members)}")
+        return cls([members[str(i)] for i in range(len(members))])
 
     def log_probs(self, model: Llama, batch: Batch, samples: int, seed: int) -> Tensor:
         chosen = self.members if samples else self.members[:1]
@@ -120,6 +139,8 @@ def _weights(model: Llama, state: State) -> Iterator[None]:
         for name, adapter in adapters(model).items()
         for key, parameter in adapter.named_parameters()
     }
+    for name in state.keys() ^ parameters.keys():
+        raise InputError(f"the model and the posterior do not both have the tensor {name}")
     before = {name: parameter.data for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         parameter.data = state[name].to(parameter)
