@@ -616,19 +616,55 @@ def _conformance(args: argparse.Namespace) -> Result:
 
 
 def _study_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, metavar="FILE", help="JSON: the fields of study.Study")
-    parser.add_argument("--out", type=Path, required=True, help="folder of its runs and results")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, a thread each")
+    from .protocol import TASKS
+
+    add = parser.add_argument
+    add("config", metavar="FILE", help="JSON: the fields of study.Study; or the word paper")
+    add("--out", type=Path, required=True, help="folder of its runs and results")
+    add("--jobs", type=int, default=1, help="runs side by side, a thread each")
+    add("--cost", action="store_true", help="only say what it will cost")
+    add("--model", type=Path, help="folder of the base model (paper)")
+    add("--data", type=Path, help="folder of the published data sets (paper)")
+    add("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS), help="which (paper)")
 
 
 def _study(args: argparse.Namespace) -> Result:
-    from .comparison import table
-    from .study import Study, study
+    import torch
 
-    results = study(Study.read(args.config), args.out, args.jobs)
-    _say(args, table(results))
-    _say(args, f"results: {args.out}/results.md, results.json, results.html")
-    return results
+    from .comparison import table
+    from .protocol import paper
+    from .study import Study, cost, product_rate, study
+
+    if args.config == "paper":
+        if not (args.model and args.data):
+            raise InputError("study paper needs --model and --data")
+        todo = {
+            args.out / task: config
+            for task, config in paper(args.model, args.data, tuple(args.tasks)).items()
+        }
+    else:
+        todo = {args.out: Study.read(Path(args.config))}
+    _device(args)
+    costs = {}
+    for out, config in todo.items():
+        dtype = getattr(torch, config.dtype or "float32")
+        about = cost(config)
+        about["hours"] = about["flop"] / product_rate(args.device, dtype) / 3600
+        _say(
+            args,
+            f"{out}: {about['runs']:,.0f} training runs, {about['steps']:,.0f} steps in all, "
+            f"{about['flop']:.2g} FLOP: at least {about['hours']:.2g} hours at the rate of a plain "
+            f"matrix product here; {about['bytes'] / 1e9:.2g} GB of base weights",
+        )
+        costs[str(out)] = about
+    if args.cost:
+        return {"cost": costs}
+    results = {}
+    for out, config in todo.items():
+        results[str(out)] = study(config, out, args.jobs, args.device)
+        _say(args, table(results[str(out)]))
+        _say(args, f"results: {out}/results.md, results.json, results.html")
+    return {"cost": costs, "results": results}
 
 
 def _info(args: argparse.Namespace) -> Result:

@@ -37,12 +37,12 @@ def summary(
     validation: Mapping[str, float],
     ours: Iterable[str],
     bins: int,
-    ood: bool,
+    ood: Iterable[str],
 ) -> dict[str, Any]:
     """Rows of all methods, with and without temperature; the best of each score; the verdict.
 
     models: folders by method, as many for each. validation: the NLL that each was chosen by. ours:
-    those whose best is held against the best of the others. ood: whether there is such a set.
+    those whose best is held against the best of the others. ood: names of such sets.
     """
     rows: dict[str, Row] = {}
     probs: dict[str, list[Tensor]] = {}
@@ -51,8 +51,7 @@ def summary(
         for name, each in ((method, plain), (method + SCALED, _scaled(folders, plain))):
             probs[name] = each
             rows[name] = _row(folders, each, bins)
-        if ood:
-            rows[method].update(_out_of_distribution(folders))
+        rows[method]["ood"] = {name: _out_of_distribution(folders, name, bins) for name in ood}
     labels = _load(next(iter(models.values()))[0], "test")["labels"]
     best = {key: _best(key, rows, probs, labels, bins) for key in metrics.SCORES}
     verdicts = []
@@ -115,17 +114,25 @@ def _row(folders: Sequence[Path], probs: Sequence[Tensor], bins: int) -> Row:
     }
 
 
-def _out_of_distribution(folders: Sequence[Path]) -> dict[str, float]:
-    """Mean AUROC over the seeds of telling the ood set from the test set, by both uncertainties."""
-    out: dict[str, list[float]] = {"auroc_entropy": [], "auroc_mutual_information": []}
+def _out_of_distribution(folders: Sequence[Path], name: str, bins: int) -> dict[str, float]:
+    """Means over the seeds: AUROC of telling this set from the test set, by both uncertainties; and
+    the scores over the share of it whose label is among the model's classes ("scored").
+    """
+    out: dict[str, list[float]] = {}
     for folder in folders:
-        inside, outside = _load(folder, "test"), _load(folder, "ood")
+        inside, outside = _load(folder, "test"), _load(folder, name)
         kind = torch.cat((torch.zeros(len(inside["labels"])), torch.ones(len(outside["labels"]))))
-        for name, values in out.items():
-            score = name.removeprefix("auroc_")
+        values = {}
+        for score in ("entropy", "mutual_information"):
             both = torch.cat((inside[score], outside[score]))
-            values.append(metrics.auroc(both, kind.long()))
-    return {name: _mean(values) for name, values in out.items()}
+            values[f"auroc_{score}"] = metrics.auroc(both, kind.long())
+        known = outside["labels"] < outside["probs"].shape[1]
+        values["scored"] = known.double().mean().item()
+        if known.any():
+            values.update(_metrics(outside["probs"][known], outside["labels"][known], bins))
+        for key, value in values.items():
+            out.setdefault(key, []).append(value)
+    return {key: _mean(values) for key, values in out.items()}
 
 
 def _best(
@@ -162,10 +169,22 @@ def _sd(values: Sequence[float]) -> float:
 # --- Markdown -------------------------------------------------------------------------------------
 
 
+OOD = (
+    ("auroc_entropy", "AUROC entropy"),
+    ("auroc_mutual_information", "AUROC information"),
+    ("acc", "ACC"),
+    ("ece", "ECE"),
+    ("nll", "NLL"),
+    ("brier", "Brier"),
+)
+
+
 def table(results: Mapping[str, Any]) -> str:
     """All of `study.study`'s results in Markdown; bold where the best is told apart."""
     parts = [_scores_table(results)]
     parts += [f"{sentence}\n" for sentence in sentences(results)]
+    for name in results["study"]["ood"]:
+        parts.append(f"Out of distribution, {name}:\n\n{_ood_table(results, name)}")
     for size, part in results.get("sizes", {}).items():
         parts.append(f"With the first {size} training examples:\n\n{_scores_table(part)}")
     for method, rows in results.get("sweep", {}).items():
@@ -188,10 +207,8 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
 
 
 def _scores_table(results: Mapping[str, Any]) -> str:
-    ood = any("auroc_entropy" in row for row in results["methods"].values())
     heads = ["method", "trial", "ACC", "ECE", "NLL", "Brier", "parameters", "train s", "answer ms",
              "peak MB"]  # fmt: skip
-    heads += ["AUROC entropy", "AUROC information"] if ood else []
     lines = []
     for name, row in results["methods"].items():
         cells = [name, _trial(row)]
@@ -201,11 +218,24 @@ def _scores_table(results: Mapping[str, Any]) -> str:
             cells.append(f"{bold}{row[key]:.3f}{bold} ± {row['sd'][key]:.3f}")
         cells += [f"{row['parameters']:,}", f"{row['train_seconds']:.0f}"]
         cells += [f"{1000 * row['answer_seconds']:.1f}", f"{row['peak_bytes'] / 1e6:.0f}"]
-        if ood:
-            for key in ("auroc_entropy", "auroc_mutual_information"):
-                cells.append(f"{row[key]:.3f}" if key in row else "")
         lines.append(cells)
     return _markdown(heads, lines)
+
+
+def _ood_table(results: Mapping[str, Any], name: str) -> str:
+    return _markdown(["method", *(head for _, head in OOD)], _ood_cells(results, name))
+
+
+def _ood_cells(results: Mapping[str, Any], name: str) -> list[list[str]]:
+    """A line for each method that answered the set: its name, then what OOD lists."""
+    return [
+        [
+            method,
+            *(f"{row['ood'][name][key]:.3f}" if key in row["ood"][name] else "" for key, _ in OOD),
+        ]
+        for method, row in results["methods"].items()
+        if "ood" in row
+    ]
 
 
 def _sweep_table(rows: Sequence[Row]) -> str:
@@ -276,7 +306,11 @@ def write_page(
             "notes": sentences(results)[1:],
             "spread": "the least and the greatest of the seeds",
             "models": shown,
-            "tables": [_all_scores(results), _cost(results)],
+            "tables": [
+                _all_scores(results),
+                *(_ood_scores(results, name) for name in study["ood"]),
+                _cost(results),
+            ],
             "plots": _plots(results),
         },
     )
@@ -288,13 +322,16 @@ def _all_scores(results: Mapping[str, Any]) -> dict[str, Any]:
         cells = [f"{row[key]:.3f} ± {row['sd'][key]:.3f}" for key in metrics.SCORES]
         best = [results["best"][key] for key in metrics.SCORES]
         bold = [b["significant"] and b["name"] == name for b in best]
-        cells += [f"{row[k]:.3f}" if k in row else "" for k in AUROC]
-        rows.append((name, cells, [*bold, False, False]))
-    heads = ["ACC", "ECE", "NLL", "Brier", "AUROC, entropy", "AUROC, information"]
+        rows.append((name, cells, bold))
+    heads = ["ACC", "ECE", "NLL", "Brier"]
     return {"title": "All scores", "heads": heads, "rows": rows, "words": sentences(results)[0]}
 
 
-AUROC = ("auroc_entropy", "auroc_mutual_information")
+def _ood_scores(results: Mapping[str, Any], name: str) -> dict[str, Any]:
+    rows = [(method, cells, [False] * len(cells)) for method, *cells in _ood_cells(results, name)]
+    words = "AUROC: how well the uncertainty tells this set from the test set; 0.5 is chance."
+    return {"title": f"Out of distribution: {name}", "heads": [head for _, head in OOD],
+            "rows": rows, "words": words}  # fmt: skip
 
 
 def _cost(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,11 +11,12 @@ import re
 import pytest
 import torch
 
-from scalabl_ref import InputError, cli, comparison, metrics
+from scalabl_ref import InputError, Llama, cli, comparison, metrics, protocol
+from scalabl_ref import study as study_module
 from scalabl_ref.checkpoint import load_tensors
 from scalabl_ref.comparison import table
 from scalabl_ref.methods import Swag
-from scalabl_ref.study import METHODS, Fit, Job, Study, study
+from scalabl_ref.study import METHODS, Fit, Job, Study, cost, product_rate, study
 from scalabl_ref.train import Trainer
 
 from .models import questions_file, tiny_folder
@@ -28,7 +29,8 @@ def config(tmp_path, **changes):
     train = questions_file(tmp_path / "train.jsonl", rows=20)
     test = questions_file(tmp_path / "test.jsonl", rows=9)
     values = {
-        "model": str(folder), "train": str(train), "test": str(test), "ood": str(test),
+        "model": str(folder), "train": str(train), "test": str(test),
+        "ood": {"other": {"path": str(test), "limit": 5}},
         "seeds": [0, 1], "samples": 2, "lr": [0.01, 0.02], "settings": FEW,
         "methods": ["mle", "scalabl"], **changes,
     }  # fmt: skip
@@ -95,7 +97,7 @@ def test_methods_that_start_alike_share_their_runs(done):
     # Tuning: 2 trials of seed 0. Then seed 1 of the one chosen, where two methods may disagree.
     assert kinds["dropout"] == kinds["blob"] == 3
     assert 3 <= kinds["map"] <= 4
-    assert kinds["scalabl"] == 5 * 3
+    assert kinds["scalabl"] == 3 * sum(name.startswith("scalabl") for name in METHODS)
     members = 2 * 3 + 3  # an ensemble's two trials of seed 0, and the chosen one of seed 1
     assert members <= kinds["mle"] <= members + 1
     trial = results["methods"]["tfb"]["trial"]
@@ -210,6 +212,104 @@ def test_parameters_count_all_that_answering_needs(done):
     assert counts["mle"] < counts["scalabl"] < counts["blob"]
 
 
+def test_ood_scores_are_of_the_rows_that_can_be_answered(done):
+    config, out, results = done
+    trial = results["methods"]["blob"]["trial"]
+    values = []
+    for seed in config.seeds:
+        folder = Job(config, "blob", trial, seed, (), out).folder
+        inside, outside = (load_tensors(folder / f"{n}.safetensors")[0] for n in ("test", "other"))
+        assert len(outside["labels"]) == 5
+        kind = torch.tensor([0] * len(inside["labels"]) + [1] * 5)
+        entropy = torch.cat((inside["entropy"], outside["entropy"]))
+        values.append(
+            (metrics.auroc(entropy, kind), metrics.nll(outside["probs"], outside["labels"]))
+        )
+    row = results["methods"]["blob"]["ood"]["other"]
+    assert row["scored"] == 1
+    assert math.isclose(row["auroc_entropy"], sum(v[0] for v in values) / 2, abs_tol=1e-12)
+    assert math.isclose(row["nll"], sum(v[1] for v in values) / 2, abs_tol=1e-12)
+    assert f"| blob | {row['auroc_entropy']:.3f}" in (out / "results.md").read_text()
+
+
+def test_the_cost_told_first_is_what_is_done(tmp_path):
+    """Runs and steps are counted afterwards on disk; FLOP by hand for plain LoRA."""
+    path = config(tmp_path, methods=["mle", "ensemble", "tfb", "blob"], lr=[0.01])
+    told = cost(Study.read(path))
+    study(Study.read(path), tmp_path / "out")
+    records = [json.loads(p.read_text()) for p in (tmp_path / "out/runs").glob("*/run.json")]
+    assert told["runs"] == len(records)
+    assert told["steps"] == sum(record["train"]["steps"] for record in records)
+    alone = Study.read(config(tmp_path, methods=["mle"], lr=[0.01], seeds=[4]))
+    sets = study_module._encoded(alone, ("train", "validation", "test", "other"))
+    tokens = {name: sum(map(len, data.tokens)) for name, data in sets.items()}
+    mean = tokens["train"] / len(sets["train"].tokens)
+    trained = 2 * mean * 4 * (3 + 1)  # forward and backward, batches of 4; 3 steps, and a quarter
+    answered = 2 * tokens["validation"] + tokens["test"] + tokens["other"]
+    shape = (16 * 16 + 2 * 16 * 8 + 16 * 16) + 3 * 16 * 24 + 2 * 16  # q, k, v, o; MLP; norms
+    assert math.isclose(cost(alone)["flop"], 2 * 2 * shape * (trained + answered), rel_tol=1e-12)
+    assert product_rate() > 1e8
+
+
+def _arc(path, rows):
+    choices = [{"text": f"no {label}", "label": label} for label in "ABCD"]
+    lines = [
+        {
+            "id": str(i),
+            "question": {"stem": f"{i}?", "choices": choices},
+            "answerKey": "ABCD"[i % 4],
+        }
+        for i in range(rows)
+    ]
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_the_papers_protocol(tmp_path, capsys, monkeypatch):
+    model = tiny_folder(tmp_path / "model")
+    _arc(tmp_path / "data/arc/ARC-Easy-Train.jsonl", 20)
+    _arc(tmp_path / "data/arc/ARC-Easy-Test.jsonl", 9)
+    command = ["study", "paper", "--model", str(model), "--data", str(tmp_path / "data")]
+    command += ["--out", str(tmp_path / "out"), "--json"]
+    assert cli.main([*command, "--tasks", "arc_easy", "--cost"]) == 0
+    told = json.loads(capsys.readouterr().out)["cost"][str(tmp_path / "out" / "arc_easy")]
+    assert told["steps"] > 20 * 5000 and told["bytes"] == 2 * sum(
+        p.numel() for p in Llama.from_pretrained(model).parameters()
+    )
+    assert not (tmp_path / "out").exists()
+    assert cli.main(command) == 2
+    assert "winogrande/train_s.jsonl: no such file: task winogrande_s" in capsys.readouterr().err
+    # And it runs, with its steps cut down.
+    full = protocol.paper
+
+    def short(*arguments):
+        return {
+            task: dataclasses.replace(study, settings={**FEW, "steps": 2}, seeds=(0,), samples=2)
+            for task, study in full(*arguments).items()
+        }
+
+    monkeypatch.setattr(protocol, "paper", short)
+    with pytest.warns(UserWarning, match="tfb: no sigma in .* satisfies the tolerance: mle-"):
+        assert cli.main([*command, "--tasks", "arc_easy"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"][str(tmp_path / "out" / "arc_easy")]
+    assert set(protocol.METHODS) < set(results["methods"])
+    assert results["study"]["dtype"] == "bfloat16"
+
+
+def test_openbookqa_is_tested_on_seven_other_sets(tmp_path):
+    for file in ("openbookqa/train.jsonl", "openbookqa/test.jsonl"):
+        _arc(tmp_path / file, 4)
+    with pytest.raises(InputError, match="ARC-Challenge-Test.jsonl: no such file"):
+        protocol.paper("model", tmp_path, ("openbookqa",))
+    for file, _ in protocol.OUT_OF_DISTRIBUTION.values():
+        _arc(tmp_path / file, 4)
+    studies = protocol.paper("model", tmp_path, ("openbookqa",))
+    assert set(studies["openbookqa"].ood) == set(protocol.OUT_OF_DISTRIBUTION)
+    assert studies["openbookqa"].settings == {"steps": 5000, "batch": 4, "rank": 8}
+    with pytest.raises(InputError, match="unknown task 'chess'"):
+        protocol.paper("model", tmp_path, ("chess",))
+
+
 def test_what_is_there_is_not_done_again(tmp_path, monkeypatch):
     path, out = config(tmp_path, methods=["mle"], lr=[0.01]), tmp_path / "out"
     first = study(Study.read(path), out)
@@ -272,6 +372,9 @@ def test_command_and_bad_files(tmp_path, capsys):
     for changes, message in (
         ({"metods": []}, "unknown field 'metods'"),
         ({"methods": ["magic"]}, "unknown method 'magic'"),
+        ({"dtype": "int8"}, "dtype must be float32 or bfloat16"),
+        ({"ood": {"x": {"file": "y"}}}, "ood: x: expected path, format and limit"),
+        ({"ood": {"../x": {"path": "y"}}}, "cannot be the name of a set"),
     ):
         with pytest.raises(InputError, match=message):
             Study.read(config(tmp_path, **changes))
