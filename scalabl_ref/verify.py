@@ -7,6 +7,8 @@ checks of the op take the op as an argument, so that anybody's function with its
 checked:
 
     scalabl verify --against module:function
+
+The checks of the other methods are in `verify_methods`.
 """
 
 from __future__ import annotations
@@ -16,54 +18,21 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import native, reference
+from .check import FALSE_FAILURE, Check, Op, Result, normal_limit, ratio
 from .elbo import kl_forward, kl_official
 from .errors import InputError
 from .noise import Noise
 from .ops import SAMPLING, Sampling, subspace_lora_linear
 from .philox import normal, philox4x32
 from .predict import predictive
-
-Op = Callable[..., Tensor]
-FALSE_FAILURE = 1e-9  # of each statistical check: how often it fails what is right
-
-
-def normal_limit(rate: float) -> float:
-    """t with P(|z| > t) = rate for a standard normal z."""
-    return -float(torch.special.ndtri(torch.tensor(rate / 2, dtype=torch.float64)))
-
-
-class Result(NamedTuple):
-    """worst: the largest error over its bound (above 1: failed); cases: how many were compared.
-
-    note: what an exception said, if one ended the check.
-    """
-
-    name: str
-    equation: str
-    worst: float
-    cases: int
-    seconds: float
-    note: str = ""
-
-    @property
-    def passed(self) -> bool:
-        return self.worst <= 1.0
-
-
-class Check(NamedTuple):
-    """equation: what must hold, as docs/method.md numbers and writes it. run: worst, cases."""
-
-    name: str
-    equation: str
-    run: Callable[[Op, torch.device], tuple[float, int]]
-
+from .verify_methods import METHOD_CHECKS
 
 # --- Cases ------------------------------------------------------------------------------------
 
@@ -150,17 +119,6 @@ def terms(case: Case) -> int:
     """Roundings behind any one number of the op: its longest sums, and eight factors."""
     d_out, d_in = case.weight.shape
     return d_in + d_out + len(case.s) + case.x.shape[:-1].numel() + 8
-
-
-def ratio(got: Tensor, expected: Tensor, size: Tensor, eps: float) -> float:
-    """Largest error over `eps` times the size; an error where the size is 0 counts as infinite."""
-    if got.shape != expected.shape:
-        raise ValueError(f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
-    error, bound = (got.double() - expected.double()).abs(), eps * size
-    if not error.numel():
-        return 0.0
-    worst = torch.where(error == 0, 0.0, error / bound)
-    return math.inf if not worst.isfinite().all() else float(worst.max())
 
 
 def direction(case: Case) -> Tensor:
@@ -481,21 +439,23 @@ OWN_CHECKS = [
 
 
 def verify(op: Op | None = None, device: torch.device | str = "cpu") -> list[Result]:
-    """Run every check; `op` None is ours, and then the noise, KL and predictive are checked too.
+    """Run every check; `op` None is ours, and then the rest and the methods are checked too.
 
     op: a function with the signature of `subspace_lora_linear`. An exception out of it fails the
     check that it ended.
     """
-    results = []
-    for check in OP_CHECKS + (OWN_CHECKS if op is None else []):
-        start, note = time.perf_counter(), ""
-        try:
-            worst, count = check.run(op or subspace_lora_linear, torch.device(device))
-        except Exception as error:  # somebody else's function may raise anything
-            worst, count, note = math.inf, 0, f"{type(error).__name__}: {error}"
-        seconds = time.perf_counter() - start
-        results.append(Result(check.name, check.equation, worst, count, seconds, note))
-    return results
+    checks = OP_CHECKS + (OWN_CHECKS + METHOD_CHECKS if op is None else [])
+    return [run(check, op or subspace_lora_linear, torch.device(device)) for check in checks]
+
+
+def run(check: Check, op: Op, device: torch.device) -> Result:
+    start, note = time.perf_counter(), ""
+    try:
+        worst, count = check.run(op, device)
+    except Exception as error:  # somebody else's function may raise anything
+        worst, count, note = math.inf, 0, f"{type(error).__name__}: {error}"
+    seconds = time.perf_counter() - start
+    return Result(check.name, check.equation, worst, count, seconds, note)
 
 
 def load_op(name: str) -> Op:

@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -16,7 +17,7 @@ from scalabl_ref.adapters import TARGETS
 from scalabl_ref.checkpoint import load_tensors, save_tensors
 from scalabl_ref.data import Batch
 from scalabl_ref.elbo import class_logits
-from scalabl_ref.methods.laplace import FILE, LOGITS_LAYER, Laplace, draw_logits
+from scalabl_ref.methods.laplace import FILE, LOGITS_LAYER, Curvature, Laplace, draw_logits
 
 from .models import CLASSES, tiny_batch, tiny_model
 from .stats import ZTest
@@ -236,6 +237,15 @@ def test_a_prior_that_the_evidence_does_not_decide_is_an_error():
     laplace = Laplace.fit(plain(), [tiny_batch()])
     with pytest.raises(InputError, match="no precision of the prior"):
         dataclasses.replace(laplace, squares=0.0).optimise_prior()
+
+
+def test_the_covariance_is_on_the_jacobians_device():
+    """The curvature stays on the CPU. Fake tensors, without numbers, need no such device."""
+    block = Curvature(torch.eye(3).double(), torch.eye(4).double(), torch.ones(3, 4).double())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        J = torch.zeros(2, 3, 3, 4, dtype=torch.float64, device="cuda")
+        covariance = block.covariance(J, 0.5)
+    assert covariance.shape == (2, 3, 3) and covariance.device.type == "cuda"
 
 
 # --- the predictive -------------------------------------------------------------------------------

@@ -207,7 +207,7 @@ def test_dropout_is_plain_lora_on_thinned_inputs():
     x = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1)).double()
     ids = torch.tensor([8, 1])
     z = Noise(3, 4).normal(linear.adapter.layer, ids, 6).double()
-    mask = (torch.special.ndtr(z) >= 0.4) / 0.6  # (2, 6): all tokens of an example share it
+    mask = (torch.special.ndtr(z) >= 0.4).double() / 0.6  # (2, 6): for all tokens of an example
     update = plain(x * mask[:, None], None) - (x * mask[:, None]) @ plain.weight.T
     expected = x @ linear.weight.T + update
     assert (linear(x, Noise(3, 4), ids) - expected).abs().max() <= rounding(torch.float64, 200)

@@ -33,6 +33,6 @@ class DropoutAdapter(Adapter):
         p, sampling = self.config.dropout, self.config.sampling
         z = row_noise(x.shape[:-1], noise, self.layer, sampling, groups, x.shape[-1])
         cut = torch.special.ndtri(torch.tensor(p, dtype=torch.float64)).item()  # P(z < cut) = p
-        kept = (z.to(x.device) >= cut) * (self.config.scaling / (1 - p))
+        kept = (z.to(x.device) >= cut).to(self.A.dtype) * (self.config.scaling / (1 - p))
         h = F.linear(x.to(self.A.dtype) * kept, self.A)
         return F.linear(x, weight, bias) + F.linear(h, self.B).to(x.dtype)

@@ -60,7 +60,7 @@ class Curvature(NamedTuple):
 
         Sigma = (I - sum of v / (v + lambda) u u^T) / lambda over the eigenvectors u of values v.
         """
-        shrink = (self.values / (self.values + precision)).sqrt()
+        shrink = (self.values / (self.values + precision)).sqrt().to(J)
         all_of_it = J.flatten(2)
         learnt = (shrink * (self.left.to(J).T @ J @ self.right.to(J))).flatten(2)
         return (all_of_it @ all_of_it.mT - learnt @ learnt.mT) / precision
