@@ -29,11 +29,10 @@ from .methods.ensemble import FIRST_SWAG_LAYER, Ensemble, State, Swag
 from .methods.laplace import LOGITS_LAYER, Laplace, draw_logits
 from .methods.tfb import tfb
 from .metrics import fit_temperature
-from .noise import Noise
+from .noise import FIRST_TRAINING_DRAW, Noise
 from .ops import SAMPLING
 from .philox import normal
 from .predict import predict
-from .train import FIRST_TRAINING_DRAW
 
 EPS, EPS_32 = torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps
 # Roundings behind a number of the small model: some five sums of at most 16 terms in its block and

@@ -138,13 +138,23 @@ def test_swag_is_that_of_the_uninterrupted_run(done, tmp_path, monkeypatch):
     assert any((ours.square[n] - ours.mean[n].square()).abs().max() > 0 for n in ours.mean)
 
 
-def test_sizes_and_sweeps_are_the_studies_of_their_own(tmp_path):
+SIZED = {"methods": ["mle", "scalabl", "blob"], "lr": [0.01], "limit": 16}
+
+
+@pytest.fixture(scope="module")
+def sized(tmp_path_factory):
+    """A study with two other sizes and a sweep: its folder and results."""
+    folder = tmp_path_factory.mktemp("sized")
+    path = config(folder, **SIZED, sizes=[10, 20], sweep=["scalabl"])
+    return folder, study(Study.read(path), folder / "out")
+
+
+def test_sizes_and_sweeps_are_the_studies_of_their_own(sized):
     """Each size is what a study at that limit gives; a sweep has every trial with all seeds."""
-    changes = {"methods": ["mle", "scalabl"], "lr": [0.01], "limit": 16}
-    path = config(tmp_path, **changes, sizes=[10, 20], sweep=["scalabl"])
-    results = study(Study.read(path), tmp_path / "out")
+    folder, results = sized
     assert list(results["sizes"]) == [10, 20]
-    small = study(Study.read(config(tmp_path, **{**changes, "limit": 10})), tmp_path / "small")
+    changes = {**SIZED, "methods": ["scalabl"], "limit": 10}
+    small = study(Study.read(config(folder, **changes)), folder / "small")
     for name, row in small["methods"].items():
         assert results["sizes"][10]["methods"][name]["seeds"] == row["seeds"]
         assert results["methods"][name]["seeds"] != row["seeds"]
@@ -155,22 +165,21 @@ def test_sizes_and_sweeps_are_the_studies_of_their_own(tmp_path):
     assert [row["seeds"] for row in rows if row["trial"] == chosen["trial"]] == [chosen["seeds"]]
 
 
-def test_the_page_shows_every_method_and_every_plot(tmp_path):
-    changes = {"methods": ["mle", "scalabl", "blob"], "lr": [0.01], "limit": 16}
-    path = config(tmp_path, **changes, sizes=[10], sweep=["scalabl"])
-    results = study(Study.read(path), tmp_path / "out")
-    page = (tmp_path / "out" / "results.html").read_text()
+def test_the_page_shows_every_method_and_every_plot(sized):
+    folder, results = sized
+    page = (folder / "out" / "results.html").read_text()
     for name, row in results["methods"].items():
         assert f"{row['nll']:.3f} ± {row['sd']['nll']:.3f}" in page, name
         assert f"<td>{row['parameters']:,}</td>" in page
     headings = re.findall(r"<h2>(.*?)</h2>", page)
-    wanted = ["All scores", "Cost", "Accuracy and ECE", "NLL and training set", "Sigma by layer"]
-    wanted += ["NLL (nats) and the second knob", "ECE and the second knob"]
+    wanted = ["All scores", "Out of distribution: other", "Cost", "Accuracy and ECE",
+              "NLL and training set", "Sigma by layer", "NLL (nats) and the second knob",
+              "ECE and the second knob"]  # fmt: skip
     assert [h for h in headings if h in wanted] == wanted
     assert page.count('id="reliability-') == 2 * 3 + 3  # title, description and hatching of each
     assert results["verdict"][0]["ours"] == "scalabl"
     assert comparison.sentences(results)[1] in html.unescape(page)
-    assert "With the first 10 training examples" in (tmp_path / "out" / "results.md").read_text()
+    assert "With the first 10 training examples" in (folder / "out" / "results.md").read_text()
 
 
 def test_the_verdict_is_the_paired_interval():
