@@ -8,6 +8,7 @@ import re
 import pytest
 
 from scalabl_ref import cli
+from scalabl_ref.study import Study
 from scalabl_ref.vectors import vectors
 
 from .conftest import ROOT
@@ -67,3 +68,11 @@ def test_links_and_commands_exist(document):
         assert command in cli._COMMANDS, command
     for tool in re.findall(r"python (tools/\w+\.py)", text):
         assert (ROOT / tool).is_file(), tool
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "docs" / "studies").glob("*.json")), ids=lambda path: path.name)
+def test_the_studies_can_be_read_and_are_reported(file):
+    """Each is a valid study, and docs/results.md names it beside its figures."""
+    study = Study.read(file)
+    assert study.methods and all(study.trials(method) for method in study.methods)
+    assert f"studies/{file.name}" in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
