@@ -8,6 +8,7 @@ import re
 import pytest
 
 from scalabl_ref import cli
+from scalabl_ref.data import TEMPLATES
 from scalabl_ref.vectors import vectors
 
 from .conftest import ROOT
@@ -56,6 +57,13 @@ def test_every_equation_has_a_row():
     assert {"(1)", "(4)", "(9)"} <= numbered
     listed = " ".join(row[0] for row in audit_rows()).replace("(1b) to (1e)", "(1b) (1c) (1d) (1e)")
     assert {number for number in numbered if number not in listed} == set()
+
+
+def test_the_prompts_are_those_of_the_code():
+    text = (ROOT / "docs" / "interop.md").read_text(encoding="utf-8")
+    table = text.split("| format | prompt |")[1].split("\n\n")[0]
+    rows = [[cell.strip(" `") for cell in row.split("|")[1:3]] for row in table.splitlines()[2:]]
+    assert {name: prompt.replace("\\n", "\n") for name, prompt in rows} == TEMPLATES
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
