@@ -10,7 +10,10 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -371,6 +374,82 @@ def test_a_name_on_the_hub_is_found_in_its_cache(tmp_path):
     assert json.loads((tmp_path / "ours/manifest.json").read_text())["source"].endswith(commit)
     before, after = Weights(source), Weights(tmp_path / "ours")
     assert all(torch.equal(before[ours_to_hf(name)], after[name]) for name in after)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub's interface as the real client needs, over one model's folder."""
+
+    folder: Path
+    asked: list[str]
+    COMMIT = "fedcba9876" * 4
+
+    def do_GET(self):
+        path = unquote(self.path).split("?")[0]
+        if path.startswith("/api/models/some/model/revision/main"):
+            files = [{"rfilename": str(p.relative_to(self.folder))} for p in self.files()]
+            body, name = json.dumps({"id": "some/model", "sha": self.COMMIT, "siblings": files}), ""
+        elif path.startswith("/api/models/some/model/tree/"):
+            found = [{"type": "file", "path": str(p.relative_to(self.folder)), "oid": "0" * 40,
+                      "size": p.stat().st_size} for p in self.files()]  # fmt: skip
+            body, name = json.dumps(found), ""
+        elif path.startswith(f"/some/model/resolve/{self.COMMIT}/"):
+            name = path.split("/", 5)[5]
+            body = (self.folder / name).read_bytes()
+            self.asked.append(name)
+        else:
+            return self.send_error(404)
+        body = body.encode() if isinstance(body, str) else body
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        self.send_header("X-Repo-Commit", self.COMMIT)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def files(self):
+        return [path for path in self.folder.rglob("*") if path.is_file()]
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["safetensors", "bin"])
+def test_a_name_on_the_hub_is_downloaded(tmp_path, old):
+    """The real package and a server of ours; no more is asked for than the model needs."""
+    pytest.importorskip("huggingface_hub", reason="needs the extra hf")
+    source = hf_folder(tmp_path / "hf", TINY)
+    tensors, _ = load_tensors(source / "model.safetensors")
+    torch.save(tensors, source / "pytorch_model.bin")
+    if old:
+        (source / "model.safetensors").unlink()
+    (source / "original").mkdir()
+    for name in ("original/params.json", "consolidated.safetensors", "picture.png"):
+        (source / name).write_text("{}")
+
+    handler = type("Handler", (Hub,), {"folder": source, "asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    command = [sys.executable, ROOT / "tools" / "convert_hf.py", "some/model", "ours"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 0, done.stderr
+    weights = "pytorch_model.bin" if old else "model.safetensors"
+    assert set(handler.asked) == {"config.json", "tokenizer.json", weights}
+    manifest = json.loads((tmp_path / "ours" / "manifest.json").read_text())
+    assert manifest["source"] == f"some/model@{Hub.COMMIT}"
+    after = Weights(tmp_path / "ours")
+    assert all(torch.equal(tensors[ours_to_hf(name)], after[name]) for name in after)
 
 
 # --- what every conversion does ------------------------------------------------------------------
