@@ -124,6 +124,12 @@ def test_a_prompt_template_is_recorded_and_used_again(work, capsys, option):
         ours = ok("evaluate --run run --data train.jsonl --temperature", capsys)
         theirs = ok("evaluate --run whole --data whole.jsonl --temperature", capsys)
         assert ours["temperature"] == theirs["temperature"]
+    else:  # its prompts leave the choices out, which are too long for the model
+        rows = [{**row, "choices": ["x" * 99, "y" * 99, "z"]} for row in questions]
+        (work / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        evaluate = "evaluate --run run --data train.jsonl --temperature --calibrate long.jsonl"
+        assert "its prompt has" in refused(evaluate, capsys)
+        assert ok(evaluate + option, capsys)["temperature"]["n_fit"] == len(rows)
 
     command = ["predict", "--run", "run", *option.split(), "--json", "--samples", "3"]
     prompt = other.format("x", "y", "z", q="Is it?")

@@ -544,7 +544,8 @@ def test_without_transformers_verify_says_so_first(tmp_path, monkeypatch):
 
 
 SLOWED = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # off in jobs that a shell put behind
 sys.path.insert(0, "tools")
 import convert_hf
 from scalabl_ref import checkpoint
