@@ -309,17 +309,18 @@ def _posterior(args: argparse.Namespace) -> Result:
     if args.method == "ensemble":
         for run in runs[1:]:
             other = read_json(run / "run.json")
-            for key in ("fingerprint", "adapter", "head_tokens"):
+            for key in ("fingerprint", "adapter", "head_tokens", "prompt_template"):
                 if other.get(key) != json.loads(json.dumps(info[key])):
                     raise InputError(f"{run}: differs from {args.run} in {key}: no ensemble")
         posterior = Ensemble([load_tensors(run / "adapter.safetensors")[0] for run in runs])
     elif args.method == "swag":
         posterior = Swag.load(args.run)
     else:
+        template = info["prompt_template"]
         if args.data:
-            examples = load(args.data, args.format, args.limit)
+            examples = load(args.data, args.format, args.limit, template)
         else:
-            examples = load(Path(info["data"]), info["format"], info["limit"])
+            examples = load(Path(info["data"]), info["format"], info["limit"], template)
             examples, _ = split(examples, info["holdout"], info["train"]["seed"])
         head, longest = model.config.head_tokens, model.config.max_position_embeddings
         classes = None if head is None else len(head)

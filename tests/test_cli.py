@@ -140,6 +140,28 @@ def test_a_prompt_template_is_recorded_and_used_again(work, capsys, option):
     assert answers[0] == answers[1]
 
 
+def test_a_posterior_keeps_its_runs_prompt_template(work, capsys):
+    """Fitted with it, on any data; runs that differ in it are no ensemble."""
+    (work / "own.txt").write_text("{question} Well:")
+    rows = [json.loads(line) for line in (work / "train.jsonl").read_text().splitlines()]
+    whole = [{**row, "prompt": row["prompt"] + " Well:", "choices": [*"ABC"]} for row in rows]
+    (work / "whole.jsonl").write_text("".join(json.dumps(row) + "\n" for row in whole))
+    ok(f"{TRAIN} --method mle --prompt-template own.txt", capsys)
+    ok(f"{TRAIN} --method mle".replace("train.jsonl", "whole.jsonl") + " --out whole", capsys)
+    precisions = [
+        ok(f"posterior laplace --run {run} --out {run}{i}{data}", capsys)["precision"]
+        for i, data in enumerate(("", " --data {}.jsonl"))
+        for run, data in (("run", data.format("train")), ("whole", data.format("whole")))
+    ]
+    assert len(set(precisions)) == 1
+    evaluate = "evaluate --samples 2 --run {}0 --data {}.jsonl"
+    ours, theirs = (ok(evaluate.format(*p), capsys) for p in (("run", "train"), ("whole", "whole")))
+    assert ours.pop("prompt_template") == "{question} Well:"
+    assert theirs.pop("prompt_template") is None and ours == theirs
+    ensemble = "posterior ensemble --run run whole --out both"
+    assert "differs from run in prompt_template: no ensemble" in refused(ensemble, capsys)
+
+
 def test_commands_speak_to_people_too(work, capsys):
     code, out, _ = run(TRAIN, capsys)
     assert code == 0 and "trained 6 steps on 24 examples" in out
