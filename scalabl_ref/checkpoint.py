@@ -7,14 +7,18 @@ Nothing here knows the model; `llama` reads its configuration and weights throug
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
 import os
 import pickle
 import shutil
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InputError, atomic_write
+from .errors import InputError, atomic_write, atomic_write_text
 
 FORMAT = "scalabl_ref"
 WEIGHTS = "model.safetensors"
@@ -74,17 +78,21 @@ class Weights(Mapping[str, Tensor]):
     """The tensors of a model folder by name, each read from its file when it is asked for.
 
     Finds model.safetensors, model.safetensors.index.json, pytorch_model.bin or
-    pytorch_model.bin.index.json, in this order. Raises InputError naming the file for a missing
-    shard, a broken header, or a pickle that holds anything but tensors.
+    pytorch_model.bin.index.json, in this order; `files` are those that hold tensors. once: memory
+    that a tensor took is given back with it, where else a file's pages stay as long as this object.
+    Raises InputError naming the file for a missing shard, a broken header, or a pickle that holds
+    anything but tensors.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, once: bool = False) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise InputError(f"{folder}: no such folder")
+        self.files: list[Path] = []
         self._readers: dict[str, Callable[[], Tensor]] = {}
         for file, names in self._files():
-            found = _open_file(file)
+            self.files.append(file)
+            found = open_tensors(file, once)
             absent = [name for name in names or () if name not in found]
             if absent:
                 raise InputError(
@@ -129,10 +137,24 @@ class Weights(Mapping[str, Tensor]):
         return len(self._readers)
 
 
-def _open_file(path: Path) -> dict[str, Callable[[], Tensor]]:
+def open_tensors(path: Path, once: bool = False) -> dict[str, Callable[[], Tensor]]:
+    """A function for each tensor of one file, by name, that reads it; `once` as in Weights."""
+    readers = _open_file(path, mmap=once)
+    # torch's oldest format cannot be mapped: its tensors were all read just now.
+    if once and (path.suffix == ".safetensors" or zipfile.is_zipfile(path)):
+        return {name: partial(_read_once, path, name) for name in readers}
+    return readers
+
+
+def _read_once(path: Path, name: str) -> Tensor:
+    """A tensor in a mapping of the file that is its own, and so ends with it."""
+    return _open_file(path, mmap=True)[name]()
+
+
+def _open_file(path: Path, mmap: bool = False) -> dict[str, Callable[[], Tensor]]:
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
-    tensors = load_pickle(path)
+    tensors = load_pickle(path, mmap)
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise InputError(f"{path}: expected a dictionary of tensors")
     return {name: partial(tensors.__getitem__, name) for name in tensors}
@@ -169,12 +191,16 @@ def _named_errors(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: not a valid safetensors file: {error}") from None
 
 
-def load_pickle(path: Path) -> Any:
-    """What torch.save wrote to `path`, tensors and plain containers only; never runs code."""
+def load_pickle(path: Path, mmap: bool = False) -> Any:
+    """What torch.save wrote to `path`, tensors and plain containers only; never runs code.
+
+    mmap: read a tensor's values when they are used, if the file's format allows that.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it has to say of a damaged file, the error says
-            return torch.load(path, map_location="cpu", weights_only=True)
+            mmap = mmap and zipfile.is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except pickle.UnpicklingError as error:
@@ -221,6 +247,112 @@ def save_tensors(
         serialize_file(specs, file.name, metadata=metadata)
 
 
+# --- tensor by tensor, for models that do not fit into memory ----------------------------------
+
+PIECE = 1 << 22  # values looked at, converted and written at a time
+
+# Names in a safetensors header, in the order in which its writers lay dtypes out.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that is not in memory yet: dtype and shape, and the function that reads it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+    @staticmethod
+    def held(tensor: Tensor) -> Stored:
+        """One that is in memory after all."""
+        return Stored(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+    @staticmethod
+    def of(read: Callable[[], Tensor]) -> Stored:
+        """dtype and shape are those of `read()`, which must cost little."""
+        tensor = read()
+        return Stored(tensor.dtype, tuple(tensor.shape), read)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite, in little memory beside the tensor's."""
+    return all(bool(part.isfinite().all()) for part in tensor.flatten().split(PIECE))
+
+
+def buffer(tensor: Tensor) -> Any:
+    """The bytes of a contiguous CPU tensor, shared and not copied; `tensor` must outlive them."""
+    size = tensor.numel() * tensor.element_size()
+    return (ctypes.c_char * size).from_address(tensor.data_ptr()) if size else b""
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Stored],
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int], Any] = lambda size: None,
+) -> None:
+    """Write a safetensors file with one tensor in memory at a time.
+
+    dtype: of all tensors written; None keeps each one's own. The bytes are those that
+    `save_tensors` writes. `progress` is told of bytes as they are written. Raises InputError for a
+    tensor that is not of floats, or (what was given or what `dtype` makes of it) not finite.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise InputError(f"tensor {name} is {tensor.dtype}, expected floats")
+    place = list(_DTYPES).index
+    order = sorted(tensors, key=lambda name: (place(dtype or tensors[name].dtype), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        written = dtype or tensors[name].dtype
+        start, end = end, end + torch.Size(tensors[name].shape).numel() * written.itemsize
+        header[name] = {
+            "dtype": _DTYPES[written],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with atomic_write(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            for part in tensors[name].read().flatten().split(PIECE):
+                part = part.to(dtype or part.dtype)
+                if not is_finite(part):
+                    raise InputError(f"tensor {name} has NaN or infinite values as {part.dtype}")
+                file.write(buffer(part))
+                progress(part.nbytes)
+
+
+def sha256(path: Path, progress: Callable[[int], Any] = lambda size: None) -> str:
+    """SHA-256 of a file. Raises InputError if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+                progress(len(block))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, whole or not at all. Raises InputError if it cannot be read."""
+    try:
+        with open(source, "rb") as file, atomic_write(target) as out:
+            shutil.copyfileobj(file, out)
+    except OSError as error:
+        raise InputError(f"{source}: cannot be copied: {error.strerror}") from None
+
+
 @contextmanager
 def new_folder(path: Path | str) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, and nothing otherwise.
@@ -247,12 +379,18 @@ def new_folder(path: Path | str) -> Iterator[Path]:
 def write_model(
     folder: Path,
     config: dict[str, Any],
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Mapping[str, Stored],
     files: Mapping[str, Path],
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int], Any] = lambda size: None,
 ) -> None:
-    """Fill a model folder: config.json, model.safetensors, and copies of `files` by their name."""
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
-    save_tensors(folder / WEIGHTS, tensors, metadata={"format": "pt"})
+    """Fill a model folder: model.safetensors, copies of `files` by their name, config.json.
+
+    The last is what makes it a model: whatever stops this leaves a folder that no one can load.
+    dtype and progress as in `write_tensors`.
+    """
+    write_tensors(folder / WEIGHTS, tensors, dtype, progress)
     for name, source in files.items():
-        shutil.copyfile(source, folder / name)
+        copy_file(source, folder / name)
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    atomic_write_text(folder / "config.json", text)

@@ -89,6 +89,22 @@ def _add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("--limit", type=int, help="use only the first so many examples")
 
 
+def _add_template(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--prompt-template",
+        type=Path,
+        metavar="FILE",
+        help=f"text with {{question}} and {{choices}} in it (default: {default})",
+    )
+
+
+def _template(args: argparse.Namespace, info: dict[str, Any]) -> str | None:
+    """The prompt template of --prompt-template, or else the run's; None: each format's own."""
+    from .data import read_template
+
+    return read_template(args.prompt_template) if args.prompt_template else info["prompt_template"]
+
+
 def _add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
@@ -181,6 +197,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--init-sigma", type=float, default=adapter.init_sigma, help="upper end of sigma's start")
     add("--head", choices=("classes", "full"), default="classes", help="rows of lm_head to keep")
+    _add_template(parser, "of --format")
     add("--holdout", type=float, default=0.0, help="fraction kept from training, for temperature")
     add("--checkpoint-every", type=int, default=train.checkpoint_every, help="steps")
     _add_dtype(parser)
@@ -205,7 +222,8 @@ def _train(args: argparse.Namespace) -> Result:
         raise InputError(f"--holdout must be in [0, 1), and is {args.holdout}")
     if not args.resume and (args.out / "train.jsonl").exists():
         raise InputError(f"{args.out}: holds a run already: give --resume or another --out")
-    examples = load(args.data, args.format, args.limit)
+    template = _template(args, {"prompt_template": None})
+    examples = load(args.data, args.format, args.limit, template)
     classes = num_classes(examples)
     examples, _ = split(examples, args.holdout, args.seed)
     model = Llama.from_pretrained(args.model, dtype=_dtype(args), device=_device(args))
@@ -223,6 +241,7 @@ def _train(args: argparse.Namespace) -> Result:
         "format": args.format,
         "limit": args.limit,
         "holdout": args.holdout,
+        "prompt_template": template,
         "dtype": args.dtype,
         "train": dataclasses.asdict(config),
     }
@@ -290,17 +309,18 @@ def _posterior(args: argparse.Namespace) -> Result:
     if args.method == "ensemble":
         for run in runs[1:]:
             other = read_json(run / "run.json")
-            for key in ("fingerprint", "adapter", "head_tokens"):
+            for key in ("fingerprint", "adapter", "head_tokens", "prompt_template"):
                 if other.get(key) != json.loads(json.dumps(info[key])):
                     raise InputError(f"{run}: differs from {args.run} in {key}: no ensemble")
         posterior = Ensemble([load_tensors(run / "adapter.safetensors")[0] for run in runs])
     elif args.method == "swag":
         posterior = Swag.load(args.run)
     else:
+        template = info["prompt_template"]
         if args.data:
-            examples = load(args.data, args.format, args.limit)
+            examples = load(args.data, args.format, args.limit, template)
         else:
-            examples = load(Path(info["data"]), info["format"], info["limit"])
+            examples = load(Path(info["data"]), info["format"], info["limit"], template)
             examples, _ = split(examples, info["holdout"], info["train"]["seed"])
         head, longest = model.config.head_tokens, model.config.max_position_embeddings
         classes = None if head is None else len(head)
@@ -342,6 +362,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="also fit a temperature on the run's --holdout, or on --calibrate",
     )
     add("--calibrate", type=Path, help="file of held-out examples, in --format, for --temperature")
+    _add_template(parser, "the run's")
 
 
 def _evaluate(args: argparse.Namespace) -> Result:
@@ -349,18 +370,19 @@ def _evaluate(args: argparse.Namespace) -> Result:
     from .evaluate import answer, evaluate
 
     model, tokenizer, info, posterior = _open_run(args)
+    info["prompt_template"] = template = _template(args, info)
 
     def ask(examples: list[Example], title: str) -> Answers:
         return answer(
             model, tokenizer, examples, args.samples, args.seed, args.batch, title, posterior
         )
 
-    examples = load(args.data, args.format, args.limit)
+    examples = load(args.data, args.format, args.limit, template)
     calibration = ood = None
     if args.temperature or args.calibrate:
         calibration = ask(_held_out(args, info), "calibrate")
     if args.ood:
-        ood = ask(load(args.ood, args.ood_format, args.limit), "ood")
+        ood = ask(load(args.ood, args.ood_format, args.limit, template), "ood")
     result = evaluate(
         args.run,
         {**info, "data": str(args.data)},
@@ -395,6 +417,7 @@ def _open_run(
     dtype = getattr(torch, info["dtype"]) if info.get("dtype") else None
     base = Llama.from_pretrained(folder, dtype=dtype, device=_device(args))
     model, info = load_run(args.run, base)
+    info.setdefault("prompt_template")  # runs of before there were any
     return model, load_tokenizer(folder), info, load_posterior(args.run, info)
 
 
@@ -402,10 +425,10 @@ def _held_out(args: argparse.Namespace, info: dict[str, Any]) -> list[Example]:
     from .data import load, split
 
     if args.calibrate:
-        return load(args.calibrate, args.format)
+        return load(args.calibrate, args.format, template=info["prompt_template"])
     if not info.get("holdout"):
         raise InputError(f"{args.run}: was trained without --holdout: give --calibrate FILE")
-    examples = load(Path(info["data"]), info["format"], info["limit"])
+    examples = load(Path(info["data"]), info["format"], info["limit"], info["prompt_template"])
     return split(examples, info["holdout"], info["train"]["seed"])[1]
 
 
@@ -440,6 +463,7 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt", required=True, help="the question")
     add("--choices", nargs="+", required=True, metavar="TEXT", help="the answers to choose from")
     add("--samples", type=int, default=10, help="draws of the posterior; 0 is the mean model")
+    _add_template(parser, "the run's")
 
 
 def _predict(args: argparse.Namespace) -> Result:
@@ -447,7 +471,8 @@ def _predict(args: argparse.Namespace) -> Result:
     from .evaluate import answer
 
     model, tokenizer, info, posterior = _open_run(args)
-    example = question(args.prompt, args.choices, info["format"])
+    template = _template(args, info)
+    example = question(args.prompt, args.choices, info["format"], template=template)
     p = answer(model, tokenizer, [example], args.samples, args.seed, posterior=posterior).prediction
     probs = p.probs[0].tolist()[: len(args.choices)]
     for choice, value in zip(args.choices, probs, strict=True):

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,11 @@ from .errors import InputError
 from .noise import philox_words
 from .tokenizer import LETTERS, Tokenizer
 
-# What the model reads, by format. {choices} is "A. ...", "B. ...", each on a line of its own.
+# What the model reads, by format. {question} is the row's text, {choices} is "A. ...", "B. ...",
+# each on a line of its own.
 # No prompt ends in a space: tokenizers would join it to the letter. The two sets of short texts
 # leave their fixed choices unsaid: they are there to be learnt by very small models.
-_MULTIPLE_CHOICE = "{text}\n{choices}\nAnswer:"
+_MULTIPLE_CHOICE = "{question}\n{choices}\nAnswer:"
 TEMPLATES = {
     "jsonl": _MULTIPLE_CHOICE,
     "arc": _MULTIPLE_CHOICE,
@@ -33,10 +35,11 @@ TEMPLATES = {
     "winogrande": _MULTIPLE_CHOICE,  # the sentence with its gap "_", then both options
     "boolq": _MULTIPLE_CHOICE,  # the passage, a line break, the question
     "mmlu": _MULTIPLE_CHOICE,
-    "sst2": "{text}\nSentiment:",
-    "trec": "{text}\nType:",
+    "sst2": "{question}\nSentiment:",
+    "trec": "{question}\nType:",
 }
 FORMATS = tuple(TEMPLATES)
+_PLACE = re.compile(r"\{(\w+)\}")
 
 # Choices that belong to the format and not to the row, in the order of the letters.
 FIXED_CHOICES = {
@@ -89,13 +92,34 @@ class Batch:
 # --- prompts -----------------------------------------------------------------------------------
 
 
+def read_template(path: Path | str) -> str:
+    """The prompt template in a text file, without the line break at its end.
+
+    It must hold {question} and may hold {choices}; braces around anything but a word are only
+    braces. Raises InputError naming the file if it cannot be read or holds another {word}.
+    """
+    template = _read(Path(path)).removesuffix("\n").removesuffix("\r")
+    names = _PLACE.findall(template)
+    unknown = [name for name in names if name not in ("question", "choices")]
+    if unknown or "question" not in names:
+        found = f"{{{unknown[0]}}} is neither" if unknown else "there is no {question}"
+        raise InputError(f"{path}: a template has {{question}} and may have {{choices}}: {found}")
+    return template
+
+
 def question(
-    text: str, choices: Sequence[str], format: str, label: int = 0, id: str = ""
+    text: str,
+    choices: Sequence[str],
+    format: str,
+    label: int = 0,
+    id: str = "",
+    template: str | None = None,
 ) -> Example:
     """The example that a row of `format` with this text and these choices becomes.
 
-    Choices that are the letters A, B, ... themselves mean that `text` is a whole prompt, and is
-    left as it is. Raises InputError for choices that the format cannot have.
+    template: in place of the format's; see `read_template`. Choices that are the letters A, B, ...
+    themselves mean that `text` is a whole prompt, and is left as it is. Raises InputError for
+    choices that the format cannot have.
     """
     _one_of(FORMATS, format, "the format")
     _text(text, "the question")
@@ -109,7 +133,8 @@ def question(
     else:
         pairs = zip(LETTERS, choices, strict=False)  # as many letters as there are choices
         lines = "\n".join(f"{letter}. {choice}" for letter, choice in pairs)
-        prompt = TEMPLATES[format].format(text=text, choices=lines)
+        places = {"question": text, "choices": lines}
+        prompt = _PLACE.sub(lambda place: places[place[1]], template or TEMPLATES[format])
     return Example(prompt, label, id, tuple(choices))
 
 
@@ -121,11 +146,13 @@ def num_classes(examples: Sequence[Example]) -> int:
 # --- files -------------------------------------------------------------------------------------
 
 
-def load(path: Path | str, format: str, limit: int | None = None) -> list[Example]:
+def load(
+    path: Path | str, format: str, limit: int | None = None, template: str | None = None
+) -> list[Example]:
     """The examples of a file, in its order; only the first `limit` if that is given.
 
-    format: one of FORMATS. Raises InputError naming the file, the line and what was expected there
-    if the file is absent, empty or not of this format.
+    format: one of FORMATS. template: as in `question`. Raises InputError naming the file,
+    the line and what was expected there if the file is absent, empty or not of this format.
     """
     path = Path(path)
     _one_of(FORMATS, format, "the format")
@@ -138,7 +165,8 @@ def load(path: Path | str, format: str, limit: int | None = None) -> list[Exampl
             break
         try:
             text, choices, label, id = parse(row)
-            examples.append(question(text, choices, format, label, id or str(len(examples))))
+            id = id or str(len(examples))
+            examples.append(question(text, choices, format, label, id, template))
         except InputError as error:
             raise InputError(f"{path}, line {line}: {error}") from None
     if not examples:

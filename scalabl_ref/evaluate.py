@@ -101,6 +101,7 @@ def evaluate(
         "method": info.get("posterior") or info["adapter"]["method"],
         "kl": info["train"]["kl"] if ADAPTERS[info["adapter"]["method"]].variational else None,
         "objective": info["train"]["objective"],
+        "prompt_template": info.get("prompt_template"),
         "samples": samples,
         "seed": seed,
         "bins": bins,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters import Device, Linear
-from .checkpoint import FORMAT, Weights, hf_to_ours, read_json
+from .checkpoint import FORMAT, Weights, hf_to_ours, is_finite, read_json
 from .errors import InputError
 from .noise import Noise
 
@@ -83,6 +84,8 @@ class RopeConfig:
                 f"RoPE scaling {kind!r} is not known: expected default, linear, llama3"
             )
         known = {field.name for field in dataclasses.fields(RopeConfig)} - {"kind", "theta"}
+        if given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)) != 1:
+            raise InputError("RoPE on a part of each head is not implemented")
         theta = given.get("rope_theta", config.get("rope_theta", 10000.0))
         scaling = {key: value for key, value in given.items() if key in known}
         return RopeConfig(kind=kind, theta=theta, **(scaling if kind != "default" else {}))
@@ -142,15 +145,20 @@ class LlamaConfig:
             raise InputError(f"model_type {kind!r} is not known: expected {', '.join(MODEL_TYPES)}")
         if config.get("hidden_act", "silu") != "silu":
             raise InputError(f"hidden_act {config['hidden_act']!r} is not known: expected 'silu'")
-        window = config.get("sliding_window")
-        if window and (kind == "mistral" or config.get("use_sliding_window")):
-            raise InputError(f"sliding-window attention ({window} tokens) is not implemented")
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
         for key in (*sizes, "num_attention_heads"):
             if key not in config:
                 raise InputError(f"key {key!r} is missing")
             _check_size(key, config[key])
         heads = config["num_attention_heads"]
+        positions = config.get("max_position_embeddings", 2048)
+        _check_size("max_position_embeddings", positions)
+        window = _sliding_window(kind, config)
+        if window is not None and window < positions:
+            raise InputError(
+                f"sliding-window attention ({window} tokens) is not implemented: it would matter "
+                f"within the model's {positions} positions"
+            )
         bias = bool(config.get("attention_bias", False))
         eos = config.get("eos_token_id")  # Llama 3 lists several; the first ends a text
         return LlamaConfig(
@@ -158,7 +166,7 @@ class LlamaConfig:
             num_attention_heads=heads,
             num_key_value_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            max_position_embeddings=config.get("max_position_embeddings", 2048),
+            max_position_embeddings=positions,
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             rope=RopeConfig.from_hf(config),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
@@ -219,6 +227,19 @@ class LlamaConfig:
     def to_dict(self) -> dict[str, Any]:
         """The converted layout's config.json; `from_dict` reads it back."""
         return {"format": FORMAT, **dataclasses.asdict(self)}
+
+
+def _sliding_window(kind: str, config: dict[str, Any]) -> int | None:
+    """How many tokens, itself included, a query of some layer sees; None: all before it.
+
+    The keys and their defaults are transformers'.
+    """
+    slides = {"mistral": True, "llama": False}.get(kind, bool(config.get("use_sliding_window")))
+    window = config.get("sliding_window", 4096)
+    if not slides or window is None:
+        return None
+    _check_size("sliding_window", window)
+    return window
 
 
 def _check_size(name: str, value: Any) -> None:
@@ -384,8 +405,13 @@ class Llama(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, **options)
         rows = c.vocab_size if c.head_tokens is None else len(c.head_tokens)
         self.lm_head = Linear(c.hidden_size, rows, **options)
-        if c.tie_word_embeddings and c.head_tokens is None:
+        if self.tied:
             self._tie_head()
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head's weight is that of the embedding."""
+        return self.config.tie_word_embeddings and self.config.head_tokens is None
 
     def _tie_head(self) -> None:
         self.lm_head.register_parameter("weight", self.embed_tokens.get_parameter("weight"))
@@ -520,21 +546,26 @@ class Llama(nn.Module):
         evaluation mode. Raises InputError naming the file or tensor for anything missing,
         misshapen, unexpected or not finite.
         """
-        config, values = read_config(Path(folder) / "config.json")
-        weights = Weights(folder)
-        converted = values.get("format") == FORMAT
-        names = {(name if converted else hf_to_ours(name)): name for name in weights}
-        layers = len({name.split(".")[1] for name in names if name.startswith("layers.")})
-        if layers < config.num_hidden_layers:  # before building as many as a wrong file asks for
-            raise InputError(
-                f"{weights.folder}: has tensors of {layers} layers, expected "
-                f"{config.num_hidden_layers}"
-            )
-        model = Llama(config, device="meta")
-        model.load_state_dict(_checked(model, weights, names, dtype, device), assign=True)
-        if config.tie_word_embeddings and config.head_tokens is None:
+        model, tensors = _open_model(folder)
+        state = {
+            name: tensor.to(dtype=dtype or tensor.dtype, device=device) for name, tensor in tensors
+        }
+        if model.tied:
+            state["lm_head.weight"] = state["embed_tokens.weight"]
+        model.load_state_dict(state, assign=True)
+        if model.tied:
             model._tie_head()
         return model.requires_grad_(False).eval()
+
+
+def check_model(folder: Path | str, config: LlamaConfig | None = None) -> None:
+    """Raise InputError for all that `Llama.from_pretrained` refuses, one tensor in memory.
+
+    config: what the model is, where its config.json says more than we can do with it.
+    """
+    _, tensors = _open_model(folder, True, config)
+    for pair in tensors:
+        del pair  # before the next is read
 
 
 def read_config(path: Path) -> tuple[LlamaConfig, dict[str, Any]]:
@@ -561,42 +592,55 @@ def _last_index(
     return torch.full((B,), T - 1, device=device)
 
 
-def _checked(
-    model: Llama,
-    weights: Weights,
-    names: dict[str, str],
-    dtype: torch.dtype | None,
-    device: Device,
-) -> dict[str, Tensor]:
-    """The state dict of `model` read from `weights`, every tensor checked on the way.
+def _open_model(
+    folder: Path | str, once: bool = False, config: LlamaConfig | None = None
+) -> tuple[Llama, Iterator[tuple[str, Tensor]]]:
+    """The model in a folder without its weights, and these, by our names.
 
-    names: our tensor name -> the file's. Raises InputError as `Llama.from_pretrained` says.
+    A tied head is not among them. once: as in `Weights`. config: as in `check_model`. Raises
+    InputError, at once or on the way through the weights, as `Llama.from_pretrained` says.
     """
-    tied = model.config.tie_word_embeddings and model.config.head_tokens is None
-    state: dict[str, Tensor] = {}
-    for name, expected in model.state_dict().items():
-        source = "embed_tokens.weight" if tied and name == "lm_head.weight" else name
-        if source in state:
-            state[name] = state[source]
-            continue
-        if source not in names:
-            raise InputError(f"{weights.folder}: tensor {source} is missing")
-        tensor = weights[names[source]]
-        if tensor.shape != expected.shape:
+    path = Path(folder) / "config.json"
+    converted = read_json(path).get("format") == FORMAT
+    config = config or read_config(path)[0]
+    weights = Weights(folder, once)
+    names = {(name if converted else hf_to_ours(name)): name for name in weights}
+    layers = len({name.split(".")[1] for name in names if name.startswith("layers.")})
+    if layers < config.num_hidden_layers:  # before building as many as a wrong file asks for
+        raise InputError(
+            f"{weights.folder}: has tensors of {layers} layers, expected {config.num_hidden_layers}"
+        )
+    model = Llama(config, device="meta")
+    return model, _checked(model, weights, names)
+
+
+def _checked(model: Llama, weights: Weights, names: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of `model` read from `weights`, every one checked on the way.
+
+    names: our tensor name -> the file's.
+    """
+    expected = model.state_dict()
+    if model.tied:
+        del expected["lm_head.weight"]
+    for name, empty in expected.items():
+        if name not in names:
+            raise InputError(f"{weights.folder}: tensor {name} is missing")
+        tensor = weights[names[name]]
+        if tensor.shape != empty.shape:
             raise InputError(
-                f"{weights.folder}: tensor {names[source]} has shape {tuple(tensor.shape)}, "
-                f"expected {tuple(expected.shape)}"
+                f"{weights.folder}: tensor {names[name]} has shape {tuple(tensor.shape)}, "
+                f"expected {tuple(empty.shape)}"
             )
         if not tensor.is_floating_point():
             raise InputError(
-                f"{weights.folder}: tensor {names[source]} is {tensor.dtype}, expected floats"
+                f"{weights.folder}: tensor {names[name]} is {tensor.dtype}, expected floats"
             )
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{weights.folder}: tensor {names[source]} has NaN or infinite values")
-        state[name] = tensor.to(dtype=dtype or tensor.dtype, device=device)
+        if not is_finite(tensor):
+            raise InputError(f"{weights.folder}: tensor {names[name]} has NaN or infinite values")
+        yield name, tensor
+        del tensor
     # Old checkpoints store RoPE's frequencies, which we compute; a tied head may be stored twice.
-    ignored = ("rotary_emb.inv_freq", "lm_head.weight") if tied else ("rotary_emb.inv_freq",)
+    ignored = ("rotary_emb.inv_freq", *(["lm_head.weight"] if model.tied else []))
     for name, original in names.items():
-        if name not in state and not name.endswith(ignored):
+        if name not in expected and not name.endswith(ignored):
             raise InputError(f"{weights.folder}: tensor {original} is not part of this model")
-    return state

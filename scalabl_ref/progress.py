@@ -15,6 +15,7 @@ def progress_bar(total: int, title: str, unit: str, done: int = 0) -> Any:
         initial=done,
         desc=title,
         unit=unit,
+        unit_scale=unit == "B",
         dynamic_ncols=True,
         leave=False,
         disable=not sys.stderr.isatty(),

@@ -7,6 +7,7 @@ the second, which is in the extra `hf`, may be absent.
 from __future__ import annotations
 
 import json
+import re
 import string
 import warnings
 from abc import ABC, abstractmethod
@@ -39,11 +40,11 @@ class Tokenizer(ABC):
     _prefix: list[int]  # what goes before every text: the BOS id, or nothing
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Token ids of `text`, as the model saw text in its pre-training.
+        """Token ids of `text`, as the model saw text in its pre-training; transformers' ids.
 
         bos: begin with the BOS token if this model's texts do (Llama's do; those of SmolLM2 and
-        Qwen2.5 do not). Nothing is put at the end. Raises InputError if `text` is not valid
-        Unicode.
+        Qwen2.5 do not). Nothing is put at the end. The name of a control token in the text, such as
+        "</s>", is that token. Raises InputError if `text` is not valid Unicode.
         """
         try:
             text.encode("utf-8")
@@ -116,9 +117,21 @@ class _SentencePiece(Tokenizer):
         )
         has_bos = self.bos_id is not None and config.get("add_bos_token") is not False
         self._prefix = [self._model.bos_id()] if has_bos else []
+        # The package takes the names of control tokens for text; everyone else does not.
+        ids = (
+            i
+            for i in range(self.vocab_size)
+            if self._model.is_control(i) or self._model.is_unknown(i)
+        )
+        self._control = {self._model.id_to_piece(i): i for i in ids}
+        names = sorted(self._control, key=len, reverse=True)
+        self._split = re.compile(f"({'|'.join(map(re.escape, names))})")
 
     def _encode(self, text: str) -> list[int]:
-        return self._model.encode(text)
+        ids: list[int] = []
+        for part in self._split.split(text):
+            ids += [self._control[part]] if part in self._control else self._model.encode(part)
+        return ids
 
     def _decode(self, ids: list[int]) -> str:
         return self._model.decode(ids)

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from scalabl_ref import InputError, Llama
 from scalabl_ref.checkpoint import (
+    PIECE,
+    Stored,
     Weights,
     hf_to_ours,
     load_pickle,
@@ -19,6 +21,7 @@ from scalabl_ref.checkpoint import (
     new_folder,
     ours_to_hf,
     save_tensors,
+    write_tensors,
 )
 
 from .models import TINY
@@ -326,6 +329,49 @@ def test_tensors_survive_a_file(tmp_path, dtype):
     assert metadata == {"key": "value"} and loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert loaded[name].dtype == dtype and torch.equal(loaded[name], tensor)
+
+
+floats = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
+shapes = st.lists(st.integers(0, 5), max_size=3)
+
+
+@given(st.dictionaries(st.text('aé."0', max_size=4), st.tuples(floats, shapes), min_size=1))
+def test_tensor_by_tensor_gives_the_same_file(tmp_path_factory, kinds):
+    """As the library, which has them all in memory: names, dtypes, shapes and order; bytes."""
+    folder = tmp_path_factory.mktemp("both")
+    tensors = {name: torch.randn(shape).to(dtype) for name, (dtype, shape) in kinds.items()}
+    save_tensors(folder / "whole", tensors.items(), {"format": "pt"})
+    write_tensors(folder / "pieces", {name: Stored.held(t) for name, t in tensors.items()})
+    assert (folder / "pieces").read_bytes() == (folder / "whole").read_bytes()
+
+
+def test_a_tensor_of_several_pieces(tmp_path):
+    """Longer than what is written at a time, and not contiguous; values checked up to the last."""
+    tensor = torch.arange(PIECE + 6.0).view(2, -1).T
+    told: list[int] = []
+    write_tensors(tmp_path / "x", {"a": Stored.held(tensor)}, progress=told.append)
+    assert told == [4 * PIECE, 24]
+    (tmp_path / "x").rename(tmp_path / "x.safetensors")
+    assert torch.equal(load_tensors(tmp_path / "x.safetensors")[0]["a"], tensor)
+    tensor[-1, -1] = float("inf")
+    with pytest.raises(InputError, match="tensor a has NaN or infinite values as torch.float32"):
+        write_tensors(tmp_path / "y", {"a": Stored.held(tensor)})
+    with pytest.raises(InputError, match="tensor a is torch.int8, expected floats"):
+        write_tensors(tmp_path / "y", {"a": Stored.held(tensor.to(torch.int8))})
+    assert not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_memory_of_a_tensor_read_once_is_its_own(tmp_path, old):
+    """Each read gives another mapping, where the format allows one: nothing keeps the pages."""
+    state = {name: tensor.clone() for name, tensor in hf_state().items()}
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(state, path, _use_new_zipfile_serialization=not old)
+    weights = Weights(tmp_path, once=True)
+    for name, tensor in state.items():
+        first, second = weights[name], weights[name]
+        assert torch.equal(first, tensor)
+        assert (first.data_ptr() == second.data_ptr()) == old
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):

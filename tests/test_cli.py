@@ -89,6 +89,79 @@ def test_train_evaluate_predict(work, capsys, method):
     assert answer["entropy"] >= answer["expected_entropy"]
 
 
+@pytest.mark.parametrize("option", ["", " --prompt-template other.txt"])
+def test_a_prompt_template_is_recorded_and_used_again(work, capsys, option):
+    """In training, on held-out, test and other data, and in predict: as prompts written out."""
+    (work / "own.txt").write_text("[{choices}] {question}\nI say:\n")
+    (work / "other.txt").write_text("{question} Well:")
+    shape = "[A. {}\nB. {}\nC. {}] {q}\nI say:"
+    other = "{q} Well:" if option else shape
+    questions = [json.loads(line) for line in (work / "train.jsonl").read_text().splitlines()]
+    for name, form in (("whole.jsonl", shape), ("other.jsonl", other)):
+        rows = [
+            {**row, "prompt": form.format(*row["choices"], q=row["prompt"]), "choices": [*"ABC"]}
+            for row in questions
+        ]
+        (work / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ok(TRAIN + " --holdout 0.25 --prompt-template own.txt", capsys)
+    whole = TRAIN.replace("train.jsonl", "whole.jsonl").replace("--out run", "--out whole")
+    ok(whole + " --holdout 0.25", capsys)
+    losses = [(work / name / "train.jsonl").read_text().split('"seconds"')[0] for name in
+              ("run", "whole")]  # fmt: skip
+    assert losses[0] == losses[1]
+    given = json.loads((work / "run" / "run.json").read_text())["prompt_template"]
+    assert given == "[{choices}] {question}\nI say:"
+
+    evaluate = "evaluate --samples 3 --temperature --calibrate {0} --ood {0} --data {0} --run "
+    ours = ok(evaluate.format("train.jsonl") + "run" + option, capsys)
+    theirs = ok(evaluate.format("other.jsonl") + "whole", capsys)
+    assert ours.pop("prompt_template") == ("{question} Well:" if option else given)
+    assert theirs.pop("prompt_template") is None and ours == theirs
+    assert (work / "run/predictions.jsonl").read_text() == (
+        work / "whole/predictions.jsonl"
+    ).read_text()
+    if not option:  # held-out rows go through the template too
+        ours = ok("evaluate --run run --data train.jsonl --temperature", capsys)
+        theirs = ok("evaluate --run whole --data whole.jsonl --temperature", capsys)
+        assert ours["temperature"] == theirs["temperature"]
+    else:  # its prompts leave the choices out, which are too long for the model
+        rows = [{**row, "choices": ["x" * 99, "y" * 99, "z"]} for row in questions]
+        (work / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        evaluate = "evaluate --run run --data train.jsonl --temperature --calibrate long.jsonl"
+        assert "its prompt has" in refused(evaluate, capsys)
+        assert ok(evaluate + option, capsys)["temperature"]["n_fit"] == len(rows)
+
+    command = ["predict", "--run", "run", *option.split(), "--json", "--samples", "3"]
+    prompt = other.format("x", "y", "z", q="Is it?")
+    answers = []
+    for text, choices in (("Is it?", "xyz"), (prompt, "ABC")):
+        assert cli.main([*command, "--prompt", text, "--choices", *choices]) == 0
+        answers.append(json.loads(capsys.readouterr().out)["probs"])
+    assert answers[0] == answers[1]
+
+
+def test_a_posterior_keeps_its_runs_prompt_template(work, capsys):
+    """Fitted with it, on any data; runs that differ in it are no ensemble."""
+    (work / "own.txt").write_text("{question} Well:")
+    rows = [json.loads(line) for line in (work / "train.jsonl").read_text().splitlines()]
+    whole = [{**row, "prompt": row["prompt"] + " Well:", "choices": [*"ABC"]} for row in rows]
+    (work / "whole.jsonl").write_text("".join(json.dumps(row) + "\n" for row in whole))
+    ok(f"{TRAIN} --method mle --prompt-template own.txt", capsys)
+    ok(f"{TRAIN} --method mle".replace("train.jsonl", "whole.jsonl") + " --out whole", capsys)
+    precisions = [
+        ok(f"posterior laplace --run {run} --out {run}{i}{data}", capsys)["precision"]
+        for i, data in enumerate(("", " --data {}.jsonl"))
+        for run, data in (("run", data.format("train")), ("whole", data.format("whole")))
+    ]
+    assert len(set(precisions)) == 1
+    evaluate = "evaluate --samples 2 --run {}0 --data {}.jsonl"
+    ours, theirs = (ok(evaluate.format(*p), capsys) for p in (("run", "train"), ("whole", "whole")))
+    assert ours.pop("prompt_template") == "{question} Well:"
+    assert theirs.pop("prompt_template") is None and ours == theirs
+    ensemble = "posterior ensemble --run run whole --out both"
+    assert "differs from run in prompt_template: no ensemble" in refused(ensemble, capsys)
+
+
 def test_commands_speak_to_people_too(work, capsys):
     code, out, _ = run(TRAIN, capsys)
     assert code == 0 and "trained 6 steps on 24 examples" in out
@@ -182,6 +255,7 @@ def test_every_command_has_help(capsys):
         ("--resume", "no checkpoint to resume from"),
         ("--seed -1", "seed must be"),
         ("--format sst2", "train.jsonl, line 1"),
+        ("--prompt-template absent.txt", "absent.txt: no such file"),
     ],
 )
 def test_bad_arguments_end_in_one_line(work, capsys, change, message):

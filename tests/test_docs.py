@@ -8,6 +8,7 @@ import re
 import pytest
 
 from scalabl_ref import cli
+from scalabl_ref.data import TEMPLATES
 from scalabl_ref.study import Study
 from scalabl_ref.vectors import vectors
 
@@ -59,6 +60,13 @@ def test_every_equation_has_a_row():
     assert {number for number in numbered if number not in listed} == set()
 
 
+def test_the_prompts_are_those_of_the_code():
+    text = (ROOT / "docs" / "interop.md").read_text(encoding="utf-8")
+    table = text.split("| format | prompt |")[1].split("\n\n")[0]
+    rows = [[cell.strip(" `") for cell in row.split("|")[1:3]] for row in table.splitlines()[2:]]
+    assert {name: prompt.replace("\\n", "\n") for name, prompt in rows} == TEMPLATES
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_and_commands_exist(document):
     text = document.read_text(encoding="utf-8")
@@ -70,7 +78,10 @@ def test_links_and_commands_exist(document):
         assert (ROOT / tool).is_file(), tool
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "docs" / "studies").glob("*.json")), ids=lambda path: path.name)
+STUDIES = sorted((ROOT / "docs" / "studies").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda path: path.name)
 def test_the_studies_can_be_read_and_are_reported(file):
     """Each is a valid study, and docs/results.md names it beside its figures."""
     study = Study.read(file)

@@ -104,11 +104,13 @@ def as_tokenizer_json(model_file):
     model = import_sentencepiece().SentencePieceProcessor(model_file=str(model_file))
     score = {model.id_to_piece(i): model.get_score(i) for i in range(model.vocab_size())}
     vocab = {piece: i for i, piece in enumerate(score)}
+    bare = [i for i in vocab.values() if model.is_control(i) or model.is_byte(i)]
+    whole = {model.id_to_piece(i) for i in [*bare, model.unk_id()]}  # what no merge makes
     merges = [
         (piece[:cut], piece[cut:])
         for piece in sorted(score, key=lambda piece: -score[piece])
         for cut in range(1, len(piece))
-        if piece[:cut] in score and piece[cut:] in score and not piece.startswith("<")
+        if piece[:cut] in score and piece[cut:] in score and piece not in whole
     ]
     bpe = tokenizers.models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     tokenizer = tokenizers.Tokenizer(bpe)
@@ -141,6 +143,15 @@ def test_both_kinds_of_file_give_the_same_ids(model, twin, text):
     assert twin.encode(text) == model.encode(text)
     assert twin.decode(twin.encode(text)) == text
     assert (twin.bos_id, twin.eos_id, twin.vocab_size) == (1, 2, model.vocab_size)
+
+
+@given(parts=st.lists(st.one_of(texts, st.sampled_from(["<s>", "</s>", "<unk>", "<0x41>"]))))
+def test_names_of_control_tokens_are_these_tokens(model, twin, parts):
+    """As where a tokenizer.json is read; byte tokens have no name that text could say."""
+    ids = model.encode("".join(parts))
+    assert ids == twin.encode("".join(parts))
+    names = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    assert [i for i in ids[1:] if i < 3] == [names[part] for part in parts if part in names]
 
 
 def test_llama_2_from_either_kind_of_file(assets, tmp_path):

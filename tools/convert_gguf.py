@@ -24,13 +24,13 @@ import scalabl_ref  # noqa: F401  before torch, whose warning about a missing Nu
 import torch
 from torch import Tensor
 
-from scalabl_ref.checkpoint import new_folder, write_model
+from scalabl_ref.checkpoint import Stored, new_folder, write_model
 from scalabl_ref.errors import InputError
-from scalabl_ref.llama import Llama, LlamaConfig, RopeConfig
+from scalabl_ref.llama import LlamaConfig, RopeConfig, check_model
 from scalabl_ref.tokenizer import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from convert_hf import half_split
+from llama2c import half_split
 
 DTYPES = ("float32", "bfloat16", "float16", "keep")
 
@@ -99,10 +99,10 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None = torch.float3
         tensors = dict(_tensors(reader, fields, dtype or _stored_dtype(reader)))
         config = _config(fields, tensors)
         with new_folder(target) as folder:
-            weights = ((n, t) for n, t in tensors.items() if n != ROPE_FACTORS)
+            weights = {n: Stored.held(t) for n, t in tensors.items() if n != ROPE_FACTORS}
             write_model(folder, config.to_dict(), weights, {})
             _write_tokenizer(folder, fields)
-            Llama.from_pretrained(folder)  # everything there, in shape, and finite
+            check_model(folder)  # everything there, in shape, and finite
             load_tokenizer(folder)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None

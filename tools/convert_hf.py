@@ -1,185 +1,396 @@
-"""Models from Hugging Face's layout, or from llama2.c's .bin, into this package's, and back.
+"""Models from Hugging Face's layout, Meta's or llama2.c's into this package's, and back.
 
-    python tools/convert_hf.py SRC DST                 SRC a Hugging Face folder or a llama2.c file
+    python tools/convert_hf.py SRC DST                 SRC a folder of Hugging Face's layout, a name
+                                                       on the Hub (owner/model, needs the extra hf),
+                                                       Meta's folder of consolidated.*.pth (say
+                                                       which --family), or a llama2.c file
     python tools/convert_hf.py SRC DST --to-hf         SRC a converted folder
+    python tools/convert_hf.py SRC DST --to-llama2c    the same; DST a file
 
-Both ways every tensor keeps its bytes; the original config.json travels along. DST must not exist:
-it appears whole, or not at all. `Llama.from_pretrained` reads either layout.
+Without --dtype every tensor keeps its bytes both ways; the original config.json travels along, and
+so do the tokenizer's files. One tensor at a time is in memory. DST must not exist: it appears
+whole, or not at all. manifest.json in it has the SHA-256 of every file read and written; a folder
+that has one is checked against it when it is a SRC. HF_HUB_OFFLINE=1 keeps off the network.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import struct
+import dataclasses
+import json
+import re
+import signal
 import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import scalabl_ref  # noqa: F401  before torch, whose warning about a missing NumPy it keeps away
+import scalabl_ref  # before torch, whose warning about a missing NumPy it keeps away
 
 # isort: split
 import torch
-from torch import Tensor
 
 from scalabl_ref.checkpoint import (
     FORMAT,
+    Stored,
     Weights,
     hf_to_ours,
     new_folder,
     ours_to_hf,
+    read_json,
+    sha256,
     write_model,
 )
-from scalabl_ref.errors import InputError
-from scalabl_ref.llama import Llama, LlamaConfig, read_config
+from scalabl_ref.errors import InputError, atomic_write_text, make_folder
+from scalabl_ref.llama import Llama, LlamaConfig, check_model
+from scalabl_ref.progress import progress_bar
 from scalabl_ref.tokenizer import tokenizer_files
 
-HEADER = struct.Struct("<7i")  # llama2.c's legacy header
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from llama2c import read_llama2c, write_llama2c
+from meta_pth import FAMILIES, is_meta, read_meta
+
+DTYPES = ("keep", "float32", "bfloat16", "float16")
+MANIFEST = "manifest.json"
+
+# What a model folder may hold beside weights and the files that our tokenizers read.
+_COMPANIONS = ("generation_config.json", "chat_template.jinja", "vocab.json", "merges.txt")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, metavar="SRC", help="model folder or .bin file")
-    parser.add_argument("target", type=Path, metavar="DST", help="folder to write")
-    parser.add_argument("--to-hf", action="store_true", help="back to Hugging Face's layout")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer file to add")
-    args = parser.parse_args(arguments)
+    add = parser.add_argument
+    add("source", metavar="SRC", help="model folder, name on the Hub, or .bin file")
+    add("target", type=Path, metavar="DST", help="folder (or file) to write")
+    back = parser.add_mutually_exclusive_group()
+    back.add_argument("--to-hf", action="store_true", help="back to Hugging Face's layout")
+    back.add_argument("--to-llama2c", action="store_true", help="to a llama2.c file, in float32")
+    add("--dtype", choices=DTYPES, default="keep", help="of the weights written (default: keep)")
+    add("--tokenizer", type=Path, metavar="FILE", help="tokenizer file to add")
+    add("--family", choices=tuple(FAMILIES), help="of a Meta folder: what its files do not say")
+    add("--positions", type=int, metavar="N", help="keep only so many, as for a sliding window")
+    add("--revision", help="branch, tag or commit on the Hub")
+    add("--verify", action="store_true", help="compare the logits with transformers'")
+    args = vars(parser.parse_args(arguments))
+    args["dtype"] = getattr(torch, args["dtype"], None)
     try:
-        convert(args.source, args.target, args.to_hf, args.tokenizer)
+        convert(**args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"written: {args.target}")
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    print(f"written: {args['target']}")
     return 0
 
 
-def convert(source: Path, target: Path, to_hf: bool = False, tokenizer: Path | None = None) -> None:
-    """Write the model at `source` to the new folder `target`, in the other layout.
+@dataclass(frozen=True)
+class Source:
+    """A model to convert.
 
-    Raises InputError for anything that `Llama.from_pretrained` would refuse in the result.
+    layout: "hf", "ours", "meta" or "llama2c". read: the files that say what it is, beside
+    `files`, the companions that travel along, by name. hf_config: its config.json of Hugging
+    Face's layout, None if it never had one.
     """
-    files: dict[str, Path] = {}
-    if source.is_file():
-        if to_hf:
-            raise InputError(f"{source}: --to-hf converts a folder")
-        config, tensors = _llama2c(source)
-    else:
-        config, tensors = _from_ours(source) if to_hf else _from_hf(source)
-        files = tokenizer_files(source)
+
+    layout: str
+    name: str
+    config: LlamaConfig
+    tensors: dict[str, Stored]  # by our names
+    read: list[Path]
+    files: dict[str, Path] = field(default_factory=dict)
+    hf_config: dict[str, Any] | None = None
+
+
+def convert(
+    source: Path | str,
+    target: Path,
+    to_hf: bool = False,
+    tokenizer: Path | None = None,
+    *,
+    to_llama2c: bool = False,
+    dtype: torch.dtype | None = None,
+    family: str | None = None,
+    positions: int | None = None,
+    revision: str | None = None,
+    verify: bool = False,
+) -> None:
+    """Write the model at `source` to the new `target`, in our layout or as `to_` says.
+
+    Raises InputError for anything that `Llama.from_pretrained` would refuse in the result, for what
+    the target's layout cannot say, for a source that is not as its manifest says, and with `verify`
+    if logits are not transformers'.
+    """
+    if verify:
+        _import_transformers()
+    if to_llama2c and (dtype not in (None, torch.float32) or verify or tokenizer):
+        raise InputError("a llama2.c file has no dtype but float32, no tokenizer, and no --verify")
+    model = _open(source, family, positions, revision)
+    layout = "hf" if to_hf else "llama2c" if to_llama2c else "ours"
+    if model.layout == layout:
+        raise InputError(f"{source}: is {_LAYOUTS[layout]} already")
     if tokenizer is not None:
         if not tokenizer.is_file():
             raise InputError(f"{tokenizer}: no such file")
         name = "tokenizer.json" if tokenizer.suffix == ".json" else "tokenizer.model"
-        files[name] = tokenizer
+        model.files[name] = tokenizer
+    if to_llama2c:
+        _write_llama2c(model, target)
+    else:
+        _write_folder(model, target, to_hf, dtype, verify)
+
+
+def _write_folder(
+    model: Source, target: Path, to_hf: bool, dtype: torch.dtype | None, verify: bool
+) -> None:
+    hf_config = _with_dtype(model.hf_config, dtype)
+    tensors = model.tensors
+    if to_hf:
+        try:
+            values = hf_config or model.config.to_hf()
+        except InputError as error:
+            raise InputError(f"{model.name}: {error}") from None
+        tensors = {ours_to_hf(name): tensor for name, tensor in tensors.items()}
+    else:
+        values = {**model.config.to_dict(), **({"hf_config": hf_config} if hf_config else {})}
+    hashes = _hashes(model)
     with new_folder(target) as folder:
-        write_model(folder, config, tensors, files)
-        Llama.from_pretrained(folder)  # everything there, in shape, and finite
+        with progress_bar(_size(model, dtype), "write", "B") as bar:
+            write_model(folder, values, tensors, model.files, dtype, bar.update)
+        check_model(folder, model.config)  # everything there, in shape, and finite
+        if verify:
+            with _in_hf_layout(model, folder, to_hf) as theirs:
+                _verify(folder, theirs, dtype)
+        _write_manifest(folder / MANIFEST, model, dtype, hashes, sorted(folder.iterdir()))
 
 
-def _from_hf(source: Path) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
-    path = source / "config.json"
-    config, values = read_config(path)
-    if values.get("format") == FORMAT:
-        raise InputError(f"{path}: is converted already; --to-hf goes back")
-    weights = Weights(source)
-    tensors = ((hf_to_ours(name), weights[name]) for name in weights)
-    return {**config.to_dict(), "hf_config": values}, tensors
+def _write_llama2c(model: Source, target: Path) -> None:
+    manifest = target.with_name(f"{target.name}.{MANIFEST}")
+    for path in (target, manifest):
+        if path.exists():
+            raise InputError(f"{path}: exists already")
+    hashes = _hashes(model)
+    make_folder(target.parent)
+    with progress_bar(_size(model, torch.float32), "write", "B") as bar:
+        write_llama2c(target, model.config, model.tensors, bar.update)
+    _write_manifest(manifest, model, torch.float32, hashes, [target])
 
 
-def _from_ours(source: Path) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
-    path = source / "config.json"
-    config, values = read_config(path)
-    if values.get("format") != FORMAT:
-        raise InputError(f"{path}: is not of the converted layout")
+def _size(model: Source, dtype: torch.dtype | None) -> int:
+    """Bytes of the model's tensors in `dtype`."""
+    return sum(
+        torch.Size(t.shape).numel() * (dtype or t.dtype).itemsize for t in model.tensors.values()
+    )
+
+
+def _with_dtype(values: dict[str, Any] | None, dtype: torch.dtype | None) -> dict[str, Any] | None:
+    """A config.json of Hugging Face's layout that says `dtype`, if it says any."""
+    if values is None or dtype is None:
+        return values
+    name = str(dtype).removeprefix("torch.")
+    return {key: name if key in ("dtype", "torch_dtype") else v for key, v in values.items()}
+
+
+# --- sources -----------------------------------------------------------------------------------
+
+_LAYOUTS = {
+    "hf": "in Hugging Face's layout",
+    "ours": "converted",
+    "llama2c": "a llama2.c file",
+}
+
+
+def _open(
+    source: Path | str, family: str | None, positions: int | None, revision: str | None
+) -> Source:
+    path = Path(source)
+    if path.is_file():
+        config, tensors = read_llama2c(path)
+        config = _cut(config, positions)
+        return Source("llama2c", path.name, config, tensors, [path])
+    if path.is_dir() and is_meta(path):
+        config, tensors, read = read_meta(path, family)
+        config = _cut(config, positions)
+        return Source("meta", path.name, config, tensors, read, tokenizer_files(path))
+    name = path.name
+    if not path.exists() and _HUB_NAME.fullmatch(str(source)):
+        path = _download(str(source), revision)
+        name = f"{source}@{path.name}"  # a snapshot's folder is called by its commit
+    return _open_folder(path, name, positions)
+
+
+def _open_folder(path: Path, name: str, positions: int | None) -> Source:
+    """A folder of Hugging Face's layout, or a converted one."""
+    values = read_json(path / "config.json")
+    converted = values.get("format") == FORMAT
     try:
-        made = config.to_hf()
+        if positions is None:
+            config = LlamaConfig.from_dict(values)
+        else:  # a sliding window may not matter within so few
+            given = values.get("max_position_embeddings", positions)
+            config = LlamaConfig.from_dict({**values, "max_position_embeddings": positions})
+            config = _cut(dataclasses.replace(config, max_position_embeddings=given), positions)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    weights = Weights(source)
-    return values.get("hf_config") or made, ((ours_to_hf(name), weights[name]) for name in weights)
+        raise InputError(f"{path / 'config.json'}: {error}") from None
+    weights = Weights(path, once=True)
+    tensors = {
+        (name if converted else hf_to_ours(name)): Stored.of(partial(weights.__getitem__, name))
+        for name in weights
+    }
+    files = {file: path / file for file in _COMPANIONS if (path / file).exists()}
+    return Source(
+        layout="ours" if converted else "hf",
+        name=name,
+        config=config,
+        tensors=tensors,
+        read=[path / "config.json", *weights.files],
+        files={**tokenizer_files(path), **files},
+        hf_config=values.get("hf_config") if converted else values,
+    )
 
 
-# --- llama2.c ----------------------------------------------------------------------------------
-
-
-def half_split(weight: Tensor, heads: int) -> Tensor:
-    """Rows of q or k, (heads * h, D), from interleaved RoPE pairs (2i, 2i + 1) to (i, i + h/2)."""
-    pairs = weight.unflatten(0, (heads, -1, 2))  # (heads, h/2, 2, D)
-    return pairs.transpose(1, 2).reshape(weight.shape).contiguous()
-
-
-def _llama2c(source: Path) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
-    """The legacy format: seven int32 (vocab negative if the head is its own), then float32."""
-    data = source.read_bytes()
-    if len(data) < HEADER.size:
-        raise InputError(f"{source}: too short for a llama2.c header")
-    dim, hidden, layers, heads, kv_heads, vocab, positions = HEADER.unpack_from(data)
-    if min(dim, hidden, layers, heads, kv_heads, abs(vocab), positions) < 1 or dim % heads:
-        raise InputError(f"{source}: not a llama2.c file: its header makes no sense")
-    try:
-        config = LlamaConfig(
-            vocab_size=abs(vocab),
-            hidden_size=dim,
-            intermediate_size=hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=dim // heads,
-            max_position_embeddings=positions,
-            rms_norm_eps=1e-5,
-            tie_word_embeddings=vocab > 0,
-            bos_token_id=1,
-            eos_token_id=2,
+def _cut(config: LlamaConfig, positions: int | None) -> LlamaConfig:
+    """The same model with fewer positions."""
+    if positions is None:
+        return config
+    if not 0 < positions <= config.max_position_embeddings:
+        raise InputError(
+            f"--positions must be in [1, {config.max_position_embeddings}], and is {positions}"
         )
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from None
-    shapes = _llama2c_shapes(config)
-    expected = HEADER.size + 4 * sum(math.prod(shape) for _, shape in shapes)
-    if len(data) != expected:
-        raise InputError(f"{source}: has {len(data)} bytes, and its header makes {expected}")
-    return config.to_dict(), _llama2c_tensors(data, config, shapes)
+    return dataclasses.replace(config, max_position_embeddings=positions)
 
 
-def _llama2c_shapes(c: LlamaConfig) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes in the file's order; {} is the layer, the first dimension its number."""
-    L, D, F = c.num_hidden_layers, c.hidden_size, c.intermediate_size
-    kv = c.num_key_value_heads * c.head_dim
-    shapes: list[tuple[str, tuple[int, ...]]] = [
-        ("embed_tokens.weight", (c.vocab_size, D)),
-        ("layers.{}.attn_norm.weight", (L, D)),
-        ("layers.{}.attn.q_proj.weight", (L, D, D)),
-        ("layers.{}.attn.k_proj.weight", (L, kv, D)),
-        ("layers.{}.attn.v_proj.weight", (L, kv, D)),
-        ("layers.{}.attn.o_proj.weight", (L, D, D)),
-        ("layers.{}.mlp_norm.weight", (L, D)),
-        ("layers.{}.mlp.gate_proj.weight", (L, F, D)),
-        ("layers.{}.mlp.down_proj.weight", (L, D, F)),
-        ("layers.{}.mlp.up_proj.weight", (L, F, D)),
-        ("norm.weight", (D,)),
-        ("", (2, c.max_position_embeddings, c.head_dim // 2)),  # cos and sin, which we compute
-    ]
-    return shapes if c.tie_word_embeddings else [*shapes, ("lm_head.weight", (c.vocab_size, D))]
+def _download(name: str, revision: str | None) -> Path:
+    """Folder of a model's files from the Hub, in its cache; safetensors if it has them."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise InputError(
+            f"{name}: no such folder, and the Hub needs a package: pip install 'scalabl_ref[hf]'"
+        ) from None
+    try:
+        for weights in ("model*.safetensors", "pytorch_model*.bin"):
+            patterns = ["*.json", "*.jinja", "*.txt", "tokenizer.model", weights]
+            folder = Path(
+                snapshot_download(
+                    name, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"
+                )
+            )
+            if any(folder.glob(weights)):
+                break
+    except Exception as error:  # the package and its transport raise many kinds
+        reason = " ".join(str(error).split())
+        raise InputError(f"{name}: no such folder, nor to be had from the Hub: {reason}") from None
+    return folder
 
 
-def _llama2c_tensors(
-    data: bytes, c: LlamaConfig, shapes: list[tuple[str, tuple[int, ...]]]
-) -> Iterator[tuple[str, Tensor]]:
-    numbers = torch.frombuffer(bytearray(data), dtype=torch.float32, offset=HEADER.size)
-    heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}
-    for name, shape in shapes:
-        count = math.prod(shape)
-        block, numbers = numbers[:count].view(shape), numbers[count:]
-        if "{}" not in name:
-            if name:
-                yield name, block
-            continue
-        rotated = heads.get(name.split(".")[-2])
-        for layer, tensor in enumerate(block):
-            yield name.format(layer), half_split(tensor, rotated) if rotated else tensor
+# --- manifest ----------------------------------------------------------------------------------
+
+
+def _hashes(model: Source) -> dict[str, str]:
+    """SHA-256 of every file read. Raises InputError for one that its manifest says is another."""
+    paths = [*model.read, *model.files.values()]
+    with progress_bar(sum(path.stat().st_size for path in paths), "check", "B") as bar:
+        hashes = {path: sha256(path, bar.update) for path in paths}
+    manifest = model.read[0].parent / MANIFEST
+    if model.read[0].name == "config.json" and manifest.exists():
+        written = read_json(manifest).get("written")
+        for path, value in hashes.items():
+            known = written.get(path.name) if isinstance(written, dict) else None
+            if path.parent == manifest.parent and known not in (None, value):
+                raise InputError(
+                    f"{path}: is not the file of {manifest.name}: its SHA-256 is {value}, "
+                    f"expected {known}"
+                )
+    return {path.name: value for path, value in hashes.items()}
+
+
+def _write_manifest(
+    path: Path,
+    model: Source,
+    dtype: torch.dtype | None,
+    read: dict[str, str],
+    written: list[Path],
+) -> None:
+    with progress_bar(sum(file.stat().st_size for file in written), "check", "B") as bar:
+        hashes = {file.name: sha256(file, bar.update) for file in written}
+    record = {
+        "made_by": f"scalabl_ref {scalabl_ref.__version__}, convert_hf.py",
+        "source": model.name,
+        "dtype": "keep" if dtype is None else str(dtype).removeprefix("torch."),
+        "read": read,
+        "written": hashes,
+    }
+    atomic_write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+# --- against transformers ------------------------------------------------------------------------
+
+
+def _import_transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise InputError(
+            "--verify needs the transformers package, which is not installed here: it brings "
+            "NumPy, so install it in an environment of its own"
+        ) from None
+    return transformers
+
+
+@contextmanager
+def _in_hf_layout(model: Source, folder: Path, to_hf: bool) -> Iterator[Path]:
+    """A folder that transformers can read: the source, the target, or one made for the purpose."""
+    if to_hf:
+        yield folder
+    elif model.layout == "hf":
+        yield model.read[0].parent
+    else:
+        with tempfile.TemporaryDirectory(dir=folder.parent, suffix=".tmp") as name:
+            convert(folder, Path(name) / "hf", to_hf=True)
+            yield Path(name) / "hf"
+
+
+@torch.no_grad()
+def _verify(ours: Path, theirs: Path, dtype: torch.dtype | None) -> None:
+    """Compare the float32 logits of both programs on random tokens; one model at a time.
+
+    The bound is that of rounding: sums of as many terms as a block has, in every block, whose
+    errors add up like a random walk; eight for two sides and the largest of many logits.
+    """
+    transformers = _import_transformers()
+    model = Llama.from_pretrained(ours, dtype=torch.float32)
+    c = model.config
+    generator = torch.Generator().manual_seed(0)
+    length = min(64, c.max_position_embeddings)
+    tokens = torch.randint(0, c.vocab_size, (2, length), generator=generator)
+    logits = model(tokens)
+    del model
+    reference = transformers.AutoModelForCausalLM.from_pretrained(theirs, dtype=dtype or "float32")
+    expected = reference.float().eval()(tokens).logits
+    terms = (c.num_hidden_layers + 1) * (3 * c.hidden_size + c.head_dim + c.intermediate_size)
+    largest = expected.abs().max().item()
+    bound = 8 * terms**0.5 * torch.finfo(torch.float32).eps * largest
+    difference = (logits - expected).abs().max().item()
+    report = f"logits differ from transformers' by {difference:.2g} at most, of {largest:.4g}"
+    if not difference <= bound:
+        raise InputError(f"{theirs}: {report}; rounding allows {bound:.2g}")
+    print(f"verified: {report}; rounding allows {bound:.2g}")
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """`main` as a program: SIGTERM ends it as ctrl-C does, with nothing left behind."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    sys.exit(main(arguments))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

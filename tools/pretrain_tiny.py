@@ -20,7 +20,7 @@ import scalabl_ref  # noqa: F401  before torch, whose warning about a missing Nu
 import torch
 import torch.nn.functional as F
 
-from scalabl_ref.checkpoint import new_folder, write_model
+from scalabl_ref.checkpoint import Stored, new_folder, write_model
 from scalabl_ref.demo import LETTERS, story
 from scalabl_ref.errors import InputError
 from scalabl_ref.llama import Llama, LlamaConfig
@@ -71,9 +71,11 @@ def pretrain(folder: Path, steps: int, seed: int) -> float:
     model = Llama(config).init_random_(seed, std=0.06)
     losses = _optimise(model, rows, steps, seed)
     state = {
-        name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"
+        name: Stored.held(tensor)
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight"
     }
-    write_model(folder, config.to_dict(), state.items(), {})
+    write_model(folder, config.to_dict(), state, {})
     tail = losses[-max(1, steps // 10) :]
     return sum(tail) / len(tail)
 

@@ -16,6 +16,7 @@ from scalabl_ref.tokenizer import load_tokenizer
 from ..test_convert import convert_hf
 from ..tolerances import rounding
 from .test_gguf import convert_gguf
+from .test_tokenizers import assert_same, strings
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("default")]
 transformers = pytest.importorskip("transformers")
@@ -35,6 +36,12 @@ def smollm2(tmp_path_factory):
     return folder / "ours"
 
 
+def test_ids_equal_transformers_on_a_thousand_strings(smollm2):
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(smollm2 / "tokenizer.json"))
+    texts = strings(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+    assert_same(load_tokenizer(smollm2).encode, theirs.encode, texts)
+
+
 @torch.no_grad()
 def test_the_capital_of_france(smollm2):
     model, tokenizer = Llama.from_pretrained(smollm2), load_tokenizer(smollm2)
@@ -45,7 +52,7 @@ def test_the_capital_of_france(smollm2):
 
 @torch.no_grad()
 def test_logits_and_ids_equal_transformers(smollm2, tmp_path):
-    convert_hf.convert(smollm2, tmp_path / "hf", to_hf=True)
+    convert_hf.convert(smollm2, tmp_path / "hf", to_hf=True, verify=True)
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf").eval()
     tokenizer = load_tokenizer(smollm2)
     ids = tokenizer.encode("The capital of France is Paris. In 2024, it had 2,102,650 people.")

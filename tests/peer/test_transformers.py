@@ -34,7 +34,7 @@ ROPES = [
 @st.composite
 def models(draw):
     """A random tiny model of transformers, with weights large enough for the logits to differ."""
-    kind = draw(st.sampled_from(["Llama", "Llama", "Qwen2", "Qwen3"]))
+    kind = draw(st.sampled_from(["Llama", "Llama", "Mistral", "Qwen2", "Qwen3"]))
     kv_heads, repeats = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     head_dim = draw(st.sampled_from([2, 4, 8]))
     heads = kv_heads * repeats
@@ -51,8 +51,10 @@ def models(draw):
         "max_position_embeddings": 64,
         "rope_parameters": dict(draw(st.sampled_from(ROPES))),
     }
-    if kind != "Qwen2":
+    if kind in ("Llama", "Qwen3"):
         options["attention_bias"] = draw(st.booleans())
+    if kind == "Mistral":
+        options["sliding_window"] = draw(st.sampled_from([None, 64, 4096]))  # of 64 positions
     if kind == "Llama":
         options["mlp_bias"] = draw(st.booleans())
     config = getattr(transformers, f"{kind}Config")(**options)
@@ -130,6 +132,54 @@ def test_what_we_write_transformers_reads(theirs):
         convert_hf.convert(folder / "ours", folder / "back", to_hf=True)
         back = type(theirs).from_pretrained(folder / "back").eval()
     assert torch.equal(back(tokens).logits, theirs(tokens).logits)
+
+
+@given(models(), st.sampled_from([None, torch.bfloat16]))
+@settings(max_examples=10, deadline=None)
+def test_verify_agrees(theirs, dtype):
+    """The converter's own comparison, with its own bound."""
+    from ..test_convert import convert_hf
+
+    with tempfile.TemporaryDirectory() as name:
+        theirs.save_pretrained(Path(name) / "hf")
+        convert_hf.convert(Path(name) / "hf", Path(name) / "ours", dtype=dtype, verify=True)
+
+
+def test_verify_notices_a_wrong_row(tmp_path, monkeypatch):
+    """Two rows of one q_proj exchanged on the way: refused, and nothing is written."""
+    from scalabl_ref import InputError
+
+    from ..test_convert import TINY, convert_hf, hf_folder
+
+    source, load = hf_folder(tmp_path / "hf", TINY), Llama.from_pretrained
+
+    def wrong(*args, **options):
+        model = load(*args, **options)
+        rows = model.layers[0].attn.q_proj.weight
+        rows[[0, 1]] = rows[[1, 0]]
+        return model
+
+    monkeypatch.setattr(convert_hf.Llama, "from_pretrained", wrong)
+    with pytest.raises(InputError, match="logits differ from transformers' by .* rounding allows"):
+        convert_hf.convert(source, tmp_path / "ours", verify=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", ["LLAMA2", "LLAMA32"])
+@torch.no_grad()
+def test_a_merged_meta_folder_is_read_by_transformers(tmp_path, ranks, name):
+    from .. import test_convert
+
+    config = getattr(test_convert, name)
+    model = Llama(config).init_random_(0, std=0.3)
+    source = test_convert.meta_folder(tmp_path / "meta", model, ranks, name == "LLAMA32")
+    family = {"LLAMA2": "llama-2", "LLAMA32": "llama-3.2"}[name]
+    test_convert.convert_hf.convert(source, tmp_path / "hf", to_hf=True, family=family, verify=True)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    tokens = torch.arange(1, 9)[None]
+    difference = (theirs(tokens).logits - model(tokens)).abs().max()
+    assert difference <= logits_bound(config, model(tokens).abs().max().item())
 
 
 @torch.no_grad()
