@@ -199,10 +199,12 @@ def load_pickle(path: Path, mmap: bool = False) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it has to say of a damaged file, the error says
-            mmap = mmap and zipfile.is_zipfile(path)
+            mmap = _is_plain_zip(path) and mmap
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    except InputError:
+        raise
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0] if str(error) else "unreadable"
         raise InputError(
@@ -211,6 +213,22 @@ def load_pickle(path: Path, mmap: bool = False) -> Any:
     except Exception as error:  # a damaged stream makes the reader raise almost anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a file written by torch.save: {reason}") from None
+
+
+def _is_plain_zip(path: Path) -> bool:
+    """Whether torch.save wrote a zip file. Raises InputError for one that would unfold in memory.
+
+    torch.save stores its members as they are, so that together they are no larger than the file.
+    """
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as file:
+        members = file.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members) or (
+        sum(member.file_size for member in members) > path.stat().st_size
+    ):
+        raise InputError(f"{path}: refused: its members are compressed, as torch.save's never are")
+    return True
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,0 +1,162 @@
+"""The fuzzer of the file readers: what it finds nothing in, and that it finds what is there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from random import Random
+
+import pytest
+import torch
+
+from scalabl_ref import InputError
+from scalabl_ref.checkpoint import load_tensors
+
+from . import fuzz
+from .conftest import ROOT
+
+KINDS = ("safetensors", "pth", "llama2c", "examples")  # gguf: tests/peer/test_gguf.py
+
+
+def outcome(kind: str, count: int, seed: int, folder) -> dict:
+    """The result of a fuzzing process, which must not crash."""
+    command = [sys.executable, "-m", "tests.fuzz", kind, str(count), str(seed), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800
+    )
+    last = (folder / "now").read_text() if (folder / "now").exists() else "none"
+    assert done.returncode == 0, (last, done.returncode, done.stderr[-2000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check(result: dict, count: int) -> None:
+    """No fault; and the inputs were neither all refused nor all taken, nor for one reason."""
+    assert result["faults"] == [] and result["fault"] == 0
+    assert result["accepted"] + result["refused"] == count
+    assert result["accepted"] >= count // 100 and result["refused"] >= count // 4
+    assert result["messages"] >= 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_few_damaged_files(kind, tmp_path):
+    check(outcome(kind, 200, 1, tmp_path), 200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_damaged_files(kind, tmp_path):
+    check(outcome(kind, 5000, 0, tmp_path), 5000)
+
+
+# --- What the fuzzer would notice -----------------------------------------------------------------
+
+
+@pytest.fixture
+def watch(tmp_path, monkeypatch):
+    def late(signum, frame):
+        raise fuzz.TooLong
+
+    monkeypatch.setattr(fuzz, "SECONDS", 0.2)
+    before = signal.signal(signal.SIGALRM, late)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "input").write_bytes(b"x" * 1000)
+    watch = fuzz.Watch(tmp_path / "work")
+    yield watch
+    watch.on = False
+    signal.signal(signal.SIGALRM, before)
+
+
+def hangs(path):
+    try:
+        time.sleep(5)
+    except Exception:  # as a reader that takes every exception for the file's
+        raise InputError(f"{path}: broken") from None
+
+
+def hoards(path):
+    torch.ones(16 << 20)  # 64 MiB
+
+
+def escapes(path):
+    (path.parent.parent / "escape").write_text("x")
+
+
+def removes(path):
+    victim = path.parent.parent / "victim"
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(victim)
+
+
+def runs(path):
+    os.system("true")
+
+
+def leaks_an_exception(path):
+    raise ValueError("index 3")
+
+
+def explains_nothing(path):
+    raise InputError("something is wrong")
+
+
+def explains_too_much(path):
+    raise InputError(f"{path}:\n a\n b")
+
+
+@pytest.mark.parametrize(
+    "reader, words",
+    [
+        (hangs, "took more than"),
+        (hoards, "MiB for a file of 1000 bytes"),
+        (escapes, "did open"),
+        (removes, "did os.remove"),
+        (runs, "did os.system"),
+        (leaks_an_exception, "ValueError: index 3"),
+        (explains_nothing, "not one line that names the file"),
+        (explains_too_much, "not one line that names the file"),
+    ],
+)
+def test_every_kind_of_fault_is_noticed(watch, tmp_path, reader, words):
+    verdict, said = fuzz.attempt(reader, tmp_path / "work" / "input", watch)
+    assert verdict == "fault" and words in said
+
+
+def test_what_is_right_is_no_fault(watch, tmp_path):
+    def refuses(path):
+        path.with_name("scratch").write_text("x")  # its own folder it may use
+        raise InputError(f"{path}: broken")
+
+    path = tmp_path / "work" / "input"
+    assert fuzz.attempt(refuses, path, watch)[0] == "refused"
+    assert fuzz.attempt(lambda path: path.read_bytes(), path, watch) == ("accepted", "")
+
+
+def test_a_crash_names_its_input(tmp_path):
+    """A process that dies leaves the name of the input that it was at."""
+    script = (
+        "import ctypes, sys; from tests import fuzz;"
+        "fuzz.KINDS['x'] = (lambda r, l, f: b'x', lambda path: ctypes.string_at(0));"
+        f"fuzz.main(['x', '5', '7', {str(tmp_path)!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True)
+    assert done.returncode < 0 and (tmp_path / "now").read_text() == "x-7-0"
+
+
+def test_inputs_are_the_same_for_the_same_seed(tmp_path):
+    for kind in KINDS:
+        make, _ = fuzz.KINDS[kind]
+        one, two, other = (make(Random(seed), False, tmp_path) for seed in ("a", "a", "b"))
+        assert one == two != other, kind
+
+
+def test_an_undamaged_file_is_accepted(tmp_path):
+    (tmp_path / "base").touch()
+    fuzz.make_safetensors(Random(0), False, tmp_path)
+    tensors, _ = load_tensors(tmp_path / "base")
+    assert set(tensors) == set(fuzz._tensors(False))
