@@ -3,9 +3,9 @@
 An input is a small valid file, damaged where its format has meaning: lengths, shapes, offsets,
 types, names, opcodes, members, columns; or anywhere. A reader has to accept it or to raise an
 InputError of one line that names a file. A fault is anything else: another exception, more than
-SECONDS, more memory than twice the file's size (RATIO has exceptions) and SLACK, a file made or
-removed elsewhere, a process or a connection. The result is one line of JSON; a crash of this
-process names its input in FOLDER/now, and every faulty input is kept beside it.
+SECONDS of the processor's, more memory than twice the file's size (RATIO has exceptions) and SLACK,
+a file made or removed elsewhere, a process or a connection. The result is one line of JSON; a crash
+of this process names its input in FOLDER/now, and every faulty input is kept beside it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import pickletools
 import random
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -38,6 +39,7 @@ SLACK = 24 << 20  # bytes: what an allocator and an import may take by themselve
 # How much memory a file may take, in units of its size. Examples become Python objects, some twenty
 # for a short row: no attack, but more than their text.
 RATIO = {"examples": 16}
+WARM = 20  # inputs before the first that is judged: what readers import takes memory too
 SPACE = 3 << 30  # bytes of address space beyond what is there before the first input
 
 INTEGERS = (0, 1, -1, 2, 3, 7, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, -(2**31), 2**32, 2**53 + 1,
@@ -329,8 +331,10 @@ class Watch:
             flags = arguments[2] if isinstance(arguments[2], int) else 0
             changes = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
         if changes and isinstance(arguments[0], str | bytes | os.PathLike):
-            path = os.path.realpath(os.fsdecode(arguments[0]))
-            if not path.startswith(self.folder + os.sep) and path != "/dev/null":
+            place = arguments[-1] if name in ("os.remove", "os.rmdir") else -1  # dir_fd
+            base = os.getcwd() if place == -1 else os.readlink(f"/proc/self/fd/{place}")
+            path = os.path.realpath(os.path.join(base, os.fsdecode(arguments[0])))
+            if not (path + os.sep).startswith(self.folder + os.sep) and path != "/dev/null":
                 self.seen.append(f"{name} {path}")
 
 
@@ -351,7 +355,8 @@ def attempt(
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _memory("VmRSS")
     watch.seen, watch.on = [], True
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, 10 * SECONDS)  # of a reader that waits, too
     verdict, words = "accepted", ""
     try:
         read(path)
@@ -364,6 +369,7 @@ def attempt(
     except Exception as error:
         verdict, words = "fault", f"{type(error).__name__}: {error}"
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         watch.on = False
     grown = _memory("VmHWM") - before
@@ -383,17 +389,21 @@ def fuzz(kind: str, count: int, seed: int, folder: Path) -> dict[str, Any]:
         raise TooLong
 
     signal.signal(signal.SIGALRM, late)
+    signal.signal(signal.SIGPROF, late)
     space = _memory("VmSize") + SPACE
     resource.setrlimit(resource.RLIMIT_AS, (space, space))
     counts = {"accepted": 0, "refused": 0, "fault": 0}
     said: set[str] = set()
     faults: list[str] = []
     path = folder / "input"
-    for i in range(count):
+    for i in range(-WARM, count):
         name = f"{kind}-{seed}-{i}"
         path.write_bytes(make(Random(name), i % 100 == 99, folder))
         (folder / "now").write_text(name)
         verdict, words = attempt(read, path, watch, RATIO.get(kind, 2))
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        if i < 0:
+            continue
         counts[verdict] += 1
         said.add(words.replace(str(folder), "")[:60])
         if verdict == "fault":

@@ -94,8 +94,8 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None = torch.float3
     Raises InputError naming the file, and the key or tensor, for anything missing or not supported.
     """
     reader = _open(source)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
     try:
+        fields = dict(_contents(reader))
         tensors = dict(_tensors(reader, fields, dtype or _stored_dtype(reader)))
         config = _config(fields, tensors)
         with new_folder(target) as folder:
@@ -118,10 +118,68 @@ def _open(source: Path) -> Any:
     if not source.is_file():
         raise InputError(f"{source}: no such file")
     try:
+        _check_lengths(source)
         return GGUFReader(source)
     except Exception as error:  # the package raises many kinds for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{source}: not a valid GGUF file: {reason}") from None
+
+
+# Bytes of the kinds of value in a header, by their number; 8 is a text and 9 a list.
+_TEXT, _LIST = 8, 9
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+
+
+def _check_lengths(source: Path) -> None:
+    """That what the header counts is there: the package would go on for ever, or fill the memory.
+
+    Raises ValueError. What the counted things are, the package checks.
+    """
+    with source.open("rb") as file:
+        end = source.stat().st_size
+
+        def number(size: int) -> int:
+            return int.from_bytes(file.read(size), "little")
+
+        def skip(size: int) -> None:
+            if size > end - file.tell():
+                raise ValueError(f"it ends within the header, at byte {file.tell()} + {size}")
+            file.seek(size, 1)
+
+        def value(kind: int, depth: int = 0) -> None:
+            if kind == _TEXT:
+                skip(number(8))
+            elif kind == _LIST:
+                inner, count = number(4), number(8)
+                if inner in _SIZES:
+                    skip(count * _SIZES[inner])
+                    return
+                if count > (end - file.tell()) // 8 or depth > 1:
+                    raise ValueError(f"a list of {count} entries in a file of {end} bytes")
+                for _ in range(count):
+                    value(inner, depth + 1)
+            elif kind in _SIZES:
+                skip(_SIZES[kind])
+            else:
+                raise ValueError(f"a value of unknown kind {kind}")
+
+        if file.read(4) != b"GGUF":
+            raise ValueError("it does not begin with GGUF")
+        file.seek(4, 1)  # the version
+        tensors, fields = number(8), number(8)
+        if tensors + fields > end // 12:
+            raise ValueError(f"{tensors} tensors and {fields} keys in a file of {end} bytes")
+        for _ in range(fields):
+            skip(number(8))
+            value(number(4))
+
+
+def _contents(reader: Any) -> Iterator[tuple[str, Any]]:
+    for name, field in reader.fields.items():
+        try:
+            yield name, field.contents()
+        except UnicodeDecodeError:
+            raise InputError(f"key {name} is not text in UTF-8") from None
 
 
 KINDS = {int: "a whole number", float: "a number", str: "a text", list: "a list", bool: "a bool"}

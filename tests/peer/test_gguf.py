@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import struct
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from scalabl_ref.tokenizer import import_sentencepiece, load_tokenizer
 
 from ..models import TINY
 from ..test_convert import interleave
+from ..test_fuzz import check, outcome
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("default")]
 gguf = pytest.importorskip("gguf")
@@ -355,6 +357,30 @@ def test_damaged_files_are_named(tmp_path, capsys):
         assert "m.gguf: not a valid GGUF file" in err and "Traceback" not in err
     assert convert_gguf.main([str(tmp_path / "none"), str(tmp_path / "out")]) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_damaged_files_by_the_thousand(tmp_path):
+    write(tmp_path / "base.gguf", random_model())
+    check(outcome("gguf", 1000, 2, tmp_path), 1000)
+
+
+@pytest.mark.parametrize("count", [2**63, 2**32, 20_000])
+def test_lists_longer_than_the_file_are_refused(tmp_path, count):
+    """The package alone would read a long way past the end, for minutes and in gigabytes."""
+    path = write(tmp_path / "m.gguf", random_model(), odd=["a"])
+    data, start = path.read_bytes(), len("odd") + struct.calcsize("<II")
+    at = data.index(b"odd") + start
+    assert data[at - 4 : at + 8] == struct.pack("<IQ", 8, 1)  # texts, one
+    path.write_bytes(data[:at] + struct.pack("<Q", count) + data[at + 8 :])
+    with pytest.raises(InputError, match=f"not a valid GGUF file: a list of {count} entries"):
+        convert_gguf.convert(path, tmp_path / "out")
+
+
+def test_text_that_is_not_utf_8_is_named(tmp_path):
+    path = write(tmp_path / "m.gguf", random_model())
+    path.write_bytes(path.read_bytes().replace(b"hello", b"\xffello", 1))
+    with pytest.raises(InputError, match=r"key tokenizer\.ggml\.tokens is not text in UTF-8"):
+        convert_gguf.convert(path, tmp_path / "out")
 
 
 def test_norm_eps_is_the_decimal_that_was_meant(tmp_path):
