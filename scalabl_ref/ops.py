@@ -66,7 +66,8 @@ def subspace_lora_linear(
     `groups` replaces these indices under "example" and "token": int64 ids whose shape is a
     leading part of x.shape[:-1], so that a draw follows the example rather than its place in
     memory. The high word of an id counts draws further on, under "batch" too: rows of several draws
-    can go through the layer together, see `noise.later`. Source: METHOD, equation (1); exact because B diag(s~) A x = B ((A x) * s~).
+    can go through the layer together, see `noise.later`. Source: METHOD, equation (1);
+    exact because B diag(s~) A x = B ((A x) * s~).
 
     Differentiable in everything but the noise, to any order; composes with torch.compile,
     torch.func (vmap over `groups` gives independent draws) and autocast.

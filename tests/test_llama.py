@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalabl_ref import InputError, Llama, LlamaConfig, Noise, ops, vectors
-from scalabl_ref.llama import Attention, Context, KVCache, RMSNorm, RopeConfig, rotate
+from scalabl_ref.llama import Attention, Context, KVCache, RMSNorm, RopeConfig, Rows, rotate
 
 from .models import CLASSES, TINY, tiny_batch, tiny_model
 from .tolerances import rounding
@@ -107,7 +107,7 @@ def test_attention_equals_explicit_loops(config):
     x = torch.randn(1, T, config.hidden_size, generator=generator).double()
     inverse = config.rope.inverse_frequencies(h).double()
     angles = torch.arange(T)[:, None] * torch.cat((inverse, inverse))
-    ctx = Context(angles.cos()[None, None], angles.sin()[None, None], None, None, None, None)
+    ctx = Context(Rows(1, T), angles.cos()[None, :, None], angles.sin()[None, :, None])
     got = layer(x, ctx)[0]
 
     def heads(linear, count):
