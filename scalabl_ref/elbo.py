@@ -59,15 +59,17 @@ def kl_divergence(model: torch.nn.Module, kl: KL = "forward") -> Tensor:
     return sum(parts, torch.zeros((), dtype=torch.float64))
 
 
-def class_logits(model: Llama, batch: Batch, noise: Noise | None, padded: bool = False) -> Tensor:
-    """Logits of the answer classes at each row's last token, (B, C) float32 or wider.
+def class_logits(
+    model: Llama, batch: Batch, noise: Noise | None, draws: int = 1, padded: bool = False
+) -> Tensor:
+    """Logits of the answer classes at each row's last token, (draws B, C) float32 or wider.
 
-    The draw of a row is keyed by its example's index in the data set, `batch.ids`. padded: as in
-    `Llama.forward`.
+    The draw of a row is keyed by its example's index in the data set, `batch.ids`. draws, padded:
+    as in `Llama.forward`.
     """
     logits = model(
-        batch.tokens, noise=noise, groups=batch.ids, lengths=batch.lengths, last_only=True,
-        padded=padded,
+        batch.tokens, noise=noise, groups=batch.ids, lengths=batch.lengths, draws=draws,
+        last_only=True, padded=padded,
     )  # fmt: skip
     if model.config.head_tokens is None:
         logits = logits[:, batch.classes]

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters import Device, Linear
+from .adapters import Device, Linear, adapters
 from .checkpoint import FORMAT, Weights, hf_to_ours, is_finite, read_json
 from .errors import InputError
-from .noise import Noise
+from .noise import Noise, later
 from .philox import WORD
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -316,10 +316,63 @@ class Context:
     sin: Tensor  # the same
     attend: Tensor | None = None  # (B or 1, 1, T, S) True where a query sees a key; None: it sees
     # those before it and itself, or for T = 1 all
+    ends: Tensor | None = None  # (B,) which of the T is each row's last real token; None: T - 1
     noise: Noise | None = None
     groups: Tensor | None = None  # (B,) or (...,) group ids
     cache: KVCache | None = None
-    chosen: tuple[Tensor, ...] = ()  # of the rows' last tokens: the places of these among all
+    past: int = 0  # keys before these, S - T
+    chosen: tuple[Tensor, ...] = ()  # of the last tokens alone: where they are among all
+
+    def repeat(self, draws: int) -> Context:
+        """The same for all rows under one draw, then under the next, and so on."""
+        if draws == 1:
+            return self
+        B, T, index = self.rows.B, self.rows.T, self.rows.index
+        number = torch.arange(draws, device=self.cos.device)
+        if index is not None:
+            index = (number[:, None] * (B * T) + index).flatten()
+
+        def each(x: Tensor) -> Tensor:
+            """One draw's after the other's; what all rows share stays as it is."""
+            return x if len(x) == 1 < B else repeated(x, draws)
+
+        groups = self.groups
+        if groups is not None:
+            number = number.repeat_interleave(len(groups))
+            groups = later(each(groups), number.view(-1, *[1] * (groups.dim() - 1)))
+        return dataclasses.replace(
+            self, rows=Rows(draws * B, T, index), cos=each(self.cos), sin=each(self.sin),
+            attend=None if self.attend is None else each(self.attend),
+            ends=None if self.ends is None else each(self.ends), groups=groups,
+        )  # fmt: skip
+
+    def last(self) -> Context:
+        """That of each row's last real token alone, whose hidden states are (B, D)."""
+        B, T, device = self.rows.B, self.rows.T, self.cos.device
+        each, attend, packed = torch.arange(B, device=device), None, self.rows.index is not None
+        ends = torch.full((B,), T - 1, device=device) if self.ends is None else self.ends
+        if self.attend is not None and len(self.attend) == B and self.ends is not None:
+            attend = self.attend[each, :, ends][:, :, None]
+        elif self.ends is not None:
+            keys = torch.arange(self.past + T, device=device)
+            attend = (keys <= self.past + ends[:, None])[:, None, None]  # (B, 1, 1, S)
+        chosen = ((ends + 1).cumsum(0) - 1,) if packed else (each, ends)
+
+        def of_these(x: Tensor) -> Tensor:
+            return (x if packed else x.expand(B, *x.shape[1:]))[chosen]
+
+        groups = self.groups
+        if groups is not None and groups.dim() == self.cos.dim() - 2:  # one for each token
+            groups = groups[chosen]
+        return dataclasses.replace(
+            self, rows=Rows(B, 1, each), cos=of_these(self.cos), sin=of_these(self.sin),
+            attend=attend, ends=None, groups=groups, chosen=chosen,
+        )  # fmt: skip
+
+
+def repeated(x: Tensor, draws: int) -> Tensor:
+    """x (n, *) so many times, one after the other: (draws n, *)."""
+    return x.repeat(draws, *[1] * (x.dim() - 1))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -458,10 +511,15 @@ class Llama(nn.Module):
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
+        draws: int = 1,
         last_only: bool = False,
         padded: bool = False,
     ) -> Tensor:
         """tokens (B, T) int64 -> logits (B, T, V), or (B, V) with `last_only`.
+
+        With `draws` S the result is (S B, T, V) or (S B, V): rows 0 .. B-1 under `noise`, then
+        under the S - 1 draws after it. Every weight is read once for all of them, and what comes
+        before the first adapter that draws is computed once.
 
         Padding that `lengths` tells of is not computed, nor, with `last_only`, what the last block
         makes of other tokens: layers see (N, D) for the N real tokens, end to end, and the last
@@ -474,7 +532,7 @@ class Llama(nn.Module):
             neither on padding nor on the cache.
         lengths: (B,) int64 >= 1, for right-padded rows: where each ends (`last_only` reads there).
         mask: (B, S) bool, True on real tokens, for any other padding; S counts cached tokens too.
-        cache: holds the tokens before these; filled in place.
+        cache: holds the tokens before these; filled in place. Give it the same `draws` every time.
 
         Positions count real tokens. Logits at padding are meaningless. Raises ValueError if both
         `lengths` and `mask` are given, and InputError past max_position_embeddings, or for a group
@@ -491,21 +549,27 @@ class Llama(nn.Module):
             )
         whole = padded or torch.compiler.is_compiling()
         rows = Rows(B, T) if lengths is None or whole else _real_tokens(lengths, B, T)
+        ctx = self._context(rows, past, noise, groups, lengths, mask, cache)
         x = self.embed_tokens(rows.pack(tokens))  # (..., D)
-        ctx = self._context(rows, past, noise, groups, mask, cache)
-        *blocks, block = self.layers
-        for earlier in blocks:
-            x = earlier(x, ctx)
-        if not last_only:
-            logits: Tensor = self.lm_head(self._normed(block(x, ctx)), noise, ctx.groups)
-            return rows.unpack(logits)
-        last = _last_tokens(ctx, past, lengths, mask)
-        x = block(x, ctx)[last.chosen] if whole else block(x, ctx, last)  # (B, D)
-        return self.lm_head(self._normed(x), noise, last.groups)
+        shared = self._shared_blocks() if draws > 1 else 0
+        for i, block in enumerate(self.layers):
+            if i == shared:
+                x, ctx = repeated(x, draws), ctx.repeat(draws)
+            if last_only and i == len(self.layers) - 1:
+                last = ctx.last()
+                x = block(x, ctx)[last.chosen] if whole else block(x, ctx, last)  # (B, D)
+                ctx = last
+            else:
+                x = block(x, ctx)
+        if shared == len(self.layers):
+            x, ctx = repeated(x, draws), ctx.repeat(draws)
+        logits: Tensor = self.lm_head(self.norm(x).to(self.lm_head.weight.dtype), noise, ctx.groups)
+        return logits if last_only else ctx.rows.unpack(logits)
 
-    def _normed(self, x: Tensor) -> Tensor:
-        """What the head reads, (..., D)."""
-        return self.norm(x).to(self.lm_head.weight.dtype)
+    def _shared_blocks(self) -> int:
+        """How many of the first blocks give the same under every draw."""
+        random = [any(a.random for a in adapters(block).values()) for block in self.layers]
+        return random.index(True) if True in random else len(random)
 
     def _context(
         self,
@@ -513,13 +577,15 @@ class Llama(nn.Module):
         past: int = 0,
         noise: Noise | None = None,
         groups: Tensor | None = None,
+        lengths: Tensor | None = None,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Context:
         device, S = self.embed_tokens.weight.device, past + rows.T
         positions = torch.arange(past, S, device=device)[None]  # (1, T)
-        attend = None
+        attend, ends = None, None if lengths is None else lengths.to(device) - 1
         if mask is not None:
+            ends = torch.where(mask[:, past:], torch.arange(rows.T, device=device), 0).amax(1)
             positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]  # (B, T)
         if mask is not None or (past > 0 and rows.T > 1):
             query, key = torch.arange(past, S, device=device), torch.arange(S, device=device)
@@ -532,7 +598,7 @@ class Llama(nn.Module):
             positions = rows.pack(positions.expand(rows.B, -1))  # (N,)
         groups = None if noise is None else self._groups(rows, positions, groups, device)
         cos, sin = self._rope(positions)
-        return Context(rows, cos, sin, attend, noise, groups, cache)
+        return Context(rows, cos, sin, attend, ends, noise, groups, cache, past)
 
     def _groups(
         self, rows: Rows, positions: Tensor, groups: Tensor | None, device: torch.device
@@ -647,31 +713,6 @@ def _real_tokens(lengths: Tensor, B: int, T: int) -> Rows:
     """The first lengths[b] tokens of each row b."""
     real = torch.arange(T, device=lengths.device) < lengths[:, None]  # (B, T)
     return Rows(B, T) if bool(real.all()) else Rows(B, T, real.flatten().nonzero()[:, 0])
-
-
-def _last_tokens(ctx: Context, past: int, lengths: Tensor | None, mask: Tensor | None) -> Context:
-    """That of each row's last real token, whose hidden states are (B, D), and what it sees."""
-    (B, T), packed, device = (ctx.rows.B, ctx.rows.T), ctx.rows.index is not None, ctx.cos.device
-    each, attend = torch.arange(B, device=device), None  # without padding, it sees all keys
-    last = torch.full((B,), T - 1, device=device)
-    if lengths is not None:
-        last = lengths.to(device) - 1
-        attend = (torch.arange(past + T, device=device) <= past + last[:, None])[:, None, None]
-    elif mask is not None and ctx.attend is not None:
-        last = torch.where(mask[:, -T:], torch.arange(T, device=device), 0).amax(1)
-        attend = ctx.attend[each, :, last][:, :, None]
-    chosen = ((last + 1).cumsum(0) - 1,) if packed else (each, last)
-
-    def of_these(x: Tensor) -> Tensor:
-        return (x if packed else x.expand(B, *x.shape[1:]))[chosen]
-
-    groups = ctx.groups
-    if groups is not None and groups.dim() == ctx.cos.dim() - 2:  # one for each token
-        groups = groups[chosen]
-    return Context(
-        Rows(B, 1, each), of_these(ctx.cos), of_these(ctx.sin), attend, ctx.noise, groups,
-        ctx.cache, chosen,
-    )  # fmt: skip
 
 
 def _open_model(
