@@ -421,13 +421,35 @@ class Attention(nn.Module):
         k, v = (ctx.rows.unpack(t).transpose(1, 2) for t in (k, v))  # (B, K, T, h)
         if ctx.cache is not None:
             k, v = ctx.cache.append(self.layer, k, v)  # (B, K, S, h)
-        repeats = self.heads // self.kv_heads
-        if repeats > 1:
-            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         causal = asking.attend is None and q.shape[2] == k.shape[2]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=asking.attend, is_causal=causal)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=asking.attend, is_causal=causal, enable_gqa=True
+        )
         y = asking.rows.pack(y.transpose(1, 2).flatten(2))  # (..., H h)
         return self.o_proj(y, asking.noise, asking.groups)
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, which keeps these two alone for its backward pass, and not silu(gate)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this is to be differentiated once more
+            p = torch.sigmoid(gate)
+            slope = p * (1 + gate * (1 - p))
+            return grad * up * slope, grad * F.silu(gate)
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
 
 
 class MLP(nn.Module):
@@ -445,7 +467,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         gate = self.gate_proj(x, ctx.noise, ctx.groups)
         up = self.up_proj(x, ctx.noise, ctx.groups)
-        return self.down_proj(F.silu(gate) * up, ctx.noise, ctx.groups)
+        return self.down_proj(SwiGLU.apply(gate, up), ctx.noise, ctx.groups)
 
 
 class Block(nn.Module):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from scalabl_ref import InputError, Llama, LlamaConfig, Noise, adapters, ops, vectors
 from scalabl_ref.elbo import class_logits
-from scalabl_ref.llama import Attention, Context, KVCache, RMSNorm, RopeConfig, Rows, rotate
+from scalabl_ref.llama import Attention, Context, KVCache, RMSNorm, RopeConfig, Rows, SwiGLU, rotate
 
 from .models import CLASSES, TINY, tiny_batch, tiny_model
 from .tolerances import rounding
@@ -424,3 +424,21 @@ def test_smollm2_knows_the_capital_of_france():
     model, tokenizer = Llama.from_pretrained(folder), load_tokenizer(folder)
     first = next(iter(generate(model, tokenizer.encode("The capital of France is"), 1)))
     assert tokenizer.decode([first.id]) == " Paris"
+
+
+def test_swiglu_keeps_two_matrices_and_has_its_derivatives():
+    """First and second, by finite differences; silu(gate) is computed again."""
+    gate, up = (torch.randn(3, 4, dtype=torch.float64).requires_grad_() for _ in range(2))
+    assert torch.autograd.gradcheck(SwiGLU.apply, (gate, up))
+    assert torch.autograd.gradgradcheck(SwiGLU.apply, (gate, up))
+    once, twice = (
+        torch.autograd.grad(SwiGLU.apply(gate, up).sum(), (gate, up), create_graph=graph)
+        for graph in (False, True)
+    )
+    for a, b in zip(once, twice, strict=True):
+        assert (a - b).abs().max() <= rounding(torch.float64, 64)
+    assert torch.equal(SwiGLU.apply(gate, up), torch.nn.functional.silu(gate) * up)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        SwiGLU.apply(gate, up)
+    assert {t.data_ptr() for t in kept} == {gate.data_ptr(), up.data_ptr()}
