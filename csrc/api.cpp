@@ -12,17 +12,20 @@ namespace {
 
 constexpr int64_t WORDS = int64_t{1} << 32;
 
-bool groups_in_range(const int64_t *groups, int64_t count) {
-    return std::all_of(groups, groups + count, [](int64_t id) { return 0 <= id && id < WORDS; });
+// That the draw of every id, `draw` and the id's high word, is a word.
+bool groups_in_range(const int64_t *groups, int64_t count, uint32_t draw) {
+    return std::all_of(groups, groups + count, [draw](int64_t id) {
+        return 0 <= id && (id >> 32) + draw < WORDS;
+    });
 }
 
-scalabl_status check_normals(uint32_t layer, const int64_t *groups, int64_t count, int64_t rank,
-                             const float *out) {
+scalabl_status check_normals(uint32_t draw, uint32_t layer, const int64_t *groups, int64_t count,
+                             int64_t rank, const float *out) {
     if (layer == UINT32_MAX) return SCALABL_LAYER;
     if (count < 0 || count > WORDS) return SCALABL_COUNT;
     if (rank < 1 || rank > 4 * WORDS) return SCALABL_RANK;
     if (count > 0 && (!groups || !out)) return SCALABL_NULL;
-    return groups_in_range(groups, count) ? SCALABL_OK : SCALABL_GROUP;
+    return groups_in_range(groups, count, draw) ? SCALABL_OK : SCALABL_GROUP;
 }
 
 // That every offset (row * stride + column) * size is a sum that fits.
@@ -52,7 +55,7 @@ scalabl_status check_noise(const scalabl_update &op, Memory memory) {
     const int64_t groups = scalabl::count_groups(op.rows, op.rows_per_group);
     if (groups > WORDS) return SCALABL_COUNT;
     if (!op.groups || memory == Memory::DEVICE) return SCALABL_OK;
-    return groups_in_range(op.groups, groups) ? SCALABL_OK : SCALABL_GROUP;
+    return groups_in_range(op.groups, groups, op.draw) ? SCALABL_OK : SCALABL_GROUP;
 }
 
 // Everything but x, whose need depends on the call.
@@ -119,7 +122,7 @@ const char *scalabl_message(int status) {
         case SCALABL_ROUNDS: return "rounds must be in [1, 16]";
         case SCALABL_LAYER: return "layer must be in [0, 2^32 - 1)";
         case SCALABL_COUNT: return "the number of groups must be in [0, 2^32]";
-        case SCALABL_GROUP: return "group id must be in [0, 2^32)";
+        case SCALABL_GROUP: return "group id must be in [0, 2^63), its high word and the draw below 2^32";
         case SCALABL_RANK: return "rank must be in [1, 2^34], or [1, 256] in a layer";
         case SCALABL_DTYPE: return "unknown dtype, or an adapter neither float32 nor of x's dtype";
         case SCALABL_SIZE: return "a size is negative, or too large";
@@ -150,11 +153,16 @@ scalabl_status scalabl_box_muller(uint32_t a, uint32_t b, double *out) {
 
 scalabl_status scalabl_normals(uint64_t seed, uint32_t draw, uint32_t layer, const int64_t *groups,
                                int64_t count, int64_t rank, float *out) {
-    const scalabl_status status = check_normals(layer, groups, count, rank, out);
+    const scalabl_status status = check_normals(draw, layer, groups, count, rank, out);
     if (status != SCALABL_OK) return status;
     const scalabl::Coordinates at = {seed, draw, layer};
     for (int64_t g = 0; g < count; ++g) {
-        scalabl::normal_row(at, static_cast<uint32_t>(groups[g]), rank, out + g * rank);
+        float *row = out + g * rank;
+        if (g > 0 && groups[g] == groups[g - 1]) {
+            std::copy(row - rank, row, row);
+        } else {
+            scalabl::normal_row(at, groups[g], rank, row);
+        }
     }
     return SCALABL_OK;
 }

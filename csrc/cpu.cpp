@@ -183,6 +183,11 @@ struct Scales {
         if (op.noisy) noise = buffer<float>(groups * rank);
         const T scaling = static_cast<T>(op.scaling);
         for (int64_t g = 0; g < groups; ++g) {
+            if (op.noisy && op.groups && g > 0 && op.groups[g] == op.groups[g - 1]) {
+                std::copy_n(&noise[(g - 1) * rank], rank, &noise[g * rank]);
+                std::copy_n(&factors[(g - 1) * rank], rank, &factors[g * rank]);
+                continue;
+            }
             if (op.noisy) {
                 const Coordinates at = {op.seed, op.draw, op.layer};
                 normal_row(at, group_of_row(op, g * rows_per_group), rank, &noise[g * rank]);

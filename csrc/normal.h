@@ -90,9 +90,10 @@ struct Coordinates {
     uint32_t draw, layer;
 };
 
-// Components 4 * block .. 4 * block + 3 of eps of one group.
-SCALABL_BOTH void normal4(const Coordinates &at, uint32_t group, uint32_t block, float *z) {
-    const Block counter = {{block, group, at.layer, at.draw}};
+// Components 4 * block .. 4 * block + 3 of eps of one group, whose id's high word counts draws.
+SCALABL_BOTH void normal4(const Coordinates &at, int64_t id, uint32_t block, float *z) {
+    const uint32_t group = static_cast<uint32_t>(id), later = static_cast<uint32_t>(id >> 32);
+    const Block counter = {{block, group, at.layer, at.draw + later}};
     const Block w = philox4x32(counter, static_cast<uint32_t>(at.seed),
                                static_cast<uint32_t>(at.seed >> 32), 10);
     box_muller(w.word[0], w.word[1], z);
@@ -100,10 +101,10 @@ SCALABL_BOTH void normal4(const Coordinates &at, uint32_t group, uint32_t block,
 }
 
 // The first `rank` components of one group; the last block may be needed in part only.
-SCALABL_BOTH void normal_row(const Coordinates &at, uint32_t group, int64_t rank, float *row) {
+SCALABL_BOTH void normal_row(const Coordinates &at, int64_t id, int64_t rank, float *row) {
     float z[4];
     for (int64_t k = 0; k < rank; ++k) {
-        if (k % 4 == 0) normal4(at, group, static_cast<uint32_t>(k / 4), z);
+        if (k % 4 == 0) normal4(at, id, static_cast<uint32_t>(k / 4), z);
         row[k] = z[k % 4];
     }
 }

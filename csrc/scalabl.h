@@ -15,7 +15,7 @@ typedef enum {
     SCALABL_ROUNDS = 2,  /* rounds outside 1 .. 16 */
     SCALABL_LAYER = 3,   /* layer id 2^32 - 1 */
     SCALABL_COUNT = 4,   /* a negative number of groups, or more than 2^32 */
-    SCALABL_GROUP = 5,   /* a group id outside [0, 2^32) */
+    SCALABL_GROUP = 5,   /* a group id is negative, or its draw is no word */
     SCALABL_RANK = 6,    /* rank outside 1 .. 2^34 (noise) or 1 .. 256 (the layer) */
     SCALABL_DTYPE = 7,   /* an unknown dtype, or adapters neither float32 nor of the rows' dtype */
     SCALABL_SIZE = 8,    /* a size is negative, or a product of sizes overflows */
@@ -40,7 +40,8 @@ scalabl_status scalabl_philox4x32(const uint32_t *counter, const uint32_t *key, 
 scalabl_status scalabl_box_muller(uint32_t a, uint32_t b, double *out);
 
 /* eps of `count` groups of one layer, row-major (count, rank), version 1 of docs/conformance.md.
- * groups: `count` ids in [0, 2^32). */
+ * groups: `count` ids. An id below 2^32 is the group itself; its high word counts draws further on,
+ * so that id g + 2^32 i is group g of draw + i, which must be below 2^32. */
 scalabl_status scalabl_normals(uint64_t seed, uint32_t draw, uint32_t layer, const int64_t *groups,
                                int64_t count, int64_t rank, float *out);
 
@@ -78,7 +79,8 @@ typedef struct {
     uint32_t draw, layer;  /* layer below 2^32 - 1 */
     uint64_t seed;
     const int64_t *groups; /* rows i with the same i / rows_per_group share groups[i / rows_per_group],
-                              an id in [0, 2^32); null: they share the id i / rows_per_group itself */
+                              an id as in scalabl_normals; null: they share the id
+                              i / rows_per_group itself */
     int64_t rows_per_group; /* at least 1 */
     int32_t threads;       /* at most so many; the result does not depend on it */
 } scalabl_update;
@@ -98,7 +100,7 @@ scalabl_status scalabl_update_backward(const scalabl_update *op, const void *gra
                                        void *grad_s, void *grad_sigma);
 
 /* The same for memory on a GPU, enqueued on a cudaStream_t: all pointers of op and of the arguments
- * are then of that device, group ids are taken modulo 2^32, `threads` is not used, and nothing waits.
+ * are then of that device, group ids and draws are taken modulo 2^32, `threads` is not used, and nothing waits.
  * scratch: *scratch_bytes bytes of device memory that stay untouched until the stream has passed.
  * With scratch null, *scratch_bytes receives how many are needed and nothing else happens. */
 scalabl_status scalabl_cuda_update_forward(const scalabl_update *op, void *y, int64_t y_stride,

@@ -27,9 +27,9 @@ SCALABL_BOTH int64_t count_groups(int64_t rows, int64_t rows_per_group) {
 }
 
 // The group whose draw row `row` uses; meaningful only if the update is noisy.
-SCALABL_BOTH uint32_t group_of_row(const scalabl_update &op, int64_t row) {
+SCALABL_BOTH int64_t group_of_row(const scalabl_update &op, int64_t row) {
     const int64_t index = row / op.rows_per_group;
-    return static_cast<uint32_t>(op.groups ? op.groups[index] : index);
+    return op.groups ? op.groups[index] : index;
 }
 
 // scaling * (s + sigma * eps), the factor between h and u.

@@ -118,6 +118,7 @@ class Adapter(nn.Module):
     """
 
     random = False  # whether draws differ
+    joint = True  # whether rows of several draws may go through the layer together
     variational: tuple[str, ...] = ()  # names of the parameters of a distribution's width
     prior_std = 1.0  # unless the configuration says otherwise
 

@@ -59,14 +59,18 @@ def kl_divergence(model: torch.nn.Module, kl: KL = "forward") -> Tensor:
     return sum(parts, torch.zeros((), dtype=torch.float64))
 
 
-def class_logits(model: Llama, batch: Batch, noise: Noise | None) -> Tensor:
-    """Logits of the answer classes at each row's last token, (B, C) float32 or wider.
+def class_logits(
+    model: Llama, batch: Batch, noise: Noise | None, draws: int = 1, padded: bool = False
+) -> Tensor:
+    """Logits of the answer classes at each row's last token, (draws B, C) float32 or wider.
 
-    The draw of a row is keyed by its example's index in the data set, `batch.ids`.
+    The draw of a row is keyed by its example's index in the data set, `batch.ids`. draws, padded:
+    as in `Llama.forward`.
     """
     logits = model(
-        batch.tokens, noise=noise, groups=batch.ids, lengths=batch.lengths, last_only=True
-    )
+        batch.tokens, noise=noise, groups=batch.ids, lengths=batch.lengths, draws=draws,
+        last_only=True, padded=padded,
+    )  # fmt: skip
     if model.config.head_tokens is None:
         logits = logits[:, batch.classes]
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits

@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters import Device, Linear
+from .adapters import Device, Linear, adapters
 from .checkpoint import FORMAT, Weights, hf_to_ours, is_finite, read_json
 from .errors import InputError
-from .noise import Noise
+from .noise import Noise, later
+from .philox import WORD
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -284,19 +285,98 @@ class KVCache:
 
 
 @dataclass(frozen=True)
-class Context:
-    """What every block needs beside the hidden states, computed once per forward pass."""
+class Rows:
+    """The tokens whose hidden states are computed: all (B, T), or N of them end to end.
 
-    cos: Tensor  # (B or 1, 1, T, h)
-    sin: Tensor  # (B or 1, 1, T, h)
-    attend: Tensor | None  # (B or 1, 1, T, S) True where a query sees a key; None: plain causal
-    noise: Noise | None
-    groups: Tensor | None  # (B,) or (B, T) group ids
-    cache: KVCache | None
+    index: (N,) places among the B * T, None for all. Shapes below begin with "...": (B, T) or (N,).
+    """
+
+    B: int
+    T: int
+    index: Tensor | None = None
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, T, *) -> (..., *)."""
+        return x if self.index is None else x.flatten(0, 1)[self.index]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """(..., *) -> (B, T, *), zeros where nothing was computed."""
+        if self.index is None:
+            return x
+        whole = x.new_zeros(self.B * self.T, *x.shape[1:]).index_copy(0, self.index, x)
+        return whole.view(self.B, self.T, *x.shape[1:])
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a block needs beside hidden states (..., D), computed once per forward pass."""
+
+    rows: Rows
+    cos: Tensor  # (..., 1, h), of which B may be 1
+    sin: Tensor  # the same
+    attend: Tensor | None = None  # (B or 1, 1, T, S) True where a query sees a key; None: it sees
+    # those before it and itself, or for T = 1 all
+    ends: Tensor | None = None  # (B,) which of the T is each row's last real token; None: T - 1
+    noise: Noise | None = None
+    groups: Tensor | None = None  # (B,) or (...,) group ids
+    cache: KVCache | None = None
+    past: int = 0  # keys before these, S - T
+    chosen: tuple[Tensor, ...] = ()  # of the last tokens alone: where they are among all
+
+    def repeat(self, draws: int) -> Context:
+        """The same for all rows under one draw, then under the next, and so on."""
+        if draws == 1:
+            return self
+        B, T, index = self.rows.B, self.rows.T, self.rows.index
+        number = torch.arange(draws, device=self.cos.device)
+        if index is not None:
+            index = (number[:, None] * (B * T) + index).flatten()
+
+        def each(x: Tensor) -> Tensor:
+            """One draw's after the other's; what all rows share stays as it is."""
+            return x if len(x) == 1 < B else repeated(x, draws)
+
+        groups = self.groups
+        if groups is not None:
+            number = number.repeat_interleave(len(groups))
+            groups = later(each(groups), number.view(-1, *[1] * (groups.dim() - 1)))
+        return dataclasses.replace(
+            self, rows=Rows(draws * B, T, index), cos=each(self.cos), sin=each(self.sin),
+            attend=None if self.attend is None else each(self.attend),
+            ends=None if self.ends is None else each(self.ends), groups=groups,
+        )  # fmt: skip
+
+    def last(self) -> Context:
+        """That of each row's last real token alone, whose hidden states are (B, D)."""
+        B, T, device = self.rows.B, self.rows.T, self.cos.device
+        each, attend, packed = torch.arange(B, device=device), None, self.rows.index is not None
+        ends = torch.full((B,), T - 1, device=device) if self.ends is None else self.ends
+        if self.attend is not None and len(self.attend) == B and self.ends is not None:
+            attend = self.attend[each, :, ends][:, :, None]
+        elif self.ends is not None:
+            keys = torch.arange(self.past + T, device=device)
+            attend = (keys <= self.past + ends[:, None])[:, None, None]  # (B, 1, 1, S)
+        chosen = ((ends + 1).cumsum(0) - 1,) if packed else (each, ends)
+
+        def of_these(x: Tensor) -> Tensor:
+            return (x if packed else x.expand(B, *x.shape[1:]))[chosen]
+
+        groups = self.groups
+        if groups is not None and groups.dim() == self.cos.dim() - 2:  # one for each token
+            groups = groups[chosen]
+        return dataclasses.replace(
+            self, rows=Rows(B, 1, each), cos=of_these(self.cos), sin=of_these(self.sin),
+            attend=attend, ends=None, groups=groups, chosen=chosen,
+        )  # fmt: skip
+
+
+def repeated(x: Tensor, draws: int) -> Tensor:
+    """x (n, *) so many times, one after the other: (draws n, *)."""
+    return x.repeat(draws, *[1] * (x.dim() - 1))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on x (B, heads, T, h): pairs are (i, i + h/2), Hugging Face's half-split order."""
+    """RoPE on x (..., heads, h): pairs are (i, i + h/2), Hugging Face's half-split order."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -328,24 +408,48 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, **options) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, **options) if c.qk_norm else None
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        B, T, _ = x.shape
-        q = self.q_proj(x, ctx.noise, ctx.groups).view(B, T, self.heads, self.head_dim)
-        k = self.k_proj(x, ctx.noise, ctx.groups).view(B, T, self.kv_heads, self.head_dim)
-        v = self.v_proj(x, ctx.noise, ctx.groups).view(B, T, self.kv_heads, self.head_dim)
+    def forward(self, x: Tensor, ctx: Context, last: Context | None = None) -> Tensor:
+        """x (..., D) -> (..., D), or (B, D) for the rows' last tokens, which then alone ask."""
+        asking, queries = (ctx, x) if last is None else (last, x[last.chosen])
+        q = self.q_proj(queries, asking.noise, asking.groups).unflatten(-1, (self.heads, -1))
+        k = self.k_proj(x, ctx.noise, ctx.groups).unflatten(-1, (self.kv_heads, -1))
+        v = self.v_proj(x, ctx.noise, ctx.groups).unflatten(-1, (self.kv_heads, -1))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = rotate(q.transpose(1, 2), ctx.cos, ctx.sin)  # (B, H, T, h)
-        k = rotate(k.transpose(1, 2), ctx.cos, ctx.sin)  # (B, K, T, h)
-        v = v.transpose(1, 2)
+        q, k = rotate(q, asking.cos, asking.sin), rotate(k, ctx.cos, ctx.sin)
+        q = asking.rows.unpack(q).transpose(1, 2)  # (B, H, T, h)
+        k, v = (ctx.rows.unpack(t).transpose(1, 2) for t in (k, v))  # (B, K, T, h)
         if ctx.cache is not None:
             k, v = ctx.cache.append(self.layer, k, v)  # (B, K, S, h)
-        repeats = self.heads // self.kv_heads
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        causal = asking.attend is None and q.shape[2] == k.shape[2]
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=ctx.attend, is_causal=ctx.attend is None
+            q, k, v, attn_mask=asking.attend, is_causal=causal, enable_gqa=True
         )
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1), ctx.noise, ctx.groups)
+        y = asking.rows.pack(y.transpose(1, 2).flatten(2))  # (..., H h)
+        return self.o_proj(y, asking.noise, asking.groups)
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, which keeps these two alone for its backward pass, and not silu(gate)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this is to be differentiated once more
+            p = torch.sigmoid(gate)
+            slope = p * (1 + gate * (1 - p))
+            return grad * up * slope, grad * F.silu(gate)
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
 
 
 class MLP(nn.Module):
@@ -363,7 +467,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         gate = self.gate_proj(x, ctx.noise, ctx.groups)
         up = self.up_proj(x, ctx.noise, ctx.groups)
-        return self.down_proj(F.silu(gate) * up, ctx.noise, ctx.groups)
+        return self.down_proj(SwiGLU.apply(gate, up), ctx.noise, ctx.groups)
 
 
 class Block(nn.Module):
@@ -382,8 +486,12 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.mlp = MLP(config, dtype, device)
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), ctx)
+    def forward(self, x: Tensor, ctx: Context, last: Context | None = None) -> Tensor:
+        """x (..., D) -> (..., D), or (B, D) for the rows' last tokens alone."""
+        y = self.attn(self.attn_norm(x), ctx, last)
+        if last is not None:
+            x, ctx = x[last.chosen], last
+        x = x + y
         return x + self.mlp(self.mlp_norm(x), ctx)
 
 
@@ -425,20 +533,32 @@ class Llama(nn.Module):
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
+        draws: int = 1,
         last_only: bool = False,
+        padded: bool = False,
     ) -> Tensor:
         """tokens (B, T) int64 -> logits (B, T, V), or (B, V) with `last_only`.
+
+        With `draws` S the result is (S B, T, V) or (S B, V): rows 0 .. B-1 under `noise`, then
+        under the S - 1 draws after it. Every weight is read once for all of them, and what comes
+        before the first adapter that draws is computed once.
+
+        Padding that `lengths` tells of is not computed, nor, with `last_only`, what the last block
+        makes of other tokens: layers see (N, D) for the N real tokens, end to end, and the last
+        block's see (B, D) where they can. `padded` computes all of it, as (B, T, D), for those who
+        hook into layers; so does torch.compile, for whose sake shapes must not depend on values.
 
         noise: None for the mean model, else the draw that the adapters use.
         groups: (B,) int64 id of each row's draw; None means 0 .. B-1. Under token sampling the
             group of a token is id * max_position_embeddings + position, so that a draw depends
             neither on padding nor on the cache.
-        lengths: (B,) int64, for right-padded rows: where each ends (`last_only` reads there).
+        lengths: (B,) int64 >= 1, for right-padded rows: where each ends (`last_only` reads there).
         mask: (B, S) bool, True on real tokens, for any other padding; S counts cached tokens too.
-        cache: holds the tokens before these; filled in place.
+        cache: holds the tokens before these; filled in place. Give it the same `draws` every time.
 
         Positions count real tokens. Logits at padding are meaningless. Raises ValueError if both
-        `lengths` and `mask` are given, and InputError past max_position_embeddings.
+        `lengths` and `mask` are given, and InputError past max_position_embeddings, or for a group
+        id so large that under token sampling there is no room for its tokens.
         """
         if lengths is not None and mask is not None:
             raise ValueError("give lengths (right padding) or mask (any padding), not both")
@@ -449,58 +569,89 @@ class Llama(nn.Module):
                 f"{past + T} tokens, but the model has only "
                 f"{self.config.max_position_embeddings} positions"
             )
-        x = self.embed_tokens(tokens)  # (B, T, D)
-        ctx = self._context(x, past, noise, groups, mask, cache)
-        for block in self.layers:
-            x = block(x, ctx)
-        last_groups = ctx.groups
-        if last_only:
-            last = _last_index(B, T, lengths, mask, tokens.device)
-            rows = torch.arange(B, device=tokens.device)
-            x = x[rows, last]  # (B, D)
-            if last_groups is not None and last_groups.dim() == 2:
-                last_groups = last_groups[rows, last]
-        x = self.norm(x).to(self.lm_head.weight.dtype)
-        return self.lm_head(x, noise, last_groups)
+        whole = padded or torch.compiler.is_compiling()
+        rows = Rows(B, T) if lengths is None or whole else _real_tokens(lengths, B, T)
+        ctx = self._context(rows, past, noise, groups, lengths, mask, cache)
+        x = self.embed_tokens(rows.pack(tokens))  # (..., D)
+        shared = self._shared_blocks() if draws > 1 else 0
+        for i, block in enumerate(self.layers):
+            if i == shared:
+                x, ctx = repeated(x, draws), ctx.repeat(draws)
+            if last_only and i == len(self.layers) - 1:
+                last = ctx.last()
+                x = block(x, ctx)[last.chosen] if whole else block(x, ctx, last)  # (B, D)
+                ctx = last
+            else:
+                x = block(x, ctx)
+        if shared == len(self.layers):
+            x, ctx = repeated(x, draws), ctx.repeat(draws)
+        logits: Tensor = self.lm_head(self.norm(x).to(self.lm_head.weight.dtype), noise, ctx.groups)
+        return logits if last_only else ctx.rows.unpack(logits)
+
+    def _shared_blocks(self) -> int:
+        """How many of the first blocks give the same under every draw."""
+        random = [any(a.random for a in adapters(block).values()) for block in self.layers]
+        return random.index(True) if True in random else len(random)
 
     def _context(
         self,
-        x: Tensor,
-        past: int,
-        noise: Noise | None,
-        groups: Tensor | None,
-        mask: Tensor | None,
-        cache: KVCache | None,
+        rows: Rows,
+        past: int = 0,
+        noise: Noise | None = None,
+        groups: Tensor | None = None,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Context:
-        B, T, device = x.shape[0], x.shape[1], x.device
-        S = past + T
+        device, S = self.embed_tokens.weight.device, past + rows.T
         positions = torch.arange(past, S, device=device)[None]  # (1, T)
-        attend = None
+        attend, ends = None, None if lengths is None else lengths.to(device) - 1
         if mask is not None:
+            ends = torch.where(mask[:, past:], torch.arange(rows.T, device=device), 0).amax(1)
             positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]  # (B, T)
-        if mask is not None or past > 0:
+        if mask is not None or (past > 0 and rows.T > 1):
             query, key = torch.arange(past, S, device=device), torch.arange(S, device=device)
             attend = (key[None] <= query[:, None])[None, None]  # (1, 1, T, S)
             if mask is not None:
                 # A padding query still sees itself: a row of the softmax must not be empty.
                 itself = (key[None] == query[:, None])[None, None]
                 attend = (attend & mask[:, None, None, :]) | itself
-        if noise is not None and self._samples_per_token():
-            ids = torch.arange(B, device=device) if groups is None else groups
-            groups = ids[:, None] * self.config.max_position_embeddings + positions  # (B, T)
-        cos, sin = self._rope(positions, x)
-        return Context(cos, sin, attend, noise, groups, cache)
+        if rows.index is not None:
+            positions = rows.pack(positions.expand(rows.B, -1))  # (N,)
+        groups = None if noise is None else self._groups(rows, positions, groups, device)
+        cos, sin = self._rope(positions)
+        return Context(rows, cos, sin, attend, ends, noise, groups, cache, past)
 
-    def _rope(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of every position's angles, (B or 1, 1, T, h), in x's dtype.
+    def _groups(
+        self, rows: Rows, positions: Tensor, groups: Tensor | None, device: torch.device
+    ) -> Tensor:
+        """Group ids (B,) of rows, or (...,) where tokens need their own or rows are packed."""
+        ids = torch.arange(rows.B, device=device) if groups is None else groups.to(device)
+        by_token = self._samples_per_token()
+        if rows.index is None and not by_token:
+            return ids
+        ids = rows.pack(ids[:, None].expand(-1, rows.T))  # (...,)
+        if not by_token:
+            return ids
+        length, low = self.config.max_position_embeddings, ids % WORD
+        if (low >= WORD // length).any():
+            raise InputError(
+                f"under token sampling, group ids must be below {WORD // length} with {length} "
+                f"positions, not {int(low.max())}"
+            )
+        return ids - low + low * length + positions
 
-        Frequencies are float32 numbers whatever x's dtype; angles are of float32 or wider.
+    def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of the angles at positions (...,): (..., 1, h), in the hidden states' dtype.
+
+        Frequencies are float32 numbers whatever that is; angles are of float32 or wider.
         """
-        inverse = self.config.rope.inverse_frequencies(self.config.head_dim, x.device)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        angles = positions[:, None, :, None].to(wide) * inverse  # (B, 1, T, h/2)
+        dtype = self.embed_tokens.weight.dtype
+        inverse = self.config.rope.inverse_frequencies(self.config.head_dim, positions.device)
+        wide = torch.promote_types(dtype, torch.float32)
+        angles = positions[..., None, None].to(wide) * inverse  # (..., 1, h/2)
         angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def _samples_per_token(self) -> bool:
         linears = (module for module in self.modules() if isinstance(module, Linear))
@@ -580,16 +731,10 @@ def read_config(path: Path) -> tuple[LlamaConfig, dict[str, Any]]:
         raise InputError(f"{path}: {error}") from None
 
 
-def _last_index(
-    B: int, T: int, lengths: Tensor | None, mask: Tensor | None, device: torch.device
-) -> Tensor:
-    """(B,) index of each row's last real token among the T new ones."""
-    if lengths is not None:
-        return lengths.to(device) - 1
-    if mask is not None:
-        index = torch.arange(T, device=device)
-        return torch.where(mask[:, -T:], index, 0).amax(1)
-    return torch.full((B,), T - 1, device=device)
+def _real_tokens(lengths: Tensor, B: int, T: int) -> Rows:
+    """The first lengths[b] tokens of each row b."""
+    real = torch.arange(T, device=lengths.device) < lengths[:, None]  # (B, T)
+    return Rows(B, T) if bool(real.all()) else Rows(B, T, real.flatten().nonzero()[:, 0])
 
 
 def _open_model(

@@ -57,12 +57,15 @@ class Noise:
         """Standard normals of one layer, (G, rank) float32 on the CPU; row g belongs to group g.
 
         layer: id in [0, 2^32 - 1). groups: the number G of groups, which then have the ids
-        0 .. G-1, or a 1-D integer tensor of G ids in [0, 2^32), in any order, repeats allowed.
-        rank: >= 1. Raises InputError for anything else.
+        0 .. G-1, or a 1-D integer tensor of G ids, in any order, repeats allowed. Id g < 2^32 is
+        group g; id g + 2^32 i is group g of draw + i, so that one call can serve several draws:
+        see `later`. rank: >= 1.
+
+        Raises InputError for anything else, such as an id whose draw is not below 2^32.
         """
         in_range("layer", layer, 0, RESERVED_LAYER)
         in_range("rank", rank, 1, 4 * WORD + 1)
-        ids = _group_ids(groups)
+        ids = _group_ids(groups, self.draw)
         core = native.core()
         if core is None:
             return _normals(self.seed, self.draw, layer, ids, rank)
@@ -86,7 +89,12 @@ def philox_words(seed: int, stream: int, n: int) -> Tensor:
     return torch.stack(words, dim=-1).reshape(-1)[:n]
 
 
-def _group_ids(groups: int | Tensor) -> Tensor:
+def later(groups: Tensor, draws: int | Tensor) -> Tensor:
+    """Ids of the same groups so many draws further on, int64; the two broadcast."""
+    return groups + draws * WORD
+
+
+def _group_ids(groups: int | Tensor, draw: int) -> Tensor:
     """Group ids (G,), int64, contiguous, on the CPU."""
     if not isinstance(groups, Tensor):
         return _arange(in_range("groups", groups, 0, WORD + 1))
@@ -95,17 +103,20 @@ def _group_ids(groups: int | Tensor) -> Tensor:
     ids = groups.to("cpu", torch.int64).contiguous()
     if len(ids):
         low, high = (int(end) for end in ids.aminmax())
-        in_range("group id", low, 0, WORD)
-        in_range("group id", high, 0, WORD)
+        end = min(1 << 63, (WORD - draw) * WORD)  # the draw of an id is a word too
+        in_range("group id", low, 0, end)
+        in_range("group id", high, 0, end)
     return ids
 
 
 def _normals(seed: int, draw: int, layer: int, ids: Tensor, rank: int) -> Tensor:
     """philox.normal for all groups and components: ids (G,) -> (G, rank) float32."""
-    words = _philox(_arange((rank + 3) // 4), ids[:, None], layer, draw, seed)
+    ids, place = torch.unique_consecutive(ids, return_inverse=True)
+    group, draws = ids[:, None] % WORD, draw + ids[:, None] // WORD
+    words = _philox(_arange((rank + 3) // 4), group, layer, draws, seed)
     pairs = [z for a in (0, 2) for z in _box_muller(words[a], words[a + 1])]
     z = torch.stack(pairs, dim=-1)  # (G, blocks, 4)
-    return z.flatten(1)[:, :rank].to(torch.float32)
+    return z.flatten(1)[:, :rank].to(torch.float32)[place]
 
 
 def _arange(n: int) -> Tensor:

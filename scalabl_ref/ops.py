@@ -65,7 +65,9 @@ def subspace_lora_linear(
 
     `groups` replaces these indices under "example" and "token": int64 ids whose shape is a
     leading part of x.shape[:-1], so that a draw follows the example rather than its place in
-    memory. Source: METHOD, equation (1); exact because B diag(s~) A x = B ((A x) * s~).
+    memory. The high word of an id counts draws further on, under "batch" too: rows of several draws
+    can go through the layer together, see `noise.later`. Source: METHOD, equation (1);
+    exact because B diag(s~) A x = B ((A x) * s~).
 
     Differentiable in everything but the noise, to any order; composes with torch.compile,
     torch.func (vmap over `groups` gives independent draws) and autocast.
@@ -155,10 +157,12 @@ def row_groups(
                 f"groups of shape {tuple(groups.shape)} do not lead the rows {tuple(shape)}"
             )
         shared = shape[groups.dim() :]
-    if sampling == "batch":
-        groups, shared = None, shape
-    elif groups is not None:
+    if groups is not None:
         groups = groups.reshape(-1)
+        if sampling == "batch":
+            groups = groups & ~0xFFFFFFFF
+    elif sampling == "batch":
+        shared = shape
     elif sampling == "token":
         shared = shape[:0]
     return groups, (max(1, shared.numel()) if shared else 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -52,12 +52,29 @@ def _entropy(log_probs: Tensor) -> Tensor:
     return -torch.special.xlogy(log_probs.exp(), log_probs.exp()).sum(-1)
 
 
-def _draws(model: Llama, samples: int, seed: int) -> list[Noise | None]:
-    """The noise of each draw; the mean model, once, for no samples or with nothing to sample."""
+# Tokens that go through the model at once, at most: many enough that reading the weights no longer
+# matters, few enough that their hidden states stay small.
+TOKENS_AT_ONCE = 2048
+
+
+def _passes(
+    model: Llama, samples: int, seed: int, tokens: int
+) -> Iterator[tuple[Noise | None, int]]:
+    """The first noise of each pass through the model, and how many draws it has.
+
+    The mean model, once, for no samples or with nothing to sample. tokens: of a pass for one draw.
+    Raises InputError for negative `samples`.
+    """
     if samples < 0:
         raise InputError(f"samples must not be negative, and is {samples}")
-    random = any(adapter.random for adapter in adapters(model).values())
-    return [Noise(seed, i) for i in range(samples if random else 0)] or [None]
+    random = [adapter for adapter in adapters(model).values() if adapter.random]
+    if not random or samples == 0:
+        yield None, 1
+        return
+    joint = all(adapter.joint for adapter in random)
+    at_once = max(1, TOKENS_AT_ONCE // tokens) if joint else 1
+    for first in range(0, samples, at_once):
+        yield Noise(seed, first), min(at_once, samples - first)
 
 
 @torch.no_grad()
@@ -78,10 +95,11 @@ def predict(
     """
     if posterior is not None:
         return predictive(posterior.log_probs(model, batch, samples, seed))
-    logits = torch.stack(
-        [class_logits(model, batch, noise) for noise in _draws(model, samples, seed)]
-    )
-    return predictive(torch.log_softmax(logits.double(), dim=-1))
+    logits = [
+        class_logits(model, batch, noise, draws).unflatten(0, (draws, -1))
+        for noise, draws in _passes(model, samples, seed, int(batch.lengths.sum()))
+    ]
+    return predictive(torch.log_softmax(torch.cat(logits).double(), dim=-1))  # of (S, B, C)
 
 
 def predict_all(
@@ -138,14 +156,18 @@ def generate(
     if not prompt:
         raise InputError("the prompt is empty")
     device = next(model.parameters()).device
-    draws = [
-        (noise, KVCache(model.config.num_hidden_layers)) for noise in _draws(model, samples, seed)
+    passes = [
+        (noise, draws, KVCache(model.config.num_hidden_layers))
+        for noise, draws in _passes(model, samples, seed, len(prompt))
     ]
     tokens = torch.tensor([prompt], device=device)
     room = model.config.max_position_embeddings - len(prompt)
     for _ in range(min(max_new_tokens, room + 1)):
-        logits = [model(tokens, noise=n, cache=cache, last_only=True) for n, cache in draws]
-        mixture = predictive(torch.log_softmax(torch.stack(logits).double(), dim=-1))
+        logits = [
+            model(tokens, noise=noise, draws=draws, cache=cache, last_only=True)
+            for noise, draws, cache in passes
+        ]  # (draws, V) each
+        mixture = predictive(torch.log_softmax(torch.cat(logits).double(), dim=-1)[:, None])
         chosen = int(mixture.probs[0].argmax())
         if chosen == stop:
             return

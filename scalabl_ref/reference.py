@@ -232,11 +232,11 @@ def group_of_row(
     row: int, shape: tuple[int, ...], sampling: Sampling, groups: Tensor | None
 ) -> int:
     """The group id of row number `row` (row-major over `shape` = x.shape[:-1])."""
+    if groups is not None:
+        group = groups.reshape(-1).tolist()[row // math.prod(shape[groups.dim() :])]
+        return group - group % 2**32 if sampling == "batch" else group
     if sampling == "batch":
         return 0
-    if groups is not None:
-        rows_per_group = math.prod(shape[groups.dim() :])
-        return groups.reshape(-1).tolist()[row // rows_per_group]
     if sampling == "token":
         return row
     return row // math.prod(shape[1:])

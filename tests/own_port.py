@@ -29,7 +29,7 @@ from scalabl_ref import (
 from scalabl_ref.adapters import Linear, SubspaceAdapter, initial_matrix, initial_values
 from scalabl_ref.checkpoint import load_tensors
 from scalabl_ref.data import Encoded
-from scalabl_ref.llama import MLP, Context, RMSNorm, RopeConfig
+from scalabl_ref.llama import MLP, Context, RMSNorm, RopeConfig, Rows
 from scalabl_ref.philox import box_muller
 from scalabl_ref.predict import predictive
 from scalabl_ref.train import TrainConfig, Trainer, kl_period, kl_weight, warmup_linear
@@ -150,11 +150,11 @@ def llama(id, p, t):
         model = Llama(config).to(t["x"].dtype)
         layer = model.layers[0].attn
         load(layer, t)
-        return {"y": layer(t["x"], model._context(t["x"], 0, None, None, None, None))}
+        return {"y": layer(t["x"], model._context(Rows(*t["x"].shape[:2])))}
     if id == "swiglu":
         mlp = MLP(LlamaConfig(40, 16, 24, 1, 4, 2, 4)).to(t["x"].dtype)
         load(mlp, t)
-        return {"y": mlp(t["x"], Context(t["x"], t["x"], None, None, None, None))}
+        return {"y": mlp(t["x"], Context(Rows(*t["x"].shape[:2]), t["x"], t["x"]))}
     model = Llama(LlamaConfig(**p)).to(t["norm.weight"].dtype)
     load(model, t)
     return {"logits": model(t["tokens"])}

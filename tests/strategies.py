@@ -6,6 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from scalabl_ref import Noise
+from scalabl_ref.noise import later
 from scalabl_ref.ops import SAMPLING
 from scalabl_ref.verify import Case
 
@@ -28,11 +29,13 @@ class OpCase(Case):
         rank = len(self.s)
         if self.noise is None:
             return torch.zeros(shape.numel(), rank).double()
-        if self.sampling == "batch":
-            ids = torch.zeros_like(index)
-        elif self.groups is not None:
+        if self.groups is not None:
             ids = self.groups.reshape(*self.groups.shape, *[1] * (len(shape) - self.groups.dim()))
             ids = ids.expand(shape)
+            if self.sampling == "batch":  # group 0 of the draw that the id says
+                ids = ids // 2**32 * 2**32
+        elif self.sampling == "batch":
+            ids = torch.zeros_like(index)
         elif self.sampling == "token":
             ids = index
         else:
@@ -72,8 +75,10 @@ def op_cases(draw, dtype=None, sampling=None, dtypes=DTYPES[:2], widest=17) -> O
     groups = None
     if draw(st.booleans()):
         leading = draw(st.integers(1, len(shape)))
-        groups = torch.randint(0, 2**32, shape[:leading], generator=generator)
-    noise = Noise(draw(st.integers(0, 2**64 - 1)), draw(st.integers(0, 2**32 - 1)))
+        pool = torch.randint(0, 2**32, (draw(st.integers(1, 20)),), generator=generator)
+        choice = torch.randint(0, len(pool), shape[:leading], generator=generator)
+        groups = later(pool[choice], torch.randint(0, 3, shape[:leading], generator=generator))
+    noise = Noise(draw(st.integers(0, 2**64 - 1)), draw(st.integers(0, 2**32 - 3)))
     return OpCase(
         x=matrix(*shape, d_in),
         weight=matrix(d_out, d_in),

@@ -149,7 +149,8 @@ def test_no_sign_is_used_twice_and_none_is_an_entry_of_E(monkeypatch):
     used, original = {"E": Counter(), "signs": Counter()}, Noise.normal
 
     def record(self, layer, groups, rank):
-        kind, ids = ("E", range(groups)) if isinstance(groups, int) else ("signs", groups.tolist())
+        one = isinstance(groups, int)
+        kind, ids = ("E", range(groups)) if one else ("signs", groups.unique_consecutive().tolist())
         used[kind].update((self.draw, layer, g) for g in ids)
         return original(self, layer, groups, rank)
 

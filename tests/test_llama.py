@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalabl_ref import InputError, Llama, LlamaConfig, Noise, ops, vectors
-from scalabl_ref.llama import Attention, Context, KVCache, RMSNorm, RopeConfig, rotate
+from scalabl_ref import InputError, Llama, LlamaConfig, Noise, adapters, ops, vectors
+from scalabl_ref.elbo import class_logits
+from scalabl_ref.llama import Attention, Context, KVCache, RMSNorm, RopeConfig, Rows, SwiGLU, rotate
 
 from .models import CLASSES, TINY, tiny_batch, tiny_model
 from .tolerances import rounding
@@ -107,7 +108,7 @@ def test_attention_equals_explicit_loops(config):
     x = torch.randn(1, T, config.hidden_size, generator=generator).double()
     inverse = config.rope.inverse_frequencies(h).double()
     angles = torch.arange(T)[:, None] * torch.cat((inverse, inverse))
-    ctx = Context(angles.cos()[None, None], angles.sin()[None, None], None, None, None, None)
+    ctx = Context(Rows(1, T), angles.cos()[None, :, None], angles.sin()[None, :, None])
     got = layer(x, ctx)[0]
 
     def heads(linear, count):
@@ -219,6 +220,67 @@ def test_a_draw_does_not_see_cache_or_padding(sampling):
     assert close(last, whole[:, -1])
     swapped = model(tokens.flip(0), noise=noise, groups=groups.flip(0))
     assert close(swapped.flip(0), whole)
+
+
+@pytest.mark.parametrize("sampling", ["batch", "example", "token"])
+@pytest.mark.parametrize("adapted", ["all blocks", "the last block", "the head"])
+@torch.no_grad()
+def test_draws_together_equal_draws_apart(sampling, adapted):
+    """One pass for three draws; with padding and without, all tokens and the last alone."""
+    model, noise = tiny_model(sampling=sampling, trim=False), Noise(1, 2)
+    for name, layer in model.named_modules():
+        if adapted != "all blocks" and name.startswith("layers.0"):
+            layer.adapter = None
+        if adapted == "the head" and name.startswith("layers"):
+            layer.adapter = None
+    tokens, groups, lengths = random_tokens(3, 6), torch.tensor([5, 2, 9]), torch.tensor([6, 2, 4])
+    mask = torch.arange(6) >= 6 - lengths[:, None]
+    for padding in ({}, {"lengths": lengths}, {"mask": mask}):
+        for last_only in (False, True):
+            options = {"groups": groups, "last_only": last_only, **padding}
+            together = model(tokens, noise=noise, draws=3, **options).unflatten(0, (3, 3))
+            real = torch.ones(3, 6, dtype=torch.bool) if last_only or not padding else (
+                mask if "mask" in padding else mask.flip(1)
+            )  # fmt: skip
+            for i, got in enumerate(together):
+                expected = model(tokens, noise=Noise(1, 2 + i), **options)
+                same = got - expected if last_only else (got - expected)[real]
+                assert same.abs().max() <= rounding(torch.float32, 256) * expected.abs().max()
+        assert (together[0] - together[1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_padding_and_other_tokens_are_not_computed():
+    """What layers see: the real tokens, and in the last block, but for keys and values, B rows."""
+    model, batch, seen = tiny_model(), tiny_batch(), {}
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            module.register_forward_hook(
+                lambda _, inputs, output, name=name: seen.update(
+                    {name: tuple(inputs[0].shape[:-1])}
+                )
+            )
+    B, T, N = *batch.tokens.shape, int(batch.lengths.sum())
+    assert N < B * T
+    class_logits(model, batch, Noise(0, 0))
+    late = ("attn.k_proj", "attn.v_proj")
+    assert seen == {n: (N,) if n[9:] in late or n[7] == "0" else (B,) for n in seen}
+    class_logits(model, batch, Noise(0, 0), padded=True)
+    assert set(seen.values()) == {(B, T)}
+
+
+def test_what_is_not_computed_changes_nothing():
+    """Logits and gradients, against all of it."""
+    results = []
+    for padded in (False, True):
+        model, batch = tiny_model(), tiny_batch()
+        logits = class_logits(model, batch, Noise(0, 0), padded=padded)
+        loss = logits.log_softmax(-1)[torch.arange(len(logits)), batch.labels].sum()
+        loss.backward()
+        grads = [p.grad for a in adapters(model).values() for p in a.parameters()]
+        results.append((logits.detach(), *grads))
+    for ours, whole in zip(*results, strict=True):
+        assert (ours - whole).abs().max() <= rounding(torch.float32, 512) * whole.abs().max()
 
 
 @torch.no_grad()
@@ -362,3 +424,21 @@ def test_smollm2_knows_the_capital_of_france():
     model, tokenizer = Llama.from_pretrained(folder), load_tokenizer(folder)
     first = next(iter(generate(model, tokenizer.encode("The capital of France is"), 1)))
     assert tokenizer.decode([first.id]) == " Paris"
+
+
+def test_swiglu_keeps_two_matrices_and_has_its_derivatives():
+    """First and second, by finite differences; silu(gate) is computed again."""
+    gate, up = (torch.randn(3, 4, dtype=torch.float64).requires_grad_() for _ in range(2))
+    assert torch.autograd.gradcheck(SwiGLU.apply, (gate, up))
+    assert torch.autograd.gradgradcheck(SwiGLU.apply, (gate, up))
+    once, twice = (
+        torch.autograd.grad(SwiGLU.apply(gate, up).sum(), (gate, up), create_graph=graph)
+        for graph in (False, True)
+    )
+    for a, b in zip(once, twice, strict=True):
+        assert (a - b).abs().max() <= rounding(torch.float64, 64)
+    assert torch.equal(SwiGLU.apply(gate, up), torch.nn.functional.silu(gate) * up)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        SwiGLU.apply(gate, up)
+    assert {t.data_ptr() for t in kept} == {gate.data_ptr(), up.data_ptr()}

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from scalabl_ref import InputError, Noise, data, native_status, noise, ops, philox, philox4x32
 from scalabl_ref.data import Encoded, evaluation_batches, split
 from scalabl_ref.native import core
+from scalabl_ref.noise import later
 from scalabl_ref.predict import predict_all
 from scalabl_ref.train import TrainConfig, Trainer
 
@@ -104,11 +105,15 @@ def test_worked_example_of_the_porting_guide():
 # --- the three bodies agree bit for bit ----------------------------------------------------------
 
 
-@given(SEEDS, WORDS, LAYERS, st.lists(WORDS, min_size=0, max_size=5), st.integers(1, 19))
+GROUPS = st.tuples(WORDS, st.integers(0, 3), st.integers(1, 3))  # group, draws later, repeats
+
+
+@given(SEEDS, st.integers(0, 2**32 - 4), LAYERS, st.lists(GROUPS, max_size=5), st.integers(1, 19))
 def test_three_bodies_agree(seed, draw, layer, groups, rank):
-    ids = torch.tensor(groups, dtype=torch.int64)
-    scalar = [[philox.normal(seed, draw, layer, g, k) for k in range(rank)] for g in groups]
-    expected = bits(torch.tensor(scalar, dtype=torch.float32).reshape(len(groups), rank))
+    rows = [(group, draw + i) for group, i, repeats in groups for _ in range(repeats)]
+    ids = torch.tensor([later(g, d - draw) for g, d in rows], dtype=torch.int64)
+    scalar = [[philox.normal(seed, d, layer, g, k) for k in range(rank)] for g, d in rows]
+    expected = bits(torch.tensor(scalar, dtype=torch.float32).reshape(len(rows), rank))
     assert bits(noise._normals(seed, draw, layer, ids, rank)) == expected
     assert bits(Noise(seed, draw).normal(layer, ids, rank)) == expected
     if core() is not None:
@@ -179,7 +184,7 @@ def test_noise_ignores_and_leaves_alone_the_global_state():
     try:
         with torch.device("meta"):
             again = Noise(1, 2).normal(3, 4, 5)
-            slow = noise._normals(1, 2, 3, noise._group_ids(4), 5)
+            slow = noise._normals(1, 2, 3, noise._group_ids(4, 2), 5)
             words = noise.philox_words(1, 2, 3)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -210,7 +215,8 @@ def test_noise_is_immutable_and_comparable():
         (lambda: Noise(0, 0).normal(0, -1, 1), "groups must be in"),
         (lambda: Noise(0, 0).normal(0, 1, 0), "rank must be in"),
         (lambda: Noise(0, 0).normal(0, torch.tensor([0, -1]), 1), "group id must be in"),
-        (lambda: Noise(0, 0).normal(0, torch.tensor([0, 2**32]), 1), "group id must be in"),
+        (lambda: Noise(0, 2**32 - 1).normal(0, torch.tensor([0, 2**32]), 1), "group id must be in"),
+        (lambda: Noise(0, 0).normal(0, later(torch.tensor([7]), 2**31), 1), "group id must be in"),
         (lambda: Noise(0, 0).normal(0, torch.zeros(2), 1), "1-D integer tensor"),
         (lambda: Noise(0, 0).normal(0, torch.zeros(2, 2).long(), 1), "1-D integer tensor"),
         (lambda: philox4x32((0, 0, 0), (0, 0)), "counter must have 4 words"),
@@ -237,7 +243,7 @@ LARGEST = 2**32, 2**34, 2**64  # words, components, seeds
         (lambda n: Noise(0, 0).normal(n, 1, 1), "layer", 0, LARGEST[0] - 1, (-1, LARGEST[0] - 1)),
         (lambda n: Noise(0, 0).normal(0, 0, n), "rank", 1, LARGEST[1] + 1, (0, LARGEST[1] + 1)),
         (lambda n: Noise(0, 0).normal(0, n, 1), "groups", 0, LARGEST[0] + 1, (-1, LARGEST[0] + 1)),
-        (lambda n: Noise(0, 0).normal(0, torch.tensor([1, n]), 1),
+        (lambda n: Noise(0, 2**32 - 1).normal(0, torch.tensor([1, n]), 1),
          "group id", 0, LARGEST[0], (-1, LARGEST[0])),
         (lambda n: noise.philox_words(n, 0, 1), "seed", 0, LARGEST[2], (-1, LARGEST[2])),
         (lambda n: noise.philox_words(0, n, 1), "stream", 0, LARGEST[2], (-1, LARGEST[2])),
@@ -346,20 +352,22 @@ def counters(request, monkeypatch):
     used = {"first": Counter(), "again": Counter()}
     inside = []
 
-    def record(seed, draw, layer, ids, blocks):
+    def record(seed, draw, layer, group, blocks):
         kind = "first" if inside or layer == noise.RESERVED_LAYER else "again"
-        used[kind].update((seed, draw, layer, g, j) for g in ids for j in range(blocks))
+        both = torch.broadcast_tensors(*map(torch.as_tensor, (draw, group)))
+        pairs = zip(*(words.flatten().tolist() for words in both), strict=True)
+        used[kind].update((seed, d, layer, g, j) for d, g in pairs for j in range(blocks))
 
     def update(core, x, t, draws):
         if draws.noisy:
             count = -(-len(x) // draws.rows_per_group)
-            ids = range(count) if draws.ids is None else draws.ids.tolist()
-            record(draws.seed, draws.draw, draws.layer, ids, -(-len(t.s) // 4))
+            ids = torch.arange(count) if draws.ids is None else draws.ids.unique_consecutive()
+            draw, group = draws.draw + ids // 2**32, ids % 2**32
+            record(draws.seed, draw, draws.layer, group, -(-len(t.s) // 4))
         return original["update"](core, x, t, draws)
 
     def philox_(block, group, layer, draw, seed):
-        ids = group.flatten().tolist() if isinstance(group, torch.Tensor) else [group]
-        record(seed, draw, layer, ids, len(block))
+        record(seed, draw, layer, group, len(block))
         return original["philox"](block, group, layer, draw, seed)
 
     def op(*arguments):
@@ -641,7 +649,7 @@ def failing(monkeypatch, faulty) -> set[str]:
         return original(Noise(at["seed"], at["draw"]), at["layer"], at["group"], rank)
 
     def broken(self, layer, groups, rank):
-        ids = noise._group_ids(groups)
+        ids = noise._group_ids(groups, self.draw)
         return faulty(
             normal, {"seed": self.seed, "draw": self.draw, "layer": layer, "group": ids}, rank
         )

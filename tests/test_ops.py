@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from scalabl_ref import InputError, Noise, native, ops, reference, subspace_lora_linear, verify
+from scalabl_ref.noise import later
 from scalabl_ref.ops import SAMPLING
 
 from . import models
@@ -668,7 +669,9 @@ def test_ranks_beyond_the_cores_take_the_composition(rank):
 @needs_core
 def test_the_core_names_what_is_wrong():
     case = wide_case((2, 3), 12, 10, 4)
-    with pytest.raises(InputError, match="group id must be in"):
-        call(case, sampling="example", groups=torch.tensor([0, 2**32]))
+    for groups in (torch.tensor([0, -1]), later(torch.tensor([0, 5]), 2**32 - 1 - case.noise.draw)):
+        call(case, sampling="example", groups=groups.clamp(min=0))
+        with pytest.raises(InputError, match="group id must be in"):
+            call(case, sampling="example", groups=torch.where(groups > 0, later(groups, 1), groups))
     with pytest.raises(InputError, match="layer must be in"):
         call(case, layer=2**32 - 1)

@@ -64,8 +64,8 @@ def test_without_width_the_draws_agree():
         for adapter in adapters(model).values():
             adapter.log_sigma.fill_(-200.0)
     sampled, mean = (predict(model, tiny_batch(), samples=s) for s in (5, 0))
-    assert (sampled.probs - mean.probs).abs().max() <= rounding(torch.float64, 16)
-    assert sampled.mutual_information.max() <= rounding(torch.float64, 64)
+    assert (sampled.probs - mean.probs).abs().max() <= rounding(torch.float32, 256)
+    assert sampled.mutual_information.max() <= rounding(torch.float32, 256) ** 2
     assert (mean.mutual_information == 0).all()
 
 
@@ -85,7 +85,7 @@ def test_draw_i_is_noise_seed_i():
     with torch.no_grad():
         each = [torch.softmax(class_logits(model, batch, Noise(9, i)).double(), -1) for i in (0, 1)]
     result = predict(model, batch, samples=2, seed=9)
-    assert (result.probs - (each[0] + each[1]) / 2).abs().max() <= rounding(torch.float64, 16)
+    assert (result.probs - (each[0] + each[1]) / 2).abs().max() <= rounding(torch.float32, 256)
 
 
 def test_an_example_does_not_depend_on_its_batch():

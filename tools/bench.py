@@ -1,20 +1,33 @@
 """Measurements: ours beside what people would use instead, interleaved, in one run.
 
-    python tools/bench.py op [--threads N] [--rounds N] [--json]
+    python tools/bench.py {op,overhead} [--threads N] [--rounds N] [--json]
+    python tools/bench.py {forward,train-step,predict,generate,memory} --model DIR
+        [--data FILE --format F] [--official CHECKOUT] [--peer-python PYTHON]
+    python tools/bench.py scaling --model DIR
 
 Ratios are of medians over rounds in which every candidate runs once, in turn, so that a machine
 that slows down slows all of them. Printed with them: versions, the processor, the threads.
+
+The peer of the model benchmarks is transformers with peft, and, for `scalabl`, the wrapper of a
+checkout of SRI-CSL/BayesAdapt; weights, token ids, dtype and threads are the same. It lives in an
+environment of its own, made for the run unless --peer-python names one. --data gives the prompts
+of a real data set, by default lengths are drawn.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+import venv
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +47,33 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=sorted(BENCHMARKS))
+    parser.add_argument("what", choices=sorted({**BENCHMARKS, **MODEL_BENCHMARKS}))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--model", type=Path, help="folder of a model")
+    parser.add_argument("--data", type=Path, help="file of examples")
+    parser.add_argument("--format", default="sst2", help="of --data")
+    parser.add_argument("--official", type=Path, help="checkout of SRI-CSL/BayesAdapt")
+    parser.add_argument("--peer-python", type=Path, help="of an environment with the peers")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    report = {"machine": machine(), "rows": BENCHMARKS[args.what](args.rounds)}
+    if args.what in BENCHMARKS:
+        report = {"machine": machine(), "rows": BENCHMARKS[args.what](args.rounds)}
+    else:
+        if args.model is None:
+            parser.error(f"{args.what} needs --model")
+        with sides(args, ["ours"] if args.what == "scaling" else ["ours", "peer"]) as both:
+            rows = MODEL_BENCHMARKS[args.what](args, both)
+            report = {"machine": both["ours"].versions, "rows": rows}
+            if "peer" in both:
+                report["peer"] = both["peer"].versions
     if args.json:
         print(json.dumps(report, indent=2))
         return 0
-    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()), end="\n\n")
+    for name in ("machine", "peer"):
+        if name in report:
+            print(", ".join(f"{key} {value}" for key, value in report[name].items()), end="\n\n")
     print(table(report["rows"]))
     return 0
 
@@ -183,6 +212,221 @@ def overhead(rounds: int) -> list[dict[str, Any]]:
 
 
 BENCHMARKS: dict[str, Callable[[int], list[dict[str, Any]]]] = {"op": op, "overhead": overhead}
+
+
+# --- Models, ours and the peer's in processes of their own ------------------------------------
+
+Task = dict[str, Any]
+PEERS = (f"torch=={torch.__version__.partition('+')[0]}", "transformers", "peft", "numpy")
+CLASSES = 2
+
+
+class Side:
+    """A process of bench_worker.py, which does one task at a time."""
+
+    def __init__(self, name: str, python: Path, args: argparse.Namespace) -> None:
+        command = [python, Path(__file__).with_name("bench_worker.py"), name, args.model]
+        command += ["--threads", args.threads]
+        if args.official:
+            command += ["--official", args.official]
+        self.process = subprocess.Popen(
+            list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.versions: dict[str, Any] = self._answer()
+
+    def _answer(self) -> Any:
+        line = self.process.stdout.readline() if self.process.stdout else ""
+        if not line:
+            raise SystemExit(f"a worker ended with status {self.process.wait()}")
+        return json.loads(line)
+
+    def __call__(self, **task: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(task) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+
+@contextlib.contextmanager
+def sides(args: argparse.Namespace, names: list[str]) -> Iterator[dict[str, Side]]:
+    """Both sides by name; the peer's environment is made where none is named."""
+    with tempfile.TemporaryDirectory() as folder:
+        python = args.peer_python
+        if "peer" in names and python is None:
+            print(f"installing {' '.join(PEERS)}", file=sys.stderr)
+            venv.create(folder, with_pip=True)
+            python = Path(folder) / "bin" / "python"
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *PEERS], check=True)
+        made: dict[str, Side] = {}
+        try:
+            for name in names:
+                made[name] = Side(name, Path(sys.executable) if name == "ours" else python, args)
+            yield made
+        finally:
+            for side in made.values():
+                side.process.kill()
+                side.process.wait()
+
+
+def prompts(args: argparse.Namespace, count: int) -> list[list[int]]:
+    """Token ids of so many prompts, in their order."""
+    if args.data is None:
+        lengths = torch.randint(10, 45, (count,), generator=torch.Generator().manual_seed(0))
+        return [list(range(100, 100 + n)) for n in lengths.tolist()]
+    from scalabl_ref.data import encode, load
+    from scalabl_ref.tokenizer import load_tokenizer
+
+    examples = load(args.data, args.format, limit=count)
+    return encode(examples, load_tokenizer(args.model)).tokens
+
+
+def compare(
+    both: dict[str, Side], rounds: int, tasks: list[Task], what: str = "seconds"
+) -> dict[str, float]:
+    """Medians over rounds of ours, the peer's, and ours / peer; round i takes task i of those."""
+    found: dict[str, list[float]] = {name: [] for name in both}
+    for side in both.values():
+        for task in tasks[:2]:  # loads the model, touches the memory, fills the caches
+            side(**task)
+    for i in range(rounds):
+        for name in both if i % 2 else reversed(both):
+            found[name].append(both[name](**tasks[i % len(tasks)])[what])
+    ours, peer = (statistics.median(found[name]) for name in ("ours", "peer"))
+    return {"ours": ours, "peer": peer, "ours / peer": ours / peer}
+
+
+def forward(args: argparse.Namespace, both: dict[str, Side]) -> list[dict[str, Any]]:
+    rows = []
+    for count, length in ((1, 8), (1, 128), (8, 32)):
+        tokens = [[(7 * i + 13 * j) % 1000 + 100 for j in range(length)] for i in range(count)]
+        task = {"do": "forward", "rows": tokens}
+        values = [both[name](**task)["value"] for name in both]
+        assert math.isclose(*values, rel_tol=1e-4), values  # the same model
+        rows.append(
+            {
+                "plain model, rows x tokens": f"{count} x {length}",
+                **compare(both, args.rounds, [task]),
+            }
+        )
+    return rows
+
+
+def generation(args: argparse.Namespace, both: dict[str, Side]) -> list[dict[str, Any]]:
+    task = {"do": "generate", "rows": [prompts(args, 1)[0]], "count": 128}
+    texts = [both[name](**task)["value"] for name in both]
+    same = next((i for i, (a, b) in enumerate(zip(*texts, strict=True)) if a != b), 128)
+    result = compare(both, max(3, args.rounds // 3), [task])
+    return [{"greedy, batch 1": f"128 tokens, the first {same} the same", **result}]
+
+
+def train_tasks(args: argparse.Namespace, method: str) -> list[Task]:
+    """Batches of 8 as they come."""
+    rows = prompts(args, 80)
+    return [
+        {"do": "train", "method": method, "rows": rows[8 * i : 8 * i + 8], "number": i,
+         "classes": list(range(300, 300 + CLASSES))}
+        for i in range(10)
+    ]  # fmt: skip
+
+
+def train_step(args: argparse.Namespace, both: dict[str, Side]) -> list[dict[str, Any]]:
+    """Ours against the official wrapper where it is given, and against plain LoRA of peft."""
+    return steps(args, both, "seconds")
+
+
+def train_memory(args: argparse.Namespace, both: dict[str, Side]) -> list[dict[str, Any]]:
+    """Growth of the peak of resident memory during a step, in bytes."""
+    return steps(args, both, "bytes")
+
+
+def steps(args: argparse.Namespace, both: dict[str, Side], what: str) -> list[dict[str, Any]]:
+    rows = []
+    ours = train_tasks(args, "scalabl")
+    for method in ("scalabl", "lora") if args.official else ("lora",):
+        peers = {
+            "ours": lambda **t: both["ours"](**{**t, "method": "scalabl"}),
+            "peer": both["peer"],
+        }
+        tasks = [{**task, "method": method} for task in ours]
+        rows.append(
+            {f"scalabl, {what}, against": method, **compare(peers, args.rounds, tasks, what)}
+        )
+    return rows
+
+
+def prediction(args: argparse.Namespace, both: dict[str, Side]) -> list[dict[str, Any]]:
+    """Ten draws; the last column is ours for ten over ours for one."""
+    base = {"do": "predict", "classes": list(range(300, 300 + CLASSES))}
+    as_they_come = [{**base, "rows": t["rows"]} for t in train_tasks(args, "scalabl")]
+    cases = {
+        "1 x 8": [{**base, "rows": [list(range(100, 108))]}],
+        "1 x 32": [{**base, "rows": [list(range(100, 132))]}],
+        "8 as they come": as_they_come,
+    }
+    rows = []
+    for name, tasks in cases.items():
+        ten = compare(both, args.rounds, [{**t, "samples": 10} for t in tasks])
+        one = {"ours": both["ours"], "peer": both["ours"]}
+        alone = compare(one, args.rounds, [{**t, "samples": 1} for t in tasks])
+        rows.append(
+            {"ten draws, rows x tokens": name, **ten, "ten / one": ten["ours"] / alone["ours"]}
+        )
+    return rows
+
+
+def scaling(args: argparse.Namespace, both: dict[str, Side]) -> list[dict[str, Any]]:
+    """Exponents of seconds and bytes, fitted to the upper half of each range."""
+    ours, classes = both["ours"], list(range(300, 300 + CLASSES))
+    layers = json.loads((args.model / "config.json").read_text())["num_hidden_layers"]
+    whole = {"batch": 4, "length": 32, "rank": RANK, "layers": layers, "samples": 4}
+    ranges = {
+        "samples": [1, 2, 4, 8, 16, 32], "rank": [2, 4, 8, 16, 32, 64], "batch": [1, 2, 4, 8, 16],
+        "length": [16, 32, 64, 128, 256], "layers": sorted({max(1, layers * k // 6) for k in range(1, 7)}),
+    }  # fmt: skip
+    rows = []
+    for name, values in ranges.items():
+        for do in ("predict", "train") if name != "samples" else ("predict",):
+            points = []
+            for value in values:
+                at = {**whole, name: value}
+                task = {
+                    "do": do, "method": "scalabl", "classes": classes, "number": 0, "rank": at["rank"],
+                    "layers": at["layers"], "samples": at["samples"],
+                    "rows": [list(range(100, 100 + at["length"]))] * at["batch"],
+                }  # fmt: skip
+                ours(**task)
+                each = [ours(**task) for _ in range(max(3, args.rounds // 3))]
+                points.append(
+                    [statistics.median(e[key] for e in each) for key in ("seconds", "bytes")]
+                )
+            seconds, sizes = zip(*points, strict=True)
+            rows.append({
+                "against": name, "of": do, "values": " ".join(map(str, values)),
+                "ms": " ".join(f"{1e3 * s:.0f}" for s in seconds), "exponent": exponent(values, seconds),
+                "MB": " ".join(f"{b / 1e6:.0f}" for b in sizes),
+            })  # fmt: skip
+    return rows
+
+
+def exponent(x: list[int], y: tuple[float, ...]) -> float:
+    """Slope of log y against log x by least squares, over the upper half of the points."""
+    half = len(x) // 2
+    u, v = ([math.log(t) for t in values[half:]] for values in (x, y))
+    mean_u, mean_v = statistics.fmean(u), statistics.fmean(v)
+    covariance = sum((a - mean_u) * (b - mean_v) for a, b in zip(u, v, strict=True))
+    return covariance / sum((a - mean_u) ** 2 for a in u)
+
+
+MODEL_BENCHMARKS: dict[
+    str, Callable[[argparse.Namespace, dict[str, Side]], list[dict[str, Any]]]
+] = {
+    "forward": forward,
+    "train-step": train_step,
+    "predict": prediction,
+    "generate": generation,
+    "memory": train_memory,
+    "scaling": scaling,
+}
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ struct Call {
         if (op.layer == UINT32_MAX || op.rows_per_group < 1) return true;
         if (groups() > Wide{1} << 32) return true;
         for (const int64_t id : ids) {
-            if (id < 0 || id >= int64_t{1} << 32) return true;
+            if (id < 0 || op.draw + (id >> 32) >= int64_t{1} << 32) return true;
         }
         return false;
     }

@@ -91,7 +91,9 @@ struct Problem {
           y(dtype, rows, d_out, gap),
           grad_y(dtype, rows, d_out, gap),
           grad_x(dtype, rows, d_in, gap) {
-        for (int64_t g = 0; g * per_group < rows; ++g) groups.push_back((g * 7919) % 100003);
+        for (int64_t g = 0; g * per_group < rows; ++g) {
+            groups.push_back((g / 2 * 7919) % 100003 + (g / 2 % 5 << 32));  // in pairs
+        }
         op = scalabl_update{dtype, own, rows, d_in, d_out, rank, x.data(), x.stride, A.data(),
                             A.stride, B.data(), B.stride, s.data(), sigma.data(), 0.75, 1, 3, 5,
                             0xfedcba9876543210u, groups.data(), per_group, 2};

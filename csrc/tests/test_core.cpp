@@ -66,6 +66,20 @@ static void test_rows_do_not_depend_on_rank_or_place() {
     }
 }
 
+// An id's high word counts draws; a repeated id is the same row.
+static void test_ids_of_later_draws() {
+    const int64_t draw = int64_t{1} << 32;
+    const int64_t ids[] = {5, 5 + 3 * draw, 5 + 3 * draw, 5}, plain[] = {5};
+    std::vector<float> all(4 * 6), now(6), then(6);
+    CHECK(scalabl_normals(1, 2, 3, ids, 4, 6, all.data()) == SCALABL_OK);
+    CHECK(scalabl_normals(1, 2, 3, plain, 1, 6, now.data()) == SCALABL_OK);
+    CHECK(scalabl_normals(1, 5, 3, plain, 1, 6, then.data()) == SCALABL_OK);
+    const std::vector<float> *expected[] = {&now, &then, &then, &now};
+    for (int64_t g = 0; g < 4; ++g) {
+        CHECK(std::memcmp(&all[g * 6], expected[g]->data(), 6 * sizeof(float)) == 0);
+    }
+}
+
 static void test_normals_bad_arguments() {
     const int64_t good[] = {0}, low[] = {-1}, high[] = {int64_t{1} << 32};
     float out[1] = {7.0f};
@@ -75,7 +89,7 @@ static void test_normals_bad_arguments() {
     CHECK(scalabl_normals(0, 0, 0, good, 1, 0, out) == SCALABL_RANK);
     CHECK(scalabl_normals(0, 0, 0, good, 1, (int64_t{1} << 34) + 1, out) == SCALABL_RANK);
     CHECK(scalabl_normals(0, 0, 0, low, 1, 1, out) == SCALABL_GROUP);
-    CHECK(scalabl_normals(0, 0, 0, high, 1, 1, out) == SCALABL_GROUP);
+    CHECK(scalabl_normals(0, F, 0, high, 1, 1, out) == SCALABL_GROUP);
     CHECK(scalabl_normals(0, 0, 0, nullptr, 1, 1, out) == SCALABL_NULL);
     CHECK(scalabl_normals(0, 0, 0, good, 1, 1, nullptr) == SCALABL_NULL);
     CHECK(out[0] == 7.0f);
@@ -95,6 +109,7 @@ int main() {
     test_philox_bad_arguments();
     test_box_muller();
     test_rows_do_not_depend_on_rank_or_place();
+    test_ids_of_later_draws();
     test_normals_bad_arguments();
     test_messages();
     std::printf("%d failures\n", failures);

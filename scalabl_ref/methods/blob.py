@@ -37,6 +37,7 @@ class FlipoutAdapter(Adapter):
     """
 
     random = True
+    joint = False  # as all rows share one E
 
     def omega(self) -> Tensor:
         """Standard deviations of A's entries, (r, d_in) or (r, 1)."""

@@ -293,7 +293,7 @@ def _forward(model: Llama, batch: Batch, chosen: dict[str, Adapter]) -> tuple[Te
     handles = [watch(name) for name in chosen]
     try:
         with torch.enable_grad():
-            return class_logits(model, batch, None), passes
+            return class_logits(model, batch, None, padded=True), passes
     finally:
         for handle in handles:
             handle.remove()
