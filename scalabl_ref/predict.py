@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .adapters import adapters
 from .elbo import class_logits
@@ -52,7 +52,7 @@ def _entropy(log_probs: Tensor) -> Tensor:
     return -torch.special.xlogy(log_probs.exp(), log_probs.exp()).sum(-1)
 
 
-def _draws(model: Llama, samples: int, seed: int) -> list[Noise | None]:
+def draws(model: nn.Module, samples: int, seed: int) -> list[Noise | None]:
     """The noise of each draw; the mean model, once, for no samples or with nothing to sample."""
     if samples < 0:
         raise InputError(f"samples must not be negative, and is {samples}")
@@ -79,7 +79,7 @@ def predict(
     if posterior is not None:
         return predictive(posterior.log_probs(model, batch, samples, seed))
     logits = torch.stack(
-        [class_logits(model, batch, noise) for noise in _draws(model, samples, seed)]
+        [class_logits(model, batch, noise) for noise in draws(model, samples, seed)]
     )
     return predictive(torch.log_softmax(logits.double(), dim=-1))
 
@@ -138,13 +138,13 @@ def generate(
     if not prompt:
         raise InputError("the prompt is empty")
     device = next(model.parameters()).device
-    draws = [
-        (noise, KVCache(model.config.num_hidden_layers)) for noise in _draws(model, samples, seed)
+    drawn = [
+        (noise, KVCache(model.config.num_hidden_layers)) for noise in draws(model, samples, seed)
     ]
     tokens = torch.tensor([prompt], device=device)
     room = model.config.max_position_embeddings - len(prompt)
     for _ in range(min(max_new_tokens, room + 1)):
-        logits = [model(tokens, noise=n, cache=cache, last_only=True) for n, cache in draws]
+        logits = [model(tokens, noise=n, cache=cache, last_only=True) for n, cache in drawn]
         mixture = predictive(torch.log_softmax(torch.stack(logits).double(), dim=-1))
         chosen = int(mixture.probs[0].argmax())
         if chosen == stop:
