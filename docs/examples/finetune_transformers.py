@@ -1,29 +1,31 @@
 """Fine-tune a transformers model on lettered questions, and say how sure it is of each answer.
 
-python finetune_transformers.py MODEL TRAIN.jsonl TEST.jsonl OUT [STEPS]
+python finetune_transformers.py MODEL TRAIN.jsonl TEST.jsonl OUT [options of transformers' Trainer]
 """
 
 import sys
 
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, HfArgumentParser, TrainingArguments
 
 from scalabl_ref import AdapterConfig, hf
 from scalabl_ref.data import collate, encode, load
 from scalabl_ref.tokenizer import LETTERS, load_tokenizer
 
-folder, train, test, out = sys.argv[1:5]
+folder, train, test, out, *options = sys.argv[1:]
+options = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(
+    ["--output_dir", out, "--save_strategy", "no", "--learning_rate", "1e-3", *options]
+)
 tokenizer = load_tokenizer(folder)
 data = encode(load(train, "jsonl"), tokenizer)
 model = AutoModelForCausalLM.from_pretrained(folder)
 attached = hf.attach(model, AdapterConfig(rank=8), classes=data.classes)
-trainer = hf.trainer(
+hf.trainer(
     attached,
     num_examples=len(data.labels),
-    args=TrainingArguments(out, max_steps=int((sys.argv[5:] or [500])[0]), learning_rate=1e-3),
+    args=options[0],
     train_dataset=range(len(data.labels)),
     data_collator=lambda rows: hf.inputs(attached, collate(data, rows)),
-)
-trainer.train()
+).train()
 hf.save(attached, out)
 
 data = encode(load(test, "jsonl"), tokenizer, classes=len(data.classes))
