@@ -42,6 +42,21 @@ from .train import adapter_state, load_adapter_state, parameter_groups
 if TYPE_CHECKING:
     from .data import Batch
 
+__all__ = [
+    "Attached",
+    "Objective",
+    "attach",
+    "carrying",
+    "drawing",
+    "inputs",
+    "kl",
+    "layer_ids",
+    "load",
+    "predict",
+    "save",
+    "trainer",
+]
+
 # Noise ids of layers that a Llama does not have: this plus their place among the nn.Linear layers.
 ELSEWHERE = 2**30
 # Room for positions in a token's group id, where the model does not say how many it has.

@@ -184,18 +184,36 @@ def test_no_draw_is_left_behind():
 
 
 def test_threads_have_draws_of_their_own():
-    attached = net()
-    expected = [logits(attached, noise=Noise(0, i)) for i in range(4)]
-    results = [None] * 4
+    """Each in the midst of a call of its own before any of them reaches an adapter."""
+    attached, count = net(), 3
+    expected = [logits(attached, noise=Noise(0, i)) for i in range(count)]
+    results, together = [None] * count, threading.Barrier(count, timeout=60)
+
+    def meet(*_):
+        together.wait()
+
+    attached.model.embed.register_forward_hook(meet)
 
     def work(i):
-        for _ in range(20):
-            results[i] = logits(attached, noise=Noise(0, i))
+        results[i] = logits(attached, noise=Noise(0, i))
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert all(torch.equal(a, b) for a, b in zip(expected, results, strict=True))
+
+
+@torch.no_grad()  # else the compiler warns of itself
+def test_compiled_models_draw_the_same():
+    """torch.compile breaks its graph at every layer, and takes no draw for a constant."""
+    attached = net()
+    run = torch.compile(attached.model, backend="eager")
+    for noise in (NOISE, Noise(3, 6), None, NOISE):
+        with hf.drawing(noise):
+            got = run(TOKENS).logits
+        assert torch.equal(got, logits(attached, noise=noise))
 
 
 # --- gradient checkpointing ----------------------------------------------------------------------

@@ -66,8 +66,10 @@ def tiny(kind: str = "Llama", dtype=torch.float32, **options):
         shape |= {"ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.0}
     else:
         shape |= {"intermediate_size": 24}
-    if kind not in ("OPT", "GPTNeoX"):
+    if kind not in ("OPT", "GPTNeo", "GPTNeoX"):
         shape |= {"num_key_value_heads": 2}
+    if kind == "GPTNeo":
+        shape |= {"attention_types": [[["global"], TINY.num_hidden_layers]]}
     shape |= {"max_position_embeddings": 64, **options}
     config = getattr(transformers, f"{kind}Config")(**shape, pad_token_id=0)
     name = f"{kind}ForCausalLM"
@@ -185,6 +187,7 @@ KINDS = {
     "OPT": ("q_proj", "v_proj", "fc1", "out_proj", "lm_head"),
     "Gemma": ("q_proj", "gate_proj"),
     "Phi": ("q_proj", "dense", "fc1", "fc2"),
+    "GPTNeo": ("q_proj", "out_proj", "lm_head"),  # positions are learned and absolute
 }
 
 
@@ -201,14 +204,13 @@ def test_every_architecture_keeps_a_rows_draw(kind, sampling):
     turn = (torch.arange(width) + batch.lengths[:, None]) % width
     left = {name: right[name].gather(1, turn) for name in ("input_ids", "attention_mask")}
     ids = torch.tensor([9, 4, 0, 7])
-    answers = [hf.predict(attached, side, 3, 1, ids, CLASSES).probs for side in (right, left)]
-    for row, n in enumerate(batch.lengths):
-        alone = {"input_ids": batch.tokens[row : row + 1, :n]}
-        answers[row % 2][row] -= hf.predict(attached, alone, 3, 1, ids[row][None], CLASSES).probs[0]
-        answers[1 - row % 2][row] -= hf.predict(
-            attached, alone, 3, 1, ids[row][None], CLASSES
-        ).probs[0]
-    assert torch.stack(answers).abs().max() <= rounding(torch.float32, 200)
+    alone = [
+        hf.predict(attached, {"input_ids": row[None, :n]}, 3, 1, id[None], CLASSES).probs
+        for row, n, id in zip(batch.tokens, batch.lengths, ids, strict=True)
+    ]
+    for side in (right, left):
+        got = hf.predict(attached, side, 3, 1, ids, CLASSES).probs
+        assert (got - torch.cat(alone)).abs().max() <= rounding(torch.float32, 200)
     x = {"input_ids": batch.tokens}
     assert not torch.allclose(attached(**x, noise=NOISE).logits, attached(**x).logits)
 
