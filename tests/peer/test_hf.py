@@ -309,6 +309,15 @@ def trainer(folder, attached, encoded, beta=1.0, variational_lr=None, **options)
     )  # fmt: skip
 
 
+STREAM = 2 * (3 * TINY.hidden_size + TINY.intermediate_size)  # roundings on the way of a loss
+
+
+def adamw_bound(steps: int, rate: float) -> float:
+    """How far AdamW's parameters may drift apart: it moves by `rate` times what the gradient is of
+    its own size, and so by `rate` times that one's relative error."""
+    return steps * rate * rounding(torch.float32, STREAM)
+
+
 def watch(model) -> list:
     """The draws of the calls of a model from now on, None for the mean model."""
     seen = []
@@ -343,12 +352,11 @@ def test_training_takes_the_projects_steps(tmp_path):
     theirs.train()
     losses = [row["loss"] for row in theirs.state.log_history if "loss" in row]
     assert len(losses) == steps
-    # Logged losses are rounded; AdamW divides by root second moments, and so magnifies rounding.
     for got, log in zip(losses, logs, strict=True):
-        assert abs(got - log["loss"]) <= 1e-3 * abs(log["loss"])
+        assert abs(got - log["loss"]) <= rounding(torch.float32, STREAM) * abs(log["loss"])
     state = adapter_state(ours)
     for name, value in adapter_state(model).items():
-        assert torch.allclose(value, state[hf_to_ours(name)], rtol=1e-3, atol=1e-4), name
+        assert (value - state[hf_to_ours(name)]).abs().max() <= adamw_bound(steps, 0.05), name
 
 
 def test_every_batch_has_a_draw_of_its_own_and_evaluation_none(tmp_path):
@@ -397,8 +405,9 @@ def test_accumulated_batches_give_the_gradient_of_the_whole(tmp_path):
     (one, state), (several, other) = results
     for a, b in zip(one, several, strict=True):
         if "loss" in a:
-            assert abs(a["loss"] - b["loss"]) <= 1e-3 * abs(a["loss"])
-    assert all(torch.allclose(state[n], other[n], rtol=1e-3, atol=1e-4) for n in state)
+            assert abs(a["loss"] - b["loss"]) <= rounding(torch.float32, STREAM) * abs(a["loss"])
+    for name, value in state.items():
+        assert (value - other[name]).abs().max() <= adamw_bound(3, 0.01), name
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
