@@ -348,20 +348,28 @@ def add_adapters(model: nn.Module, config: AdapterConfig, seed: int = 0) -> nn.M
         target = name.rpartition(".")[2]
         if not isinstance(module, Linear) or target not in config.targets:
             continue
-        d_out, d_in = module.weight.shape
-        # A head cut down to a few class tokens has fewer rows than the rank, and that is fine.
-        if config.rank > d_in or (config.rank > d_out and target != "lm_head"):
-            raise InputError(
-                f"rank {config.rank} is larger than a dimension of {name} {d_out, d_in}"
-            )
-        layer = _layer_id(name, target)
-        kind = COVARIANCES[config.covariance][config.method]
-        module.adapter = kind(d_in, d_out, config, layer, seed, module.weight.device)
+        layer, head = layer_id(name, target), target == "lm_head"
+        module.adapter = new_adapter(name, module.weight, config, layer, seed, head)
         found.add(target)
     missing = [target for target in config.targets if target not in found]
     if missing:
         raise InputError(f"the model has no layer named {' or '.join(missing)}")
     return model
+
+
+def new_adapter(
+    name: str, weight: Tensor, config: AdapterConfig, layer: int, seed: int, head: bool
+) -> Adapter:
+    """The adapter of a layer called `name`, whose weight is (d_out, d_in), on the weight's device.
+
+    layer: its noise id. head: whether it is the output layer, which may have fewer rows than the
+    rank, cut down as it may be to a few class tokens. Raises InputError if the rank is too large.
+    """
+    d_out, d_in = weight.shape
+    if config.rank > d_in or (config.rank > d_out and not head):
+        raise InputError(f"rank {config.rank} is larger than a dimension of {name} {d_out, d_in}")
+    kind = COVARIANCES[config.covariance][config.method]
+    return kind(d_in, d_out, config, layer, seed, weight.device)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -373,6 +381,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     }
 
 
-def _layer_id(name: str, target: str) -> int:
+def layer_id(name: str, target: str) -> int:
+    """Noise id of the layer `name`, whose last part is `target`; see `add_adapters`."""
     block = next((int(part) for part in name.split(".") if part.isdigit()), 0)
     return len(TARGETS) * block + TARGETS.index(target)

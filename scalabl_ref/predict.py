@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .adapters import adapters
 from .elbo import class_logits
@@ -57,13 +57,13 @@ def _entropy(log_probs: Tensor) -> Tensor:
 TOKENS_AT_ONCE = 2048
 
 
-def _passes(
-    model: Llama, samples: int, seed: int, tokens: int
+def passes(
+    model: nn.Module, samples: int, seed: int, tokens: int = TOKENS_AT_ONCE
 ) -> Iterator[tuple[Noise | None, int]]:
     """The first noise of each pass through the model, and how many draws it has.
 
-    The mean model, once, for no samples or with nothing to sample. tokens: of a pass for one draw.
-    Raises InputError for negative `samples`.
+    The mean model, once, for no samples or with nothing to sample. tokens: of one draw; by default
+    so many that each draw has a pass of its own. Raises InputError for negative `samples`.
     """
     if samples < 0:
         raise InputError(f"samples must not be negative, and is {samples}")
@@ -97,7 +97,7 @@ def predict(
         return predictive(posterior.log_probs(model, batch, samples, seed))
     logits = [
         class_logits(model, batch, noise, draws).unflatten(0, (draws, -1))
-        for noise, draws in _passes(model, samples, seed, int(batch.lengths.sum()))
+        for noise, draws in passes(model, samples, seed, int(batch.lengths.sum()))
     ]
     return predictive(torch.log_softmax(torch.cat(logits).double(), dim=-1))  # of (S, B, C)
 
@@ -156,16 +156,16 @@ def generate(
     if not prompt:
         raise InputError("the prompt is empty")
     device = next(model.parameters()).device
-    passes = [
+    drawn = [
         (noise, draws, KVCache(model.config.num_hidden_layers))
-        for noise, draws in _passes(model, samples, seed, len(prompt))
+        for noise, draws in passes(model, samples, seed, len(prompt))
     ]
     tokens = torch.tensor([prompt], device=device)
     room = model.config.max_position_embeddings - len(prompt)
     for _ in range(min(max_new_tokens, room + 1)):
         logits = [
             model(tokens, noise=noise, draws=draws, cache=cache, last_only=True)
-            for noise, draws, cache in passes
+            for noise, draws, cache in drawn
         ]  # (draws, V) each
         mixture = predictive(torch.log_softmax(torch.cat(logits).double(), dim=-1)[:, None])
         chosen = int(mixture.probs[0].argmax())

@@ -13,7 +13,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters import AdapterConfig, Device, adapters, add_adapters
+from .adapters import Adapter, AdapterConfig, Device, adapters, add_adapters
 from .checkpoint import load_pickle, load_tensors, read_json, save_tensors
 from .data import Encoded, TrainingOrder, collate
 from .elbo import KL, KLS, class_logits, kl_divergence
@@ -121,6 +121,23 @@ def kl_weight(step: int, period: int) -> float:
 # --- one step ----------------------------------------------------------------------------------
 
 
+def parameter_groups(
+    own: Sequence[Adapter], lr: float, variational_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """What an optimiser of these adapters is given: A and B, then what sets the widths, if any.
+
+    lr, variational_lr: the rates of either, as in TrainConfig.
+    """
+    variational = [a.get_parameter(name) for a in own for name in a.variational]
+    fast = set(variational)
+    slow = [p for a in own for p in a.parameters() if p not in fast]
+    fast_lr = 4 * lr if variational_lr is None else variational_lr
+    groups: list[dict[str, Any]] = [{"params": slow, "lr": lr}]
+    if variational:
+        groups.append({"params": variational, "lr": fast_lr})
+    return groups
+
+
 @dataclass
 class Trainer:
     """Model, data and optimisers of one run; `step()` does one optimiser step.
@@ -138,14 +155,9 @@ class Trainer:
 
     def __post_init__(self) -> None:
         c = self.config
-        self.adapters = own = list(adapters(self.model).values())
-        self.variational = [a.get_parameter(name) for a in own for name in a.variational]
-        fast = set(self.variational)
-        slow = [p for a in own for p in a.parameters() if p not in fast]
-        fast_lr = 4 * c.lr if c.variational_lr is None else c.variational_lr
-        groups: list[dict[str, Any]] = [{"params": slow, "lr": c.lr}]
-        if self.variational:
-            groups.append({"params": self.variational, "lr": fast_lr})
+        self.adapters = list(adapters(self.model).values())
+        groups = parameter_groups(self.adapters, c.lr, c.variational_lr)
+        self.variational = [p for group in groups[1:] for p in group["params"]]
         self.optimizer = torch.optim.AdamW(
             groups, eps=c.adam_eps, weight_decay=c.weight_decay, foreach=True
         )

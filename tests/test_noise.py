@@ -416,7 +416,7 @@ def prediction_among_the_steps(monkeypatch):
 
 
 def one_layer_id(monkeypatch):
-    monkeypatch.setattr(ADAPTERS, "_layer_id", lambda name, target: 3)
+    monkeypatch.setattr(ADAPTERS, "layer_id", lambda name, target: 3)
 
 
 def one_stream(monkeypatch):

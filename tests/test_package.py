@@ -64,9 +64,26 @@ def test_no_numpy(path):
             assert node.attr != "numpy"
 
 
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.name)
+def test_only_users_import_hf(path):
+    """Nothing in the package does, and it needs transformers in one function alone."""
+    found = [
+        (node, alias.name)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+        if alias.name in ("hf", "transformers", "scalabl_ref.hf")
+        or (isinstance(node, ast.ImportFrom) and node.module in ("hf", "scalabl_ref.hf"))
+    ]
+    if path.name == "hf.py":
+        assert [(name, node.col_offset > 0) for node, name in found] == [("transformers", True)]
+    else:
+        assert not found
+
+
 def test_metadata():
     assert version("scalabl_ref") == scalabl_ref.__version__
-    assert "torch>=2.4" in requires("scalabl_ref")
+    assert "torch>=2.5" in requires("scalabl_ref")
 
 
 def test_every_public_name_exists():
