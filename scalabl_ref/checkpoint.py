@@ -298,6 +298,25 @@ class Stored:
         return Stored(tensor.dtype, tuple(tensor.shape), read)
 
 
+def stored_weights(folder: Path) -> tuple[Weights, dict[str, Stored]]:
+    """A model folder's tensors by our names, each read when it is asked for, in either layout."""
+    weights = Weights(folder, once=True)
+    converted = read_json(folder / "config.json").get("format") == FORMAT
+    tensors = {
+        (name if converted else hf_to_ours(name)): Stored.of(partial(weights.__getitem__, name))
+        for name in weights
+    }
+    return weights, tensors
+
+
+def with_dtype(values: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """A config.json of Hugging Face's layout that says `dtype`, if it says any."""
+    if dtype is None:
+        return values
+    name = str(dtype).removeprefix("torch.")
+    return {key: name if key in ("dtype", "torch_dtype") else v for key, v in values.items()}
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite, in little memory beside the tensor's."""
     return all(bool(part.isfinite().all()) for part in tensor.flatten().split(PIECE))
