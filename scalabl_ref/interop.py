@@ -408,6 +408,7 @@ _FORMS: dict[str, dict[str, str]] = {
     },
     "blob": {**_LORA, "lora_A.lora_A_rho": "G"},
 }
+_PRIOR = (".lora_A.default.log_p_mu", ".lora_A.default.log_p_sigma")  # of the official ScalaBL
 _THEIRS = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])(?:\.default)?\.(\w+)")
 _OWN = re.compile(r"(.+)\.()(\w+)")
 
@@ -588,11 +589,12 @@ def read_official(
 
     It holds parameters under PEFT's names: of ScalaBL Vh, log_s, log_s_sigma and B, of BLoB A, its
     root rho and B, of plain LoRA A and B. Its alpha is 2 r. Its head has the answers' rows alone,
-    to which `model`'s head is cut down here; it never is tied.
+    to which `model`'s head is cut down here; it never is tied. The prior is not taken: there,
+    log_p_mu and log_p_sigma share memory with the starting widths sigma_0 where they should be 0,
+    so that it is N(sigma_0, (1 + sigma_0)^2) and not N(0, 1).
     """
     file = source / OFFICIAL_FILE if source.is_dir() else source
-    tensors = dict(open_tensors(file))
-    prior_std = _take_prior(file, tensors)
+    tensors = {n: t for n, t in open_tensors(file).items() if not n.endswith(_PRIOR)}
     layers = _by_layer(tensors, _THEIRS)
     unknown = tensors.keys() - {name for parts in layers.values() for name in parts.values()}
     if unknown:
@@ -605,28 +607,15 @@ def read_official(
     if head is not None and tensors[head]().dim() == 2:  # what else it is, is told below
         _cut_head(file, model, len(tensors[head]()), base, labels)
 
+    A = next(theirs for theirs, ours in _FORMS[method].items() if ours == "A")
+
     def config_of(layer: str) -> AdapterConfig:
-        rank = tensors[layers[layer]["lora_B.weight"]]().shape[-1:].numel()
+        rank = tensors[layers[layer][A]]().shape[:1].numel()
         if rank < 1:
             raise InputError(f"{file}: {layer} has an adapter of rank 0")
-        return AdapterConfig(method, rank, alpha, prior_std=prior_std)  # type: ignore[arg-type]
+        return AdapterConfig(method, rank, alpha)
 
     return file, _read_theirs(file, tensors, model, method, config_of)
-
-
-def _take_prior(file: Path, tensors: dict[str, Callable[[], Tensor]]) -> float | None:
-    """sigma_p of the official ScalaBL, taken out of `tensors`; None if it is not there.
-
-    Its prior's mean, 1e-8, is taken for 0.
-    """
-    found: set[float] = set()
-    for name in list(tensors):
-        if name.endswith((".log_p_mu", ".log_p_sigma")):
-            values = tensors.pop(name)().flatten().tolist()
-            found.update(values if name.endswith("sigma") else [])
-    if len(found) > 1 or not all(-50 < value < 50 for value in found):
-        raise InputError(f"{file}: log_p_sigma is not one number for all components")
-    return math.exp(found.pop()) if found else None
 
 
 def _cut_head(
