@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -385,7 +386,6 @@ def _run_config(
     return AdapterConfig(
         **{
             "method": theirs.method if random else "scalabl",
-            "prior_std": theirs.prior_std if random else None,
             **given,
             "rank": theirs.rank,
             "alpha": theirs.alpha,
@@ -443,6 +443,10 @@ def _built(
             f"{file}: tensor {next(iter(names.values()))}: the model has no layer {layer}"
         )
     d_out, d_in = linear.weight.shape
+    if config.rank > d_in:
+        raise InputError(
+            f"{file}: rank {config.rank} is larger than a dimension of {layer} {d_out, d_in}"
+        )
     d_out = rows if rows and layer == "lm_head" else d_out
     adapter = kind(d_in, d_out, config, 0, 0, torch.device("meta"))
     values = {}
@@ -541,7 +545,8 @@ def _layer_config(path: Path, values: dict[str, Any], layer: str) -> AdapterConf
     alpha = _by_pattern(path, values, "alpha_pattern", layer, values.get("lora_alpha", 8))
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise InputError(f"{path}: the rank of {layer} must be a whole number above 0: {rank!r}")
-    if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not number or not 0 < alpha <= sys.float_info.max:
         raise InputError(f"{path}: lora_alpha of {layer} must be a number above 0: {alpha!r}")
     factor = math.sqrt(rank) if values.get("use_rslora") else 1  # c = alpha / sqrt(r), not / r
     return AdapterConfig("mle", rank, alpha * factor)
@@ -599,15 +604,12 @@ def read_official(
     unknown = tensors.keys() - {name for parts in layers.values() for name in parts.values()}
     if unknown:
         raise InputError(f"{file}: tensor {min(unknown)} is not of a LoRA")
-    parts = {part for names in layers.values() for part in names}
-    method = next(
-        (m for m in ("scalabl", "blob") if _FORMS[m].keys() & parts - _LORA.keys()), "mle"
-    )
+    extra = {part for names in layers.values() for part in names} - _LORA.keys()
+    method = next((name for name, form in _FORMS.items() if form.keys() & extra), "mle")
+    A = next(theirs for theirs, ours in _FORMS[method].items() if ours == "A")
     head = layers.get("lm_head", {}).get("lora_B.weight")
     if head is not None and tensors[head]().dim() == 2:  # what else it is, is told below
         _cut_head(file, model, len(tensors[head]()), base, labels)
-
-    A = next(theirs for theirs, ours in _FORMS[method].items() if ours == "A")
 
     def config_of(layer: str) -> AdapterConfig:
         rank = tensors[layers[layer][A]]().shape[:1].numel()

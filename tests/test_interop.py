@@ -511,15 +511,15 @@ def no_weights(source):
     (source / "adapter_model.safetensors").unlink()
 
 
-def rank_of_20(tensors):
-    for name, value in list(tensors.items()):
-        wide = (20, value.shape[1]) if ".lora_A." in name else (value.shape[0], 20)
-        tensors[name] = torch.ones(wide)
+def of_rank(r):
+    """Valid but for the rank, in both files."""
 
+    def widen(tensors):
+        for name, value in list(tensors.items()):
+            side = (r, value.shape[1]) if ".lora_A." in name else (value.shape[0], r)
+            tensors[name] = torch.ones(side)
 
-def big_rank(source):
-    _tensor(rank_of_20)(source)
-    _config(r=20)(source)
+    return lambda source: (_tensor(widen)(source), _config(r=r)(source))
 
 
 HOSTILE = {
@@ -577,7 +577,12 @@ HOSTILE = {
         "q_proj.lora_B.bias is unexpected",
     ),
     "empty": (_tensor(lambda t: t.clear()), "holds no LoRA"),
-    "big rank": (big_rank, "rank 20 is larger than a dimension of layers.0.attn.q_proj"),
+    "rank over d_in": (of_rank(20), r"rank 20 is larger than a dimension of \S+ \(\d+, 16\)"),
+    "rank over d_out": (of_rank(12), r"rank 12 is larger than a dimension of \S+v_proj \(8, 16\)"),
+    "huge rank": (_config(r=10**30), r"rank 1000\d+ is larger than a dimension of \S+ \(\d+, 16"),
+    "huge alpha": (_config(lora_alpha=10**400), "must be a number above 0: 1000"),
+    "a long number": (lambda s: (s / "adapter_config.json").write_text("9" * 5000), "not JSON"),
+    "a deep nest": (lambda s: (s / "adapter_config.json").write_text("[" * 10**5), "not JSON"),
     "rank of text": (_config(r="8"), "the rank of .* must be a whole number above 0: '8'"),
     "rank 0": (_config(r=0), "must be a whole number above 0: 0"),
     "rank True": (_config(r=True), "must be a whole number above 0: True"),

@@ -205,11 +205,20 @@ def official_model(base, official, method, classes):
     return wrapped.eval()
 
 
+def test_the_prior_of_the_official_scalabl_is_another(official):
+    """Why it is not taken: it is made of the memory into which the starting widths are drawn."""
+    linear = official.scalabl.ScalaBLLinear(16, 4, s_sigma_init_eps=0.05)
+    width = linear.log_s_sigma.detach().exp()
+    for name, value in (("log_p_mu", width), ("log_p_sigma", 1 + width)):
+        error = (getattr(linear, name).exp() / value - 1).abs().max()
+        assert error <= 1e-8 / 0.035 + 4 * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize("method", ["scalabl", "blob", "mle"])
 @pytest.mark.parametrize("classes", [LETTERS, None], ids=["classes", "vocabulary"])
 @torch.no_grad()
 def test_an_official_state_comes_in(base, tmp_path, official, method, classes):
-    """Mean logits: their wrapper with blobsample off; and one draw fed into both."""
+    """The mean's logits: their wrapper with blobsample off."""
     wrapped = official_model(base, official, method, classes)
     randomise(wrapped)
     state = {k: v for k, v in wrapped.state_dict().items() if "lora_" in k}
