@@ -82,7 +82,7 @@ class Card:
         if what == "the mean" and self.method not in ("mle", "map"):
             lines.append("It answers as the run does without draws: its uncertainty is not here.")
         if what != "the mean":
-            lines.append("Average the probabilities of all of them to have the run's answers.")
+            lines.append("The run's answers are probabilities averaged over all that it draws.")
         if self.answers:
             lines.append(
                 f"The head was adapted for the tokens {', '.join(self.answers)} alone: compare "
@@ -122,7 +122,7 @@ class Card:
         sets = {"test": m, "test, temperature": m.get("temperature"), "other data": m.get("ood")}
         rows = [
             f"| {name} | {of['n']} | "
-            + " | ".join(f"{of[key]:.4f}" for key in ("acc", "ece", "nll", "brier"))
+            + "".join(f"{of[key]:.4f} | " for key in ("acc", "ece", "nll", "brier")).rstrip()
             for name, of in sets.items()
             if of and "acc" in of
         ]
