@@ -163,6 +163,26 @@ class Adapter(nn.Module):
             x, weight, bias, self.A, self.B, one, one, self.config.scaling, None
         )
 
+    def lora_A(self, noise: Noise | None = None) -> Tensor:
+        """A', (r, d_in) float64: the layer is the plain LoRA W x + bias + c B A' x.
+
+        `noise=None` is the mean; a draw is what the layer does under it with sampling "batch".
+        """
+        return self.A.double()
+
+    @torch.no_grad()
+    def set_lora_(self, A: Tensor, B: Tensor, scaling: float) -> None:
+        """Take the mean function scaling * B A, of A (k, d_in) and B (d_out, k) with k <= r.
+
+        What there is beyond the k components keeps its start, with columns of B that are 0.
+        Raises InputError if k > r.
+        """
+        k = len(A)
+        if k > self.config.rank:
+            raise InputError(f"a LoRA of rank {k} does not go into one of rank {self.config.rank}")
+        self.A[:k] = A
+        self.B.zero_()[:, :k] = scaling / self.config.scaling * B
+
     @classmethod
     def complexity(cls, layers: Sequence[Adapter], kl: str) -> Tensor:
         """What the objective adds for all layers of this class, a float64 scalar in nats.
@@ -225,6 +245,31 @@ class SubspaceAdapter(Adapter):
             config.sampling, groups,
         )  # fmt: skip
 
+    def lora_A(self, noise: Noise | None = None) -> Tensor:
+        s = self.log_s.double().exp()
+        if noise is not None:
+            s = s + self.deviation(noise.normal(self.layer, 1, self.config.rank)[0].to(s))
+        return s[:, None] * self.A.double()
+
+    def deviation(self, eps: Tensor) -> Tensor:
+        """s~ - s of standard normals eps (r,), in float64."""
+        return self.log_sigma.double().exp() * eps
+
+    @torch.no_grad()
+    def set_lora_(self, A: Tensor, B: Tensor, scaling: float) -> None:
+        """As `Adapter.set_lora_`, from the thin SVD of scaling / c * B A in float64.
+
+        B takes the left vectors, s the singular values, A the right vectors: function and rank are
+        kept. A singular value that is 0 to rounding has no logarithm: its component keeps its
+        start, with a column of B that is 0.
+        """
+        U, singular, Vh = product_svd(B, A)
+        singular = scaling / self.config.scaling * singular
+        least = torch.finfo(torch.float64).eps * max(len(B), A.shape[1]) * singular[0]
+        k = int((singular > least).sum())
+        super().set_lora_(Vh[:k], U[:, :k], self.config.scaling)
+        self.log_s[:k] = singular[:k].log()
+
     @classmethod
     def complexity(cls, layers: Sequence[Adapter], kl: str) -> Tensor:
         """(5) or (6), summed over layers and scales; (19) where the prior is fitted."""
@@ -261,6 +306,17 @@ def fitted_prior_std(second: Tensor, config: AdapterConfig, kl: str) -> float | 
     if kl != "forward":
         raise InputError(f"prior {config.prior!r} is fitted by the forward KL, not by {kl!r}")
     return second.mean(1, keepdim=True).sqrt() if config.prior == "layer" else second.sqrt()
+
+
+def product_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD of B A in float64, which is not formed: U (d_out, k), singular values, Vh (k, d_in).
+
+    B (d_out, r), A (r, d_in); k = min(d_out, r, d_in).
+    """
+    left, R = torch.linalg.qr(B.double())
+    right, S = torch.linalg.qr(A.double().T)
+    U, singular, Vh = torch.linalg.svd(R @ S.T, full_matrices=False)
+    return left @ U, singular, Vh @ right.T
 
 
 # Every method's adapter by name; `methods` adds its own.

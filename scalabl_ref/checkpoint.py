@@ -67,7 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of the text, of a long number, of a deep nest
         raise InputError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -296,6 +296,25 @@ class Stored:
         """dtype and shape are those of `read()`, which must cost little."""
         tensor = read()
         return Stored(tensor.dtype, tuple(tensor.shape), read)
+
+
+def stored_weights(folder: Path) -> tuple[Weights, dict[str, Stored]]:
+    """A model folder's tensors by our names, each read when it is asked for, in either layout."""
+    weights = Weights(folder, once=True)
+    converted = read_json(folder / "config.json").get("format") == FORMAT
+    tensors = {
+        (name if converted else hf_to_ours(name)): Stored.of(partial(weights.__getitem__, name))
+        for name in weights
+    }
+    return weights, tensors
+
+
+def with_dtype(values: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """A config.json of Hugging Face's layout that says `dtype`, if it says any."""
+    if dtype is None:
+        return values
+    name = str(dtype).removeprefix("torch.")
+    return {key: name if key in ("dtype", "torch_dtype") else v for key, v in values.items()}
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -50,6 +50,13 @@ def main(arguments: list[str] | None = None) -> int:
     return int(result.get("exit_code", 0))
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Says an option's default, but for one of None, which says nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def _parser(chosen: str) -> argparse.ArgumentParser:
     """All commands by name; the arguments of the one chosen, whose modules alone are imported."""
     from . import __version__
@@ -65,7 +72,7 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
             name,
             help=help_text,
             description=help_text,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Help,
         )
         if name == chosen:
             add_arguments(sub)
@@ -105,11 +112,12 @@ def _template(args: argparse.Namespace, info: dict[str, Any]) -> str | None:
     return read_template(args.prompt_template) if args.prompt_template else info["prompt_template"]
 
 
-def _add_dtype(parser: argparse.ArgumentParser) -> None:
+def _add_dtype(
+    parser: argparse.ArgumentParser,
+    of: str = "of the base model; adapters are float32 always",
+) -> None:
     parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="of the base model; adapters are float32 always (default: as stored)",
+        "--dtype", choices=("float32", "bfloat16"), help=f"{of} (default: as stored)"
     )
 
 
@@ -136,22 +144,17 @@ def _device(args: argparse.Namespace) -> Any:
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    from .adapters import ADAPTERS, COVARIANCES, PRIORS, TARGETS, AdapterConfig
+    from .adapters import TARGETS, AdapterConfig
     from .elbo import KLS
-    from .ops import SAMPLING
     from .train import OBJECTIVES, TrainConfig
 
     adapter, train = AdapterConfig(), TrainConfig()
     add = parser.add_argument
     add("--model", type=Path, required=True, help="folder of the base model")
     _add_data(parser)
-    add(
-        "--method",
-        choices=tuple(ADAPTERS),
-        default=adapter.method,
-        help="scalabl, plain LoRA (mle), ...",
-    )
     add("--out", type=Path, required=True, help="run folder to write")
+    add("--init", type=Path, metavar="RUN",
+        help="start from this run's values: all for the same method, else its mean's")  # fmt: skip
     add("--resume", action="store_true", help="go on from the checkpoint in the run folder")
     add("--steps", type=int, default=train.steps, help="optimiser steps")
     add("--batch", type=int, default=train.batch, help="examples a step")
@@ -175,27 +178,16 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--swag", type=float, default=train.swag,
         help="share of the steps, the last, whose weights are collected for swag")  # fmt: skip
     add("--kl-lr", type=float, default=train.kl_lr, help="SGD rate on the KL (objective official)")
-    add("--rank", type=int, default=adapter.rank, help="r")
-    add("--alpha", type=float, help="scaling is alpha / rank (default: 2 * rank)")
+    add("--rank", type=int, help=f"r (default: {adapter.rank}, or --init's)")
+    add("--alpha", type=float, help="scaling is alpha / rank (default: 2 * rank, or --init's)")
     add(
         "--targets",
         nargs="+",
-        default=list(adapter.targets),
         metavar="NAME",
-        help=f"layers to adapt, of {' '.join(TARGETS)}",
+        help=f"layers to adapt, of {' '.join(TARGETS)} "
+        f"(default: {' '.join(adapter.targets)}, or --init's)",
     )
-    add("--sampling", choices=SAMPLING, default=adapter.sampling, help="rows that share a draw")
-    add("--covariance", choices=tuple(COVARIANCES), default=adapter.covariance,
-        help="of the Gaussian over the scales (scalabl)")  # fmt: skip
-    add("--prior", choices=PRIORS, default=adapter.prior,
-        help="fixed, or fitted for each layer or each component (scalabl)")  # fmt: skip
-    add("--dropout", type=float, default=adapter.dropout, help="share of inputs (dropout)")
-    add(
-        "--prior-std",
-        type=float,
-        help="sigma of the prior (default: 1, blob's 0.2)",
-    )
-    add("--init-sigma", type=float, default=adapter.init_sigma, help="upper end of sigma's start")
+    _add_adapter(parser, f"default: {adapter.method}")
     add("--head", choices=("classes", "full"), default="classes", help="rows of lm_head to keep")
     _add_template(parser, "of --format")
     add("--holdout", type=float, default=0.0, help="fraction kept from training, for temperature")
@@ -203,21 +195,48 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _add_dtype(parser)
 
 
-def _from_args(cls: type, args: argparse.Namespace) -> Any:
-    """An instance of a configuration dataclass from the arguments of the same names."""
+def _add_adapter(parser: argparse.ArgumentParser, method: str) -> None:
+    """What an adapter is, beside rank, alpha and targets. method: what is said of its default."""
+    from .adapters import ADAPTERS, COVARIANCES, PRIORS, AdapterConfig
+    from .ops import SAMPLING
+
+    default, add = AdapterConfig(), parser.add_argument
+    add("--method", choices=tuple(ADAPTERS), help=f"scalabl, plain LoRA (mle), ... ({method})")
+    add("--sampling", choices=SAMPLING, default=default.sampling, help="rows that share a draw")
+    add("--covariance", choices=tuple(COVARIANCES), default=default.covariance,
+        help="of the Gaussian over the scales (scalabl)")  # fmt: skip
+    add("--prior", choices=PRIORS, default=default.prior,
+        help="fixed, or fitted for each layer or each component (scalabl)")  # fmt: skip
+    add("--dropout", type=float, default=default.dropout, help="share of inputs (dropout)")
+    add(
+        "--prior-std",
+        type=float,
+        help="sigma of the prior (default: 1, blob's 0.2)",
+    )
+    add("--init-sigma", type=float, default=default.init_sigma, help="upper end of sigma's start")
+
+
+def _given(cls: type, args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that are named as fields of a configuration dataclass; not those left out."""
     names = {field.name for field in dataclasses.fields(cls)}
-    return cls(**{name: value for name, value in vars(args).items() if name in names})
+    return {k: v for k, v in vars(args).items() if k in names and v is not None}
 
 
 def _train(args: argparse.Namespace) -> Result:
     from .adapters import AdapterConfig, add_adapters
+    from .checkpoint import sha256
     from .data import encode, load, num_classes, split
+    from .interop import read_run, run_config, start_from
     from .llama import Llama
     from .progress import progress_bar
     from .tokenizer import load_tokenizer
     from .train import TrainConfig, Trainer, fit, save_run
 
-    adapter, config = _from_args(AdapterConfig, args), _from_args(TrainConfig, args)
+    given = _given(AdapterConfig, args)
+    if args.init:
+        before = run_config(args.init)
+        given = {name: getattr(before, name) for name in ("rank", "alpha", "targets")} | given
+    adapter, config = AdapterConfig(**given), TrainConfig(**_given(TrainConfig, args))
     if not 0 <= args.holdout < 1:
         raise InputError(f"--holdout must be in [0, 1), and is {args.holdout}")
     if not args.resume and (args.out / "train.jsonl").exists():
@@ -234,15 +253,22 @@ def _train(args: argparse.Namespace) -> Result:
     if args.head == "classes":
         model.trim_head(data.classes)
     add_adapters(model, adapter, args.seed)
+    init = None
+    if args.init:
+        start_from(model, read_run(args.init, model), args.init)
+        init = {"run": args.init.name, "sha256": sha256(args.init / "adapter.safetensors")}
     trainer = Trainer(model, data, config)
     info = {
         "model": str(args.model.resolve()),
         "data": str(args.data.resolve()),
+        "data_sha256": sha256(args.data),
+        "examples": len(examples),
         "format": args.format,
         "limit": args.limit,
         "holdout": args.holdout,
         "prompt_template": template,
         "dtype": args.dtype,
+        "init": init,
         "train": dataclasses.asdict(config),
     }
     try:
@@ -319,6 +345,8 @@ def _posterior(args: argparse.Namespace) -> Result:
         template = info["prompt_template"]
         if args.data:
             examples = load(args.data, args.format, args.limit, template)
+        elif "data" not in info:
+            raise InputError(f"{args.run}: was not trained here: give --data")
         else:
             examples = load(Path(info["data"]), info["format"], info["limit"], template)
             examples, _ = split(examples, info["holdout"], info["train"]["seed"])
@@ -522,6 +550,87 @@ def _generate(args: argparse.Namespace) -> Result:
             f"mean per token: entropy {entropy:.4f}, mutual information {information:.4f} nats",
         )
     return {"text": text, "tokens": [token._asdict() for token in tokens]}
+
+
+# --- export, import ----------------------------------------------------------------------------
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    from .interop import TO
+
+    add = parser.add_argument
+    add("--run", type=Path, required=True, help="run folder")
+    add("--model", type=Path, help="folder of the base model, if it has moved")
+    add("--to", choices=TO, required=True,
+        help="peft: an adapter's folder; hf: a model's, the adapter merged")  # fmt: skip
+    add("--out", type=Path, required=True, help="folder to write")
+    add("--samples", type=int, default=0,
+        help="draws, by --seed, each into a folder in --out; 0 writes the mean")  # fmt: skip
+    add("--base", metavar="NAME", help="what the base model is called, as owner/model on the Hub")
+    _add_dtype(parser, "of the merged weights (hf)")
+
+
+def _export(args: argparse.Namespace) -> Result:
+    from .interop import Trained, export
+
+    dtype = _dtype(args)
+    model, tokenizer, info, posterior = _open_run(args)
+    base = args.model or Path(info["model"])
+    trained = Trained(args.run, model, info, posterior, base, args.base)
+    names = export(
+        trained, args.out, args.to, args.samples, args.seed, dtype=dtype, tokenizer=tokenizer
+    )
+    folders = [str(args.out / name) for name in names]
+    _say(args, f"written: {' '.join(folders)}")
+    return {"to": args.to, "folders": folders}
+
+
+def _import_arguments(parser: argparse.ArgumentParser) -> None:
+    from .data import FORMATS
+    from .interop import FROM
+
+    add = parser.add_argument
+    add("source", type=Path, metavar="SRC",
+        help="PEFT's folder; the official code's state_dict.pt, or its folder")  # fmt: skip
+    add("--from", dest="kind", choices=FROM, required=True, help="who wrote SRC")
+    add("--model", type=Path, required=True, help="folder of the base model")
+    add("--out", type=Path, required=True, help="run folder to write")
+    _add_adapter(parser, "default: SRC's if it has a distribution, else scalabl")
+    add("--alpha", type=float, help="bayesadapt: scaling is alpha / rank (default: 2 * rank)")
+    add("--labels", nargs="+", metavar="TEXT",
+        help="bayesadapt: the answers of its head's rows (default: A B ...)")  # fmt: skip
+    add("--format", choices=FORMATS, default="jsonl", help="of the questions to `predict`")
+    _add_template(parser, "of --format")
+    _add_dtype(parser)
+
+
+def _import(args: argparse.Namespace) -> Result:
+    from .adapters import AdapterConfig
+    from .interop import import_adapter
+
+    info = {
+        "model": str(args.model.resolve()),
+        "format": args.format,
+        "prompt_template": _template(args, {"prompt_template": None}),
+        "dtype": args.dtype,
+    }
+    options = _given(AdapterConfig, args)
+    options.pop("alpha", None)  # what SRC is, not what it becomes
+    facts = import_adapter(
+        args.kind,
+        args.source,
+        args.model,
+        args.out,
+        options,
+        info,
+        alpha=args.alpha,
+        labels=args.labels,
+        seed=args.seed,
+        dtype=_dtype(args),
+        device=_device(args),
+    )
+    _say(args, f"written: {args.out}, {facts['layers']} layers of {facts['method']}")
+    return {"run": str(args.out), **facts}
 
 
 # --- count, info, demo -------------------------------------------------------------------------
@@ -745,6 +854,12 @@ _COMMANDS: dict[str, Command] = {
     "evaluate": ("accuracy, calibration and uncertainty of a run", _evaluate_arguments, _evaluate),
     "predict": ("probabilities of the answers to one question", _predict_arguments, _predict),
     "generate": ("text with its uncertainty token by token", _generate_arguments, _generate),
+    "export": ("a run as a PEFT adapter or a merged model", _export_arguments, _export),
+    "import": (
+        "a run from a PEFT adapter or the official code's weights",
+        _import_arguments,
+        _import,
+    ),
     "count": ("parameters and memory of a model, without weights", _count_arguments, _count),
     "verify": ("check this build against the equations", _verify_arguments, _verify),
     "conformance": (

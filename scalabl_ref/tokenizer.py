@@ -24,6 +24,8 @@ LETTERS = string.ascii_uppercase  # the answer classes, in order
 _SENTENCEPIECE, _HUGGING_FACE = "tokenizer.model", "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
 _FILES = (_SENTENCEPIECE, _HUGGING_FACE, _CONFIG, "special_tokens_map.json", "added_tokens.json")
+# What it may hold beside those and its weights.
+_COMPANIONS = ("generation_config.json", "chat_template.jinja", "vocab.json", "merges.txt")
 
 
 class Tokenizer(ABC):
@@ -180,6 +182,12 @@ class _HuggingFace(Tokenizer):
 def tokenizer_files(folder: Path) -> dict[str, Path]:
     """The files of a model folder's tokenizer, by name."""
     return {name: folder / name for name in _FILES if (folder / name).exists()}
+
+
+def companion_files(folder: Path) -> dict[str, Path]:
+    """The files that travel with a model's weights, by name: the tokenizer's first."""
+    files = {name: folder / name for name in _COMPANIONS if (folder / name).exists()}
+    return {**tokenizer_files(folder), **files}
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:

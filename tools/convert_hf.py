@@ -25,7 +25,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +36,18 @@ import torch
 from scalabl_ref.checkpoint import (
     FORMAT,
     Stored,
-    Weights,
-    hf_to_ours,
     new_folder,
     ours_to_hf,
     read_json,
     sha256,
+    stored_weights,
+    with_dtype,
     write_model,
 )
 from scalabl_ref.errors import InputError, atomic_write_text, make_folder
 from scalabl_ref.llama import Llama, LlamaConfig, check_model
 from scalabl_ref.progress import progress_bar
-from scalabl_ref.tokenizer import tokenizer_files
+from scalabl_ref.tokenizer import companion_files, tokenizer_files
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from llama2c import read_llama2c, write_llama2c
@@ -57,8 +56,6 @@ from meta_pth import FAMILIES, is_meta, read_meta
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 MANIFEST = "manifest.json"
 
-# What a model folder may hold beside weights and the files that our tokenizers read.
-_COMPANIONS = ("generation_config.json", "chat_template.jinja", "vocab.json", "merges.txt")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -151,7 +148,7 @@ def convert(
 def _write_folder(
     model: Source, target: Path, to_hf: bool, dtype: torch.dtype | None, verify: bool
 ) -> None:
-    hf_config = _with_dtype(model.hf_config, dtype)
+    hf_config = with_dtype(model.hf_config, dtype) if model.hf_config else None
     tensors = model.tensors
     if to_hf:
         try:
@@ -189,14 +186,6 @@ def _size(model: Source, dtype: torch.dtype | None) -> int:
     return sum(
         torch.Size(t.shape).numel() * (dtype or t.dtype).itemsize for t in model.tensors.values()
     )
-
-
-def _with_dtype(values: dict[str, Any] | None, dtype: torch.dtype | None) -> dict[str, Any] | None:
-    """A config.json of Hugging Face's layout that says `dtype`, if it says any."""
-    if values is None or dtype is None:
-        return values
-    name = str(dtype).removeprefix("torch.")
-    return {key: name if key in ("dtype", "torch_dtype") else v for key, v in values.items()}
 
 
 # --- sources -----------------------------------------------------------------------------------
@@ -240,19 +229,14 @@ def _open_folder(path: Path, name: str, positions: int | None) -> Source:
             config = _cut(dataclasses.replace(config, max_position_embeddings=given), positions)
     except InputError as error:
         raise InputError(f"{path / 'config.json'}: {error}") from None
-    weights = Weights(path, once=True)
-    tensors = {
-        (name if converted else hf_to_ours(name)): Stored.of(partial(weights.__getitem__, name))
-        for name in weights
-    }
-    files = {file: path / file for file in _COMPANIONS if (path / file).exists()}
+    weights, tensors = stored_weights(path)
     return Source(
         layout="ours" if converted else "hf",
         name=name,
         config=config,
         tensors=tensors,
         read=[path / "config.json", *weights.files],
-        files={**tokenizer_files(path), **files},
+        files=companion_files(path),
         hf_config=values.get("hf_config") if converted else values,
     )
 

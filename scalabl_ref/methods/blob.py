@@ -62,6 +62,15 @@ class FlipoutAdapter(Adapter):
         h = t * F.linear(u * x.to(wide), (self.omega() * E).to(wide))  # (..., r)
         return y + (self.config.scaling * F.linear(h, self.B.to(wide))).to(y.dtype)
 
+    def lora_A(self, noise: Noise | None = None) -> Tensor:
+        A = self.A.double()
+        if noise is None:
+            return A
+        rank, d_in = A.shape
+        u, t = self.signs(torch.Size([1]), noise, None)[0].to(A).split([d_in, rank])  # group 0's
+        E = noise.normal(self.layer, 1, rank * d_in).view(rank, d_in).to(A)
+        return A + torch.outer(t, u) * self.omega().double() * E
+
     def signs(self, shape: torch.Size, noise: Noise, groups: Tensor | None) -> Tensor:
         """u and t of every row, (*shape, d_in + r) float32."""
         sampling, count = self.config.sampling, sum(self.A.shape)

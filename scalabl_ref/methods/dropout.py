@@ -32,7 +32,18 @@ class DropoutAdapter(Adapter):
             return super().forward(x, weight, bias, None, groups)
         p, sampling = self.config.dropout, self.config.sampling
         z = row_noise(x.shape[:-1], noise, self.layer, sampling, groups, x.shape[-1])
-        cut = torch.special.ndtri(torch.tensor(p, dtype=torch.float64)).item()  # P(z < cut) = p
-        kept = (z.to(x.device) >= cut).to(self.A.dtype) * (self.config.scaling / (1 - p))
+        kept = self.kept(z).to(self.A) * (self.config.scaling / (1 - p))
         h = F.linear(x.to(self.A.dtype) * kept, self.A)
         return F.linear(x, weight, bias) + F.linear(h, self.B).to(x.dtype)
+
+    def kept(self, z: Tensor) -> Tensor:
+        """m of standard normals z, of their shape, bool."""
+        p = torch.tensor(self.config.dropout, dtype=torch.float64)
+        return z >= torch.special.ndtri(p).item()  # P(z < that) = p
+
+    def lora_A(self, noise: Noise | None = None) -> Tensor:
+        A = self.A.double()
+        if noise is None:
+            return A
+        m = self.kept(noise.normal(self.layer, 1, A.shape[1])[0]).to(A)
+        return A * m / (1 - self.config.dropout)

@@ -51,6 +51,9 @@ class FullAdapter(SubspaceAdapter):
         h = F.linear(x.to(self.A.dtype), self.A)
         return F.linear(x, weight, bias) + F.linear(h * drawn, self.B).to(x.dtype)
 
+    def deviation(self, eps: Tensor) -> Tensor:
+        return self.factor().double() @ eps
+
     @classmethod
     def complexity(cls, layers: Sequence[Adapter], kl: str) -> Tensor:
         """(20): KL(q || p) of Gaussians with covariances L L^T and sigma_p^2 I; forward alone."""
