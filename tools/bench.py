@@ -380,8 +380,9 @@ def scaling(args: argparse.Namespace, both: dict[str, Side]) -> list[dict[str, A
     layers = json.loads((args.model / "config.json").read_text())["num_hidden_layers"]
     whole = {"batch": 4, "length": 32, "rank": RANK, "layers": layers, "samples": 4}
     ranges = {
-        "samples": [1, 2, 4, 8, 16, 32], "rank": [2, 4, 8, 16, 32, 64], "batch": [1, 2, 4, 8, 16],
-        "length": [16, 32, 64, 128, 256], "layers": sorted({max(1, layers * k // 6) for k in range(1, 7)}),
+        "samples": [1, 2, 4, 8, 16, 32], "rank": [2, 4, 8, 16, 32, 64],
+        "batch": [1, 2, 4, 8, 16], "length": [16, 32, 64, 128, 256],
+        "layers": sorted({max(1, layers * k // 6) for k in range(1, 7)}),
     }  # fmt: skip
     rows = []
     for name, values in ranges.items():
@@ -390,8 +391,8 @@ def scaling(args: argparse.Namespace, both: dict[str, Side]) -> list[dict[str, A
             for value in values:
                 at = {**whole, name: value}
                 task = {
-                    "do": do, "method": "scalabl", "classes": classes, "number": 0, "rank": at["rank"],
-                    "layers": at["layers"], "samples": at["samples"],
+                    "do": do, "method": "scalabl", "classes": classes, "number": 0,
+                    "rank": at["rank"], "layers": at["layers"], "samples": at["samples"],
                     "rows": [list(range(100, 100 + at["length"]))] * at["batch"],
                 }  # fmt: skip
                 ours(**task)
@@ -402,7 +403,8 @@ def scaling(args: argparse.Namespace, both: dict[str, Side]) -> list[dict[str, A
             seconds, sizes = zip(*points, strict=True)
             rows.append({
                 "against": name, "of": do, "values": " ".join(map(str, values)),
-                "ms": " ".join(f"{1e3 * s:.0f}" for s in seconds), "exponent": exponent(values, seconds),
+                "ms": " ".join(f"{1e3 * s:.0f}" for s in seconds),
+                "exponent": exponent(values, seconds),
                 "MB": " ".join(f"{b / 1e6:.0f}" for b in sizes),
             })  # fmt: skip
     return rows
