@@ -414,6 +414,9 @@ def cost(config: Study) -> dict[str, float]:
         tuned = [Job(config, method, t, first, ("validation",), Path()) for t in trials]
         tested = [Job(config, method, trials[0], s, tuple(sets)[1:], Path()) for s in others]
         tested.append(Job(config, method, trials[0], first, tuple(sets)[2:], Path()))
+        if method in config.sweep:
+            seeded = itertools.product(trials, config.seeds)
+            tested += [Job(config, method, t, s, ("test",), Path()) for t, s in seeded]
         for job in tuned + tested:
             fits.update({fit.folder: fit for fit in job.fits()})
             passes += sum(n * tokens[name] for name, n in ready.items())

@@ -243,7 +243,8 @@ def test_ood_scores_are_of_the_rows_that_can_be_answered(done):
 
 def test_the_cost_told_first_is_what_is_done(tmp_path):
     """Runs and steps are counted afterwards on disk; FLOP by hand for plain LoRA."""
-    path = config(tmp_path, methods=["mle", "ensemble", "tfb", "blob"], lr=[0.01])
+    methods = ["mle", "ensemble", "tfb", "blob"]
+    path = config(tmp_path, methods=methods, lr=[0.01], sweep=["blob"])
     told = cost(Study.read(path))
     study(Study.read(path), tmp_path / "out")
     records = [json.loads(p.read_text()) for p in (tmp_path / "out/runs").glob("*/run.json")]
