@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from scalabl_ref import InputError
-from scalabl_ref.checkpoint import load_pickle, load_tensors, save_tensors
+from scalabl_ref.checkpoint import buffer, load_pickle, load_tensors, save_tensors
 from scalabl_ref.data import FORMATS, load
 
 SECONDS = 10.0
@@ -174,12 +174,12 @@ def make_pth(rng: Random, large: bool, folder: Path) -> bytes:
                 if kind < 0.2:
                     name = rng.choice(("../../escape", "/tmp/escape", "archive/data/9", name + "x"))
                 elif kind < 0.3:
-                    data, packed = bytes(64 << 20), zipfile.ZIP_DEFLATED
+                    data, packed = bytes(32 << 20), zipfile.ZIP_DEFLATED
                 elif name.endswith("data.pkl"):
                     data = _damaged_pickle(rng, data)
                 else:
                     data = damaged_bytes(rng, data)
-            new.writestr(zipfile.ZipInfo(name), data, packed)
+            new.writestr(zipfile.ZipInfo(name), data, packed, compresslevel=1)
     return out.getvalue()
 
 
@@ -223,7 +223,7 @@ def make_llama2c(rng: Random, large: bool, folder: Path) -> bytes:
     g = torch.Generator().manual_seed(0)
     values = torch.randn(sum(sizes), generator=g)
     head = [dim, hidden, layers, heads, kv, vocab, length]
-    body = bytes(values.view(torch.uint8).untyped_storage())
+    body = bytes(buffer(values))
     if rng.random() < 0.7:
         for _ in range(rng.randint(1, 2)):
             at = rng.randrange(7)
