@@ -113,8 +113,6 @@ NOISE = [
           "group, layer, draws, seed)", "group, layer, 0, seed)", BODIES),
     Fault("noise: shared by all groups", "noise",
           "group, layer, draws, seed)", "0 * group, layer, draws, seed)", BODIES),
-    Fault("noise: an id's draws not counted", "noise", "draw + ids[:, None] // WORD",
-          "draw + 0 * ids[:, None]", BODIES),
     Fault("noise: neighbours in the list share a row", "noise", ".to(torch.float32)[place]",
           ".to(torch.float32)[place // 2]", BODIES),
     Fault("noise: seed cut to 32 bits", "noise",
