@@ -12,7 +12,9 @@ an environment of its own, with NumPy, and knows nothing of this package.
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import contextlib
+import ctypes
+import importlib
 import json
 import sys
 import time
@@ -38,6 +40,8 @@ def timed(step: Callable[[], Any]) -> dict[str, Any]:
     reset = Path("/proc/self/clear_refs")
     if reset.exists():
         reset.write_text("5")  # the peak starts anew
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
     before, start = memory("VmRSS"), time.perf_counter()
     value = step()
     seconds = time.perf_counter() - start
@@ -121,7 +125,7 @@ class Ours:
             result.loss.backward()
             model.optimiser.step()
             model.optimiser.zero_grad()
-            return float(result.loss)
+            return result.loss.item()
 
         return timed(step)
 
@@ -243,7 +247,7 @@ class Peer:
                 ]
                 torch.stack(parts).sum().backward()
                 model.kl_optimiser.step()
-            return float(loss)
+            return loss.item()
 
         return timed(step)
 
