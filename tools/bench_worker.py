@@ -218,11 +218,12 @@ class Peer:
     def generate(self, task: Task) -> dict[str, Any]:
         model, tokens = self.model("plain", None), self.torch.tensor(task["rows"])
         count = task["count"]
+        model.generation_config.eos_token_id = None  # it may write it, and goes on
 
         def step() -> list[int]:
             out = model.generate(
                 tokens, attention_mask=self.torch.ones_like(tokens), do_sample=False,
-                min_new_tokens=count, max_new_tokens=count, pad_token_id=0,
+                max_new_tokens=count, pad_token_id=0,
             )  # fmt: skip
             return out[0, tokens.shape[1] :].tolist()
 
