@@ -35,7 +35,7 @@ from .adapters import Linear as Adapted
 from .checkpoint import load_tensors, read_json, save_tensors
 from .elbo import KL, kl_divergence
 from .errors import InputError, atomic_write_text, make_folder
-from .noise import FIRST_TRAINING_DRAW, Noise
+from .noise import FIRST_TRAINING_DRAW, Noise, token_groups
 from .predict import Prediction, passes, predictive
 from .train import adapter_state, load_adapter_state, parameter_groups
 
@@ -184,8 +184,8 @@ def _begin(sampling: str, span: int, model: nn.Module, args: Any, kwargs: Any) -
         )
     if sampling == "token" and (ids is None or ids.dim() == 1):
         ids = torch.arange(B, device=rows.device) if ids is None else ids
-        ids = ids[:, None] * span + _positions(given, T, rows.device, span).to(rows.device)
-        ids = ids.expand(B, T)
+        positions = _positions(given, T, rows.device, span).to(rows.device)
+        ids = token_groups(ids[:, None], positions, span).expand(B, T)
     kept = given.get("logits_to_keep", 0)
     _CALL.set(replace(call, ids=ids, B=B, T=T, kept=kept if isinstance(kept, int) else 0))
 

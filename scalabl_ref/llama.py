@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from .adapters import Device, Linear, adapters
 from .checkpoint import FORMAT, Weights, hf_to_ours, is_finite, read_json
 from .errors import InputError
-from .noise import Noise, later
-from .philox import WORD
+from .noise import Noise, later, token_groups
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -633,13 +632,7 @@ class Llama(nn.Module):
         ids = rows.pack(ids[:, None].expand(-1, rows.T))  # (...,)
         if not by_token:
             return ids
-        length, low = self.config.max_position_embeddings, ids % WORD
-        if (low >= WORD // length).any():
-            raise InputError(
-                f"under token sampling, group ids must be below {WORD // length} with {length} "
-                f"positions, not {int(low.max())}"
-            )
-        return ids - low + low * length + positions
+        return token_groups(ids, positions, self.config.max_position_embeddings)
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of the angles at positions (...,): (..., 1, h), in the hidden states' dtype.

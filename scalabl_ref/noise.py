@@ -94,6 +94,21 @@ def later(groups: Tensor, draws: int | Tensor) -> Tensor:
     return groups + draws * WORD
 
 
+def token_groups(ids: Tensor, positions: Tensor, span: int) -> Tensor:
+    """Ids of a group for every token: id * span + position, under the draws that the ids carry.
+
+    ids, positions: int64 that broadcast, positions below `span`. Raises InputError for an id so
+    large that its tokens would reach into the word of the draws.
+    """
+    low = ids % WORD
+    if not torch.compiler.is_compiling() and (low >= WORD // span).any():
+        raise InputError(
+            f"under token sampling, group ids must be below {WORD // span} with {span} positions, "
+            f"not {int(low.max())}"
+        )
+    return ids - low + low * span + positions
+
+
 def _group_ids(groups: int | Tensor, draw: int) -> Tensor:
     """Group ids (G,), int64, contiguous, on the CPU."""
     if not isinstance(groups, Tensor):

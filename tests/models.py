@@ -35,11 +35,16 @@ def tiny_model(
         model.trim_head(CLASSES)
     add_adapters(model, AdapterConfig(**{"rank": 3, **config}), seed)
     if wake:
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for adapter in adapters(model).values():
-                adapter.B.copy_(torch.randn(adapter.B.shape, generator=generator) * std)
+        fill(model, seed, std)
     return model
+
+
+@torch.no_grad()
+def fill(model: torch.nn.Module, seed: int = 0, std: float = 0.3) -> None:
+    """Give every B random entries, so that the adapters do something."""
+    generator = torch.Generator().manual_seed(seed)
+    for adapter in adapters(model).values():
+        adapter.B.copy_(torch.randn(adapter.B.shape, generator=generator) * std)
 
 
 def tiny_batch(rows: int = 4, seed: int = 0, longest: int = 9) -> Batch:

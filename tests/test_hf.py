@@ -19,6 +19,7 @@ from scalabl_ref.data import Batch
 from scalabl_ref.elbo import kl_divergence
 from scalabl_ref.ops import subspace_lora_linear
 
+from .models import fill
 from .tolerances import rounding
 
 D, H, V = 8, 12, 20
@@ -69,11 +70,8 @@ def net(seed: int = 0, **config) -> hf.Attached:
     return wake(hf.attach(model, config, seed, **attach), seed)
 
 
-@torch.no_grad()
 def wake(attached: hf.Attached, seed: int = 0) -> hf.Attached:
-    generator = torch.Generator().manual_seed(seed)
-    for adapter in adapters(attached.model).values():
-        adapter.B.copy_(torch.randn(adapter.B.shape, generator=generator) * 0.3)
+    fill(attached.model, seed)
     return attached
 
 
@@ -83,6 +81,11 @@ NOISE = Noise(3, 5)
 
 def logits(attached, tokens=TOKENS, **options):
     return attached(tokens, **options).logits
+
+
+def close(a, b, terms: int = D) -> bool:
+    """To the rounding of sums of so many terms about 1, in another order or precision."""
+    return bool((a - b).abs().max() <= rounding(torch.float32, terms))
 
 
 def test_a_draw_is_that_of_the_op_layer_by_layer():
@@ -122,12 +125,12 @@ def test_a_row_keeps_its_draw_wherever_it_stands(method, sampling):
     full = logits(attached, noise=NOISE, groups=ids)
     if sampling != "batch":
         turned = logits(attached, TOKENS.flip(0), noise=NOISE, groups=ids.flip(0)).flip(0)
-        assert torch.allclose(full, turned, atol=1e-6)
+        assert close(full, turned)
     padded, mask = F.pad(TOKENS, (2, 0)), F.pad(torch.ones_like(TOKENS), (2, 0))
     left = logits(attached, padded, attention_mask=mask, noise=NOISE, groups=ids)[:, 2:]
-    assert torch.allclose(full, left, atol=1e-6)
+    assert close(full, left)
     last = logits(attached, noise=NOISE, groups=ids, logits_to_keep=1)
-    assert torch.allclose(full[:, -1:], last, atol=1e-6)
+    assert close(full[:, -1:], last)
     mean = logits(attached)
     assert torch.allclose(full, mean) == (method in ("mle", "map"))
 
@@ -142,10 +145,10 @@ def test_groups_are_rows_by_default_and_tokens_can_have_their_own():
     by_row = logits(attached, noise=NOISE)
     assert torch.equal(by_row, logits(attached, noise=NOISE, groups=torch.arange(3)))
     every = torch.arange(3)[:, None].expand(3, 4)
-    assert torch.allclose(by_row, logits(attached, noise=NOISE, groups=every), atol=1e-6)
+    assert close(by_row, logits(attached, noise=NOISE, groups=every))
     one = TOKENS[:1].expand(3, -1)
     alike = logits(attached, one, noise=NOISE, groups=torch.zeros(3, dtype=torch.int64))
-    assert torch.allclose(alike[0], alike[2], atol=1e-6)
+    assert close(alike[0], alike[2])
     assert not torch.allclose(logits(attached, one, noise=NOISE)[2], alike[2])
 
 
@@ -153,9 +156,11 @@ def test_token_draws_are_numbered_by_row_and_position():
     attached = net(sampling="token")
     rows, positions = torch.arange(3)[:, None] * 32, torch.arange(4)
     by_hand = logits(net(), noise=NOISE, groups=rows + positions)
-    assert torch.allclose(logits(attached, noise=NOISE), by_hand, atol=1e-6)
+    assert close(logits(attached, noise=NOISE), by_hand)
     later = logits(attached, TOKENS[:, 2:], position_ids=positions[None, 2:], noise=NOISE)
-    assert torch.allclose(later, by_hand[:, 2:], atol=1e-6)
+    assert close(later, by_hand[:, 2:])
+    with pytest.raises(InputError, match="group ids must be below 134217728 with 32 positions"):
+        logits(attached, noise=NOISE, groups=torch.tensor([0, 1, 2**27]))
     with pytest.raises(InputError, match="33 tokens, but the model has only 32 positions"):
         logits(attached, torch.zeros(1, 33, dtype=torch.int64), noise=NOISE)
 
@@ -378,7 +383,7 @@ def test_copies_and_dtypes_move_with_the_model():
     wide = logits(attached, noise=NOISE)
     assert wide.dtype == torch.float64
     with hf.drawing(NOISE):
-        assert torch.allclose(wide.float(), other(TOKENS).logits, atol=1e-5)
+        assert close(wide.float(), other(TOKENS).logits, 3 * (D + H))
 
 
 def test_a_bfloat16_base_has_float32_adapters_and_class_logits():

@@ -249,6 +249,14 @@ def test_draws_together_equal_draws_apart(sampling, adapted):
         assert (together[0] - together[1]).abs().max() > 1e-3
 
 
+def test_group_ids_leave_room_for_their_tokens():
+    """Under token sampling: what spilled over would be another draw."""
+    model, tokens = tiny_model(sampling="token"), random_tokens(1, 3)
+    model(tokens, noise=Noise(1, 2), groups=torch.tensor([2**26 - 1]))
+    with pytest.raises(InputError, match="group ids must be below 67108864 with 64 positions"):
+        model(tokens, noise=Noise(1, 2), groups=torch.tensor([2**26]))
+
+
 @torch.no_grad()
 def test_padding_and_other_tokens_are_not_computed():
     """What layers see: the real tokens, and in the last block, but for keys and values, B rows."""

@@ -35,7 +35,7 @@ from scalabl_ref.predict import predict
 from scalabl_ref.train import TrainConfig, Trainer, adapter_state
 
 from ..conftest import ROOT
-from ..models import CLASSES, TINY, tiny_batch
+from ..models import CLASSES, TINY, fill, tiny_batch
 from ..tolerances import logits_bound, rounding
 from .test_transformers import models
 
@@ -78,12 +78,8 @@ def tiny(kind: str = "Llama", dtype=torch.float32, **options):
     return model
 
 
-@torch.no_grad()
 def wake(attached: hf.Attached, seed: int = 0) -> hf.Attached:
-    """Fill every B, so that the adapters do something."""
-    generator = torch.Generator().manual_seed(seed)
-    for adapter in adapters(attached.model).values():
-        adapter.B.copy_(torch.randn(adapter.B.shape, generator=generator) * 0.3)
+    fill(attached.model, seed)
     return attached
 
 
