@@ -122,7 +122,8 @@ const char *scalabl_message(int status) {
         case SCALABL_ROUNDS: return "rounds must be in [1, 16]";
         case SCALABL_LAYER: return "layer must be in [0, 2^32 - 1)";
         case SCALABL_COUNT: return "the number of groups must be in [0, 2^32]";
-        case SCALABL_GROUP: return "group id must be in [0, 2^63), its high word and the draw below 2^32";
+        case SCALABL_GROUP:
+            return "group id must be in [0, 2^63), its high word and the draw below 2^32";
         case SCALABL_RANK: return "rank must be in [1, 2^34], or [1, 256] in a layer";
         case SCALABL_DTYPE: return "unknown dtype, or an adapter neither float32 nor of x's dtype";
         case SCALABL_SIZE: return "a size is negative, or too large";

@@ -379,9 +379,9 @@ changed, so it must come through DLPack 1.0 (as NumPy's do from 2.1 on) and not 
 it must not overlap the others.
 
 noise is None (eps = 0) or (seed, draw, layer). Rows i with the same i // rows_per_group share the
-draw of groups[i // rows_per_group] (int64, one id each; its high word counts draws
-further on: id g + 2^32 i is group g of draw + i), or of i // rows_per_group
-itself where groups is None. At most `threads` threads work; the result does not depend on it.
+draw of groups[i // rows_per_group] (int64, one id each; its high word counts draws further on: id
+g + 2^32 i is group g of draw + i), or of i // rows_per_group itself where groups is None. At most
+`threads` threads work; the result does not depend on it.
 
 Raises ValueError, naming the argument, before anything is changed.)";
 

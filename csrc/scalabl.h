@@ -100,7 +100,8 @@ scalabl_status scalabl_update_backward(const scalabl_update *op, const void *gra
                                        void *grad_s, void *grad_sigma);
 
 /* The same for memory on a GPU, enqueued on a cudaStream_t: all pointers of op and of the arguments
- * are then of that device, group ids and draws are taken modulo 2^32, `threads` is not used, and nothing waits.
+ * are then of that device, group ids and draws are taken modulo 2^32, `threads` is not used, and
+ * nothing waits.
  * scratch: *scratch_bytes bytes of device memory that stay untouched until the stream has passed.
  * With scratch null, *scratch_bytes receives how many are needed and nothing else happens. */
 scalabl_status scalabl_cuda_update_forward(const scalabl_update *op, void *y, int64_t y_stride,

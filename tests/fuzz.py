@@ -172,7 +172,7 @@ def make_pth(rng: Random, large: bool, folder: Path) -> bytes:
                 if kind < 0.1:
                     continue
                 if kind < 0.2:
-                    name = rng.choice(("../../escape", "/tmp/escape", "archive/data/9", name + "x"))
+                    name = rng.choice(("../../escape", "/escape", "archive/data/9", name + "x"))
                 elif kind < 0.3:
                     data, packed = bytes(32 << 20), zipfile.ZIP_DEFLATED
                 elif name.endswith("data.pkl"):
