@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .evaluate import Answers
     from .llama import Llama
     from .methods import Posterior
+    from .sequential import Auto
     from .tokenizer import Tokenizer
 
 Result = dict[str, Any]
@@ -381,7 +382,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_data(parser)
     add("--ood", type=Path, help="file of examples out of distribution")
     add("--ood-format", choices=FORMATS, default="jsonl", help="of --ood")
-    add("--samples", type=int, default=10, help="draws of the posterior; 0 is the mean model")
+    _add_samples(parser)
     add("--bins", type=int, default=15, help="of the expected calibration error")
     add("--batch", type=int, default=32, help="examples computed at a time")
     add(
@@ -393,17 +394,47 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_template(parser, "the run's")
 
 
+def _add_samples(parser: argparse.ArgumentParser) -> None:
+    from .predict import DESIGNS
+
+    add = parser.add_argument
+    add(
+        "--samples",
+        default="10",
+        metavar="N",
+        help="draws of the posterior; 0 is the mean model; "
+        "auto: for each example, until more cannot change its answer by more than --tolerance",
+    )
+    add("--tolerance", type=float, default=0.05, help="of --samples auto, in probability")
+    add("--most", type=int, default=1000, help="draws of one example, of --samples auto")
+    add("--design", choices=DESIGNS, default="independent", help="how draws depend on each other: "
+        "antithetic and latin give the average less error")  # fmt: skip
+
+
+def _samples(args: argparse.Namespace) -> int | Auto:
+    from .sequential import Auto
+
+    if args.samples == "auto":
+        return Auto(tolerance=args.tolerance, most=args.most)
+    try:
+        return int(args.samples)
+    except ValueError:
+        raise InputError(f"--samples must be a number or auto, not {args.samples!r}") from None
+
+
 def _evaluate(args: argparse.Namespace) -> Result:
     from .data import load
     from .evaluate import answer, evaluate
 
+    samples = _samples(args)
     model, tokenizer, info, posterior = _open_run(args)
     info["prompt_template"] = template = _template(args, info)
 
     def ask(examples: list[Example], title: str) -> Answers:
         return answer(
-            model, tokenizer, examples, args.samples, args.seed, args.batch, title, posterior
-        )
+            model, tokenizer, examples, samples, args.seed, args.batch, title, posterior,
+            design=args.design,
+        )  # fmt: skip
 
     examples = load(args.data, args.format, args.limit, template)
     calibration = ood = None
@@ -415,8 +446,9 @@ def _evaluate(args: argparse.Namespace) -> Result:
         args.run,
         {**info, "data": str(args.data)},
         ask(examples, "evaluate"),
-        samples=args.samples,
+        samples=samples,
         seed=args.seed,
+        design=args.design,
         bins=args.bins,
         calibration=calibration,
         ood=ood,
@@ -490,7 +522,7 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", type=Path, help="folder of the base model, if it has moved")
     add("--prompt", required=True, help="the question")
     add("--choices", nargs="+", required=True, metavar="TEXT", help="the answers to choose from")
-    add("--samples", type=int, default=10, help="draws of the posterior; 0 is the mean model")
+    _add_samples(parser)
     _add_template(parser, "the run's")
 
 
@@ -501,11 +533,16 @@ def _predict(args: argparse.Namespace) -> Result:
     model, tokenizer, info, posterior = _open_run(args)
     template = _template(args, info)
     example = question(args.prompt, args.choices, info["format"], template=template)
-    p = answer(model, tokenizer, [example], args.samples, args.seed, posterior=posterior).prediction
+    samples = _samples(args)
+    answers = answer(
+        model, tokenizer, [example], samples, args.seed, posterior=posterior, design=args.design
+    )
+    p, draws = answers.prediction, answers.draws
     probs = p.probs[0].tolist()[: len(args.choices)]
     for choice, value in zip(args.choices, probs, strict=True):
         _say(args, f"{value:.4f}  {choice}")
-    result: Result = {"choices": args.choices, "probs": probs, "samples": args.samples}
+    count = samples if draws is None else int(draws[0])
+    result: Result = {"choices": args.choices, "probs": probs, "samples": count}
     for name in ("entropy", "expected_entropy", "mutual_information"):
         result[name] = getattr(p, name)[0].item()
         _say(args, f"{name.replace('_', ' ')}: {result[name]:.4f} nats")

@@ -88,6 +88,11 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         return Batch(*(tensor.to(device) for tensor in vars(self).values()))
 
+    def rows(self, index: Tensor) -> Batch:
+        """The examples at `index`, (b,) int64."""
+        at = index.to(self.tokens.device)
+        return Batch(self.tokens[at], self.lengths[at], self.labels[at], self.ids[at], self.classes)
+
 
 # --- prompts -----------------------------------------------------------------------------------
 

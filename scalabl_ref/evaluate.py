@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from .data import Example, encode, evaluation_batches
 from .errors import InputError, atomic_write_text
 from .llama import Llama
 from .methods import Posterior
-from .predict import Prediction, predict_all
+from .predict import Design, Prediction, predict_all
 from .progress import progress_bar
 from .report import write_report
+from .sequential import Auto, predict_all_auto
 from .tokenizer import Tokenizer
 
 
@@ -30,22 +32,31 @@ class Answers:
     examples: list[Example]
     labels: Tensor  # (N,) int64
     prediction: Prediction
+    draws: Tensor | None = None  # (N,) int64, how many each took, where that differs
 
 
 def answer(
     model: Llama,
     tokenizer: Tokenizer,
     examples: list[Example],
-    samples: int,
+    samples: int | Auto,
     seed: int,
     batch: int = 32,
     title: str = "evaluate",
     posterior: Posterior | None = None,
+    design: Design = "independent",
 ) -> Answers:
     """Predict every example with `samples` draws (0: the mean model); nothing is dropped.
 
-    posterior: what is drawn, if it is not what the adapters themselves have.
+    samples: or as many as each example needs, see `sequential.predict_auto`. posterior: what is
+    drawn, if it is not what the adapters themselves have. design: as in `predict`.
+
+    Raises InputError for a design or Auto that cannot be had, or for another tokenizer's classes.
     """
+    if isinstance(samples, Auto) and (posterior is not None or design != "independent"):
+        raise InputError(
+            "as many draws as needed: of the adapters' own, and independent ones alone"
+        )
     head = model.config.head_tokens
     encoded = encode(
         examples,
@@ -58,11 +69,15 @@ def answer(
             f"the tokenizer gives the class tokens {encoded.classes}, but the head was cut down to "
             f"{list(head)}"
         )
+    batches, draws = evaluation_batches(encoded, batch), None
     with progress_bar(len(examples), title, "row") as bar:
-        prediction = predict_all(
-            model, evaluation_batches(encoded, batch), samples, seed, bar.update, posterior
-        )
-    return Answers(examples, torch.tensor(encoded.labels), prediction)
+        if isinstance(samples, Auto):
+            prediction, draws = predict_all_auto(model, batches, samples, seed, bar.update)
+        else:
+            prediction = predict_all(
+                model, batches, samples, seed, bar.update, posterior, design=design
+            )
+    return Answers(examples, torch.tensor(encoded.labels), prediction, draws)
 
 
 def summarise(probs: Tensor, labels: Tensor, bins: int) -> dict[str, Any]:
@@ -83,8 +98,9 @@ def evaluate(
     info: dict[str, Any],
     answers: Answers,
     *,
-    samples: int,
+    samples: int | Auto,
     seed: int,
+    design: Design = "independent",
     bins: int = 15,
     calibration: Answers | None = None,
     ood: Answers | None = None,
@@ -102,11 +118,18 @@ def evaluate(
         "kl": info["train"]["kl"] if ADAPTERS[info["adapter"]["method"]].variational else None,
         "objective": info["train"]["objective"],
         "prompt_template": info.get("prompt_template"),
-        "samples": samples,
+        "samples": "auto" if isinstance(samples, Auto) else samples,
+        "design": design,
         "seed": seed,
         "bins": bins,
         **summarise(probs, labels, bins),
     }
+    if isinstance(samples, Auto) and answers.draws is not None:
+        result["auto"] = {
+            **dataclasses.asdict(samples),
+            "mean_draws": answers.draws.double().mean().item(),
+            "stopped_at_most": int((answers.draws == samples.most).sum()),
+        }
     models = [_report_model(result["method"], probs, labels, result)]
     if calibration is not None:
         temperature = metrics.fit_temperature(
@@ -178,7 +201,9 @@ def _rows(answers: Answers) -> Iterator[str]:
     """One JSON line per example, in the data set's order."""
     p = answers.prediction
     columns = (p.probs, p.entropy, p.expected_entropy, p.mutual_information, answers.labels)
-    for example, *row in zip(answers.examples, *(c.tolist() for c in columns), strict=True):
+    draws = [None] * len(answers.examples) if answers.draws is None else answers.draws.tolist()
+    lists = [c.tolist() for c in columns]
+    for example, taken, *row in zip(answers.examples, draws, *lists, strict=True):
         probs, entropy, expected, information, label = row
         record = {
             "id": example.id,
@@ -188,5 +213,6 @@ def _rows(answers: Answers) -> Iterator[str]:
             "entropy": entropy,
             "expected_entropy": expected,
             "mutual_information": information,
+            **({} if taken is None else {"draws": taken}),
         }
         yield json.dumps(record) + "\n"

@@ -36,6 +36,7 @@ Word = int | Tensor
 RESERVED_LAYER = WORD - 1  # the layer word of philox_words: no layer of a model may use it
 # Draws 0, 1, ... belong to prediction; training's start here, so that no counter serves both.
 FIRST_TRAINING_DRAW = 2**31
+INDEPENDENT, ANTITHETIC = 0, 1  # values of Noise.design
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,20 @@ class Noise:
     """One draw of the weights: eps of every layer and group, as a pure function.
 
     seed: integer in [0, 2^64), the Philox key. draw: integer in [0, 2^32), for example the step or
-    the sample. Raises InputError for anything else.
+    the sample. design: how draws depend on each other, for an average over draws 0, 1, ... with
+    less error. INDEPENDENT: not at all. ANTITHETIC: draw 2i + 1 is minus draw 2i. n >= 2: each n
+    draws from a multiple of n on are a Latin hypercube, see `latin`. Any one draw is standard
+    normal all the same. Raises InputError for anything else.
     """
 
     seed: int
     draw: int
+    design: int = INDEPENDENT
 
     def __post_init__(self) -> None:
         in_range("seed", self.seed, 0, SEED_END)
         in_range("draw", self.draw, 0, WORD)
+        in_range("design", self.design, 0, FIRST_TRAINING_DRAW)
 
     def normal(self, layer: int, groups: int | Tensor, rank: int) -> Tensor:
         """Standard normals of one layer, (G, rank) float32 on the CPU; row g belongs to group g.
@@ -61,17 +67,33 @@ class Noise:
         group g; id g + 2^32 i is group g of draw + i, so that one call can serve several draws:
         see `later`. rank: >= 1.
 
-        Raises InputError for anything else, such as an id whose draw is not below 2^32.
+        Raises InputError for anything else, such as an id whose draw is not below 2^32; where
+        draws depend on each other, for one that is not below 2^31.
         """
         in_range("layer", layer, 0, RESERVED_LAYER)
         in_range("rank", rank, 1, 4 * WORD + 1)
         ids = _group_ids(groups, self.draw)
+        if self.design != INDEPENDENT and len(ids):
+            return self._designed(layer, ids, rank)
         core = native.core()
         if core is None:
             return _normals(self.seed, self.draw, layer, ids, rank)
         out = torch.empty(len(ids), rank, dtype=torch.float32, device="cpu")
         core.normals(self.seed, self.draw, layer, ids.data_ptr(), len(ids), rank, out.data_ptr())
         return out
+
+    def _designed(self, layer: int, ids: Tensor, rank: int) -> Tensor:
+        """`normal` for ids (G,) of dependent draws, made of independent ones."""
+        draws, size = self.draw + ids // WORD, max(2, self.design)
+        in_range("last draw of a design", int(draws.max()) // size * size + size - 1, 0, 1 << 31)
+        independent, place = Noise(self.seed, 0), draws % size
+        if self.design == ANTITHETIC:
+            z = independent.normal(layer, later(ids % WORD, draws // size), rank)
+            return torch.where(place[:, None] == 0, z, -z)
+        first, where = later(ids % WORD, draws - place).unique(return_inverse=True)
+        members = later(first, _arange(size)[:, None])  # (n, unique)
+        z = independent.normal(layer, members.flatten(), rank).view(size, -1, rank)
+        return latin(z)[place, where]
 
 
 def philox_words(seed: int, stream: int, n: int) -> Tensor:
@@ -92,6 +114,21 @@ def philox_words(seed: int, stream: int, n: int) -> Tensor:
 def later(groups: Tensor, draws: int | Tensor) -> Tensor:
     """Ids of the same groups so many draws further on, int64; the two broadcast."""
     return groups + draws * WORD
+
+
+def latin(z: Tensor) -> Tensor:
+    """n independent standard normals (n, ...) -> n that cover the line evenly, float32.
+
+    One of them lies in each of the n intervals of equal probability: in the k-th lowest of them the
+    one whose z is the k-th lowest, at Phi^-1((k - 1 + v_k) / n). The v_k = (u_k / u_(k+1))^k, of
+    the ordered u = Phi(z) and u_(n+1) = 1, are n independent uniforms, and independent of the
+    order: Renyi's representation of order statistics. So no further noise is needed.
+    """
+    u, order = torch.special.ndtr(z.double()).sort(dim=0)
+    k = torch.arange(1, len(z) + 1, device=z.device).view(-1, *[1] * (z.dim() - 1))
+    v = (u / torch.cat((u[1:], torch.ones_like(u[:1])))) ** k
+    even = torch.special.ndtri((k - 1 + v) / len(z))
+    return even.gather(0, order.argsort(dim=0)).float()
 
 
 def token_groups(ids: Tensor, positions: Tensor, span: int) -> Tensor:

@@ -126,6 +126,7 @@ class Draws(NamedTuple):
     layer: int
     ids: Tensor | None  # (count,) int64
     rows_per_group: int
+    design: int = 0  # Noise.design
 
 
 _MEAN = Draws(False, 0, 0, 0, None, 1)
@@ -138,7 +139,8 @@ def _draws(
     if noise is None:
         return _MEAN
     seed = noise.seed
-    return Draws(True, seed - ((seed >> 63) << 64), noise.draw, layer, ids, per_group)
+    signed = seed - ((seed >> 63) << 64)
+    return Draws(True, signed, noise.draw, layer, ids, per_group, noise.design)
 
 
 def row_groups(
@@ -190,7 +192,8 @@ def _eps(draws: Draws, rows: int, rank: int) -> Tensor:
     ids = draws.ids
     if ids is None:
         ids = torch.arange(-(-rows // draws.rows_per_group))
-    return torch.ops.scalabl_ref.normals(ids, draws.seed, draws.draw, draws.layer, rank)
+    numbers = (draws.seed, draws.draw, draws.layer, draws.design, rank)
+    return torch.ops.scalabl_ref.normals(ids, *numbers)
 
 
 # --- Body 1: a composition of PyTorch operations --------------------------------------------------
@@ -256,7 +259,12 @@ def _core_for(t: Inputs, draws: Draws) -> Any:
     core = native.core()
     x, weight, bias, A, B, s, sigma, _ = t
     dtype, own = x.dtype, A.dtype
-    if core is None or dtype not in _DTYPES or not (x.is_cpu or (x.is_cuda and core.cuda)):
+    if (
+        core is None
+        or draws.design
+        or dtype not in _DTYPES
+        or not (x.is_cpu or (x.is_cuda and core.cuda))
+    ):
         return None
     if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
         return None
@@ -285,7 +293,7 @@ def _rows(x: Tensor) -> Tensor:
 def _update(core: Any, x: Tensor, t: Inputs, draws: Draws) -> tuple[Any, Any]:
     """The core's argument block for x (rows, d_in), and the tensors that must outlive it."""
     _, _, _, A, B, s, sigma, scaling = t
-    noisy, seed, draw, layer, ids, per_group = draws
+    noisy, seed, draw, layer, ids, per_group, _ = draws
     A, B, s, sigma = _rows(A), _rows(B), s.contiguous(), sigma.contiguous()
     if ids is not None:
         ids = ids.to(x.device, torch.int64).contiguous()
@@ -381,33 +389,35 @@ class _Native(torch.autograd.Function):
 
 # --- Registered operators, for torch.compile and torch.func ---------------------------------------
 
-_NOISE = "bool noisy, SymInt seed, SymInt draw, SymInt layer, Tensor? ids, SymInt rows_per_group"
+_NOISE = (
+    "bool noisy, SymInt seed, SymInt draw, SymInt layer, Tensor? ids, SymInt rows_per_group, "
+    "SymInt design"
+)
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor s, Tensor sigma"
 
 
 @torch.library.custom_op(
     "scalabl_ref::normals",
     mutates_args=(),
-    schema="(Tensor ids, SymInt seed, SymInt draw, SymInt layer, SymInt rank) -> Tensor",
+    schema="(Tensor ids, SymInt seed, SymInt draw, SymInt layer, SymInt design, SymInt rank) "
+    "-> Tensor",
 )
-def _normals(ids: Tensor, seed: int, draw: int, layer: int, rank: int) -> Tensor:
-    """Noise(seed, draw).normal(layer, ids, rank) for ids of any shape: (*ids.shape, rank)."""
+def _normals(ids: Tensor, seed: int, draw: int, layer: int, design: int, rank: int) -> Tensor:
+    """Noise(seed, draw, design).normal(layer, ids, rank), ids of any shape: (*ids.shape, rank)."""
     from .noise import Noise
 
-    eps = Noise(seed & MASK, draw).normal(layer, ids.reshape(-1), rank)
+    eps = Noise(seed & MASK, draw, design).normal(layer, ids.reshape(-1), rank)
     return eps.view(*ids.shape, rank).to(ids.device)
 
 
 @_normals.register_fake
-def _(ids: Tensor, seed: int, draw: int, layer: int, rank: int) -> Tensor:
+def _(ids: Tensor, seed: int, draw: int, layer: int, design: int, rank: int) -> Tensor:
     return ids.new_empty(*ids.shape, rank, dtype=torch.float32)
 
 
 @_normals.register_vmap
-def _(
-    info: Any, in_dims: Any, ids: Tensor, seed: int, draw: int, layer: int, rank: int
-) -> tuple[Tensor, int]:
-    return torch.ops.scalabl_ref.normals(ids.movedim(in_dims[0], 0), seed, draw, layer, rank), 0
+def _(info: Any, in_dims: Any, ids: Tensor, *numbers: int) -> tuple[Tensor, int]:
+    return torch.ops.scalabl_ref.normals(ids.movedim(in_dims[0], 0), *numbers), 0
 
 
 @torch.library.custom_op(
@@ -464,7 +474,7 @@ def _differentiate(ctx: Any, grad_y: Tensor) -> Any:
     out = torch.ops.scalabl_ref.subspace_lora_linear_backward(
         grad_y, *tensors, ctx.scaling, *draws, wanted
     )
-    return *(g if w else None for g, w in zip(out, wanted, strict=True)), *[None] * 7
+    return *(g if w else None for g, w in zip(out, wanted, strict=True)), *[None] * 8
 
 
 _registered.register_autograd(_differentiate, setup_context=_remember)

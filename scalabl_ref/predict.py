@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from .adapters import adapters
 from .elbo import class_logits
 from .errors import InputError
 from .llama import KVCache, Llama
-from .noise import Noise
+from .noise import ANTITHETIC, INDEPENDENT, Noise
 
 if TYPE_CHECKING:
     from .data import Batch
@@ -52,29 +52,43 @@ def _entropy(log_probs: Tensor) -> Tensor:
     return -torch.special.xlogy(log_probs.exp(), log_probs.exp()).sum(-1)
 
 
+Design = Literal["independent", "antithetic", "latin"]
+DESIGNS: tuple[Design, ...] = ("independent", "antithetic", "latin")
+
 # Tokens that go through the model at once, at most: many enough that reading the weights no longer
 # matters, few enough that their hidden states stay small.
 TOKENS_AT_ONCE = 2048
 
 
 def passes(
-    model: nn.Module, samples: int, seed: int, tokens: int = TOKENS_AT_ONCE
+    model: nn.Module,
+    samples: int,
+    seed: int,
+    tokens: int = TOKENS_AT_ONCE,
+    design: Design = "independent",
+    first: int = 0,
 ) -> Iterator[tuple[Noise | None, int]]:
     """The first noise of each pass through the model, and how many draws it has.
 
     The mean model, once, for no samples or with nothing to sample. tokens: of one draw; by default
-    so many that each draw has a pass of its own. Raises InputError for negative `samples`.
+    so many that each draw has a pass of its own. design: how the draws depend on each other, as in
+    `predict`. first: number of the first draw.
+
+    Raises InputError for negative `samples` or an unknown `design`.
     """
     if samples < 0:
         raise InputError(f"samples must not be negative, and is {samples}")
+    if design not in DESIGNS:
+        raise InputError(f"design must be one of {', '.join(DESIGNS)}, not {design!r}")
     random = [adapter for adapter in adapters(model).values() if adapter.random]
     if not random or samples == 0:
         yield None, 1
         return
     joint = all(adapter.joint for adapter in random)
     at_once = max(1, TOKENS_AT_ONCE // tokens) if joint else 1
-    for first in range(0, samples, at_once):
-        yield Noise(seed, first), min(at_once, samples - first)
+    number = {"independent": INDEPENDENT, "antithetic": ANTITHETIC, "latin": samples}[design]
+    for done in range(0, samples, at_once):
+        yield Noise(seed, first + done, number), min(at_once, samples - done)
 
 
 @torch.no_grad()
@@ -84,22 +98,42 @@ def predict(
     samples: int = 10,
     seed: int = 0,
     posterior: Posterior | None = None,
+    design: Design = "independent",
 ) -> Prediction:
     """Predictive distribution over the answer classes, from `samples` draws.
 
     Draw i is Noise(seed, i), keyed per example by `batch.ids`: the result for an example does not
     depend on what else is in the batch. samples = 0 is the mean model. posterior: what is drawn, if
-    it is not what the adapters themselves have; see `methods`.
+    it is not what the adapters themselves have; see `methods`. design: "antithetic" draws come in
+    pairs eps, -eps; "latin" ones are a Latin hypercube of all `samples`: of the same distribution,
+    with less error of their average, see `Noise`.
 
-    Raises InputError for negative `samples`.
+    Raises InputError for negative `samples`, an unknown `design`, or one with a posterior.
     """
     if posterior is not None:
+        if design != "independent":
+            raise InputError(f"draws of {type(posterior).__name__} are independent, not {design}")
         return predictive(posterior.log_probs(model, batch, samples, seed))
+    return predictive(log_probs(model, batch, samples, seed, design))
+
+
+def log_probs(
+    model: Llama,
+    batch: Batch,
+    samples: int,
+    seed: int,
+    design: Design = "independent",
+    first: int = 0,
+) -> Tensor:
+    """Log-probabilities (S, B, C) float64 of the answer classes under draws `first` and on.
+
+    Arguments and errors as of `predict`; S is `samples`, or 1 for the mean model.
+    """
+    drawn = passes(model, samples, seed, int(batch.lengths.sum()), design, first)
     logits = [
-        class_logits(model, batch, noise, draws).unflatten(0, (draws, -1))
-        for noise, draws in passes(model, samples, seed, int(batch.lengths.sum()))
+        class_logits(model, batch, noise, draws).unflatten(0, (draws, -1)) for noise, draws in drawn
     ]
-    return predictive(torch.log_softmax(torch.cat(logits).double(), dim=-1))  # of (S, B, C)
+    return torch.log_softmax(torch.cat(logits).double(), dim=-1)
 
 
 def predict_all(
@@ -109,15 +143,30 @@ def predict_all(
     seed: int = 0,
     progress: Callable[[int], None] = lambda rows: None,
     posterior: Posterior | None = None,
+    design: Design = "independent",
 ) -> Prediction:
     """`predict` over a whole data set, put back in the order of the examples' ids.
 
     Needs each id 0 .. N-1 exactly once. `progress` is told the rows done after each batch.
     """
+
+    def one(batch: Batch) -> Prediction:
+        return predict(model, batch, samples, seed, posterior, design)
+
+    return in_order(model, batches, one, progress)
+
+
+def in_order(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    one: Callable[[Batch], Prediction],
+    progress: Callable[[int], None],
+) -> Prediction:
+    """What `one` makes of every batch, on the model's device, in the order of the examples' ids."""
     device = next(model.parameters()).device
     parts, ids = [], []
     for batch in batches:
-        part = predict(model, batch.to(device), samples, seed, posterior)
+        part = one(batch.to(device))
         parts.append([tensor.cpu() for tensor in part])
         ids.append(batch.ids.cpu())
         progress(len(batch.labels))

@@ -329,3 +329,28 @@ def test_an_interrupted_run_goes_on_where_it_was(work, capsys, signum):
     straight = (work / "whole" / "train.jsonl").read_text().splitlines()
     assert resumed == [json.loads(line)["loss"] for line in straight]
     assert len(resumed) == whole["steps"] == 150
+
+
+def test_draws_of_a_design_and_as_many_as_needed(work, capsys):
+    ok(TRAIN + " --init-sigma 2", capsys)
+    evaluate = "evaluate --run run --data test.jsonl"
+    designs = [
+        ok(f"{evaluate} --samples 4 --design {design}", capsys)
+        for design in ("independent", "antithetic", "latin")
+    ]
+    assert [result["design"] for result in designs] == ["independent", "antithetic", "latin"]
+    assert len({result["nll"] for result in designs}) == 3
+    auto = ok(f"{evaluate} --samples auto --tolerance 0.2 --most 30", capsys)
+    rows = [
+        json.loads(row) for row in (work / "run" / "predictions.jsonl").read_text().split("\n")[:-1]
+    ]
+    draws = [row["draws"] for row in rows]
+    assert auto["samples"] == "auto" and auto["auto"]["tolerance"] == 0.2
+    assert auto["auto"]["mean_draws"] == sum(draws) / 9 and 4 <= min(draws) <= max(draws) <= 30
+    assert auto["auto"]["stopped_at_most"] == draws.count(30)
+    predict = ["predict", "--run", "run", "--prompt", "3 x", "--choices", "no 0", "no 1", "no 2"]
+    assert cli.main([*predict, "--samples", "auto", "--most", "9", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] in (4, 6, 9)
+    assert "a number or auto" in refused(f"{evaluate} --samples many", capsys)
+    assert "independent ones alone" in refused(f"{evaluate} --samples auto --design latin", capsys)
+    assert "tolerance must lie" in refused(f"{evaluate} --samples auto --tolerance 2", capsys)

@@ -11,6 +11,7 @@ from collections import Counter
 from decimal import Decimal, localcontext
 from functools import lru_cache, partial
 from pathlib import Path
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from scalabl_ref.train import TrainConfig, Trainer
 
 from .models import CLASSES, tiny_model
 from .stats import ChiSquare, KSTest, ZTest
-from .tolerances import normal_double, normal_ulps
+from .tolerances import normal_double, normal_ulps, rounding
 
 WORDS = st.integers(0, 2**32 - 1)
 SEEDS = st.integers(0, 2**64 - 1)
@@ -685,3 +686,93 @@ def test_every_assertion_of_the_sampler_catches_something(monkeypatch):
     assert failing(monkeypatch, values(lambda z: z)) == set()
     caught = set().union(*(failing(monkeypatch, faulty) for faulty, _ in FAULTS.values()))
     assert caught == {a.name for a in SAMPLER} - {BYTES.name}
+
+
+# --- draws that depend on each other --------------------------------------------------------------
+
+
+def designed(design, draws, seed=0, layer=3, groups=5, rank=4):
+    """Draws 0 .. draws - 1 of all groups at once: (draws, groups, rank)."""
+    ids = later(torch.arange(groups), torch.arange(draws)[:, None]).flatten()
+    return Noise(seed, 0, design).normal(layer, ids, rank).view(draws, groups, rank)
+
+
+@given(SEEDS, st.integers(0, 2**30), LAYERS, st.integers(1, 7), st.integers(0, 7))
+def test_designs_give_a_draw_whatever_is_drawn_with_it(seed, draw, layer, rank, design):
+    """One call for two draws of three groups, or six calls; with repeats, in any order."""
+    groups = torch.tensor([4, 0, 2**32 - 1])
+    both = torch.cat((later(groups, 1), groups, groups[:1]))
+    together = Noise(seed, draw, design).normal(layer, both, rank)
+    alone = [Noise(seed, draw + i, design).normal(layer, groups, rank) for i in (1, 0)]
+    assert bits(together) == bits(torch.cat((*alone, alone[1][:1])))
+
+
+def test_antithetic_draws_come_in_pairs():
+    z, independent = designed(noise.ANTITHETIC, 6), designed(noise.INDEPENDENT, 3)
+    assert bits(z[::2]) == bits(independent)
+    assert bits(z[1::2]) == bits(-independent)
+
+
+@given(SEEDS, st.integers(2, 12))
+def test_latin_draws_lie_one_in_each_interval_in_the_order_of_independent_ones(seed, n):
+    z, independent = (designed(design, 2 * n, seed) for design in (n, noise.INDEPENDENT))
+    u = torch.special.ndtr(z.double())
+    for block in (slice(0, n), slice(n, 2 * n)):
+        intervals = (n * u[block]).floor().long()
+        assert torch.equal(intervals, independent[block].argsort(0).argsort(0))
+
+
+def test_latin_draws_equal_the_definition():
+    """Worked out with Python's own normal distribution, value by value."""
+    normal, n = NormalDist(), 4
+    z, independent = (designed(design, n, groups=1, rank=3)[:, 0] for design in (n, 0))
+    for k in range(3):
+        column = [float(value) for value in independent[:, k]]
+        u = [*sorted(normal.cdf(value) for value in column), 1.0]
+        for value, got in zip(column, z[:, k].tolist(), strict=True):
+            low = sorted(column).index(value)
+            v = (u[low] / u[low + 1]) ** (low + 1)
+            expected = normal.inv_cdf((low + v) / n)
+            assert abs(got - expected) <= rounding(torch.float32, 2) * max(1, abs(expected))
+
+
+def latin_place(seed: int, n: int) -> torch.Tensor:
+    """Phi of one draw of Latin hypercubes of 5, n components in all."""
+    ids = later(torch.arange(n // 8), 7)
+    return torch.special.ndtr(Noise(seed, 0, 5).normal(0, ids, 8).flatten().double())
+
+
+def latin_inside(seed: int, n: int) -> torch.Tensor:
+    """Where in its interval each of the draws of Latin hypercubes of 5 lies, from 0 to 1."""
+    return (
+        5 * torch.special.ndtr(designed(5, 5, seed, groups=n // 40, rank=8).flatten().double()) % 1
+    )
+
+
+def latin_correlations(seed: int, n: int) -> torch.Tensor:
+    """Of components, of places inside the interval, of draws of different hypercubes."""
+    z = designed(5, 6, seed, groups=n, rank=2).double()
+    inside = (5 * torch.special.ndtr(z) % 1 - 0.5) * 12**0.5
+    pairs = ((z[1, :, 0], z[1, :, 1]), (inside[0, :, 0], inside[1, :, 0]), (z[0, :, 0], z[5, :, 0]))
+    return torch.stack([(a * b).mean() for a, b in pairs])
+
+
+LATIN = [
+    KSTest("latin: one draw", latin_place, n=2**17, replay=2**12),
+    KSTest("latin: inside an interval", latin_inside, n=40 * 2**12, replay=40 * 2**7),
+    ZTest("latin: correlations", latin_correlations, n=2**15, count=3, replay=2**11),
+]
+
+
+@pytest.mark.parametrize("record", LATIN, ids=lambda record: record.name)
+def test_latin_draws_are_normal_each_and_independent_otherwise(record):
+    record.check(seed=21)
+
+
+def test_designs_end_where_training_begins():
+    last = Noise(0, noise.FIRST_TRAINING_DRAW - 1, 4)
+    assert last.normal(0, 1, 1).shape == (1, 1)
+    with pytest.raises(InputError, match="last draw of a design"):
+        Noise(0, noise.FIRST_TRAINING_DRAW, 4).normal(0, 1, 1)
+    with pytest.raises(InputError, match="design"):
+        Noise(0, 0, -1)

@@ -110,11 +110,26 @@ def test_gradients_equal_those_through_the_definition(body, case):
 @given(op_cases(dtype=torch.float64, widest=9))
 def test_gradients_equal_the_reference(body, case):
     """Every gradient against the derivation by hand, in loops."""
+    check_against_the_reference(body, case)
+
+
+@given(op_cases(dtype=torch.float64, widest=9), st.integers(1, 5))
+def test_dependent_draws_are_the_noise_of_their_design(case, design):
+    assume(case.noise is not None)
+    noise = Noise(case.noise.seed, case.noise.draw % 2**30, design)
+    designed = replace(case, noise=noise)
+    check_against_the_reference(subspace_lora_linear, designed)
+    registered = torch.ops.scalabl_ref.subspace_lora_linear(*op_arguments(designed))
+    assert torch.equal(registered, call(designed))
+
+
+def check_against_the_reference(body, case):
     direction = direction_of(case)
     expected = reference.subspace_lora_linear_gradients(direction, **case.arguments())
+    expected["y"] = call(case, reference.subspace_lora_linear)
     got = outputs_and_gradients(case, body, direction)
     sizes = op_sizes(case, direction)
-    for name in set(got) - {"y"}:
+    for name in got:
         if expected[name].numel():
             bound = rounding(torch.float64, 2 * case.longest_sum()) * sizes[name].max()
             stored = rounding(got[name].dtype, 1) / 2 * expected[name].abs()  # rounded once
@@ -423,7 +438,7 @@ def test_opcheck(groups, dtype):
     backward = (direction_of(case), *op_arguments(case), wanted)
     torch.library.opcheck(registered.subspace_lora_linear_backward.default, backward)
     ids = torch.tensor([[1, 2, 3]])
-    torch.library.opcheck(registered.normals.default, (ids, -1, 2, 3, 5))
+    torch.library.opcheck(registered.normals.default, (ids, -1, 2, 3, 4, 5))
 
 
 @pytest.mark.parametrize("body", ["native", "composition"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from functools import cache
 
@@ -12,11 +13,14 @@ from hypothesis import strategies as st
 
 from scalabl_ref import InputError, Noise, adapters, predict, reference, subspace_lora_linear
 from scalabl_ref.elbo import class_logits
+from scalabl_ref.methods.ensemble import Swag
 from scalabl_ref.predict import generate, predict_all, predictive
 
 from .models import tiny_batch, tiny_model
 from .stats import ZTest
 from .tolerances import rounding
+
+predict_module = importlib.import_module("scalabl_ref.predict")
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(2, 5), st.integers(0, 2**32))
@@ -100,6 +104,36 @@ def test_an_example_does_not_depend_on_its_batch():
     pieces = predict_all(model, [part([5, 2]), part([0]), part([4, 1, 3])], samples=3)
     for a, b in zip(whole, pieces, strict=True):
         assert (a - b).abs().max() <= rounding(torch.float32, 256)
+
+
+@pytest.mark.parametrize("design", predict_module.DESIGNS)
+def test_draws_of_a_design_are_those_of_its_noise(design, monkeypatch):
+    """One by one, all in one pass, and so few tokens at once that there are several passes."""
+    model, batch = tiny_model(init_sigma=1.0), tiny_batch()
+    number = {"independent": 0, "antithetic": 1, "latin": 6}[design]
+    each = [class_logits(model, batch, Noise(5, i, number)).double() for i in range(6)]
+    expected = predictive(torch.stack(each).log_softmax(-1)).probs
+    for tokens in (predict_module.TOKENS_AT_ONCE, 2 * int(batch.lengths.sum())):
+        monkeypatch.setattr(predict_module, "TOKENS_AT_ONCE", tokens)
+        got = predict(model, batch, samples=6, seed=5, design=design).probs
+        assert (got - expected).abs().max() <= rounding(torch.float32, 200)
+
+
+def test_antithetic_draws_of_the_head_average_to_its_mean():
+    """What is linear in the noise is averaged exactly by a pair."""
+    model, batch = tiny_model(targets=("lm_head",), init_sigma=1.0), tiny_batch()
+    pair = predict_module.log_probs(model, batch, 2, 0, "antithetic")
+    logits = [class_logits(model, batch, noise) for noise in (Noise(0, 0, 1), Noise(0, 1, 1), None)]
+    assert (pair[0] - pair[1]).abs().max() > 0.1
+    assert ((logits[0] + logits[1]) / 2 - logits[2]).abs().max() <= rounding(torch.float32, 50)
+
+
+def test_a_wrong_design_is_refused():
+    model, batch = tiny_model(), tiny_batch()
+    with pytest.raises(InputError, match="design must be one of"):
+        predict(model, batch, design="sobol")
+    with pytest.raises(InputError, match="independent, not latin"):
+        predict(model, batch, posterior=Swag(), design="latin")
 
 
 def test_negative_samples_are_refused():
