@@ -193,6 +193,12 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _add_template(parser, "of --format")
     add("--holdout", type=float, default=0.0, help="fraction kept from training, for temperature")
     add("--checkpoint-every", type=int, default=train.checkpoint_every, help="steps")
+    add(
+        "--recompute",
+        action="store_true",
+        help="keep each block's input alone for the backward pass: less memory, more time",
+    )
+    add("--compile", action="store_true", help="compile the blocks with torch.compile")  # fmt: skip
     _add_dtype(parser)
 
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .adapters import Device, Linear, adapters
 from .checkpoint import FORMAT, Weights, hf_to_ours, is_finite, read_json
@@ -420,7 +422,7 @@ class Attention(nn.Module):
         k, v = (ctx.rows.unpack(t).transpose(1, 2) for t in (k, v))  # (B, K, T, h)
         if ctx.cache is not None:
             k, v = ctx.cache.append(self.layer, k, v)  # (B, K, S, h)
-        causal = asking.attend is None and q.shape[2] == k.shape[2]
+        causal = asking.attend is None and last is None and ctx.past == 0
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=asking.attend, is_causal=causal, enable_gqa=True
         )
@@ -498,7 +500,11 @@ class Llama(nn.Module):
     """The model: token ids in, logits out. Parameters are uninitialised until weights are loaded.
 
     `Llama.from_pretrained(folder)` is the usual way in; `init_random_` fills a fresh model.
+    `recompute`: of each block, training keeps its input alone, and its backward pass computes the
+    rest again; noise is an argument, so that it comes out the same.
     """
+
+    recompute = False
 
     def __init__(
         self, config: LlamaConfig, dtype: torch.dtype | None = None, device: Device = None
@@ -572,20 +578,31 @@ class Llama(nn.Module):
         rows = Rows(B, T) if lengths is None or whole else _real_tokens(lengths, B, T)
         ctx = self._context(rows, past, noise, groups, lengths, mask, cache)
         x = self.embed_tokens(rows.pack(tokens))  # (..., D)
+        again = self.recompute and torch.is_grad_enabled() and cache is None
+        run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False) if again else _call
         shared = self._shared_blocks() if draws > 1 else 0
         for i, block in enumerate(self.layers):
             if i == shared:
                 x, ctx = repeated(x, draws), ctx.repeat(draws)
             if last_only and i == len(self.layers) - 1:
                 last = ctx.last()
-                x = block(x, ctx)[last.chosen] if whole else block(x, ctx, last)  # (B, D)
+                x = run(block, x, ctx)[last.chosen] if whole else run(block, x, ctx, last)  # (B, D)
                 ctx = last
             else:
-                x = block(x, ctx)
+                x = run(block, x, ctx)
         if shared == len(self.layers):
             x, ctx = repeated(x, draws), ctx.repeat(draws)
         logits: Tensor = self.lm_head(self.norm(x).to(self.lm_head.weight.dtype), noise, ctx.groups)
         return logits if last_only else ctx.rows.unpack(logits)
+
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> Llama:
+        """Compile every block with torch.compile, from the same few programs; returns the model.
+
+        The first passes take a minute or two. Packed rows and keyed noise stay as they are.
+        """
+        for block in self.layers:
+            block.compile(backend=backend)
+        return self
 
     def _shared_blocks(self) -> int:
         """How many of the first blocks give the same under every draw."""
@@ -700,6 +717,10 @@ class Llama(nn.Module):
         if model.tied:
             model._tie_head()
         return model.requires_grad_(False).eval()
+
+
+def _call(block: nn.Module, *arguments: Any) -> Any:
+    return block(*arguments)
 
 
 def check_model(folder: Path | str, config: LlamaConfig | None = None) -> None:

@@ -51,6 +51,8 @@ class TrainConfig:
     objective: "elbo" steps AdamW on NLL + beta KL / N. "official" does, per batch, an AdamW step on
         the NLL and then an SGD step on the sum of KLs, at rate kl_lr * schedule * pi_i.
     kl_lr: that SGD rate. seed: of data order, noise and initial values.
+    recompute: of each block keep its input alone, and compute the rest again in the backward pass:
+        less memory, a third more time. compile: the blocks, see `Llama.compile_blocks`.
     swag: share of the steps, the last ones, whose weights are collected for `methods.Swag`.
     checkpoint_every: steps between checkpoints.
 
@@ -72,6 +74,8 @@ class TrainConfig:
     swag: float = 0.0
     seed: int = 0
     checkpoint_every: int = 200
+    recompute: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "checkpoint_every"):
@@ -155,6 +159,9 @@ class Trainer:
 
     def __post_init__(self) -> None:
         c = self.config
+        self.model.recompute = c.recompute
+        if c.compile:
+            self.model.compile_blocks()
         self.adapters = list(adapters(self.model).values())
         groups = parameter_groups(self.adapters, c.lr, c.variational_lr)
         self.variational = [p for group in groups[1:] for p in group["params"]]
@@ -384,7 +391,8 @@ def fit(
 def _identity(trainer: Trainer) -> str:
     """Settings and data that a checkpoint must share with the run that resumes it, as JSON."""
     config = dataclasses.asdict(trainer.config)
-    del config["checkpoint_every"], config["micro_batch"]  # neither changes the function computed
+    for name in ("checkpoint_every", "micro_batch", "recompute", "compile"):
+        del config[name]  # none changes the function computed
     data = hashlib.sha256(json.dumps([trainer.data.tokens, trainer.data.labels]).encode())
     adapter = dataclasses.asdict(trainer.adapters[0].config)
     record = {"train": config, "adapter": adapter, "data": data.hexdigest()}

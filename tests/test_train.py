@@ -100,6 +100,66 @@ def test_gradient_accumulation_does_not_change_the_gradient():
             assert (a.grad - b.grad).abs().max() <= rounding(torch.float32, 512) * scale
 
 
+# What torch.compile's tracer warns of in its own doings.
+DYNAMO = pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+)
+
+
+@pytest.mark.parametrize("method", ["scalabl", "blob", "dropout"])
+def test_blocks_computed_again_give_the_same_gradients(method):
+    """Of a block its input is kept and nothing else: fewer bytes, the same numbers."""
+    kept, again = (trainer(model={"method": method}, recompute=r) for r in (False, True))
+    sizes = []
+    for t in (kept, again):
+        bytes_of: dict[int, int] = {}
+
+        def pack(x, bytes_of=bytes_of):
+            bytes_of[x.data_ptr()] = x.nbytes
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            t.step()
+        sizes.append(sum(bytes_of.values()))
+    for a, b in zip(kept.model.parameters(), again.model.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        assert a.grad is None or torch.equal(a.grad, b.grad)
+    assert sizes[1] < sizes[0]
+
+
+@DYNAMO
+def test_compiled_blocks_train_alike():
+    """No break in a graph, few programs for all blocks and draws, the same losses to rounding."""
+    torch._dynamo.reset()
+    plain = trainer(steps=6)
+    programs = []
+
+    def compiled_by(graph, inputs):
+        programs.append(graph)
+        return graph.forward
+
+    compiled = trainer(steps=6)
+    compiled.model.compile_blocks(compiled_by)
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    breaks.clear()
+    for _ in range(6):
+        loss = plain.step()["loss"]
+        assert abs(compiled.step()["loss"] - loss) <= rounding(torch.float32, 512) * loss
+    assert not breaks and 0 < len(programs) <= 6
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inductor's own
+@DYNAMO
+def test_blocks_compiled_by_inductor_train_alike():
+    torch._dynamo.reset()
+    plain, compiled = trainer(steps=3), trainer(steps=3, compile=True)
+    for _ in range(3):
+        loss = plain.step()["loss"]
+        assert abs(compiled.step()["loss"] - loss) <= rounding(torch.float32, 512) * loss
+
+
 def test_one_objective_step_is_adamw_on_nll_plus_beta_kl_over_n():
     from torch.nn.functional import cross_entropy
 
