@@ -1,7 +1,7 @@
 """The `scalabl` command: arguments in, library calls, results out. No method lives here.
 
 Exit codes: 0 done, 1 a check of `verify` or `conformance` failed, 2 bad input (one line on standard
-error), 128 + n ended by signal n.
+error), 3 another rank of the run ended or is silent, 128 + n ended by signal n.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError, Interrupted
+from .errors import InputError, Interrupted, RankLost
 
 if TYPE_CHECKING:
     from .data import Example
@@ -33,11 +33,15 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser(next(iter(arguments), "")).parse_args(arguments)
     try:
         result = args.command(args)
-        if args.json:
+        if args.json and not args.process:
             print(json.dumps(result, indent=2), flush=True)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = f" on rank {args.process}" if args.process else ""
+        print(f"error{where}: {error}", file=sys.stderr)
         return 2
+    except RankLost as error:
+        print(f"error on rank {args.process}: {error}", file=sys.stderr)
+        return 3
     except Interrupted as error:
         print(error, file=sys.stderr)
         return 128 + error.signum
@@ -79,13 +83,14 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
         sub.add_argument("--seed", type=int, default=0, help="of everything random")
         sub.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-        sub.set_defaults(command=command)
+        sub.set_defaults(command=command, process=0)
     return parser
 
 
 def _say(args: argparse.Namespace, text: str) -> None:
-    """A line for people: on standard output, unless that is kept for JSON."""
-    print(text, file=sys.stderr if args.json else sys.stdout)
+    """A line for people, of rank 0: on standard output, unless that is kept for JSON."""
+    if not args.process:
+        print(text, file=sys.stderr if args.json else sys.stdout)
 
 
 def _add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -131,13 +136,37 @@ def _device(args: argparse.Namespace) -> Any:
     """The torch device, checked: a clear error instead of a traceback at the first tensor."""
     import torch
 
+    from .distributed import own_device
+
     try:
-        device = torch.device(args.device)
+        device = own_device(torch.device(args.device))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device {args.device!r} cannot be used: {reason}") from None
     return device
+
+
+def _add_ranks(parser: argparse.ArgumentParser) -> None:
+    from .distributed import TIMEOUT
+
+    parser.add_argument(
+        "--timeout", type=float, default=TIMEOUT, metavar="SECONDS",
+        help="that a rank under torchrun waits for the others",
+    )  # fmt: skip
+
+
+def _on_ranks(command: Callable[[argparse.Namespace], Result]) -> Callable[..., Result]:
+    """A command that torchrun may start several times: joined while it runs."""
+
+    def run(args: argparse.Namespace) -> Result:
+        from . import distributed
+
+        with distributed.joined(_device(args), args.timeout):
+            args.process = distributed.rank()
+            return command(args)
+
+    return run
 
 
 # --- train -------------------------------------------------------------------------------------
@@ -193,6 +222,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--holdout", type=float, default=0.0, help="fraction kept from training, for temperature")
     add("--checkpoint-every", type=int, default=train.checkpoint_every, help="steps")
     _add_dtype(parser)
+    _add_ranks(parser)
 
 
 def _add_adapter(parser: argparse.ArgumentParser, method: str) -> None:
@@ -281,10 +311,11 @@ def _train(args: argparse.Namespace) -> Result:
 
             fit(trainer, args.out, args.resume, show)
     except Interrupted as error:
-        print(f"{error}: continue with --resume", file=sys.stderr)
+        if not args.process:
+            print(f"{error}: continue with --resume", file=sys.stderr)
         return {"run": str(args.out), "steps": trainer.done, "exit_code": 128 + error.signum}
     save_run(args.out, model, info)
-    if config.swag:
+    if config.swag and not args.process:
         trainer.swag.save(args.out)
     last = json.loads((args.out / "train.jsonl").read_text().splitlines()[-1])
     _say(args, f"trained {trainer.done} steps on {len(examples)} examples: {args.out}")
@@ -391,6 +422,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--calibrate", type=Path, help="file of held-out examples, in --format, for --temperature")
     _add_template(parser, "the run's")
+    _add_ranks(parser)
 
 
 def _evaluate(args: argparse.Namespace) -> Result:
@@ -492,6 +524,7 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     add("--choices", nargs="+", required=True, metavar="TEXT", help="the answers to choose from")
     add("--samples", type=int, default=10, help="draws of the posterior; 0 is the mean model")
     _add_template(parser, "the run's")
+    _add_ranks(parser)
 
 
 def _predict(args: argparse.Namespace) -> Result:
@@ -845,14 +878,22 @@ Command = tuple[
 
 _COMMANDS: dict[str, Command] = {
     "demo": ("the whole story in about a minute", _demo_arguments, _demo),
-    "train": ("fine-tune a model", _train_arguments, _train),
+    "train": ("fine-tune a model", _train_arguments, _on_ranks(_train)),
     "posterior": (
         "laplace, tfb, swag or an ensemble from finished runs",
         _posterior_arguments,
         _posterior,
     ),
-    "evaluate": ("accuracy, calibration and uncertainty of a run", _evaluate_arguments, _evaluate),
-    "predict": ("probabilities of the answers to one question", _predict_arguments, _predict),
+    "evaluate": (
+        "accuracy, calibration and uncertainty of a run",
+        _evaluate_arguments,
+        _on_ranks(_evaluate),
+    ),
+    "predict": (
+        "probabilities of the answers to one question",
+        _predict_arguments,
+        _on_ranks(_predict),
+    ),
     "generate": ("text with its uncertainty token by token", _generate_arguments, _generate),
     "export": ("a run as a PEFT adapter or a merged model", _export_arguments, _export),
     "import": (

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import metrics
+from . import distributed, metrics
 from .adapters import ADAPTERS
 from .data import Example, encode, evaluation_batches
 from .errors import InputError, atomic_write_text
@@ -44,6 +44,7 @@ def answer(
 ) -> Answers:
     """Predict every example with `samples` draws (0: the mean model); nothing is dropped.
 
+    On several ranks each predicts some of the batches, and all get the whole.
     posterior: what is drawn, if it is not what the adapters themselves have.
     """
     head = model.config.head_tokens
@@ -58,10 +59,17 @@ def answer(
             f"the tokenizer gives the class tokens {encoded.classes}, but the head was cut down to "
             f"{list(head)}"
         )
-    with progress_bar(len(examples), title, "row") as bar:
-        prediction = predict_all(
-            model, evaluation_batches(encoded, batch), samples, seed, bar.update, posterior
-        )
+    batches = list(evaluation_batches(encoded, batch))
+    mine = batches[distributed.rank() :: distributed.world()]
+    table = torch.zeros(len(examples), len(encoded.classes) + 3, dtype=torch.float64)
+    if mine:
+        ids = torch.cat([b.ids for b in mine]).sort().values  # predict_all's order
+        with progress_bar(len(ids), title, "row") as bar:
+            p = predict_all(model, mine, samples, seed, bar.update, posterior)
+        uncertainty = (p.entropy, p.expected_entropy, p.mutual_information)
+        table[ids] = torch.column_stack((p.probs, *uncertainty))
+    distributed.sum_(table)  # of rows that each are of one rank, zeros on the others
+    prediction = Prediction(table[:, :-3].contiguous(), *table[:, -3:].T.contiguous())
     return Answers(examples, torch.tensor(encoded.labels), prediction)
 
 
@@ -91,6 +99,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Write RUN/metrics.json, RUN/predictions.jsonl and RUN/report.html; returns the metrics.
 
+    Of several ranks the first writes.
     calibration: held-out answers on which a temperature is fitted; "temperature" in the result then
     holds it and the metrics after scaling. ood: answers on another data set, scored for how well
     entropy and mutual information tell it apart; its accuracy and the like are given over the rows
@@ -128,6 +137,8 @@ def evaluate(
             "metrics": result["ood"],
             "scores": scores,
         }
+    if distributed.rank():
+        return result
     atomic_write_text(run / "metrics.json", json.dumps(result, indent=2) + "\n")
     atomic_write_text(run / "predictions.jsonl", "".join(_rows(answers)))
     about = {

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import distributed
 from .adapters import Adapter, AdapterConfig, Device, adapters, add_adapters
 from .checkpoint import load_pickle, load_tensors, read_json, save_tensors
 from .data import Encoded, TrainingOrder, collate
@@ -142,6 +144,9 @@ def parameter_groups(
 class Trainer:
     """Model, data and optimisers of one run; `step()` does one optimiser step.
 
+    On several ranks (`distributed`) each does its share of a step's examples, and all end the step
+    with the same adapters.
+
     The model carries adapters. data: the encoded training set. Its N is the N of KL / N.
     swag: the weights collected so far, if the configuration asks for any.
     """
@@ -203,18 +208,20 @@ class Trainer:
 
     def _accumulate_nll(self, indices: list[int], noise: Noise) -> float:
         """Gradient of the batch's mean NLL, a micro-batch at a time; returns the NLL."""
+        share, own = distributed.share(indices)
         size, device = (
-            self.config.micro_batch or len(indices),
+            self.config.micro_batch or len(share),
             self.model.embed_tokens.weight.device,
         )
         total = 0.0
-        for start in range(0, len(indices), size):
-            batch = collate(self.data, indices[start : start + size]).to(device)
-            logits = class_logits(self.model, batch, noise)
-            nll = F.cross_entropy(logits, batch.labels, reduction="sum") / len(indices)
+        for start in range(0, len(share), size):
+            batch = collate(self.data, share[start : start + size]).to(device)
+            n = max(0, own - start)  # how many of its rows count, if not all
+            logits, labels = class_logits(self.model, batch, noise), batch.labels
+            nll = F.cross_entropy(logits[:n], labels[:n], reduction="sum") / len(indices)
             nll.backward()
             total += nll.item()
-        return total
+        return distributed.add_up([p for a in self.adapters for p in a.parameters()], total)
 
     def _official_kl_step(self, factor: float) -> None:
         """SGD on the sum of KLs, after AdamW's step on the NLL, at the official rate."""
@@ -298,18 +305,21 @@ def fingerprint(model: Llama) -> str:
 def save_run(run: Path | str, model: Llama, info: dict[str, Any]) -> None:
     """Write RUN/adapter.safetensors and RUN/run.json; `load_run` reads them back.
 
+    On several ranks all call it, and rank 0 writes.
     info: facts to keep, "model" (the base's folder) among them; must be JSON.
     """
     run = Path(run)
-    make_folder(run)
     config = next(iter(adapters(model).values())).config
-    save_tensors(run / "adapter.safetensors", adapter_state(model).items())
     record = {
         **info,
         "adapter": dataclasses.asdict(config),
         "head_tokens": model.config.head_tokens,
         "fingerprint": fingerprint(model),
     }
+    if distributed.rank():
+        return
+    make_folder(run)
+    save_tensors(run / "adapter.safetensors", adapter_state(model).items())
     atomic_write_text(run / "run.json", json.dumps(record, indent=2) + "\n")
 
 
@@ -358,27 +368,29 @@ def fit(
 
     resume: go on from RUN/checkpoint.pt. `progress` is told each step's log record.
     On SIGINT or SIGTERM the step in hand is finished, a checkpoint written and Interrupted raised.
+    On several ranks all call it, with a folder that all of them see; rank 0 writes, and a signal to
+    one of them is a signal to all.
     Raises InputError if there is nothing to resume, or if the run there has other settings.
     """
     run = Path(run)
     make_folder(run)
     if resume:
         _restore(trainer, run)
-    log_path = run / "train.jsonl"
-    _keep_lines(log_path, trainer.done)
-    with _deferred_signals() as caught, open(log_path, "a", 1, "utf-8") as log:
+    distributed.barrier()  # every rank has seen the run as it was
+    with _deferred_signals() as caught, _open_log(run, trainer.done) as log:
         while trainer.done < trainer.config.steps:
             started = time.perf_counter()
             record = trainer.step()
             record["seconds"] = time.perf_counter() - started
             log.write(json.dumps(record) + "\n")
             progress(record)
-            stop = bool(caught)
-            if stop or trainer.done % trainer.config.checkpoint_every == 0:
+            signum = distributed.largest(caught[0] if caught else 0)
+            if signum or trainer.done % trainer.config.checkpoint_every == 0:
                 _save_checkpoint(trainer, run)
-            if stop:
-                raise Interrupted(caught[0], trainer.done)
+            if signum:
+                raise Interrupted(signum, trainer.done)
         _save_checkpoint(trainer, run)
+    distributed.barrier()  # all of it is written
 
 
 def _identity(trainer: Trainer) -> str:
@@ -393,6 +405,8 @@ def _identity(trainer: Trainer) -> str:
 
 
 def _save_checkpoint(trainer: Trainer, run: Path) -> None:
+    if distributed.rank():
+        return
     buffer = io.BytesIO()
     torch.save({**trainer.state(), "identity": _identity(trainer)}, buffer)
     with atomic_write(run / "checkpoint.pt") as file:
@@ -423,8 +437,20 @@ def _first_difference(theirs: Any, ours: Any) -> str:
     return " differs"
 
 
+@contextmanager
+def _open_log(run: Path, count: int) -> Iterator[IO[str]]:
+    """RUN/train.jsonl, to add to; for ranks other than 0 a file that keeps nothing.
+
+    It is cut to its first `count` lines: steps after the checkpoint will be done again.
+    """
+    if distributed.rank() == 0:
+        _keep_lines(run / "train.jsonl", count)
+    path = os.devnull if distributed.rank() else run / "train.jsonl"
+    with open(path, "a", 1, "utf-8") as log:
+        yield log
+
+
 def _keep_lines(path: Path, count: int) -> None:
-    """Cut a log to its first `count` lines: steps after the checkpoint will be done again."""
     lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() and count else []
     atomic_write_text(path, "".join(lines[:count]))
 

@@ -1,0 +1,121 @@
+"""Ranks: the processes that torchrun starts, which share the work of one run.
+
+Without torchrun there is one rank, and nothing here communicates. Noise is keyed by example and
+step and the order of the data by the step, so a share of the work is the same work wherever it is
+done: ranks change which process adds which numbers up, and with that the rounding alone.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from .errors import RankLost
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Parameter
+
+Item = TypeVar("Item")
+TIMEOUT = 600.0  # seconds that a rank waits for the others, unless told otherwise
+
+
+def world() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this process is; 0 writes and prints."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def own_device(device: torch.device) -> torch.device:
+    """A plain "cuda" as this rank's own GPU of its machine; any other device as it is."""
+    if device.type != "cuda" or device.index is not None or "LOCAL_RANK" not in os.environ:
+        return device
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+
+
+@contextmanager
+def joined(device: torch.device, timeout: float = TIMEOUT) -> Iterator[None]:
+    """Join torchrun's other ranks for as long as the block lasts; without torchrun, do nothing.
+
+    Tensors on the CPU go through gloo, those on a GPU through NCCL. timeout: seconds that a rank
+    waits for the others in any exchange. Raises RankLost in the others, at once, when a rank ends
+    before the block does, and after `timeout` when one does not answer.
+    """
+    if "RANK" not in os.environ or dist.is_initialized():
+        yield
+        return
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        yield
+        dist.barrier()  # nobody leaves while another may still need to be heard
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise RankLost(f"another rank ended, or did not answer within {timeout:g} s") from error
+    dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def share(items: Sequence[Item]) -> tuple[list[Item], int]:
+    """This rank's part of `items`, and how many of it count.
+
+    Every rank gets equally many, since all must take part in every exchange of a sharded model:
+    where there are too few, the first of all stands in at the end, and does not count.
+    """
+    part = list(items[rank() :: world()])
+    own = len(part)
+    if own < math.ceil(len(items) / world()):
+        part.append(items[0])
+    return part, own
+
+
+def sum_(values: Tensor) -> None:
+    """Add the ranks' `values` up, in place, on all of them."""
+    if world() > 1:
+        dist.all_reduce(values)
+
+
+def add_up(parameters: Sequence[Parameter], value: float) -> float:
+    """Add the ranks' gradients of `parameters` up, in place, and their `value`, which it returns.
+
+    One buffer of float64 in one exchange; its sums are rounded to the gradients' dtype once.
+    """
+    if world() == 1:
+        return value
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    first = torch.tensor([value], dtype=torch.float64, device=gradients[0].device)
+    flat = torch.cat([first, *(g.double().flatten() for g in gradients)])
+    sum_(flat)
+    total, *sums = flat.split([1, *(g.numel() for g in gradients)])
+    for gradient, part in zip(gradients, sums, strict=True):
+        gradient.copy_(part.view_as(gradient))
+    return total.item()
+
+
+def largest(number: int) -> int:
+    """The largest of the ranks' numbers."""
+    if world() == 1:
+        return number
+    value = torch.tensor(number)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
