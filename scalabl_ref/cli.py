@@ -151,6 +151,9 @@ def _add_ranks(parser: argparse.ArgumentParser) -> None:
     from .distributed import TIMEOUT
 
     parser.add_argument(
+        "--shard", action="store_true", help="keep a part of the base on each rank under torchrun"
+    )
+    parser.add_argument(
         "--timeout", type=float, default=TIMEOUT, metavar="SECONDS",
         help="that a rank under torchrun waits for the others",
     )  # fmt: skip
@@ -256,6 +259,7 @@ def _train(args: argparse.Namespace) -> Result:
     from .adapters import AdapterConfig, add_adapters
     from .checkpoint import sha256
     from .data import encode, load, num_classes, split
+    from .distributed import shard
     from .interop import read_run, run_config, start_from
     from .llama import Llama
     from .progress import progress_bar
@@ -287,6 +291,8 @@ def _train(args: argparse.Namespace) -> Result:
     if args.init:
         start_from(model, read_run(args.init, model), args.init)
         init = {"run": args.init.name, "sha256": sha256(args.init / "adapter.safetensors")}
+    if args.shard:
+        shard(model)
     trainer = Trainer(model, data, config)
     info = {
         "model": str(args.model.resolve()),
@@ -462,6 +468,7 @@ def _open_run(
     args: argparse.Namespace,
 ) -> tuple[Llama, Tokenizer, dict[str, Any], Posterior | None]:
     """(model, tokenizer, facts, posterior) of --run; its base is --model's if that is given."""
+    from . import distributed
     from .checkpoint import read_json
     from .llama import Llama
     from .methods import load_posterior
@@ -478,7 +485,12 @@ def _open_run(
     base = Llama.from_pretrained(folder, dtype=dtype, device=_device(args))
     model, info = load_run(args.run, base)
     info.setdefault("prompt_template")  # runs of before there were any
-    return model, load_tokenizer(folder), info, load_posterior(args.run, info)
+    posterior = load_posterior(args.run, info)
+    if getattr(args, "shard", False):
+        if posterior is not None:
+            raise InputError(f"{args.run}: posterior {info['posterior']} needs a whole base")
+        distributed.shard(model)
+    return model, load_tokenizer(folder), info, posterior
 
 
 def _held_out(args: argparse.Namespace, info: dict[str, Any]) -> list[Example]:

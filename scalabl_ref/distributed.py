@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 import torch.distributed as dist
 
-from .errors import RankLost
+from .adapters import adapters
+from .errors import InputError, RankLost
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Parameter
+
+    from .llama import Llama
 
 Item = TypeVar("Item")
 TIMEOUT = 600.0  # seconds that a rank waits for the others, unless told otherwise
@@ -119,3 +122,40 @@ def largest(number: int) -> int:
     value = torch.tensor(number)
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return int(value)
+
+
+# --- a base in pieces ----------------------------------------------------------------------------
+
+
+def shard(model: Llama) -> None:
+    """Keep one part of N of every weight of the frozen base on each rank (PyTorch's FSDP2).
+
+    Call it when adapters and head are what they will be. Whole, plain tensors they are only while
+    they are needed: a block's while it is computed, forwards and backwards, an untied embedding's
+    while it is read, the head's and the last norm's from the first block on. From then on all ranks
+    must make the same passes through the model. The adapters stay whole on all ranks.
+
+    Raises InputError without ranks, or if this PyTorch cannot do it.
+    """
+    if not dist.is_initialized():
+        raise InputError("a base is sharded over ranks: start them with torchrun")
+    try:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:
+        raise InputError("sharding needs PyTorch 2.7 or newer") from None
+    whole = {p for adapter in adapters(model).values() for p in adapter.parameters()}
+    mesh = init_device_mesh(model.norm.weight.device.type, (world(),))
+    parts = [*model.layers, *([] if model.tied else [model.embed_tokens]), model]
+    for part in parts:
+        fully_shard(part, mesh=mesh, ignored_params=whole)
+
+
+def sharded(model: Llama) -> bool:
+    """Whether `shard` was called."""
+    return hasattr(model, "reshard")  # which makes it an FSDPModule as well
+
+
+def whole(weight: Tensor) -> Tensor:
+    """A weight of a base that may be sharded; if it is, all ranks must ask for it."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight

@@ -44,7 +44,8 @@ def answer(
 ) -> Answers:
     """Predict every example with `samples` draws (0: the mean model); nothing is dropped.
 
-    On several ranks each predicts some of the batches, and all get the whole.
+    On several ranks each predicts some of the batches, and all get the whole; with a sharded base
+    all predict all of them.
     posterior: what is drawn, if it is not what the adapters themselves have.
     """
     head = model.config.head_tokens
@@ -60,7 +61,8 @@ def answer(
             f"{list(head)}"
         )
     batches = list(evaluation_batches(encoded, batch))
-    mine = batches[distributed.rank() :: distributed.world()]
+    spread = not distributed.sharded(model)  # else all ranks go through the model together
+    mine = batches[distributed.rank() :: distributed.world()] if spread else batches
     table = torch.zeros(len(examples), len(encoded.classes) + 3, dtype=torch.float64)
     if mine:
         ids = torch.cat([b.ids for b in mine]).sort().values  # predict_all's order
@@ -68,7 +70,8 @@ def answer(
             p = predict_all(model, mine, samples, seed, bar.update, posterior)
         uncertainty = (p.entropy, p.expected_entropy, p.mutual_information)
         table[ids] = torch.column_stack((p.probs, *uncertainty))
-    distributed.sum_(table)  # of rows that each are of one rank, zeros on the others
+    if spread:
+        distributed.sum_(table)  # of rows that each are of one rank, zeros on the others
     prediction = Prediction(table[:, :-3].contiguous(), *table[:, -3:].T.contiguous())
     return Answers(examples, torch.tensor(encoded.labels), prediction)
 

@@ -292,13 +292,16 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], source: Any) 
 def fingerprint(model: Llama) -> str:
     """A digest of the base model: configuration, norms, and the first row of each q projection.
 
-    Enough to notice that an adapter meets another base, at no cost for a large one.
+    Enough to notice that an adapter meets another base, at no cost for a large one. All ranks call
+    it if the base is sharded.
     """
     config = dataclasses.replace(model.config, head_tokens=None).to_dict()
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    firsts = [w[0] for name, w in model.named_parameters() if name.endswith("q_proj.weight")]
-    for part in (model.norm.weight, *firsts):
-        digest.update(json.dumps(part.detach().double().tolist()).encode())
+    projections = [w for name, w in model.named_parameters() if name.endswith("q_proj.weight")]
+    for weight in (model.norm.weight, *projections):
+        part = distributed.whole(weight.detach())
+        part = part if weight is model.norm.weight else part[0]
+        digest.update(json.dumps(part.double().tolist()).encode())
     return digest.hexdigest()
 
 
@@ -374,8 +377,9 @@ def fit(
     """
     run = Path(run)
     make_folder(run)
+    identity = _identity(trainer)
     if resume:
-        _restore(trainer, run)
+        _restore(trainer, run, identity)
     distributed.barrier()  # every rank has seen the run as it was
     with _deferred_signals() as caught, _open_log(run, trainer.done) as log:
         while trainer.done < trainer.config.steps:
@@ -386,10 +390,10 @@ def fit(
             progress(record)
             signum = distributed.largest(caught[0] if caught else 0)
             if signum or trainer.done % trainer.config.checkpoint_every == 0:
-                _save_checkpoint(trainer, run)
+                _save_checkpoint(trainer, run, identity)
             if signum:
                 raise Interrupted(signum, trainer.done)
-        _save_checkpoint(trainer, run)
+        _save_checkpoint(trainer, run, identity)
     distributed.barrier()  # all of it is written
 
 
@@ -404,16 +408,16 @@ def _identity(trainer: Trainer) -> str:
     return json.dumps(record, sort_keys=True)
 
 
-def _save_checkpoint(trainer: Trainer, run: Path) -> None:
+def _save_checkpoint(trainer: Trainer, run: Path, identity: str) -> None:
     if distributed.rank():
         return
     buffer = io.BytesIO()
-    torch.save({**trainer.state(), "identity": _identity(trainer)}, buffer)
+    torch.save({**trainer.state(), "identity": identity}, buffer)
     with atomic_write(run / "checkpoint.pt") as file:
         file.write(buffer.getbuffer())
 
 
-def _restore(trainer: Trainer, run: Path) -> None:
+def _restore(trainer: Trainer, run: Path, identity: str) -> None:
     path = run / "checkpoint.pt"
     if not path.exists():
         raise InputError(f"{path}: no checkpoint to resume from")
@@ -421,7 +425,7 @@ def _restore(trainer: Trainer, run: Path) -> None:
     expected = {"done", "adapters", "optimizer", "swag", "identity"}
     if not isinstance(state, dict) or not expected <= state.keys():
         raise InputError(f"{path}: not a checkpoint of this program")
-    theirs, ours = json.loads(state["identity"]), json.loads(_identity(trainer))
+    theirs, ours = json.loads(state["identity"]), json.loads(identity)
     differing = [key for key in ours if ours[key] != theirs.get(key)]
     if differing:
         detail = _first_difference(theirs.get(differing[0]), ours[differing[0]])
