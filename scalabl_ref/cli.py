@@ -224,6 +224,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _add_template(parser, "of --format")
     add("--holdout", type=float, default=0.0, help="fraction kept from training, for temperature")
     add("--checkpoint-every", type=int, default=train.checkpoint_every, help="steps")
+    add("--checkpoints-beside", action="store_true", help="write them while training goes on")
     _add_dtype(parser)
     _add_ranks(parser)
 
@@ -315,7 +316,7 @@ def _train(args: argparse.Namespace) -> Result:
                 bar.set_postfix(shown, refresh=False)
                 bar.update(int(record["step"]) + 1 - bar.n)
 
-            fit(trainer, args.out, args.resume, show)
+            fit(trainer, args.out, args.resume, show, args.checkpoints_beside)
     except Interrupted as error:
         if not args.process:
             print(f"{error}: continue with --resume", file=sys.stderr)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 TIMEOUT = 600.0  # seconds that a rank waits for the others, unless told otherwise
+_timeout = timedelta(seconds=TIMEOUT)
 
 
 def world() -> int:
@@ -58,12 +59,13 @@ def joined(device: torch.device, timeout: float = TIMEOUT) -> Iterator[None]:
     if "RANK" not in os.environ or dist.is_initialized():
         yield
         return
-    backend = "gloo"
+    global _timeout
+    _timeout, backend = timedelta(seconds=timeout), "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        dist.init_process_group(backend, timeout=_timeout)
         yield
         dist.barrier()  # nobody leaves while another may still need to be heard
     except RuntimeError as error:
@@ -115,13 +117,18 @@ def add_up(parameters: Sequence[Parameter], value: float) -> float:
     return total.item()
 
 
-def largest(number: int) -> int:
-    """The largest of the ranks' numbers."""
+def largest(number: int, group: dist.ProcessGroup | None = None) -> int:
+    """The largest of the ranks' numbers, which `group` exchange, by default as everything else."""
     if world() == 1:
         return number
     value = torch.tensor(number)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
+    dist.all_reduce(value, dist.ReduceOp.MAX, group)
     return int(value)
+
+
+def new_group() -> dist.ProcessGroup | None:
+    """All ranks once more, for the exchanges of another thread; None for one rank."""
+    return dist.new_group(backend="gloo", timeout=_timeout) if world() > 1 else None
 
 
 # --- a base in pieces ----------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import os
@@ -25,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import distributed
+from . import distributed, savepoints
 from .adapters import Adapter, AdapterConfig, Device, adapters, add_adapters
-from .checkpoint import load_pickle, load_tensors, read_json, save_tensors
+from .checkpoint import load_tensors, read_json, save_tensors
 from .data import Encoded, TrainingOrder, collate
 from .elbo import KL, KLS, class_logits, kl_divergence
-from .errors import InputError, Interrupted, atomic_write, atomic_write_text, make_folder
+from .errors import InputError, Interrupted, atomic_write_text, make_folder
 from .llama import Llama
 from .methods.ensemble import Swag
 from .noise import FIRST_TRAINING_DRAW, Noise
@@ -236,21 +235,38 @@ class Trainer:
                 if gradient is not None:
                     parameter.sub_(rate * gradient)
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds: step count, adapters, optimiser moments, SWAG's averages."""
-        return {
-            "done": self.done,
-            "adapters": adapter_state(self.model),
-            "optimizer": self.optimizer.state_dict(),
-            "swag": vars(self.swag),
-        }
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint holds: tensors by name (adapters, optimiser, SWAG), and counts."""
+        tensors = {f"adapters.{name}": value for name, value in adapter_state(self.model).items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
+        for part in ("mean", "square"):
+            averages = getattr(self.swag, part).items()
+            tensors |= {f"swag.{part}.{name}": value for name, value in averages}
+        return tensors, {"done": self.done, "swag": self.swag.count}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, tensors: dict[str, Tensor], counts: dict[str, Any]) -> None:
         """Continue from what `state` returned. Raises InputError if it is of another run."""
-        load_adapter_state(self.model, state["adapters"], "checkpoint")
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.swag = Swag(**state["swag"])
-        self.done = state["done"]
+
+        def below(prefix: str) -> dict[str, Tensor]:
+            """The tensors whose names begin so, by what comes after."""
+            start = len(prefix)
+            return {name[start:]: t for name, t in tensors.items() if name.startswith(prefix)}
+
+        load_adapter_state(self.model, below("adapters."), "checkpoint")
+        device = self.adapters[0].A.device
+        averages = (
+            {k: v.to(device) for k, v in below(f"swag.{part}.").items()}
+            for part in ("mean", "square")
+        )
+        self.swag = Swag(counts["swag"], *averages)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in below("optimizer.").items():
+            index, _, key = name.partition(".")
+            moments.setdefault(int(index), {})[key] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.done = counts["done"]
 
 
 @torch.no_grad()
@@ -366,71 +382,67 @@ def fit(
     run: Path | str,
     resume: bool = False,
     progress: Callable[[dict[str, float]], None] = lambda record: None,
+    beside: bool = False,
 ) -> None:
-    """Train to the end, writing RUN/train.jsonl and RUN/checkpoint.pt on the way.
+    """Train to the end, writing RUN/train.jsonl and checkpoints (`savepoints`) on the way.
 
-    resume: go on from RUN/checkpoint.pt. `progress` is told each step's log record.
+    resume: go on from the newest checkpoint that is whole. `progress` is told each step's log
+    record. beside: write checkpoints while training goes on.
     On SIGINT or SIGTERM the step in hand is finished, a checkpoint written and Interrupted raised.
-    On several ranks all call it, with a folder that all of them see; rank 0 writes, and a signal to
-    one of them is a signal to all.
-    Raises InputError if there is nothing to resume, or if the run there has other settings.
+    On several ranks all call it, with a folder that all of them see; rank 0 writes the log, and a
+    signal to one of them is a signal to all.
+    Raises InputError if there is nothing to resume, if the run there has other settings, or if a
+    checkpoint cannot be written.
     """
     run = Path(run)
     make_folder(run)
-    identity = _identity(trainer)
+    identity, config = _identity(trainer), trainer.config
+    saver = savepoints.Saver(run, beside)
     if resume:
         _restore(trainer, run, identity)
     distributed.barrier()  # every rank has seen the run as it was
+    if distributed.rank() == 0:
+        saver.forget_after(trainer.done)
     with _deferred_signals() as caught, _open_log(run, trainer.done) as log:
-        while trainer.done < trainer.config.steps:
+        while trainer.done < config.steps:
             started = time.perf_counter()
             record = trainer.step()
             record["seconds"] = time.perf_counter() - started
             log.write(json.dumps(record) + "\n")
             progress(record)
             signum = distributed.largest(caught[0] if caught else 0)
-            if signum or trainer.done % trainer.config.checkpoint_every == 0:
-                _save_checkpoint(trainer, run, identity)
+            due = trainer.done % config.checkpoint_every == 0
+            if signum or due or trainer.done == config.steps:
+                tensors, counts = trainer.state()
+                saver.save(trainer.done, tensors, {**counts, "identity": identity})
             if signum:
+                saver.wait()
                 raise Interrupted(signum, trainer.done)
-        _save_checkpoint(trainer, run, identity)
+        saver.wait()
     distributed.barrier()  # all of it is written
 
 
-def _identity(trainer: Trainer) -> str:
-    """Settings and data that a checkpoint must share with the run that resumes it, as JSON."""
+def _identity(trainer: Trainer) -> dict[str, Any]:
+    """Settings and data that a checkpoint must share with the run that resumes it, as of JSON."""
     config = dataclasses.asdict(trainer.config)
     del config["checkpoint_every"], config["micro_batch"]  # neither changes the function computed
     data = hashlib.sha256(json.dumps([trainer.data.tokens, trainer.data.labels]).encode())
     adapter = dataclasses.asdict(trainer.adapters[0].config)
     record = {"train": config, "adapter": adapter, "data": data.hexdigest()}
     record["model"] = fingerprint(trainer.model)
-    return json.dumps(record, sort_keys=True)
+    return json.loads(json.dumps(record))
 
 
-def _save_checkpoint(trainer: Trainer, run: Path, identity: str) -> None:
-    if distributed.rank():
-        return
-    buffer = io.BytesIO()
-    torch.save({**trainer.state(), "identity": identity}, buffer)
-    with atomic_write(run / "checkpoint.pt") as file:
-        file.write(buffer.getbuffer())
-
-
-def _restore(trainer: Trainer, run: Path, identity: str) -> None:
-    path = run / "checkpoint.pt"
-    if not path.exists():
-        raise InputError(f"{path}: no checkpoint to resume from")
-    state = load_pickle(path)
-    expected = {"done", "adapters", "optimizer", "swag", "identity"}
-    if not isinstance(state, dict) or not expected <= state.keys():
-        raise InputError(f"{path}: not a checkpoint of this program")
-    theirs, ours = json.loads(state["identity"]), json.loads(identity)
-    differing = [key for key in ours if ours[key] != theirs.get(key)]
+def _restore(trainer: Trainer, run: Path, identity: dict[str, Any]) -> None:
+    tensors, facts = savepoints.load(run)
+    theirs = facts.get("identity", {})
+    differing = [key for key in identity if identity[key] != theirs.get(key)]
     if differing:
-        detail = _first_difference(theirs.get(differing[0]), ours[differing[0]])
-        raise InputError(f"{path}: is of a run with other settings: {differing[0]}{detail}")
-    trainer.restore(state)
+        detail = _first_difference(theirs.get(differing[0]), identity[differing[0]])
+        raise InputError(
+            f"{run / savepoints.FOLDER}: is of a run with other settings: {differing[0]}{detail}"
+        )
+    trainer.restore(tensors, facts)
 
 
 def _first_difference(theirs: Any, ours: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["scalabl_ref.cli", "scalabl_ref.train", "scalabl_ref.evaluate", "scalabl_ref.tokenizer",
-     "torch.distributed.fsdp", "torch.distributed.checkpoint", "tests.test_distributed"]
+     "torch._dynamo", "torch.distributed.fsdp", "tests.test_savepoints"]
 )  # fmt: skip
 PATIENCE = 120.0  # seconds until a job counts as hung
 
