@@ -33,12 +33,16 @@ _timeout = timedelta(seconds=TIMEOUT)
 
 def world() -> int:
     """How many ranks there are."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if _are_joined() else 1
 
 
 def rank() -> int:
     """Which of them this process is; 0 writes and prints."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if _are_joined() else 0
+
+
+def _are_joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def own_device(device: torch.device) -> torch.device:
@@ -54,9 +58,12 @@ def joined(device: torch.device, timeout: float = TIMEOUT) -> Iterator[None]:
 
     Tensors on the CPU go through gloo, those on a GPU through NCCL. timeout: seconds that a rank
     waits for the others in any exchange. Raises RankLost in the others, at once, when a rank ends
-    before the block does, and after `timeout` when one does not answer.
+    before the block does, and after `timeout` when one does not answer; InputError for a timeout
+    that is none.
     """
-    if "RANK" not in os.environ or dist.is_initialized():
+    if not 0 < timeout <= 1e6:
+        raise InputError(f"timeout must be above 0 s and at most 1e6 s, and is {timeout}")
+    if "RANK" not in os.environ or _are_joined():
         yield
         return
     global _timeout
@@ -144,7 +151,7 @@ def shard(model: Llama) -> None:
 
     Raises InputError without ranks, or if this PyTorch cannot do it.
     """
-    if not dist.is_initialized():
+    if not _are_joined():
         raise InputError("a base is sharded over ranks: start them with torchrun")
     try:
         from torch.distributed.device_mesh import init_device_mesh
