@@ -1,7 +1,7 @@
 """The `scalabl` command: arguments in, library calls, results out. No method lives here.
 
 Exit codes: 0 done, 1 a check of `verify` or `conformance` failed, 2 bad input (one line on standard
-error), 128 + n ended by signal n.
+error), 3 another rank of the run ended or is silent, 128 + n ended by signal n.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError, Interrupted
+from .errors import InputError, Interrupted, RankLost
 
 if TYPE_CHECKING:
     from .data import Example
@@ -34,11 +34,15 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser(next(iter(arguments), "")).parse_args(arguments)
     try:
         result = args.command(args)
-        if args.json:
+        if args.json and not args.process:
             print(json.dumps(result, indent=2), flush=True)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = f" on rank {args.process}" if args.process else ""
+        print(f"error{where}: {error}", file=sys.stderr)
         return 2
+    except RankLost as error:
+        print(f"error on rank {args.process}: {error}", file=sys.stderr)
+        return 3
     except Interrupted as error:
         print(error, file=sys.stderr)
         return 128 + error.signum
@@ -80,13 +84,14 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
         sub.add_argument("--seed", type=int, default=0, help="of everything random")
         sub.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-        sub.set_defaults(command=command)
+        sub.set_defaults(command=command, process=0)
     return parser
 
 
 def _say(args: argparse.Namespace, text: str) -> None:
-    """A line for people: on standard output, unless that is kept for JSON."""
-    print(text, file=sys.stderr if args.json else sys.stdout)
+    """A line for people, of rank 0: on standard output, unless that is kept for JSON."""
+    if not args.process:
+        print(text, file=sys.stderr if args.json else sys.stdout)
 
 
 def _add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -132,13 +137,40 @@ def _device(args: argparse.Namespace) -> Any:
     """The torch device, checked: a clear error instead of a traceback at the first tensor."""
     import torch
 
+    from .distributed import own_device
+
     try:
-        device = torch.device(args.device)
+        device = own_device(torch.device(args.device))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device {args.device!r} cannot be used: {reason}") from None
     return device
+
+
+def _add_ranks(parser: argparse.ArgumentParser) -> None:
+    from .distributed import TIMEOUT
+
+    parser.add_argument(
+        "--shard", action="store_true", help="keep a part of the base on each rank under torchrun"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=TIMEOUT, metavar="SECONDS",
+        help="that a rank under torchrun waits for the others",
+    )  # fmt: skip
+
+
+def _on_ranks(command: Callable[[argparse.Namespace], Result]) -> Callable[..., Result]:
+    """A command that torchrun may start several times: joined while it runs."""
+
+    def run(args: argparse.Namespace) -> Result:
+        from . import distributed
+
+        with distributed.joined(_device(args), args.timeout):
+            args.process = distributed.rank()
+            return command(args)
+
+    return run
 
 
 # --- train -------------------------------------------------------------------------------------
@@ -198,8 +230,10 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep each block's input alone for the backward pass: less memory, more time",
     )
-    add("--compile", action="store_true", help="compile the blocks with torch.compile")  # fmt: skip
+    add("--compile", action="store_true", help="compile the blocks with torch.compile")
+    add("--checkpoints-beside", action="store_true", help="write them while training goes on")
     _add_dtype(parser)
+    _add_ranks(parser)
 
 
 def _add_adapter(parser: argparse.ArgumentParser, method: str) -> None:
@@ -233,6 +267,7 @@ def _train(args: argparse.Namespace) -> Result:
     from .adapters import AdapterConfig, add_adapters
     from .checkpoint import sha256
     from .data import encode, load, num_classes, split
+    from .distributed import shard
     from .interop import read_run, run_config, start_from
     from .llama import Llama
     from .progress import progress_bar
@@ -264,6 +299,8 @@ def _train(args: argparse.Namespace) -> Result:
     if args.init:
         start_from(model, read_run(args.init, model), args.init)
         init = {"run": args.init.name, "sha256": sha256(args.init / "adapter.safetensors")}
+    if args.shard:
+        shard(model)
     trainer = Trainer(model, data, config)
     info = {
         "model": str(args.model.resolve()),
@@ -286,12 +323,13 @@ def _train(args: argparse.Namespace) -> Result:
                 bar.set_postfix(shown, refresh=False)
                 bar.update(int(record["step"]) + 1 - bar.n)
 
-            fit(trainer, args.out, args.resume, show)
+            fit(trainer, args.out, args.resume, show, args.checkpoints_beside)
     except Interrupted as error:
-        print(f"{error}: continue with --resume", file=sys.stderr)
+        if not args.process:
+            print(f"{error}: continue with --resume", file=sys.stderr)
         return {"run": str(args.out), "steps": trainer.done, "exit_code": 128 + error.signum}
     save_run(args.out, model, info)
-    if config.swag:
+    if config.swag and not args.process:
         trainer.swag.save(args.out)
     last = json.loads((args.out / "train.jsonl").read_text().splitlines()[-1])
     _say(args, f"trained {trainer.done} steps on {len(examples)} examples: {args.out}")
@@ -398,6 +436,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--calibrate", type=Path, help="file of held-out examples, in --format, for --temperature")
     _add_template(parser, "the run's")
+    _add_ranks(parser)
 
 
 def _add_samples(parser: argparse.ArgumentParser) -> None:
@@ -468,6 +507,7 @@ def _open_run(
     args: argparse.Namespace,
 ) -> tuple[Llama, Tokenizer, dict[str, Any], Posterior | None]:
     """(model, tokenizer, facts, posterior) of --run; its base is --model's if that is given."""
+    from . import distributed
     from .checkpoint import read_json
     from .llama import Llama
     from .methods import load_posterior
@@ -484,7 +524,12 @@ def _open_run(
     base = Llama.from_pretrained(folder, dtype=dtype, device=_device(args))
     model, info = load_run(args.run, base)
     info.setdefault("prompt_template")  # runs of before there were any
-    return model, load_tokenizer(folder), info, load_posterior(args.run, info)
+    posterior = load_posterior(args.run, info)
+    if getattr(args, "shard", False):
+        if posterior is not None:
+            raise InputError(f"{args.run}: posterior {info['posterior']} needs a whole base")
+        distributed.shard(model)
+    return model, load_tokenizer(folder), info, posterior
 
 
 def _held_out(args: argparse.Namespace, info: dict[str, Any]) -> list[Example]:
@@ -530,6 +575,7 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     add("--choices", nargs="+", required=True, metavar="TEXT", help="the answers to choose from")
     _add_samples(parser)
     _add_template(parser, "the run's")
+    _add_ranks(parser)
 
 
 def _predict(args: argparse.Namespace) -> Result:
@@ -888,14 +934,22 @@ Command = tuple[
 
 _COMMANDS: dict[str, Command] = {
     "demo": ("the whole story in about a minute", _demo_arguments, _demo),
-    "train": ("fine-tune a model", _train_arguments, _train),
+    "train": ("fine-tune a model", _train_arguments, _on_ranks(_train)),
     "posterior": (
         "laplace, tfb, swag or an ensemble from finished runs",
         _posterior_arguments,
         _posterior,
     ),
-    "evaluate": ("accuracy, calibration and uncertainty of a run", _evaluate_arguments, _evaluate),
-    "predict": ("probabilities of the answers to one question", _predict_arguments, _predict),
+    "evaluate": (
+        "accuracy, calibration and uncertainty of a run",
+        _evaluate_arguments,
+        _on_ranks(_evaluate),
+    ),
+    "predict": (
+        "probabilities of the answers to one question",
+        _predict_arguments,
+        _on_ranks(_predict),
+    ),
     "generate": ("text with its uncertainty token by token", _generate_arguments, _generate),
     "export": ("a run as a PEFT adapter or a merged model", _export_arguments, _export),
     "import": (

@@ -29,6 +29,13 @@ class Interrupted(Exception):
         self.signum = signum
 
 
+class RankLost(Exception):
+    """Another process of a run on several ranks ended, or did not answer in time.
+
+    What happened there that process says itself; the command line exits with code 3.
+    """
+
+
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
     """A binary file that becomes `path` when the block ends well, and nothing otherwise.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import metrics
+from . import distributed, metrics
 from .adapters import ADAPTERS
 from .data import Example, encode, evaluation_batches
 from .errors import InputError, atomic_write_text
@@ -48,8 +48,10 @@ def answer(
 ) -> Answers:
     """Predict every example with `samples` draws (0: the mean model); nothing is dropped.
 
-    samples: or as many as each example needs, see `sequential.predict_auto`. posterior: what is
-    drawn, if it is not what the adapters themselves have. design: as in `predict`.
+    On several ranks each predicts some of the batches, and all get the whole; with a sharded base
+    all predict all of them. samples: or as many as each example needs, see
+    `sequential.predict_auto`. posterior: what is drawn, if it is not what the adapters themselves
+    have. design: as in `predict`.
 
     Raises InputError for a design or Auto that cannot be had, or for another tokenizer's classes.
     """
@@ -69,14 +71,23 @@ def answer(
             f"the tokenizer gives the class tokens {encoded.classes}, but the head was cut down to "
             f"{list(head)}"
         )
-    batches, draws = evaluation_batches(encoded, batch), None
-    with progress_bar(len(examples), title, "row") as bar:
-        if isinstance(samples, Auto):
-            prediction, draws = predict_all_auto(model, batches, samples, seed, bar.update)
-        else:
-            prediction = predict_all(
-                model, batches, samples, seed, bar.update, posterior, design=design
-            )
+    batches = list(evaluation_batches(encoded, batch))
+    spread = not distributed.sharded(model)  # else all ranks go through the model together
+    mine = batches[distributed.rank() :: distributed.world()] if spread else batches
+    table = torch.zeros(len(examples), len(encoded.classes) + 4, dtype=torch.float64)
+    if mine:
+        ids = torch.cat([b.ids for b in mine]).sort().values  # predict_all's order
+        taken = torch.zeros(len(ids))
+        with progress_bar(len(ids), title, "row") as bar:
+            if isinstance(samples, Auto):
+                p, taken = predict_all_auto(model, mine, samples, seed, bar.update)
+            else:
+                p = predict_all(model, mine, samples, seed, bar.update, posterior, design)
+        table[ids] = torch.column_stack((p.probs, *p[1:], taken))
+    if spread:
+        distributed.sum_(table)  # of rows that each are of one rank, zeros on the others
+    prediction = Prediction(table[:, :-4].contiguous(), *table[:, -4:-1].T.contiguous())
+    draws = table[:, -1].long() if isinstance(samples, Auto) else None
     return Answers(examples, torch.tensor(encoded.labels), prediction, draws)
 
 
@@ -107,6 +118,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Write RUN/metrics.json, RUN/predictions.jsonl and RUN/report.html; returns the metrics.
 
+    Of several ranks the first writes.
     calibration: held-out answers on which a temperature is fitted; "temperature" in the result then
     holds it and the metrics after scaling. ood: answers on another data set, scored for how well
     entropy and mutual information tell it apart; its accuracy and the like are given over the rows
@@ -151,6 +163,8 @@ def evaluate(
             "metrics": result["ood"],
             "scores": scores,
         }
+    if distributed.rank():
+        return result
     atomic_write_text(run / "metrics.json", json.dumps(result, indent=2) + "\n")
     atomic_write_text(run / "predictions.jsonl", "".join(_rows(answers)))
     about = {

@@ -580,7 +580,7 @@ class Llama(nn.Module):
         x = self.embed_tokens(rows.pack(tokens))  # (..., D)
         again = self.recompute and torch.is_grad_enabled() and cache is None
         run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False) if again else _call
-        shared = self._shared_blocks() if draws > 1 else 0
+        shared = self.shared_blocks() if draws > 1 else 0
         for i, block in enumerate(self.layers):
             if i == shared:
                 x, ctx = repeated(x, draws), ctx.repeat(draws)
@@ -604,7 +604,7 @@ class Llama(nn.Module):
             block.compile(backend=backend)
         return self
 
-    def _shared_blocks(self) -> int:
+    def shared_blocks(self) -> int:
         """How many of the first blocks give the same under every draw."""
         random = [any(a.random for a in adapters(block).values()) for block in self.layers]
         return random.index(True) if True in random else len(random)

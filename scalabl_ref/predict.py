@@ -33,15 +33,20 @@ class Prediction(NamedTuple):
     mutual_information: Tensor
 
 
-def predictive(log_probs: Tensor) -> Prediction:
+def predictive(log_probs: Tensor, weights: Tensor | None = None) -> Prediction:
     """From log-probabilities of S draws, (S, B, C), to the distribution of their mixture.
 
     Probabilities are averaged, not logits or logs: logsumexp over draws minus log S, in float64.
+    weights: (S,) that add up to 1, of draws that do not count alike.
     """
     log_probs = log_probs.double()
-    mixture = torch.logsumexp(log_probs, dim=0) - math.log(len(log_probs))  # (B, C)
+    if weights is None:
+        mixture = torch.logsumexp(log_probs, dim=0) - math.log(len(log_probs))  # (B, C)
+        expected = _entropy(log_probs).mean(0)
+    else:
+        mixture = torch.logsumexp(log_probs + weights.log()[:, None, None], dim=0)
+        expected = torch.einsum("s,sb->b", weights, _entropy(log_probs))
     entropy = _entropy(mixture)
-    expected = _entropy(log_probs).mean(0)
     # Jensen makes the difference non-negative; rounding alone can take it below.
     information = (entropy - expected).clamp(min=0)
     return Prediction(mixture.exp(), entropy, expected, information)
@@ -129,7 +134,9 @@ def log_probs(
 
     Arguments and errors as of `predict`; S is `samples`, or 1 for the mean model.
     """
-    drawn = passes(model, samples, seed, int(batch.lengths.sum()), design, first)
+    only_head = model.shared_blocks() == len(model.layers)  # of which the rows' ends are all
+    tokens = len(batch.labels) if only_head else int(batch.lengths.sum())
+    drawn = passes(model, samples, seed, tokens, design, first)
     logits = [
         class_logits(model, batch, noise, draws).unflatten(0, (draws, -1)) for noise, draws in drawn
     ]

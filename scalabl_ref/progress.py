@@ -7,8 +7,13 @@ from typing import Any
 
 
 def progress_bar(total: int, title: str, unit: str, done: int = 0) -> Any:
-    """A tqdm bar with an estimate of the time left; quiet where standard error is no terminal."""
+    """A tqdm bar with an estimate of the time left; quiet where standard error is no terminal.
+
+    Of several ranks (`distributed`) the first alone shows one.
+    """
     from tqdm import tqdm
+
+    from . import distributed
 
     return tqdm(
         total=total,
@@ -18,5 +23,5 @@ def progress_bar(total: int, title: str, unit: str, done: int = 0) -> Any:
         unit_scale=unit == "B",
         dynamic_ncols=True,
         leave=False,
-        disable=not sys.stderr.isatty(),
+        disable=not sys.stderr.isatty() or distributed.rank() > 0,
     )

@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import torch
 
+from . import savepoints
 from .adapters import AdapterConfig, adapters, add_adapters
 from .checkpoint import load_tensors, read_json, save_tensors
 from .comparison import row, scores, summary, table, write_page
@@ -210,7 +211,7 @@ class Fit:
         model = Llama.from_pretrained(self.study.model, dtype=dtype, device=self.device)
         add_adapters(model.trim_head(data.classes), self.adapter, self.train.seed)
         trainer = Trainer(model, data, self.train)
-        fit(trainer, self.folder, resume=(self.folder / "checkpoint.pt").exists())
+        fit(trainer, self.folder, resume=savepoints.exists(self.folder))
         if self.train.swag:
             trainer.swag.save(self.folder)
         info = {

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,17 +18,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import distributed, savepoints
 from .adapters import Adapter, AdapterConfig, Device, adapters, add_adapters
-from .checkpoint import load_pickle, load_tensors, read_json, save_tensors
+from .checkpoint import load_tensors, read_json, save_tensors
 from .data import Encoded, TrainingOrder, collate
 from .elbo import KL, KLS, class_logits, kl_divergence
-from .errors import InputError, Interrupted, atomic_write, atomic_write_text, make_folder
+from .errors import InputError, Interrupted, atomic_write_text, make_folder
 from .llama import Llama
 from .methods.ensemble import Swag
 from .noise import FIRST_TRAINING_DRAW, Noise
@@ -146,6 +147,9 @@ def parameter_groups(
 class Trainer:
     """Model, data and optimisers of one run; `step()` does one optimiser step.
 
+    On several ranks (`distributed`) each does its share of a step's examples, and all end the step
+    with the same adapters.
+
     The model carries adapters. data: the encoded training set. Its N is the N of KL / N.
     swag: the weights collected so far, if the configuration asks for any.
     """
@@ -210,18 +214,20 @@ class Trainer:
 
     def _accumulate_nll(self, indices: list[int], noise: Noise) -> float:
         """Gradient of the batch's mean NLL, a micro-batch at a time; returns the NLL."""
+        share, own = distributed.share(indices)
         size, device = (
-            self.config.micro_batch or len(indices),
+            self.config.micro_batch or len(share),
             self.model.embed_tokens.weight.device,
         )
         total = 0.0
-        for start in range(0, len(indices), size):
-            batch = collate(self.data, indices[start : start + size]).to(device)
-            logits = class_logits(self.model, batch, noise)
-            nll = F.cross_entropy(logits, batch.labels, reduction="sum") / len(indices)
+        for start in range(0, len(share), size):
+            batch = collate(self.data, share[start : start + size]).to(device)
+            n = max(0, own - start)  # how many of its rows count, if not all
+            logits, labels = class_logits(self.model, batch, noise), batch.labels
+            nll = F.cross_entropy(logits[:n], labels[:n], reduction="sum") / len(indices)
             nll.backward()
             total += nll.item()
-        return total
+        return distributed.add_up([p for a in self.adapters for p in a.parameters()], total)
 
     def _official_kl_step(self, factor: float) -> None:
         """SGD on the sum of KLs, after AdamW's step on the NLL, at the official rate."""
@@ -236,21 +242,38 @@ class Trainer:
                 if gradient is not None:
                     parameter.sub_(rate * gradient)
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds: step count, adapters, optimiser moments, SWAG's averages."""
-        return {
-            "done": self.done,
-            "adapters": adapter_state(self.model),
-            "optimizer": self.optimizer.state_dict(),
-            "swag": vars(self.swag),
-        }
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint holds: tensors by name (adapters, optimiser, SWAG), and counts."""
+        tensors = {f"adapters.{name}": value for name, value in adapter_state(self.model).items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
+        for part in ("mean", "square"):
+            averages = getattr(self.swag, part).items()
+            tensors |= {f"swag.{part}.{name}": value for name, value in averages}
+        return tensors, {"done": self.done, "swag": self.swag.count}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, tensors: dict[str, Tensor], counts: dict[str, Any]) -> None:
         """Continue from what `state` returned. Raises InputError if it is of another run."""
-        load_adapter_state(self.model, state["adapters"], "checkpoint")
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.swag = Swag(**state["swag"])
-        self.done = state["done"]
+
+        def below(prefix: str) -> dict[str, Tensor]:
+            """The tensors whose names begin so, by what comes after."""
+            start = len(prefix)
+            return {name[start:]: t for name, t in tensors.items() if name.startswith(prefix)}
+
+        load_adapter_state(self.model, below("adapters."), "checkpoint")
+        device = self.adapters[0].A.device
+        averages = (
+            {k: v.to(device) for k, v in below(f"swag.{part}.").items()}
+            for part in ("mean", "square")
+        )
+        self.swag = Swag(counts["swag"], *averages)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in below("optimizer.").items():
+            index, _, key = name.partition(".")
+            moments.setdefault(int(index), {})[key] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.done = counts["done"]
 
 
 @torch.no_grad()
@@ -292,31 +315,37 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], source: Any) 
 def fingerprint(model: Llama) -> str:
     """A digest of the base model: configuration, norms, and the first row of each q projection.
 
-    Enough to notice that an adapter meets another base, at no cost for a large one.
+    Enough to notice that an adapter meets another base, at no cost for a large one. All ranks call
+    it if the base is sharded.
     """
     config = dataclasses.replace(model.config, head_tokens=None).to_dict()
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    firsts = [w[0] for name, w in model.named_parameters() if name.endswith("q_proj.weight")]
-    for part in (model.norm.weight, *firsts):
-        digest.update(json.dumps(part.detach().double().tolist()).encode())
+    projections = [w for name, w in model.named_parameters() if name.endswith("q_proj.weight")]
+    for weight in (model.norm.weight, *projections):
+        part = distributed.whole(weight.detach())
+        part = part if weight is model.norm.weight else part[0]
+        digest.update(json.dumps(part.double().tolist()).encode())
     return digest.hexdigest()
 
 
 def save_run(run: Path | str, model: Llama, info: dict[str, Any]) -> None:
     """Write RUN/adapter.safetensors and RUN/run.json; `load_run` reads them back.
 
+    On several ranks all call it, and rank 0 writes.
     info: facts to keep, "model" (the base's folder) among them; must be JSON.
     """
     run = Path(run)
-    make_folder(run)
     config = next(iter(adapters(model).values())).config
-    save_tensors(run / "adapter.safetensors", adapter_state(model).items())
     record = {
         **info,
         "adapter": dataclasses.asdict(config),
         "head_tokens": model.config.head_tokens,
         "fingerprint": fingerprint(model),
     }
+    if distributed.rank():
+        return
+    make_folder(run)
+    save_tensors(run / "adapter.safetensors", adapter_state(model).items())
     atomic_write_text(run / "run.json", json.dumps(record, indent=2) + "\n")
 
 
@@ -360,36 +389,48 @@ def fit(
     run: Path | str,
     resume: bool = False,
     progress: Callable[[dict[str, float]], None] = lambda record: None,
+    beside: bool = False,
 ) -> None:
-    """Train to the end, writing RUN/train.jsonl and RUN/checkpoint.pt on the way.
+    """Train to the end, writing RUN/train.jsonl and checkpoints (`savepoints`) on the way.
 
-    resume: go on from RUN/checkpoint.pt. `progress` is told each step's log record.
+    resume: go on from the newest checkpoint that is whole. `progress` is told each step's log
+    record. beside: write checkpoints while training goes on.
     On SIGINT or SIGTERM the step in hand is finished, a checkpoint written and Interrupted raised.
-    Raises InputError if there is nothing to resume, or if the run there has other settings.
+    On several ranks all call it, with a folder that all of them see; rank 0 writes the log, and a
+    signal to one of them is a signal to all.
+    Raises InputError if there is nothing to resume, if the run there has other settings, or if a
+    checkpoint cannot be written.
     """
     run = Path(run)
     make_folder(run)
+    identity, config = _identity(trainer), trainer.config
+    saver = savepoints.Saver(run, beside)
     if resume:
-        _restore(trainer, run)
-    log_path = run / "train.jsonl"
-    _keep_lines(log_path, trainer.done)
-    with _deferred_signals() as caught, open(log_path, "a", 1, "utf-8") as log:
-        while trainer.done < trainer.config.steps:
+        _restore(trainer, run, identity)
+    distributed.barrier()  # every rank has seen the run as it was
+    if distributed.rank() == 0:
+        saver.forget_after(trainer.done)
+    with _deferred_signals() as caught, _open_log(run, trainer.done) as log:
+        while trainer.done < config.steps:
             started = time.perf_counter()
             record = trainer.step()
             record["seconds"] = time.perf_counter() - started
             log.write(json.dumps(record) + "\n")
             progress(record)
-            stop = bool(caught)
-            if stop or trainer.done % trainer.config.checkpoint_every == 0:
-                _save_checkpoint(trainer, run)
-            if stop:
-                raise Interrupted(caught[0], trainer.done)
-        _save_checkpoint(trainer, run)
+            signum = distributed.largest(caught[0] if caught else 0)
+            due = trainer.done % config.checkpoint_every == 0
+            if signum or due or trainer.done == config.steps:
+                tensors, counts = trainer.state()
+                saver.save(trainer.done, tensors, {**counts, "identity": identity})
+            if signum:
+                saver.wait()
+                raise Interrupted(signum, trainer.done)
+        saver.wait()
+    distributed.barrier()  # all of it is written
 
 
-def _identity(trainer: Trainer) -> str:
-    """Settings and data that a checkpoint must share with the run that resumes it, as JSON."""
+def _identity(trainer: Trainer) -> dict[str, Any]:
+    """Settings and data that a checkpoint must share with the run that resumes it, as of JSON."""
     config = dataclasses.asdict(trainer.config)
     for name in ("checkpoint_every", "micro_batch", "recompute", "compile"):
         del config[name]  # none changes the function computed
@@ -397,30 +438,19 @@ def _identity(trainer: Trainer) -> str:
     adapter = dataclasses.asdict(trainer.adapters[0].config)
     record = {"train": config, "adapter": adapter, "data": data.hexdigest()}
     record["model"] = fingerprint(trainer.model)
-    return json.dumps(record, sort_keys=True)
+    return json.loads(json.dumps(record))
 
 
-def _save_checkpoint(trainer: Trainer, run: Path) -> None:
-    buffer = io.BytesIO()
-    torch.save({**trainer.state(), "identity": _identity(trainer)}, buffer)
-    with atomic_write(run / "checkpoint.pt") as file:
-        file.write(buffer.getbuffer())
-
-
-def _restore(trainer: Trainer, run: Path) -> None:
-    path = run / "checkpoint.pt"
-    if not path.exists():
-        raise InputError(f"{path}: no checkpoint to resume from")
-    state = load_pickle(path)
-    expected = {"done", "adapters", "optimizer", "swag", "identity"}
-    if not isinstance(state, dict) or not expected <= state.keys():
-        raise InputError(f"{path}: not a checkpoint of this program")
-    theirs, ours = json.loads(state["identity"]), json.loads(_identity(trainer))
-    differing = [key for key in ours if ours[key] != theirs.get(key)]
+def _restore(trainer: Trainer, run: Path, identity: dict[str, Any]) -> None:
+    tensors, facts = savepoints.load(run)
+    theirs = facts.get("identity", {})
+    differing = [key for key in identity if identity[key] != theirs.get(key)]
     if differing:
-        detail = _first_difference(theirs.get(differing[0]), ours[differing[0]])
-        raise InputError(f"{path}: is of a run with other settings: {differing[0]}{detail}")
-    trainer.restore(state)
+        detail = _first_difference(theirs.get(differing[0]), identity[differing[0]])
+        raise InputError(
+            f"{run / savepoints.FOLDER}: is of a run with other settings: {differing[0]}{detail}"
+        )
+    trainer.restore(tensors, facts)
 
 
 def _first_difference(theirs: Any, ours: Any) -> str:
@@ -431,8 +461,20 @@ def _first_difference(theirs: Any, ours: Any) -> str:
     return " differs"
 
 
+@contextmanager
+def _open_log(run: Path, count: int) -> Iterator[IO[str]]:
+    """RUN/train.jsonl, to add to; for ranks other than 0 a file that keeps nothing.
+
+    It is cut to its first `count` lines: steps after the checkpoint will be done again.
+    """
+    if distributed.rank() == 0:
+        _keep_lines(run / "train.jsonl", count)
+    path = os.devnull if distributed.rank() else run / "train.jsonl"
+    with open(path, "a", 1, "utf-8") as log:
+        yield log
+
+
 def _keep_lines(path: Path, count: int) -> None:
-    """Cut a log to its first `count` lines: steps after the checkpoint will be done again."""
     lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() and count else []
     atomic_write_text(path, "".join(lines[:count]))
 

@@ -252,6 +252,8 @@ def test_every_command_has_help(capsys):
         ("--holdout 1.5", "--holdout must be in [0, 1)"),
         ("--limit 0", "the limit must be at least 1"),
         ("--device nonsense", "device 'nonsense' cannot be used"),
+        ("--shard", "start them with torchrun"),
+        ("--timeout 0", "timeout must be above 0 s"),
         ("--resume", "no checkpoint to resume from"),
         ("--seed -1", "seed must be"),
         ("--format sst2", "train.jsonl, line 1"),

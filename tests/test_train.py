@@ -369,7 +369,10 @@ def test_ctrl_c_checkpoints_too(tmp_path):
         fit(trainer(), tmp_path, progress=lambda record: os.kill(os.getpid(), signal.SIGINT))
     assert caught.value.signum == signal.SIGINT
     assert signal.getsignal(signal.SIGINT) is before
-    assert len(log_of(tmp_path)) == 1 and (tmp_path / "checkpoint.pt").exists()
+    assert (
+        len(log_of(tmp_path)) == 1
+        and (tmp_path / "checkpoint" / "00000001" / "manifest.json").exists()
+    )
 
 
 def test_resuming_something_else_is_refused(tmp_path):
@@ -383,8 +386,9 @@ def test_resuming_something_else_is_refused(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             fit(trainer(**change), tmp_path, resume=True)
-    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(InputError, match=r"checkpoint\.pt: "):
+    for manifest in tmp_path.glob("checkpoint/*/manifest.json"):
+        manifest.write_text("not a checkpoint")
+    with pytest.raises(InputError, match=r"00000012/manifest\.json: not JSON"):
         fit(trainer(), tmp_path, resume=True)
 
 

@@ -119,3 +119,18 @@ def logits_bound(config, size: float, dtype: torch.dtype = torch.float32) -> flo
     terms = 3 * config.hidden_size + config.head_dim + config.intermediate_size
     blocks = config.num_hidden_layers + 1
     return 4 * blocks * 2**blocks * terms**0.5 * torch.finfo(dtype).eps * size
+
+
+def curve_bound(
+    steps: int, rate: float, parameters: int, gradient: float, loss: float, terms: int
+) -> float:
+    """Largest difference of two float32 loss curves whose gradients are one sum in two orders.
+
+    An entry of the gradient is off by e = sqrt(terms) eps times the largest one, `gradient`. Adam
+    moves its parameter by `rate` times a ratio that knows no scale: an error e of an entry g turns
+    that by 2 e / |g| at most, and the loss by |g| times so much, which is 2 rate e, however small g
+    is. Errors of independent sign grow with the root of the number of parameters; those of the
+    steps, which Adam's averages carry on, add up. The losses themselves are sums as well.
+    """
+    typical = terms**0.5 * torch.finfo(torch.float32).eps
+    return typical * (2 * steps * rate * parameters**0.5 * gradient + loss)

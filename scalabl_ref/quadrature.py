@@ -1,0 +1,87 @@
+"""The predictive integrated rather than sampled, where only the head is random.
+
+Then the logits of a row are Gaussian given its hidden state h,
+
+    z = W h + c B diag(s) A h + F eps,    F = c B diag(A h) L
+
+with L L^T the covariance of the scales, and the softmax of z is averaged over the few directions in which F moves differences of logits:
+min(r, C - 1) of them for C classes, by Gauss-Hermite quadrature along each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .adapters import SubspaceAdapter, adapters
+from .data import Batch
+from .elbo import class_logits
+from .errors import InputError
+from .llama import Llama
+from .predict import Prediction, predictive
+
+NODES = (96, 40, 24)  # along each direction, where there are one, two or three
+
+
+@torch.no_grad()
+def predict_exact(model: Llama, batch: Batch) -> Prediction:
+    """The predictive distribution that `predict` has with infinitely many samples.
+
+    Its error is below 1e-6 in probability while no contrast of the logits has a standard deviation
+    above 3. Raises InputError unless lm_head alone is adapted, by scalabl, and there are at most 4
+    classes.
+    """
+    mean, factor = head_gaussian(model, batch)
+    return integrate(mean, factor)
+
+
+def head_gaussian(model: Llama, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Mean (B, C) and factor F (B, C, r) of the logits, float64. Errors as of `predict_exact`."""
+    own = adapters(model)
+    head = own.get("lm_head")
+    if len(own) != 1 or not isinstance(head, SubspaceAdapter):
+        raise InputError("exact prediction needs lm_head alone to be adapted, by scalabl")
+    hidden: list[Tensor] = []
+    hook = model.lm_head.register_forward_pre_hook(lambda _, given: hidden.append(given[0]))
+    try:
+        mean = class_logits(model, batch, None).double()
+    finally:
+        hook.remove()
+    B = head.B.double()
+    if model.config.head_tokens is None:
+        B = B[batch.classes]
+    L = torch.stack([head.deviation(e) for e in torch.eye(B.shape[1]).to(B)], dim=1)  # (r, r)
+    h = hidden[0].double() @ head.A.double().T  # (B, r)
+    return mean, head.config.scaling * (B * h[:, None]) @ L
+
+
+def integrate(mean: Tensor, factor: Tensor, counts: Sequence[int] = NODES) -> Prediction:
+    """The mixture of softmax(mean + factor eps), eps ~ N(0, I); shapes as of `head_gaussian`.
+
+    counts: nodes along each direction where there are so many directions as the count's place.
+    Raises InputError for more than 4 classes, unless factor has at most 3 columns.
+    """
+    moved = factor - factor.mean(1, keepdim=True)  # the softmax sees no more than this
+    U, S, _ = torch.linalg.svd(moved, full_matrices=False)
+    directions = min(factor.shape[2], factor.shape[1] - 1)
+    if directions > len(NODES):
+        raise InputError(f"exact prediction takes at most {len(NODES) + 1} classes")
+    axes = (U * S[:, None])[..., :directions]  # (B, C, directions)
+    nodes, weights = gauss_hermite(counts[max(directions, 1) - 1])
+    grid = torch.cartesian_prod(*[nodes] * directions).view(-1, directions).to(mean)
+    weight = torch.cartesian_prod(*[weights] * directions).view(-1, directions).prod(1).to(mean)
+    logits = mean + torch.einsum("qk,bck->qbc", grid, axes)
+    return predictive(torch.log_softmax(logits, -1), weight)
+
+
+def gauss_hermite(n: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights, (n,) float64 each, of the mean under N(0, 1); weights add up to 1.
+
+    The eigenvalues of the recurrence's Jacobi matrix, and the squares of its eigenvectors' first
+    components. Source: Golub and Welsch (1969).
+    """
+    off = torch.arange(1, n, dtype=torch.float64).sqrt()
+    nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
+    return nodes, vectors[0].square()

@@ -1,0 +1,89 @@
+"""The predictive integrated: nodes, the logits' Gaussian, and against very many draws."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scalabl_ref import InputError, Noise, predict, reference
+from scalabl_ref.elbo import class_logits
+from scalabl_ref.quadrature import NODES, gauss_hermite, head_gaussian, integrate, predict_exact
+
+from .models import tiny_batch, tiny_model
+from .tolerances import rounding
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 24, 96])
+def test_nodes_integrate_polynomials_exactly(n):
+    """E z^p = (p - 1)!! for even p below 2 n; and the same nodes as the reference's."""
+    nodes, weights = gauss_hermite(n)
+    for power in range(min(2 * n, 12)):
+        expected = 0 if power % 2 else math.prod(range(1, power, 2))
+        size = float(weights @ nodes.abs() ** power)
+        assert abs(float(weights @ nodes**power) - expected) <= rounding(torch.float64, 64) * size
+    theirs = reference.gauss_hermite(n)
+    for a, b in zip((nodes, weights), theirs, strict=True):
+        assert (a - b).abs().max() <= rounding(torch.float64, 64) * max(1.0, float(b.abs().max()))
+
+
+@pytest.mark.parametrize("trim", [True, False])
+@pytest.mark.parametrize("covariance", ["diagonal", "full"])
+def test_the_gaussian_is_what_draws_are_made_of(trim, covariance):
+    """z of a draw is the mean plus the factor times that draw's eps."""
+    options = {"targets": ("lm_head",), "init_sigma": 1.0, "covariance": covariance}
+    model, batch, noise = tiny_model(trim=trim, **options), tiny_batch(), Noise(3, 1)
+    mean, factor = head_gaussian(model, batch)
+    eps = noise.normal(model.lm_head.adapter.layer, batch.ids, 3).double()
+    drawn = class_logits(model, batch, noise).double()
+    expected = mean + torch.einsum("bcr,br->bc", factor, eps)
+    assert (drawn - mean).abs().max() > 0.1
+    assert (drawn - expected).abs().max() <= rounding(torch.float32, 64) * drawn.abs().max()
+
+
+@given(st.integers(0, 10**6), st.integers(2, 4), st.integers(1, 5), st.floats(0.01, 3))
+def test_quadrature_has_converged(seed, classes, rank, width):
+    """Against twice as many nodes; and in one direction against sums over a fine grid."""
+    g = torch.Generator().manual_seed(seed)
+    mean = torch.randn(2, classes, generator=g).double()
+    factor = torch.randn(2, classes, rank, generator=g).double()
+    moved = factor - factor.mean(1, keepdim=True)
+    factor = factor * width / torch.linalg.svdvals(moved).amax(1)[:, None, None].clamp(min=1e-9)
+    got = integrate(mean, factor)
+    finer = integrate(mean, factor, [2 * n for n in NODES])
+    for one, other in zip(got, finer, strict=True):
+        assert (one - other).abs().max() <= 1e-6
+    eps = torch.linspace(-9, 9, 4001, dtype=torch.float64)
+    if min(rank, classes - 1) == 1:
+        U, S, _ = torch.linalg.svd(factor - factor.mean(1, keepdim=True), full_matrices=False)
+        density = torch.exp(-eps.square() / 2)
+        weights = density / density.sum()
+        z = mean + eps[:, None, None] * (U * S[:, None])[..., 0]
+        fine = torch.einsum("s,sbc->bc", weights, z.softmax(-1))
+        assert (got.probs - fine).abs().max() <= 1e-6
+        p = z.softmax(-1)
+        entropy = -torch.special.xlogy(p, p).sum(-1)
+        assert (got.expected_entropy - weights @ entropy).abs().max() <= 1e-6
+    assert (got.probs.sum(-1) - 1).abs().max() <= rounding(torch.float64, 256)
+
+
+def test_very_many_draws_come_to_the_integral():
+    """Latin hypercubes of 4,000 draws, of which the hidden states are computed once."""
+    model, batch = tiny_model(targets=("lm_head",), init_sigma=0.5), tiny_batch()
+    exact, drawn = predict_exact(model, batch), predict(model, batch, 4000, design="latin")
+    one = predict(model, batch, 1)
+    for name, far in (("probs", 0.02), ("entropy", 0.02), ("mutual_information", 0.001)):
+        got, expected = getattr(drawn, name), getattr(exact, name)
+        assert (got - expected).abs().max() <= 0.1 * far
+        assert (getattr(one, name) - expected).abs().max() > far
+
+
+def test_what_is_not_the_heads_alone_is_refused():
+    for model in (tiny_model(), tiny_model(targets=("lm_head",), method="blob")):
+        with pytest.raises(InputError, match="lm_head alone"):
+            predict_exact(model, tiny_batch())
+    with pytest.raises(InputError, match="at most 4 classes"):
+        integrate(torch.zeros(1, 6), torch.ones(1, 6, 8))
