@@ -19,10 +19,9 @@ from .errors import InputError, Interrupted, RankLost
 
 if TYPE_CHECKING:
     from .data import Example
-    from .evaluate import Answers
+    from .evaluate import Answers, Samples
     from .llama import Llama
     from .methods import Posterior
-    from .sequential import Auto
     from .tokenizer import Tokenizer
 
 Result = dict[str, Any]
@@ -448,7 +447,8 @@ def _add_samples(parser: argparse.ArgumentParser) -> None:
         default="10",
         metavar="N",
         help="draws of the posterior; 0 is the mean model; "
-        "auto: for each example, until more cannot change its answer by more than --tolerance",
+        "auto: for each example, until more cannot change its answer by more than --tolerance; "
+        "exact: the integral, where lm_head alone is adapted, for at most 4 classes",
     )
     add("--tolerance", type=float, default=0.05, help="of --samples auto, in probability")
     add("--most", type=int, default=1000, help="draws of one example, of --samples auto")
@@ -456,15 +456,19 @@ def _add_samples(parser: argparse.ArgumentParser) -> None:
         "antithetic and latin give the average less error")  # fmt: skip
 
 
-def _samples(args: argparse.Namespace) -> int | Auto:
+def _samples(args: argparse.Namespace) -> Samples:
     from .sequential import Auto
 
+    if args.samples == "exact":
+        return "exact"
     if args.samples == "auto":
         return Auto(tolerance=args.tolerance, most=args.most)
     try:
         return int(args.samples)
     except ValueError:
-        raise InputError(f"--samples must be a number or auto, not {args.samples!r}") from None
+        raise InputError(
+            f"--samples must be a number, auto or exact, not {args.samples!r}"
+        ) from None
 
 
 def _evaluate(args: argparse.Namespace) -> Result:

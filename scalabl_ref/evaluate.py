@@ -6,8 +6,9 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,11 +19,14 @@ from .data import Example, encode, evaluation_batches
 from .errors import InputError, atomic_write_text
 from .llama import Llama
 from .methods import Posterior
-from .predict import Design, Prediction, predict_all
+from .predict import Design, Prediction, in_order, predict_all
 from .progress import progress_bar
+from .quadrature import predict_exact
 from .report import write_report
 from .sequential import Auto, predict_all_auto
 from .tokenizer import Tokenizer
+
+Samples = int | Auto | Literal["exact"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ def answer(
     model: Llama,
     tokenizer: Tokenizer,
     examples: list[Example],
-    samples: int | Auto,
+    samples: Samples,
     seed: int,
     batch: int = 32,
     title: str = "evaluate",
@@ -50,14 +54,14 @@ def answer(
 
     On several ranks each predicts some of the batches, and all get the whole; with a sharded base
     all predict all of them. samples: or as many as each example needs, see
-    `sequential.predict_auto`. posterior: what is drawn, if it is not what the adapters themselves
-    have. design: as in `predict`.
+    `sequential.predict_auto`, or their limit, see `quadrature.predict_exact`. posterior: what is
+    drawn, if it is not what the adapters themselves have. design: as in `predict`.
 
-    Raises InputError for a design or Auto that cannot be had, or for another tokenizer's classes.
+    Raises InputError for a combination that cannot be had, or for another tokenizer's classes.
     """
-    if isinstance(samples, Auto) and (posterior is not None or design != "independent"):
+    if not isinstance(samples, int) and (posterior is not None or design != "independent"):
         raise InputError(
-            "as many draws as needed: of the adapters' own, and independent ones alone"
+            "samples other than a number: of the adapters' own independent draws alone"
         )
     head = model.config.head_tokens
     encoded = encode(
@@ -81,6 +85,8 @@ def answer(
         with progress_bar(len(ids), title, "row") as bar:
             if isinstance(samples, Auto):
                 p, taken = predict_all_auto(model, mine, samples, seed, bar.update)
+            elif isinstance(samples, str):
+                p = in_order(model, mine, partial(predict_exact, model), bar.update)
             else:
                 p = predict_all(model, mine, samples, seed, bar.update, posterior, design)
         table[ids] = torch.column_stack((p.probs, *p[1:], taken))
@@ -109,7 +115,7 @@ def evaluate(
     info: dict[str, Any],
     answers: Answers,
     *,
-    samples: int | Auto,
+    samples: Samples,
     seed: int,
     design: Design = "independent",
     bins: int = 15,

@@ -353,6 +353,13 @@ def test_draws_of_a_design_and_as_many_as_needed(work, capsys):
     predict = ["predict", "--run", "run", "--prompt", "3 x", "--choices", "no 0", "no 1", "no 2"]
     assert cli.main([*predict, "--samples", "auto", "--most", "9", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["samples"] in (4, 6, 9)
-    assert "a number or auto" in refused(f"{evaluate} --samples many", capsys)
-    assert "independent ones alone" in refused(f"{evaluate} --samples auto --design latin", capsys)
+    assert "lm_head alone" in refused(f"{evaluate} --samples exact", capsys)
+    ok(TRAIN.replace("run", "head") + " --targets lm_head --init-sigma 0.5", capsys)
+    exact, many = (
+        ok(f"evaluate --run head --data test.jsonl --samples {n} --design {design}", capsys)
+        for n, design in (("exact", "independent"), ("1000", "latin"))
+    )
+    assert exact["samples"] == "exact" and abs(exact["nll"] - many["nll"]) < 0.01 * many["nll"]
+    assert "a number, auto or exact" in refused(f"{evaluate} --samples many", capsys)
+    assert "independent draws alone" in refused(f"{evaluate} --samples auto --design latin", capsys)
     assert "tolerance must lie" in refused(f"{evaluate} --samples auto --tolerance 2", capsys)
