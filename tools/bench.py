@@ -3,7 +3,8 @@
     python tools/bench.py {op,overhead} [--threads N] [--rounds N] [--json]
     python tools/bench.py {forward,train-step,predict,generate,memory} --model DIR
         [--data FILE --format F] [--official CHECKOUT] [--peer-python PYTHON]
-    python tools/bench.py scaling --model DIR
+    python tools/bench.py {scaling,roofline} --model DIR
+    python tools/bench.py draws --run RUN --data FILE --format F [--examples N]
 
 Ratios are of medians over rounds in which every candidate runs once, in turn, so that a machine
 that slows down slows all of them. Printed with them: versions, the processor, the threads.
@@ -12,6 +13,10 @@ The peer of the model benchmarks is transformers with peft, and, for `scalabl`, 
 checkout of SRI-CSL/BayesAdapt; weights, token ids, dtype and threads are the same. It lives in an
 environment of its own, made for the run unless --peer-python names one. --data gives the prompts
 of a real data set, by default lengths are drawn.
+
+`draws` is the error of a trained run's averages, by design and number of draws, against 1,000
+others. `roofline` counts what each part of a step must compute and move, and compares its time with
+the rates of a large matrix product and of a large addition, measured beside it.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ import tempfile
 import time
 import venv
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scalabl_ref import Noise, native_status, subspace_lora_linear
+from scalabl_ref import Noise, llama, native_status, subspace_lora_linear
 
 Step = Callable[[], Any]
 
@@ -47,12 +53,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=sorted({**BENCHMARKS, **MODEL_BENCHMARKS}))
+    parser.add_argument("what", choices=sorted({**BENCHMARKS, **OWN, **MODEL_BENCHMARKS}))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--model", type=Path, help="folder of a model")
     parser.add_argument("--data", type=Path, help="file of examples")
     parser.add_argument("--format", default="sst2", help="of --data")
+    parser.add_argument("--run", type=Path, help="run folder, for draws")
+    parser.add_argument("--examples", type=int, default=32, help="of --data, for draws")
     parser.add_argument("--official", type=Path, help="checkout of SRI-CSL/BayesAdapt")
     parser.add_argument("--peer-python", type=Path, help="of an environment with the peers")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
@@ -60,6 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     if args.what in BENCHMARKS:
         report = {"machine": machine(), "rows": BENCHMARKS[args.what](args.rounds)}
+    elif args.what in OWN:
+        report = {"machine": machine(), "rows": OWN[args.what](args)}
     else:
         if args.model is None:
             parser.error(f"{args.what} needs --model")
@@ -212,6 +222,156 @@ def overhead(rounds: int) -> list[dict[str, Any]]:
 
 
 BENCHMARKS: dict[str, Callable[[int], list[dict[str, Any]]]] = {"op": op, "overhead": overhead}
+
+
+# --- Our model alone --------------------------------------------------------------------------
+
+TRUTH = 1000  # draws that others are measured against
+REPEATS = 16  # independent averages of so many draws, whose errors are squared and averaged
+
+
+def draws(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Root mean square error, over examples and classes, of averaged probabilities; and its price.
+
+    "of ten" is its square relative to that of ten independent draws, "like ten" how many draws of
+    the design have the error of ten independent ones, if it goes on as here with their number.
+    """
+    from scalabl_ref.data import collate, encode, load
+    from scalabl_ref.predict import DESIGNS, predict
+    from scalabl_ref.sequential import Auto, predict_auto
+    from scalabl_ref.tokenizer import load_tokenizer
+    from scalabl_ref.train import load_run
+
+    if args.run is None or args.data is None:
+        raise SystemExit("draws needs --run and --data")
+    model, info = load_run(args.run)
+    examples = load(args.data, args.format, limit=args.examples)
+    encoded = encode(examples, load_tokenizer(info["model"]))
+    batch = collate(encoded, range(len(examples)))
+    truth = predict(model, batch, TRUTH, seed=10**6).probs
+    of_ten = 0.0  # the variance of ten independent draws
+    rows: list[dict[str, Any]] = []
+    for design in DESIGNS:
+        for count in (2, 4, 10):
+            start = time.perf_counter()
+            each = [predict(model, batch, count, i, design=design).probs for i in range(REPEATS)]
+            seconds = (time.perf_counter() - start) / REPEATS
+            # Of independent repeats: what they differ by holds no error of the truth.
+            error = torch.stack(each).var(0).mean().item()
+            of_ten = of_ten or error * count / 10
+            far = (torch.stack(each).mean(0) - truth).square().mean().sqrt().item()
+            rows.append({
+                "draws": count, "design": design, "rms error": math.sqrt(error),
+                "of ten": error / of_ten, "like ten": count * error / of_ten,
+                "against the truth": far, "ms": 1e3 * seconds,
+            })  # fmt: skip
+    for tolerance in (0.2, 0.05):
+        start = time.perf_counter()
+        result, taken = predict_auto(model, batch, Auto(tolerance))
+        seconds = time.perf_counter() - start
+        same = (result.probs.argmax(-1) == truth.argmax(-1)).double().mean().item()
+        quartiles = taken.double().quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
+        rows.append({
+            "draws": f"auto {tolerance}: {taken.double().mean():.1f} in the mean, quartiles "
+            f"{quartiles}, {int((taken == Auto().most).sum())} open at the most",
+            "design": f"{same:.3f} of the answers those of the truth",
+            "rms error": "", "of ten": "", "like ten": "",
+            "against the truth": (result.probs - truth).square().mean().sqrt().item(),
+            "ms": 1e3 * seconds,
+        })  # fmt: skip
+    return rows
+
+
+def roofline(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Each part's time beside the least that the machine's own rates allow, forwards.
+
+    A part must do its FLOP at the rate of a large matrix product and move its numbers (each weight
+    and each input and output once) at that of a large addition; the larger time is its roof.
+    """
+    if args.model is None:
+        raise SystemExit("roofline needs --model")
+    model = scalabl_ref.Llama.from_pretrained(args.model)
+    a, b = torch.randn(2, 1 << 24).unbind()
+    square = torch.randn(2048, 2048)
+    own = {"product": lambda: square @ square, "addition": lambda: torch.add(a, b, out=a)}
+    rates = interleaved(own, args.rounds)
+    flop_rate, move_rate = 2 * 2048**3 / rates["product"], 3 * len(a) / rates["addition"]
+    print(f"product {flop_rate / 1e9:.0f} GFLOP/s, addition {4 * move_rate / 1e9:.1f} GB/s\n")
+    rows = []
+    for count, length in ((1, 1), (1, 8), (1, 128), (8, 32)):
+        tokens = torch.arange(count * length).view(count, length)
+        parts = parts_of(model, count, length)
+        steps = {name: part.step for name, part in parts.items()}
+        with torch.no_grad():
+            seconds = interleaved({**steps, "all": lambda t=tokens: model(t)}, args.rounds)
+        for part in parts.values():
+            part.seconds = part.times * seconds[part.name]
+            part.roof = part.times * max(part.flop / flop_rate, part.moved / move_rate)
+        whole = Part("all", lambda: None, 0, 0, 1, seconds["all"])
+        whole.flop = sum(part.times * part.flop for part in parts.values())
+        whole.moved = sum(part.times * part.moved for part in parts.values())
+        whole.roof = sum(part.roof for part in parts.values())
+        rows += [
+            {
+                "rows x tokens": f"{count} x {length}", "part": part.name,
+                "GFLOP": part.times * part.flop / 1e9, "MB": part.times * part.moved * 4 / 1e6,
+                "ms": 1e3 * part.seconds, "roof ms": 1e3 * part.roof,
+                "roof / time": part.roof / part.seconds,
+            }
+            for part in (*parts.values(), whole)
+        ]  # fmt: skip
+    return rows
+
+
+@dataclass
+class Part:
+    """Of a forward pass: FLOP and float32 numbers moved by one call, and how often it is called."""
+
+    name: str
+    step: Step
+    flop: float
+    moved: float
+    times: int
+    seconds: float = 0.0
+    roof: float = 0.0
+
+
+def parts_of(model: scalabl_ref.Llama, count: int, length: int) -> dict[str, Part]:
+    """The parts of a pass over `count` rows of `length` tokens, by name."""
+    c, (attn, mlp) = model.config, (model.layers[0].attn, model.layers[0].mlp)
+    N, D, inner, L = count * length, c.hidden_size, c.intermediate_size, c.num_hidden_layers
+    H, K = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    x, gate = torch.randn(count, length, D), torch.randn(count, length, inner)
+    attended = torch.randn(count, length, H)
+    q, k = (torch.randn(count, n // c.head_dim, length, c.head_dim) for n in (H, K))
+    heads = q.transpose(1, 2).contiguous()
+    ctx = model._context(llama.Rows(count, length))
+
+    def attention() -> Tensor:
+        return F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
+
+    found = (
+        Part("q, k, v", lambda: (attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)),
+             2 * N * D * (H + 2 * K), (D + N) * (H + 2 * K) + N * D, L),
+        Part("RoPE", lambda: llama.rotate(heads, ctx.cos, ctx.sin), 3 * N * H, 2 * N * H, 2 * L),
+        Part("attention", attention, 2 * N * length * H, 2 * N * (H + K), L),
+        Part("o", lambda: attn.o_proj(attended), 2 * N * H * D, H * D + N * (H + D), L),
+        Part("gate, up", lambda: (mlp.gate_proj(x), mlp.up_proj(x)),
+             4 * N * D * inner, 2 * (D + N) * inner + N * D, L),
+        Part("SwiGLU", lambda: llama.SwiGLU.apply(gate, gate), 5 * N * inner, 3 * N * inner, L),
+        Part("down", lambda: mlp.down_proj(gate),
+             2 * N * D * inner, inner * D + N * (inner + D), L),
+        Part("RMSNorm", lambda: model.norm(x), 4 * N * D, 2 * N * D, 2 * L + 1),
+        Part("head", lambda: model.lm_head(x),
+             2 * N * D * c.vocab_size, c.vocab_size * D + N * (D + c.vocab_size), 1),
+    )  # fmt: skip
+    return {part.name: part for part in found}
+
+
+OWN: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
+    "draws": draws,
+    "roofline": roofline,
+}
 
 
 # --- Models, ours and the peer's in processes of their own ------------------------------------
