@@ -342,14 +342,14 @@ def test_draws_of_a_design_and_as_many_as_needed(work, capsys):
     ]
     assert [result["design"] for result in designs] == ["independent", "antithetic", "latin"]
     assert len({result["nll"] for result in designs}) == 3
-    auto = ok(f"{evaluate} --samples auto --tolerance 0.2 --most 30", capsys)
+    auto = ok(f"{evaluate} --samples auto --tolerance 0.2 --most 5", capsys)
     rows = [
         json.loads(row) for row in (work / "run" / "predictions.jsonl").read_text().split("\n")[:-1]
     ]
     draws = [row["draws"] for row in rows]
     assert auto["samples"] == "auto" and auto["auto"]["tolerance"] == 0.2
-    assert auto["auto"]["mean_draws"] == sum(draws) / 9 and 4 <= min(draws) <= max(draws) <= 30
-    assert auto["auto"]["stopped_at_most"] == draws.count(30)
+    assert auto["auto"]["mean_draws"] == sum(draws) / 9 and set(draws) <= {4, 5}
+    assert auto["auto"]["stopped_at_most"] == draws.count(5) > 0
     predict = ["predict", "--run", "run", "--prompt", "3 x", "--choices", "no 0", "no 1", "no 2"]
     assert cli.main([*predict, "--samples", "auto", "--most", "9", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["samples"] in (4, 6, 9)

@@ -128,6 +128,20 @@ def test_antithetic_draws_of_the_head_average_to_its_mean():
     assert ((logits[0] + logits[1]) / 2 - logits[2]).abs().max() <= rounding(torch.float32, 50)
 
 
+def test_where_only_the_head_draws_one_pass_serves_very_many(monkeypatch):
+    batch, passes = tiny_batch(), []
+
+    def counted(model, batch, noise, draws):
+        passes.append(draws)
+        return class_logits(model, batch, noise, draws)
+
+    monkeypatch.setattr(predict_module, "class_logits", counted)
+    few = predict_module.TOKENS_AT_ONCE // len(batch.labels)
+    predict(tiny_model(targets=("lm_head",)), batch, few + 1)
+    predict(tiny_model(), batch, few)
+    assert passes[:2] == [few, 1] and len(passes[2:]) > 1
+
+
 def test_a_wrong_design_is_refused():
     model, batch = tiny_model(), tiny_batch()
     with pytest.raises(InputError, match="design must be one of"):

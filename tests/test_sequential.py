@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from scalabl_ref import InputError, predict
@@ -20,12 +20,13 @@ from .tolerances import rounding
 PROBS = st.lists(st.floats(0, 1), min_size=3, max_size=3).filter(lambda p: sum(p) > 0)
 
 
-@given(st.lists(PROBS, min_size=1, max_size=6), st.floats(0.01, 0.5))
-def test_wealth_is_the_product_of_what_the_bets_win(draws, tolerance):
-    race = Race(Auto(tolerance), 2, 3)
+@given(st.lists(PROBS, min_size=1, max_size=6), st.floats(0.01, 0.5), st.floats(0.2, 0.99))
+def test_wealth_is_the_product_of_what_the_bets_win(draws, tolerance, error):
+    race = Race(Auto(tolerance, error), 2, 3)
     draws = [[value / sum(p) for value in p] for p in draws]
     race.add(torch.tensor(draws, dtype=torch.float64)[:, None], torch.tensor([1]))
     assert not race.wealth[:, 0].any()
+    wealths = {}
     for i, j in itertools.product(range(3), repeat=2):
         wealth = 0.0
         for k in range(BETS):
@@ -33,6 +34,11 @@ def test_wealth_is_the_product_of_what_the_bets_win(draws, tolerance):
             wealth += math.prod(1 + bet * (p[i] - p[j] + tolerance) for p in draws) / BETS
         got = float(race.wealth[:, 1, i, j].exp().mean())
         assert abs(got - wealth) <= rounding(torch.float64, 64) * max(1.0, wealth)
+        wealths[i, j] = wealth
+    leader = int(race.total[1].argmax())
+    least = min(wealths[leader, j] for j in range(3) if j != leader)
+    assume(abs(least / (2 / error) - 1) > 1e-9)
+    assert race.settled().tolist() == [False, least >= 2 / error]
 
 
 def paths(auto: Auto, length: int, worse: float) -> tuple[float, float]:
