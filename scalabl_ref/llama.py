@@ -686,9 +686,10 @@ class Llama(nn.Module):
     ) -> Llama:
         """The model in a folder of Hugging Face's layout or of the converted one.
 
-        dtype: of the loaded weights; None keeps what the file has. Returns the model frozen, in
-        evaluation mode. Raises InputError naming the file or tensor for anything missing,
-        misshapen, unexpected or not finite.
+        dtype: of the loaded weights; None keeps what the file has, and its weights are then mapped,
+        not copied: their pages are read when they are first used, and may be dropped and read
+        again where memory is short. Returns the model frozen, in evaluation mode. Raises InputError
+        naming the file or tensor for anything missing, misshapen, unexpected or not finite.
         """
         model, tensors = _open_model(folder)
         state = {
@@ -707,7 +708,7 @@ def check_model(folder: Path | str, config: LlamaConfig | None = None) -> None:
 
     config: what the model is, where its config.json says more than we can do with it.
     """
-    _, tensors = _open_model(folder, True, config)
+    _, tensors = _open_model(folder, config)
     for pair in tensors:
         del pair  # before the next is read
 
@@ -731,17 +732,17 @@ def _real_tokens(lengths: Tensor, B: int, T: int) -> Rows:
 
 
 def _open_model(
-    folder: Path | str, once: bool = False, config: LlamaConfig | None = None
+    folder: Path | str, config: LlamaConfig | None = None
 ) -> tuple[Llama, Iterator[tuple[str, Tensor]]]:
-    """The model in a folder without its weights, and these, by our names.
+    """The model in a folder without its weights, and these, by our names, one in memory at a time.
 
-    A tied head is not among them. once: as in `Weights`. config: as in `check_model`. Raises
-    InputError, at once or on the way through the weights, as `Llama.from_pretrained` says.
+    A tied head is not among them. config: as in `check_model`. Raises InputError, at once or on
+    the way through the weights, as `Llama.from_pretrained` says.
     """
     path = Path(folder) / "config.json"
     converted = read_json(path).get("format") == FORMAT
     config = config or read_config(path)[0]
-    weights = Weights(folder, once)
+    weights = Weights(folder, once=True)
     names = {(name if converted else hf_to_ours(name)): name for name in weights}
     layers = len({name.split(".")[1] for name in names if name.startswith("layers.")})
     if layers < config.num_hidden_layers:  # before building as many as a wrong file asks for
@@ -775,8 +776,8 @@ def _checked(model: Llama, weights: Weights, names: dict[str, str]) -> Iterator[
             )
         if not is_finite(tensor):
             raise InputError(f"{weights.folder}: tensor {names[name]} has NaN or infinite values")
-        yield name, tensor
-        del tensor
+        del tensor  # and with it the pages that were read
+        yield name, weights[names[name]]
     # Old checkpoints store RoPE's frequencies, which we compute; a tied head may be stored twice.
     ignored = ("rotary_emb.inv_freq", *(["lm_head.weight"] if model.tied else []))
     for name, original in names.items():
