@@ -146,6 +146,7 @@ def _device(args: argparse.Namespace) -> Any:
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     from .adapters import TARGETS, AdapterConfig
     from .elbo import KLS
+    from .quantize import KINDS
     from .train import OBJECTIVES, TrainConfig
 
     adapter, train = AdapterConfig(), TrainConfig()
@@ -192,6 +193,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _add_template(parser, "of --format")
     add("--holdout", type=float, default=0.0, help="fraction kept from training, for temperature")
     add("--checkpoint-every", type=int, default=train.checkpoint_every, help="steps")
+    add("--quantize", choices=KINDS, help="the base's blocks to 8 or 4 bits, as they are loaded")
     _add_dtype(parser)
 
 
@@ -245,7 +247,7 @@ def _train(args: argparse.Namespace) -> Result:
     examples = load(args.data, args.format, args.limit, template)
     classes = num_classes(examples)
     examples, _ = split(examples, args.holdout, args.seed)
-    model = Llama.from_pretrained(args.model, dtype=_dtype(args), device=_device(args))
+    model = Llama.from_pretrained(args.model, _dtype(args), _device(args), args.quantize)
     tokenizer = load_tokenizer(args.model)
     data = encode(
         examples, tokenizer, classes=classes, max_length=model.config.max_position_embeddings
@@ -268,6 +270,7 @@ def _train(args: argparse.Namespace) -> Result:
         "holdout": args.holdout,
         "prompt_template": template,
         "dtype": args.dtype,
+        "quantize": args.quantize,
         "init": init,
         "train": dataclasses.asdict(config),
     }
@@ -443,7 +446,7 @@ def _open_run(
     import torch
 
     dtype = getattr(torch, info["dtype"]) if info.get("dtype") else None
-    base = Llama.from_pretrained(folder, dtype=dtype, device=_device(args))
+    base = Llama.from_pretrained(folder, dtype, _device(args), info.get("quantize"))
     model, info = load_run(args.run, base)
     info.setdefault("prompt_template")  # runs of before there were any
     return model, load_tokenizer(folder), info, load_posterior(args.run, info)

@@ -23,6 +23,8 @@ from .adapters import Device, Linear, adapters
 from .checkpoint import FORMAT, Weights, hf_to_ours, is_finite, read_json
 from .errors import InputError
 from .noise import Noise, later, token_groups
+from .quantize import Kind
+from .quantize import quantize as pack
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -500,6 +502,8 @@ class Llama(nn.Module):
     `Llama.from_pretrained(folder)` is the usual way in; `init_random_` fills a fresh model.
     """
 
+    quantized: Kind | None = None  # what `quantize_` made of the blocks
+
     def __init__(
         self, config: LlamaConfig, dtype: torch.dtype | None = None, device: Device = None
     ) -> None:
@@ -680,21 +684,56 @@ class Llama(nn.Module):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
         return self
 
+    def quantize_(self, kind: Kind) -> Llama:
+        """Every linear layer of the blocks in 8 or 4 bits, see `quantize`; returns the model.
+
+        Embedding, head, norms and biases stay as they are. Raises InputError for another kind, or
+        if the model is quantised already.
+        """
+        if self.quantized:
+            raise InputError(f"the base is quantised already, to {self.quantized}")
+        for _, linear in self.block_linears():
+            linear.quantize_(kind)
+        self.quantized = kind
+        return self
+
+    def block_linears(self) -> list[tuple[str, Linear]]:
+        """The linear layers of the blocks by name, as 0.attn.q_proj."""
+        return [(n, m) for n, m in self.layers.named_modules() if isinstance(m, Linear)]
+
     @staticmethod
     def from_pretrained(
-        folder: Path | str, dtype: torch.dtype | None = None, device: Device = None
+        folder: Path | str,
+        dtype: torch.dtype | None = None,
+        device: Device = None,
+        quantize: Kind | None = None,
     ) -> Llama:
         """The model in a folder of Hugging Face's layout or of the converted one.
 
         dtype: of the loaded weights; None keeps what the file has, and its weights are then mapped,
         not copied: their pages are read when they are first used, and may be dropped and read
-        again where memory is short. Returns the model frozen, in evaluation mode. Raises InputError
-        naming the file or tensor for anything missing, misshapen, unexpected or not finite.
+        again where memory is short. quantize: as in `quantize_`, tensor by tensor as they are read;
+        a folder whose config.json says "quantize" is read as it is. Returns the model frozen, in
+        evaluation mode. Raises InputError naming the file or tensor for anything missing,
+        misshapen, unexpected or not finite.
         """
         model, tensors = _open_model(folder)
-        state = {
-            name: tensor.to(dtype=dtype or tensor.dtype, device=device) for name, tensor in tensors
-        }
+        if quantize == model.quantized:
+            quantize = None
+        if quantize and model.quantized:
+            raise InputError(f"{folder}: is quantised already, to {model.quantized}")
+        linears = {f"layers.{name}.weight" for name, _ in model.block_linears()}
+        state = {}
+        for name, tensor in tensors:
+            if quantize and name in linears:
+                packed = pack(tensor, quantize)
+                state[name] = packed.codes.to(device)
+                state[name.removesuffix("weight") + "scale"] = packed.scale.to(device)
+            else:
+                kept = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+                state[name] = tensor.to(dtype=kept, device=device)
+        if quantize:
+            model.quantize_(quantize)
         if model.tied:
             state["lm_head.weight"] = state["embed_tokens.weight"]
         model.load_state_dict(state, assign=True)
@@ -740,7 +779,8 @@ def _open_model(
     the way through the weights, as `Llama.from_pretrained` says.
     """
     path = Path(folder) / "config.json"
-    converted = read_json(path).get("format") == FORMAT
+    values = read_json(path)
+    converted = values.get("format") == FORMAT
     config = config or read_config(path)[0]
     weights = Weights(folder, once=True)
     names = {(name if converted else hf_to_ours(name)): name for name in weights}
@@ -750,6 +790,8 @@ def _open_model(
             f"{weights.folder}: has tensors of {layers} layers, expected {config.num_hidden_layers}"
         )
     model = Llama(config, device="meta")
+    if converted and values.get("quantize") is not None:
+        model.quantize_(values["quantize"])
     return model, _checked(model, weights, names)
 
 
@@ -770,9 +812,10 @@ def _checked(model: Llama, weights: Weights, names: dict[str, str]) -> Iterator[
                 f"{weights.folder}: tensor {names[name]} has shape {tuple(tensor.shape)}, "
                 f"expected {tuple(empty.shape)}"
             )
-        if not tensor.is_floating_point():
+        wanted = "floats" if empty.is_floating_point() else empty.dtype
+        if ("floats" if tensor.is_floating_point() else tensor.dtype) != wanted:
             raise InputError(
-                f"{weights.folder}: tensor {names[name]} is {tensor.dtype}, expected floats"
+                f"{weights.folder}: tensor {names[name]} is {tensor.dtype}, expected {wanted}"
             )
         if not is_finite(tensor):
             raise InputError(f"{weights.folder}: tensor {names[name]} has NaN or infinite values")

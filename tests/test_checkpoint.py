@@ -422,10 +422,10 @@ def mib(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key + ":")) / 1024
 Llama(TINY, device="meta")  # what this imports of PyTorch is not the weights'
-for dtype in (None, torch.float32):
+for dtype, kind in ((None, None), (torch.float32, None), (None, "nf4")):
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before, copied = mib("VmRSS"), mib("RssAnon")
-    model = Llama.from_pretrained(sys.argv[1], dtype=dtype)
+    model = Llama.from_pretrained(sys.argv[1], dtype=dtype, quantize=kind)
     loaded = mib("VmHWM") - before
     for weight in model.parameters():
         weight.amax()  # reads it all
@@ -436,7 +436,10 @@ for dtype in (None, torch.float32):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_weights_are_in_memory_once(tmp_path):
-    """88 MiB of bfloat16 weights, of which the largest tensor has 12: mapped, or copied wider."""
+    """88 MiB of bfloat16 weights, the largest tensor 12: mapped, copied wider, in 4 bits.
+
+    For the last, 64 MiB of linear layers become 64 (4 + 16 / 64) / 16 = 17.
+    """
     shape = LlamaConfig(6144, 1024, 4096, 2, 8, 8, 128)
     model = Llama(shape, dtype=torch.bfloat16)
     for weight in model.parameters():
@@ -447,9 +450,11 @@ def test_weights_are_in_memory_once(tmp_path):
     total, room = sum(sizes), max(sizes) + 12  # a tensor, and what the program takes on the way
     command = [sys.executable, "-c", MEASURED, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    mapped, wider = ([float(n) for n in line.split()] for line in done.stdout.splitlines())
+    mapped, wider, narrow = ([float(n) for n in line.split()] for line in done.stdout.splitlines())
     loaded, used, copied = mapped
     assert max(sizes) <= loaded <= room  # none is in memory yet
     assert total <= used <= total + room and copied <= 12
     loaded, used, copied = wider
     assert 2 * total <= copied <= loaded <= used <= 2 * total + room
+    loaded, used, copied = narrow
+    assert 17 <= copied <= 17 + 12 and copied <= loaded <= 17 + room and used <= 17 + 24 + room
