@@ -304,7 +304,7 @@ class Rows:
         """(..., *) -> (B, T, *), zeros where nothing was computed."""
         if self.index is None:
             return x
-        whole = x.new_zeros(self.B * self.T, *x.shape[1:]).index_copy(0, self.index, x)
+        whole = x.new_zeros(self.B * self.T, *x.shape[1:]).index_put((self.index,), x)  # keeps no x
         return whole.view(self.B, self.T, *x.shape[1:])
 
 
