@@ -14,14 +14,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .adapters import AdapterConfig, adapters, add_adapters
 from .errors import InputError
-from .llama import Llama, LlamaConfig
+from .llama import Llama, LlamaConfig, RMSNorm, SwiGLU
 from .quantize import Kind, quantize
 
 BASES: dict[str, tuple[torch.dtype, Kind | None]] = {
@@ -216,18 +216,22 @@ def work_of(work: Workload, base: str, checkpointing: bool = False) -> tuple[flo
     attention = 2 * work.tokens * N * q * (layers - 1)
     again = 1 if checkpointing else 0
     flop = (1 + again) * (once + attention) + back + 2.5 * attention
-    cast = 0 if width == 4 else 2 * (4 + width)
-    forward = d * (2 * (5 * 4 + 2 * width + cast) + 6 * width) + (q + kv) * 10 * width
-    forward += 5 * f * width
-    backward = d * (2 * (10 * 4 + 2 * width + cast) + 15 * width) + (q + kv) * 12 * width
-    backward += 11 * f * width
+    norm, swiglu = _passed(width)
+    there = d * (2 * norm[0] + 6 * width) + (q + kv) * 10 * width + f * swiglu[0]
+    back_again = d * (2 * norm[1] + 15 * width) + (q + kv) * 12 * width + f * swiglu[1]
     sizes = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d),
              "gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}  # fmt: skip
     shapes = [sizes[name] for name in work.adapter.targets if name in sizes]
     update = sum(3 * d_in + 4 * d_out for d_in, d_out in shapes) * width  # read x, add to y; back
-    passed = N * (layers - 1) * ((1 + again) * forward + backward + update)
+    passed = N * (layers - 1) * ((1 + again) * there + back_again + update)
     unpacked = (2 + again) * layers * (inner + rest) if kind else 0.0
     return flop, passed, unpacked
+
+
+def _passed(width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Bytes read and written for a value of RMSNorm's and of SwiGLU's: forward, and backward."""
+    cast = 0 if width == 4 else 2 * (4 + width)
+    return (20 + 2 * width + cast, 40 + 2 * width + cast), (5 * width, 11 * width)
 
 
 def seconds(work: Workload, base: str, rates: Rates, checkpointing: bool = False) -> float:
@@ -261,34 +265,47 @@ def best(ways: list[Plan], room: float) -> Plan | None:
     return None
 
 
-def _median_seconds(run: Callable[[], object], device: str) -> float:
-    times = []
-    for _ in range(6):
-        started = time.perf_counter()
-        run()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return sorted(times[1:])[2]  # the first gets things ready
-
-
-def measured_rates(work: Workload, base: str, device: str = "cpu") -> Rates:
+def measured_rates(
+    work: Workload,
+    base: str,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> Rates:
     """Of this device, on the workload's sizes as far as those take no more than seconds."""
+
+    def median_seconds(run: Callable[[], object]) -> float:
+        times = []
+        for _ in range(6):
+            started = clock()
+            run()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize(device)
+            times.append(clock() - started)
+        return sorted(times[1:])[2]  # the first gets things ready
+
     dtype, kind = BASES[base]
-    c, N = work.config, min(work.rows * work.tokens, 1024)
+    c, N = work.config, min(work.rows * work.tokens, 512)
     d, f = min(c.hidden_size, 2048), min(c.intermediate_size, 4096)
-    x = torch.ones(N, d, dtype=dtype, device=device)
-    weight = torch.ones(f, d, dtype=dtype, device=device)
-    y = F.linear(x, weight)
-    there = _median_seconds(lambda: F.linear(x, weight), device)
-    back = _median_seconds(lambda: y @ weight, device)
-    moved = _median_seconds(lambda: y * y, device)
+    q, kv = (min(n * c.head_dim, d) for n in (c.num_attention_heads, c.num_key_value_heads))
+    like: dict[str, Any] = {"dtype": dtype, "device": device}
+    flop = took = 0.0
+    for d_in, d_out, count in ((d, q, 1), (d, kv, 2), (q, d, 1), (d, f, 2), (f, d, 1)):
+        x, weight = torch.ones(N, d_in, **like), torch.ones(d_out, d_in, **like)
+        y = F.linear(x, weight)
+        each = (lambda: F.linear(x, weight), lambda: y @ weight)  # noqa: B023  # called here
+        took += count * sum(map(median_seconds, each))
+        flop += count * 4.0 * N * weight.numel()
+    gate, up = (torch.ones(N, f, **like).requires_grad_() for _ in range(2))
+    stream, norm = torch.ones(N, d, **like).requires_grad_(), RMSNorm(d, 1e-6, dtype, device)
+    norm.requires_grad_(False)
+    bytes_norm, bytes_swiglu = (N * sum(both) for both in _passed(dtype.itemsize))
+    moved = median_seconds(lambda: SwiGLU.apply(gate, up).backward(gate))
+    moved += median_seconds(lambda: norm(stream).backward(stream))
     unpack = 0.0
     if kind:
         packed = quantize(weight, kind)
-        unpack = _median_seconds(lambda: packed.whole(dtype), device) / weight.numel()
-    size = 2 * N * weight.numel()
-    return Rates(2 * size / (there + back), 3 * y.nbytes / moved, unpack)
+        unpack = median_seconds(lambda: packed.whole(dtype)) / weight.numel()
+    return Rates(flop / took, (f * bytes_swiglu + d * bytes_norm) / moved, unpack)
 
 
 def product_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:

@@ -1,11 +1,12 @@
 """`scalabl plan` beside what it plans: peak memory and time of training steps, each in a process.
 
-    python tools/plan_check.py [--points N ...]
+    python tools/plan_check.py [--points N ...] [--heap] [--cpu-time]
 
 Every point is a random model of a shape, a kind of base, and a batch of rows of one length on one
 device; two steps are done and the second is timed. Peak memory is VmHWM from just before the
 first step, so that it holds the weights but not how they were made. Rates are measured in the same
-process, after the steps. Wants a machine that does nothing else: times are no better than that.
+process, after the steps. Times want a machine that does nothing else; --cpu-time has a thread's CPU
+time for both instead, which other processes disturb less.
 The processes run with glibc's MALLOC_MMAP_THRESHOLD_ at 64 KiB unless --heap is given: what is
 freed then goes back to the system at once, instead of leaving holes between what is kept.
 """
@@ -57,8 +58,9 @@ POINTS = [
 ]
 
 
-def measure(number: int) -> dict[str, float]:
+def measure(number: int, cpu_time: bool) -> dict[str, float]:
     """One point, in this process: bytes and seconds, planned and measured."""
+    clock = time.process_time if cpu_time else time.perf_counter
     name, base, rows, tokens = POINTS[number]
     dtype, kind = BASES[base]
     work = Workload(MODELS[name], rows, tokens, AdapterConfig(rank=8))
@@ -73,12 +75,12 @@ def measure(number: int) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     times = []
     for _ in range(2):
-        started = time.perf_counter()
+        started = clock()
         trainer.step()
-        times.append(time.perf_counter() - started)
+        times.append(clock() - started)
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     peak = next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    rates = measured_rates(work, base)
+    rates = measured_rates(work, base, clock=clock)
     return {
         "planned_bytes": memory(work, base).peak,
         "bytes": peak,
@@ -93,10 +95,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--points", type=int, nargs="+", default=list(range(len(POINTS))))
     parser.add_argument("--heap", action="store_true", help="leave malloc as it is")
+    parser.add_argument("--cpu-time", action="store_true", help="with one thread")
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure is not None:
-        print(json.dumps(measure(args.measure)))
+        print(json.dumps(measure(args.measure, args.cpu_time)))
         return
     print(f"scalabl_ref {scalabl_ref.__version__}, torch {torch.__version__}, "
           f"{torch.get_num_threads()} threads\n")  # fmt: skip
@@ -106,6 +109,7 @@ def main() -> None:
     for number in args.points:
         name, base, rows, tokens = POINTS[number]
         command = [sys.executable, __file__, "--measure", str(number)]
+        command += ["--cpu-time"] if args.cpu_time else []
         setting = {} if args.heap else {"MALLOC_MMAP_THRESHOLD_": "65536"}
         done = subprocess.run(command, check=True, capture_output=True, env=os.environ | setting)
         r = json.loads(done.stdout)
