@@ -699,7 +699,8 @@ def _plan(args: argparse.Namespace) -> Result:
     work = Workload(find_config(args.config), args.rows, args.tokens, adapter)
     if args.rate:
         # To unpack a value is to read a byte at most and to write two, and to read them again.
-        given = Rates(args.rate * 1e12, args.bandwidth * 1e9, 5 / (args.bandwidth * 1e9))
+        flop, moved = args.rate * 1e12, args.bandwidth * 1e9
+        given = Rates(flop, flop, moved, 5 / moved)
         rates = dict.fromkeys(BASES, given)
     else:
         _device(args)

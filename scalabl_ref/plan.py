@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .adapters import AdapterConfig, adapters, add_adapters
 from .errors import InputError
@@ -61,12 +62,22 @@ class Workload:
 
 
 class Rates(NamedTuple):
-    """What a device does in a second: FLOP of products, bytes read and written, and how many
-    seconds it takes to make a quantised weight whole, each of its values."""
+    """What a device does in a second: FLOP of products with weights and of attention's, bytes read
+    and written; and the seconds to make a quantised weight whole, for each of its values."""
 
     flop: float
+    attention: float
     bytes: float
     unpack: float = 0.0
+
+
+class Work(NamedTuple):
+    """What a step has to do: FLOP, FLOP, bytes and values, as in `Rates`."""
+
+    flop: float
+    attention: float
+    bytes: float
+    unpacked: float
 
 
 class Plan(NamedTuple):
@@ -198,8 +209,8 @@ def memory(
 # --- Time -------------------------------------------------------------------------------------
 
 
-def work_of(work: Workload, base: str, checkpointing: bool = False) -> tuple[float, float, float]:
-    """A step's FLOP of products, bytes of what is done value by value, and values unpacked.
+def work_of(work: Workload, base: str, checkpointing: bool = False) -> Work:
+    """What a step has to do.
 
     A token takes 2 FLOP for each weight forward, and as many backward, where the base is frozen
     and the first block's input needs no gradient. Attention is causal; its gradient has five
@@ -215,7 +226,7 @@ def work_of(work: Workload, base: str, checkpointing: bool = False) -> tuple[flo
     back = once - 2 * N * (inner + d * q)
     attention = 2 * work.tokens * N * q * (layers - 1)
     again = 1 if checkpointing else 0
-    flop = (1 + again) * (once + attention) + back + 2.5 * attention
+    flop = (1 + again) * once + back
     norm, swiglu = _passed(width)
     there = d * (2 * norm[0] + 6 * width) + (q + kv) * 10 * width + f * swiglu[0]
     back_again = d * (2 * norm[1] + 15 * width) + (q + kv) * 12 * width + f * swiglu[1]
@@ -225,7 +236,7 @@ def work_of(work: Workload, base: str, checkpointing: bool = False) -> tuple[flo
     update = sum(3 * d_in + 4 * d_out for d_in, d_out in shapes) * width  # read x, add to y; back
     passed = N * (layers - 1) * ((1 + again) * there + back_again + update)
     unpacked = (2 + again) * layers * (inner + rest) if kind else 0.0
-    return flop, passed, unpacked
+    return Work(flop, (3.5 + again) * attention, passed, unpacked)
 
 
 def _passed(width: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -236,11 +247,11 @@ def _passed(width: int) -> tuple[tuple[int, int], tuple[int, int]]:
 
 def seconds(work: Workload, base: str, rates: Rates, checkpointing: bool = False) -> float:
     """A step's time. Every weight is read once a pass; what devices send is not counted."""
-    flop, passed, unpacked = work_of(work, base, checkpointing)
+    todo = work_of(work, base, checkpointing)
     once = 2 * _sizes(work, base)[0]  # bytes
-    products = max(flop / rates.flop, once / rates.bytes)
+    products = max(todo.flop / rates.flop, once / rates.bytes) + todo.attention / rates.attention
     calls = CALL * CALLS * work.config.num_hidden_layers
-    return products + passed / rates.bytes + unpacked * rates.unpack + calls
+    return products + todo.bytes / rates.bytes + todo.unpacked * rates.unpack + calls
 
 
 def plans(
@@ -299,13 +310,27 @@ def measured_rates(
     stream, norm = torch.ones(N, d, **like).requires_grad_(), RMSNorm(d, 1e-6, dtype, device)
     norm.requires_grad_(False)
     bytes_norm, bytes_swiglu = (N * sum(both) for both in _passed(dtype.itemsize))
-    moved = median_seconds(lambda: SwiGLU.apply(gate, up).backward(gate))
-    moved += median_seconds(lambda: norm(stream).backward(stream))
+    grad = torch.autograd.grad
+    moved = median_seconds(lambda: grad(SwiGLU.apply(gate, up), (gate, up), gate))
+    moved += median_seconds(lambda: grad(norm(stream), stream, stream))
+    B, T, heads = min(work.rows, 2), work.tokens, c.num_attention_heads
+    asked, keys, values = (
+        torch.ones(B, n, T, c.head_dim, **like).requires_grad_()
+        for n in (heads, c.num_key_value_heads, c.num_key_value_heads)
+    )
+
+    def attend() -> Tensor:
+        return F.scaled_dot_product_attention(
+            asked, keys, values, is_causal=True, enable_gqa=True
+        )  # fmt: skip
+
+    attention = 7.0 * B * T * T * heads * c.head_dim
+    attention /= median_seconds(lambda: grad(attend(), (asked, keys, values), asked))
     unpack = 0.0
     if kind:
         packed = quantize(weight, kind)
         unpack = median_seconds(lambda: packed.whole(dtype)) / weight.numel()
-    return Rates(flop / took, (f * bytes_swiglu + d * bytes_norm) / moved, unpack)
+    return Rates(flop / took, attention, (f * bytes_swiglu + d * bytes_norm) / moved, unpack)
 
 
 def product_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -12,7 +13,16 @@ from scalabl_ref import AdapterConfig, InputError, Llama, LlamaConfig, Noise, ad
 from scalabl_ref.adapters import TARGETS
 from scalabl_ref.data import Batch
 from scalabl_ref.elbo import class_logits
-from scalabl_ref.plan import BASES, Rates, Workload, kept, memory, seconds, work_of
+from scalabl_ref.plan import (
+    BASES,
+    Rates,
+    Workload,
+    kept,
+    measured_rates,
+    memory,
+    seconds,
+    work_of,
+)
 
 SHAPE = LlamaConfig(100, 64, 160, 4, 8, 4, 8)
 ALL = tuple(TARGETS)
@@ -97,17 +107,21 @@ def test_flop_are_counted_by_hand():
     forward = 2 * 2 * (q + kv + o + mlp)
     backward = forward - 2 * (q + kv)  # the embedding needs no gradient
     attention = 2 * 1 * 4 * (1 + 2.5)  # of the first block; one query's is nothing
-    flop, passed, unpacked = work_of(work, "float32")
-    assert flop == forward + backward + attention and unpacked == 0
-    assert work_of(work, "nf4")[2] == 2 * 2 * (q + kv + o + mlp)
-    again, more, _ = work_of(work, "float32", checkpointing=True)
-    assert again == flop + forward + 2 * 1 * 4 and more > passed
+    once = work_of(work, "float32")
+    assert once[:2] == (forward + backward, attention) and once.unpacked == 0
+    assert work_of(work, "nf4").unpacked == 2 * 2 * (q + kv + o + mlp)
+    again = work_of(work, "float32", checkpointing=True)
+    assert again.flop == once.flop + forward and again.bytes > once.bytes
+    assert again.attention == attention + 2 * 1 * 4
 
 
 def test_time_follows_the_rates():
     work = Workload(SHAPE, 4, 32)
-    slow, fast = Rates(1e9, 1e9, 1e-9), Rates(1e10, 1e9, 1e-9)
-    assert seconds(work, "float32", slow) > seconds(work, "float32", fast)
+    fast = Rates(1e10, 1e10, 1e9, 1e-9)
+    for slow in (fast._replace(flop=1e9), fast._replace(attention=1e9), fast._replace(bytes=1e8)):
+        assert seconds(work, "float32", slow) > seconds(work, "float32", fast)
+    measured = measured_rates(Workload(SHAPE, 2, 8), "nf4")
+    assert all(0 < rate < math.inf for rate in measured)
     assert seconds(work, "nf4", fast) > seconds(work, "nf4", fast._replace(unpack=0.0))
 
 
