@@ -18,6 +18,7 @@ from .divergence import KLS
 from .errors import InputError
 from .noise import Noise, philox_words
 from .ops import SAMPLING, Sampling, subspace_lora_linear
+from .quantize import Kind, Quantized, quantize
 
 Device = torch.device | str | None
 Prior = Literal["fixed", "layer", "component"]
@@ -360,10 +361,12 @@ def initial_widths(uniform: Tensor, init_sigma: float) -> Tensor:
 class Linear(nn.Module):
     """A frozen linear layer, y = W x + bias, that can carry an adapter.
 
-    weight (d_out, d_in), bias (d_out,) or None.
+    weight (d_out, d_in), bias (d_out,) or None. After `quantize_`, weight and scale are the codes
+    and scales of a `Quantized`; scale is None before.
     """
 
     adapter: Adapter | None
+    scale: nn.Parameter | None
 
     def __init__(
         self,
@@ -376,15 +379,32 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.empty(d_out, dtype=dtype, device=device)) if bias else None
-        self.adapter = None
+        self.register_parameter("scale", None)
+        self.d_in, self.adapter = d_in, None
+
+    @property
+    def frozen(self) -> Tensor:
+        """W in the form that `F.linear` takes: the weight, or its `Quantized`."""
+        if self.scale is None:
+            return self.weight
+        return Quantized(self.weight, self.scale, self.d_in)  # type: ignore[return-value]
+
+    def quantize_(self, kind: Kind) -> None:
+        """Put the nearest weight of that kind in the weight's place."""
+        packed = quantize(self.weight.detach(), kind)
+        self.weight = nn.Parameter(packed.codes, requires_grad=False)
+        self.scale = nn.Parameter(packed.scale, requires_grad=False)
 
     def forward(
         self, x: Tensor, noise: Noise | None = None, groups: Tensor | None = None
     ) -> Tensor:
         """x (..., d_in) -> (..., d_out); `noise=None` is the mean; group ids as in `ops`."""
+        weight = self.frozen
+        if isinstance(weight, Quantized) and not torch.is_grad_enabled():
+            weight = weight.whole(x.dtype)  # nothing keeps it
         if self.adapter is None:
-            return F.linear(x, self.weight, self.bias)
-        return self.adapter(x, self.weight, self.bias, noise, groups)
+            return F.linear(x, weight, self.bias)
+        return self.adapter(x, weight, self.bias, noise, groups)
 
 
 def add_adapters(model: nn.Module, config: AdapterConfig, seed: int = 0) -> nn.Module:
@@ -405,7 +425,7 @@ def add_adapters(model: nn.Module, config: AdapterConfig, seed: int = 0) -> nn.M
         if not isinstance(module, Linear) or target not in config.targets:
             continue
         layer, head = layer_id(name, target), target == "lm_head"
-        module.adapter = new_adapter(name, module.weight, config, layer, seed, head)
+        module.adapter = new_adapter(name, module.frozen, config, layer, seed, head)
         found.add(target)
     missing = [target for target in config.targets if target not in found]
     if missing:

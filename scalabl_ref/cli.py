@@ -178,6 +178,7 @@ def _on_ranks(command: Callable[[argparse.Namespace], Result]) -> Callable[..., 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     from .adapters import TARGETS, AdapterConfig
     from .elbo import KLS
+    from .quantize import KINDS
     from .train import OBJECTIVES, TrainConfig
 
     adapter, train = AdapterConfig(), TrainConfig()
@@ -231,6 +232,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--compile", action="store_true", help="compile the blocks with torch.compile")
     add("--checkpoints-beside", action="store_true", help="write them while training goes on")
+    add("--quantize", choices=KINDS, help="the base's blocks to 8 or 4 bits, as they are loaded")
     _add_dtype(parser)
     _add_ranks(parser)
 
@@ -286,7 +288,7 @@ def _train(args: argparse.Namespace) -> Result:
     examples = load(args.data, args.format, args.limit, template)
     classes = num_classes(examples)
     examples, _ = split(examples, args.holdout, args.seed)
-    model = Llama.from_pretrained(args.model, dtype=_dtype(args), device=_device(args))
+    model = Llama.from_pretrained(args.model, _dtype(args), _device(args), args.quantize)
     tokenizer = load_tokenizer(args.model)
     data = encode(
         examples, tokenizer, classes=classes, max_length=model.config.max_position_embeddings
@@ -311,6 +313,7 @@ def _train(args: argparse.Namespace) -> Result:
         "holdout": args.holdout,
         "prompt_template": template,
         "dtype": args.dtype,
+        "quantize": args.quantize,
         "init": init,
         "train": dataclasses.asdict(config),
     }
@@ -525,7 +528,7 @@ def _open_run(
     import torch
 
     dtype = getattr(torch, info["dtype"]) if info.get("dtype") else None
-    base = Llama.from_pretrained(folder, dtype=dtype, device=_device(args))
+    base = Llama.from_pretrained(folder, dtype, _device(args), info.get("quantize"))
     model, info = load_run(args.run, base)
     info.setdefault("prompt_template")  # runs of before there were any
     posterior = load_posterior(args.run, info)
@@ -759,6 +762,64 @@ def _count(args: argparse.Namespace) -> Result:
     return result
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    from .adapters import TARGETS, AdapterConfig
+    from .plan import Workload
+
+    add = parser.add_argument
+    add("--config", required=True, help="name such as qwen2.5-7b, or a model's folder")
+    add("--gpus", type=int, default=1, help="devices; 0 plans for a CPU")
+    add("--memory", type=float, required=True, metavar="GB", help="of each device, in 1e9 bytes")
+    add("--rows", type=int, default=Workload.rows, help="examples at a time on each device")
+    add("--tokens", type=int, default=Workload.tokens, help="of the longest example")
+    add("--rank", type=int, default=AdapterConfig.rank, help="r")
+    add("--targets", nargs="+", default=list(AdapterConfig.targets), metavar="NAME",
+        help=f"layers to adapt, of {' '.join(TARGETS)}")  # fmt: skip
+    add("--rate", type=float, help="TFLOP/s of products (default: measured here, on --device)")
+    add("--bandwidth", type=float, help="GB/s of memory (needed with --rate)")
+
+
+def _plan(args: argparse.Namespace) -> Result:
+    from .adapters import AdapterConfig
+    from .configs import find_config
+    from .plan import BASES, Rates, Workload, best, measured_rates, plans
+
+    if (args.rate is None) != (args.bandwidth is None):
+        raise InputError("give both of --rate and --bandwidth, or neither")
+    if args.gpus < 0 or min(args.memory, args.rate or 1, args.bandwidth or 1) <= 0:
+        raise InputError("--gpus must not be negative, and other numbers must be above 0")
+    adapter = AdapterConfig(rank=args.rank, targets=tuple(args.targets))
+    work = Workload(find_config(args.config), args.rows, args.tokens, adapter)
+    if args.rate:
+        # To unpack a value is to read a byte at most and to write two, and to read them again.
+        flop, moved = args.rate * 1e12, args.bandwidth * 1e9
+        given = Rates(flop, flop, moved, 5 / moved)
+        rates = dict.fromkeys(BASES, given)
+    else:
+        _device(args)
+        rates = {base: measured_rates(work, base, args.device) for base in BASES}
+    ways = plans(work, rates, args.gpus, "cuda" if args.gpus else "cpu")
+    chosen = best(ways, args.memory * 1e9)
+    _say(args, f"{args.config}: {args.rows} rows of {args.tokens} tokens a step and device, rank "
+         f"{args.rank}, {' '.join(args.targets)}; GB on each of {args.gpus or 1}\n")  # fmt: skip
+    columns = ("base", "adapters", "kept", "working", "peak", "s/step")
+    _say(args, f"{'':33}" + "".join(f"{column:>10}" for column in columns))
+    for plan in ways:
+        name = (
+            f"{plan.kind}{', spread' * (plan.shards > 1)}{', checkpointing' * plan.checkpointing}"
+        )
+        sizes = (plan.base, plan.adapters, plan.activations, plan.workspace, plan.peak)
+        cells = "".join(f"{size / 1e9:10.2f}" for size in sizes) + f"{plan.seconds:10.3g}"
+        fits = "fits" if plan.peak <= args.memory * 1e9 else ""
+        _say(args, f"{name:33}{cells}  {fits}{' <-' * (plan is chosen)}")
+    if chosen is None:
+        _say(args, f"\nnothing fits into {args.memory:g} GB: fewer --rows or --tokens, more --gpus")
+    return {
+        "plans": [{**p._asdict(), "fits": p.peak <= args.memory * 1e9} for p in ways],
+        "best": chosen and chosen._asdict(),
+    }
+
+
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against", metavar="MODULE:FUNCTION", help="check this function instead of our op"
@@ -859,8 +920,9 @@ def _study(args: argparse.Namespace) -> Result:
     import torch
 
     from .comparison import table
+    from .plan import product_rate
     from .protocol import paper
-    from .study import Study, cost, product_rate, study
+    from .study import Study, cost, study
 
     if args.config == "paper":
         if not (args.model and args.data):
@@ -962,6 +1024,7 @@ _COMMANDS: dict[str, Command] = {
         _import,
     ),
     "count": ("parameters and memory of a model, without weights", _count_arguments, _count),
+    "plan": ("what fits: memory and time of a training step, before any", _plan_arguments, _plan),
     "verify": ("check this build against the equations", _verify_arguments, _verify),
     "conformance": (
         "test vectors for ports: export them, or check a port's results",

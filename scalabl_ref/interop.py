@@ -191,6 +191,9 @@ def export(
         raise InputError(f"to must be one of {', '.join(TO)}, not {to!r}")
     if dtype is not None and to != "hf":
         raise InputError("a PEFT adapter is float32: only merged weights have another dtype")
+    if to == "hf" and trained.model.quantized:
+        kind = trained.model.quantized
+        raise InputError(f"{trained.run}: merged weights would not be those of its {kind} base")
     head = trained.model.config.head_tokens or ()
     if len(set(head)) < len(head):
         raise InputError(f"{trained.run}: two rows of its head are the same token")
@@ -442,7 +445,7 @@ def _built(
         raise InputError(
             f"{file}: tensor {next(iter(names.values()))}: the model has no layer {layer}"
         )
-    d_out, d_in = linear.weight.shape
+    d_out, d_in = linear.frozen.shape
     if config.rank > d_in:
         raise InputError(
             f"{file}: rank {config.rank} is larger than a dimension of {layer} {d_out, d_in}"

@@ -25,6 +25,8 @@ from .adapters import Device, Linear, adapters
 from .checkpoint import FORMAT, Weights, hf_to_ours, is_finite, read_json
 from .errors import InputError
 from .noise import Noise, later, token_groups
+from .quantize import Kind
+from .quantize import quantize as pack
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -304,7 +306,7 @@ class Rows:
         """(..., *) -> (B, T, *), zeros where nothing was computed."""
         if self.index is None:
             return x
-        whole = x.new_zeros(self.B * self.T, *x.shape[1:]).index_copy(0, self.index, x)
+        whole = x.new_zeros(self.B * self.T, *x.shape[1:]).index_put((self.index,), x)  # keeps no x
         return whole.view(self.B, self.T, *x.shape[1:])
 
 
@@ -505,6 +507,7 @@ class Llama(nn.Module):
     """
 
     recompute = False
+    quantized: Kind | None = None  # what `quantize_` made of the blocks
 
     def __init__(
         self, config: LlamaConfig, dtype: torch.dtype | None = None, device: Device = None
@@ -697,20 +700,56 @@ class Llama(nn.Module):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
         return self
 
+    def quantize_(self, kind: Kind) -> Llama:
+        """Every linear layer of the blocks in 8 or 4 bits, see `quantize`; returns the model.
+
+        Embedding, head, norms and biases stay as they are. Raises InputError for another kind, or
+        if the model is quantised already.
+        """
+        if self.quantized:
+            raise InputError(f"the base is quantised already, to {self.quantized}")
+        for _, linear in self.block_linears():
+            linear.quantize_(kind)
+        self.quantized = kind
+        return self
+
+    def block_linears(self) -> list[tuple[str, Linear]]:
+        """The linear layers of the blocks by name, as 0.attn.q_proj."""
+        return [(n, m) for n, m in self.layers.named_modules() if isinstance(m, Linear)]
+
     @staticmethod
     def from_pretrained(
-        folder: Path | str, dtype: torch.dtype | None = None, device: Device = None
+        folder: Path | str,
+        dtype: torch.dtype | None = None,
+        device: Device = None,
+        quantize: Kind | None = None,
     ) -> Llama:
         """The model in a folder of Hugging Face's layout or of the converted one.
 
-        dtype: of the loaded weights; None keeps what the file has. Returns the model frozen, in
+        dtype: of the loaded weights; None keeps what the file has, and its weights are then mapped,
+        not copied: their pages are read when they are first used, and may be dropped and read
+        again where memory is short. quantize: as in `quantize_`, tensor by tensor as they are read;
+        a folder whose config.json says "quantize" is read as it is. Returns the model frozen, in
         evaluation mode. Raises InputError naming the file or tensor for anything missing,
         misshapen, unexpected or not finite.
         """
         model, tensors = _open_model(folder)
-        state = {
-            name: tensor.to(dtype=dtype or tensor.dtype, device=device) for name, tensor in tensors
-        }
+        if quantize == model.quantized:
+            quantize = None
+        if quantize and model.quantized:
+            raise InputError(f"{folder}: is quantised already, to {model.quantized}")
+        linears = {f"layers.{name}.weight" for name, _ in model.block_linears()}
+        state = {}
+        for name, tensor in tensors:
+            if quantize and name in linears:
+                packed = pack(tensor, quantize)
+                state[name] = packed.codes.to(device)
+                state[name.removesuffix("weight") + "scale"] = packed.scale.to(device)
+            else:
+                kept = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+                state[name] = tensor.to(dtype=kept, device=device)
+        if quantize:
+            model.quantize_(quantize)
         if model.tied:
             state["lm_head.weight"] = state["embed_tokens.weight"]
         model.load_state_dict(state, assign=True)
@@ -728,7 +767,7 @@ def check_model(folder: Path | str, config: LlamaConfig | None = None) -> None:
 
     config: what the model is, where its config.json says more than we can do with it.
     """
-    _, tensors = _open_model(folder, True, config)
+    _, tensors = _open_model(folder, config)
     for pair in tensors:
         del pair  # before the next is read
 
@@ -752,17 +791,18 @@ def _real_tokens(lengths: Tensor, B: int, T: int) -> Rows:
 
 
 def _open_model(
-    folder: Path | str, once: bool = False, config: LlamaConfig | None = None
+    folder: Path | str, config: LlamaConfig | None = None
 ) -> tuple[Llama, Iterator[tuple[str, Tensor]]]:
-    """The model in a folder without its weights, and these, by our names.
+    """The model in a folder without its weights, and these, by our names, one in memory at a time.
 
-    A tied head is not among them. once: as in `Weights`. config: as in `check_model`. Raises
-    InputError, at once or on the way through the weights, as `Llama.from_pretrained` says.
+    A tied head is not among them. config: as in `check_model`. Raises InputError, at once or on
+    the way through the weights, as `Llama.from_pretrained` says.
     """
     path = Path(folder) / "config.json"
-    converted = read_json(path).get("format") == FORMAT
+    values = read_json(path)
+    converted = values.get("format") == FORMAT
     config = config or read_config(path)[0]
-    weights = Weights(folder, once)
+    weights = Weights(folder, once=True)
     names = {(name if converted else hf_to_ours(name)): name for name in weights}
     layers = len({name.split(".")[1] for name in names if name.startswith("layers.")})
     if layers < config.num_hidden_layers:  # before building as many as a wrong file asks for
@@ -770,6 +810,8 @@ def _open_model(
             f"{weights.folder}: has tensors of {layers} layers, expected {config.num_hidden_layers}"
         )
     model = Llama(config, device="meta")
+    if converted and values.get("quantize") is not None:
+        model.quantize_(values["quantize"])
     return model, _checked(model, weights, names)
 
 
@@ -790,14 +832,15 @@ def _checked(model: Llama, weights: Weights, names: dict[str, str]) -> Iterator[
                 f"{weights.folder}: tensor {names[name]} has shape {tuple(tensor.shape)}, "
                 f"expected {tuple(empty.shape)}"
             )
-        if not tensor.is_floating_point():
+        wanted = "floats" if empty.is_floating_point() else empty.dtype
+        if ("floats" if tensor.is_floating_point() else tensor.dtype) != wanted:
             raise InputError(
-                f"{weights.folder}: tensor {names[name]} is {tensor.dtype}, expected floats"
+                f"{weights.folder}: tensor {names[name]} is {tensor.dtype}, expected {wanted}"
             )
         if not is_finite(tensor):
             raise InputError(f"{weights.folder}: tensor {names[name]} has NaN or infinite values")
-        yield name, tensor
-        del tensor
+        del tensor  # and with it the pages that were read
+        yield name, weights[names[name]]
     # Old checkpoints store RoPE's frequencies, which we compute; a tied head may be stored twice.
     ignored = ("rotary_emb.inv_freq", *(["lm_head.weight"] if model.tied else []))
     for name, original in names.items():

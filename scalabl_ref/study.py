@@ -441,24 +441,6 @@ def _passes(method: str, samples: int, classes: int) -> tuple[dict[str, int], in
     return {}, 1 if method in ("mle", "map") else samples
 
 
-def product_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of a plain product of two square matrices on this device: the median of five.
-
-    Of matrices as large as take 10 ms to multiply, up to 8192 rows.
-    """
-
-    def seconds(n: int) -> float:
-        a = torch.ones(n, n, device=device, dtype=dtype)
-        started = time.perf_counter()
-        (a @ a)[0, 0].item()
-        return time.perf_counter() - started
-
-    n = 128
-    while max(seconds(n), seconds(n)) < 0.01 and n < 8192:
-        n *= 2
-    return 2.0 * n**3 / sorted(seconds(n) for _ in range(5))[2]
-
-
 # --- The whole study ------------------------------------------------------------------------------
 
 

@@ -366,7 +366,7 @@ def load_run(
     if missing:
         raise InputError(f"{run / 'run.json'}: key {missing[0]!r} is missing")
     if model is None:
-        model = Llama.from_pretrained(info["model"], dtype=dtype, device=device)
+        model = Llama.from_pretrained(info["model"], dtype, device, info.get("quantize"))
     if fingerprint(model) != info["fingerprint"]:
         raise InputError(f"{run}: was trained on another base model than {info['model']}")
     if info["head_tokens"] is not None:

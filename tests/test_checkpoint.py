@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scalabl_ref import InputError, Llama
+from scalabl_ref import InputError, Llama, LlamaConfig
 from scalabl_ref.checkpoint import (
     PIECE,
     Stored,
@@ -24,6 +27,7 @@ from scalabl_ref.checkpoint import (
     write_tensors,
 )
 
+from .conftest import ROOT
 from .models import TINY
 
 
@@ -405,3 +409,52 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"), new_folder(tmp_path / "file" / "x"):
         pass
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+MEASURED = """
+import sys, torch
+from pathlib import Path
+from scalabl_ref import Llama
+from tests.models import TINY
+def mib(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key + ":")) / 1024
+Llama(TINY, device="meta")  # what this imports of PyTorch is not the weights'
+for dtype, kind in ((None, None), (torch.float32, None), (None, "nf4")):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before, copied = mib("VmRSS"), mib("RssAnon")
+    model = Llama.from_pretrained(sys.argv[1], dtype=dtype, quantize=kind)
+    loaded = mib("VmHWM") - before
+    for weight in model.parameters():
+        weight.amax()  # reads it all
+    print(loaded, mib("VmHWM") - before, mib("RssAnon") - copied)
+    del model, weight
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_weights_are_in_memory_once(tmp_path):
+    """88 MiB of bfloat16 weights, the largest tensor 12: mapped, copied wider, in 4 bits.
+
+    For the last, 64 MiB of linear layers become 64 (4 + 16 / 64) / 16 = 17.
+    """
+    shape = LlamaConfig(6144, 1024, 4096, 2, 8, 8, 128)
+    model = Llama(shape, dtype=torch.bfloat16)
+    for weight in model.parameters():
+        torch.nn.init.ones_(weight)
+    save_tensors(tmp_path / "model.safetensors", model.state_dict().items())
+    (tmp_path / "config.json").write_text(json.dumps(shape.to_dict()))
+    sizes = [weight.nbytes / 2**20 for weight in model.parameters()]
+    total, room = sum(sizes), max(sizes) + 12  # a tensor, and what the program takes on the way
+    command = [sys.executable, "-c", MEASURED, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    mapped, wider, narrow = ([float(n) for n in line.split()] for line in done.stdout.splitlines())
+    loaded, used, copied = mapped
+    assert max(sizes) <= loaded <= room  # none is in memory yet
+    assert total <= used <= total + room and copied <= 12
+    loaded, used, copied = wider
+    assert 2 * total <= copied <= loaded <= used <= 2 * total + room
+    loaded, used, copied = narrow
+    assert 17 <= copied <= 17 + 12 and copied <= loaded <= 17 + room and used <= 17 + 24 + room

@@ -16,7 +16,8 @@ from scalabl_ref import study as study_module
 from scalabl_ref.checkpoint import load_tensors
 from scalabl_ref.comparison import table
 from scalabl_ref.methods import Swag
-from scalabl_ref.study import METHODS, Fit, Job, Study, cost, product_rate, study
+from scalabl_ref.plan import product_rate
+from scalabl_ref.study import METHODS, Fit, Job, Study, cost, study
 from scalabl_ref.train import Trainer
 
 from .models import questions_file, tiny_folder
