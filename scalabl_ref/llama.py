@@ -470,7 +470,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         gate = self.gate_proj(x, ctx.noise, ctx.groups)
         up = self.up_proj(x, ctx.noise, ctx.groups)
-        return self.down_proj(SwiGLU.apply(gate, up), ctx.noise, ctx.groups)
+        swiglu = SwiGLU.apply if torch.is_grad_enabled() else SwiGLU.forward  # half the overhead
+        return self.down_proj(swiglu(gate, up), ctx.noise, ctx.groups)
 
 
 class Block(nn.Module):

@@ -54,7 +54,8 @@ def predictive(log_probs: Tensor, weights: Tensor | None = None) -> Prediction:
 
 def _entropy(log_probs: Tensor) -> Tensor:
     """-sum p log p over the last dimension, with 0 log 0 = 0."""
-    return -torch.special.xlogy(log_probs.exp(), log_probs.exp()).sum(-1)
+    finite = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)  # 0 times -inf would be NaN
+    return -(log_probs.exp() * finite).sum(-1)
 
 
 Design = Literal["independent", "antithetic", "latin"]
