@@ -424,7 +424,7 @@ class Attention(nn.Module):
         k, v = (ctx.rows.unpack(t).transpose(1, 2) for t in (k, v))  # (B, K, T, h)
         if ctx.cache is not None:
             k, v = ctx.cache.append(self.layer, k, v)  # (B, K, S, h)
-        causal = asking.attend is None and last is None and ctx.past == 0
+        causal = asking.attend is None and last is None and not ctx.past
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=asking.attend, is_causal=causal, enable_gqa=True
         )
@@ -604,8 +604,12 @@ class Llama(nn.Module):
 
         The first passes take a minute or two. Packed rows and keyed noise stay as they are.
         """
+        # Sizes, and the layer ids of adapters, are arguments of a program, or there would be one for
+        # every block; the scaling of an adapter is not.
+        torch._dynamo.config.allow_unspec_int_on_nn_module = True
+        torch._dynamo.config.specialize_float = True
         for block in self.layers:
-            block.compile(backend=backend)
+            block.compile(backend=backend, dynamic=True)
         return self
 
     def shared_blocks(self) -> int:

@@ -42,7 +42,8 @@ def write_report(path: Path | str, results: Mapping[str, Any]) -> None:
         subtitle  sentence under it (optional)
         about     {fact: value}; "bins" sets the bins of the charts, 15 without it (optional)
         models    list of {name, probs (N, C), labels (N,), metrics {acc, ece, nll, brier, aurc},
-                  intervals {metric: (low, high)}, ood (optional)}, shown side by side
+                  intervals {metric: (low, high)}, ood (optional)}, shown side by side; with none
+                  of them the page has notes, tables and plots alone
         bounds    {label, nll, acc, ...}: the best possible values, where known (optional)
         notes     sentences for the reader (optional)
         spread    what a model's interval is, in words (optional: a bootstrap interval without it)
@@ -65,12 +66,14 @@ def _document(results: Mapping[str, Any]) -> str:
     bins = int(about.get("bins", 15))
     body = [_header(title, results.get("subtitle"), about)]
     body += _notes(results.get("notes", ()))
-    body += _scores(models, results.get("bounds", {}), results.get("spread"))
+    if models:
+        body += _scores(models, results.get("bounds", {}), results.get("spread"))
     body += [_cells(table) for table in results.get("tables", ())]
     body += [_plot(f"plot-{i}", plot) for i, plot in enumerate(results.get("plots", ()))]
-    body += _calibration(models, bins)
-    body += _risk(models)
-    body += _out_of_distribution(models)
+    if models:
+        body += _calibration(models, bins)
+        body += _risk(models)
+        body += _out_of_distribution(models)
     head = (
         '<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

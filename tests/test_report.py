@@ -358,3 +358,9 @@ def test_tables_plots_and_the_word_for_intervals(tmp_path):
     assert "bootstrap" not in page.text()
     assert [w for tag, w in page.words if tag == "li" and w in ("one", "two")] == ["one", "two"]
     assert "two (10, 3)" in page.text("desc")
+
+
+def test_a_page_without_models_has_its_plots(tmp_path):
+    write_report(tmp_path / "r.html", {"title": "t", "models": [], "plots": [_series()]})
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("<svg") == 1 and "<table" not in page

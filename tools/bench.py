@@ -3,7 +3,8 @@
     python tools/bench.py {op,overhead} [--threads N] [--rounds N] [--json]
     python tools/bench.py {forward,train-step,predict,generate,memory} --model DIR
         [--data FILE --format F] [--official CHECKOUT] [--peer-python PYTHON]
-    python tools/bench.py {scaling,roofline} --model DIR
+    python tools/bench.py scaling --model DIR [--page FILE.html]
+    python tools/bench.py roofline --model DIR
     python tools/bench.py draws --run RUN --data FILE --format F [--examples N]
 
 Ratios are of medians over rounds in which every candidate runs once, in turn, so that a machine
@@ -63,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--examples", type=int, default=32, help="of --data, for draws")
     parser.add_argument("--official", type=Path, help="checkout of SRI-CSL/BayesAdapt")
     parser.add_argument("--peer-python", type=Path, help="of an environment with the peers")
+    parser.add_argument("--page", type=Path, help="HTML page of scaling's plots to write")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
@@ -564,10 +566,38 @@ def scaling(args: argparse.Namespace, both: dict[str, Side]) -> list[dict[str, A
             rows.append({
                 "against": name, "of": do, "values": " ".join(map(str, values)),
                 "ms": " ".join(f"{1e3 * s:.0f}" for s in seconds),
-                "exponent": exponent(values, seconds),
+                "exponent": exponent(values, seconds), "at most": EXPONENTS[name],
                 "MB": " ".join(f"{b / 1e6:.0f}" for b in sizes),
             })  # fmt: skip
+    if args.page:
+        scaling_page(args.page, ours.versions, rows)
     return rows
+
+
+# What the work grows with. A rank's share of it is small; attention's, quadratic in length, too.
+EXPONENTS = {"samples": 1, "rank": 0, "batch": 1, "length": 1, "layers": 1}
+
+
+def scaling_page(path: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Both axes logarithmic, and beside what was measured what is predicted, through its end."""
+    from scalabl_ref.report import write_report
+
+    plots = []
+    for row in rows:
+        values = [float(x) for x in row["values"].split()]
+        power = EXPONENTS[row["against"]]
+        for unit in ("ms", "MB"):
+            sizes = [max(float(y), 1.0) for y in row[unit].split()]
+            measured = [(x, math.log10(y)) for x, y in zip(values, sizes, strict=True)]
+            end = measured[-1][1]
+            line = [(x, end + power * math.log10(x / values[-1])) for x in values]
+            plots.append({
+                "title": f"{row['of']} against {row['against']}, {unit}", "x": row["against"],
+                "y": f"log10 of {unit}", "log": True,
+                "series": [("measured", measured), (f"exponent {power}", line)],
+            })  # fmt: skip
+    title = "Time and memory against sizes"
+    write_report(path, {"title": title, "about": about, "models": [], "plots": plots})
 
 
 def exponent(x: list[int], y: tuple[float, ...]) -> float:
