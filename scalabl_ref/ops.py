@@ -139,7 +139,7 @@ def _draws(
     if noise is None:
         return _MEAN
     seed = noise.seed
-    signed = seed - ((seed >> 63) << 64)
+    signed = seed if seed < 2**63 else seed - 2**64
     return Draws(True, signed, noise.draw, layer, ids, per_group, noise.design)
 
 
