@@ -589,10 +589,10 @@ def _predict(args: argparse.Namespace) -> Result:
     from .data import question
     from .evaluate import answer
 
+    samples = _samples(args)
     model, tokenizer, info, posterior = _open_run(args)
     template = _template(args, info)
     example = question(args.prompt, args.choices, info["format"], template=template)
-    samples = _samples(args)
     answers = answer(
         model, tokenizer, [example], samples, args.seed, posterior=posterior, design=args.design
     )
@@ -786,11 +786,12 @@ def _plan(args: argparse.Namespace) -> Result:
 
     if (args.rate is None) != (args.bandwidth is None):
         raise InputError("give both of --rate and --bandwidth, or neither")
-    if args.gpus < 0 or min(args.memory, args.rate or 1, args.bandwidth or 1) <= 0:
+    given_numbers = [n for n in (args.memory, args.rate, args.bandwidth) if n is not None]
+    if args.gpus < 0 or not all(0 < n < math.inf for n in given_numbers):
         raise InputError("--gpus must not be negative, and other numbers must be above 0")
     adapter = AdapterConfig(rank=args.rank, targets=tuple(args.targets))
     work = Workload(find_config(args.config), args.rows, args.tokens, adapter)
-    if args.rate:
+    if args.rate is not None:
         # To unpack a value is to read a byte at most and to write two, and to read them again.
         flop, moved = args.rate * 1e12, args.bandwidth * 1e9
         given = Rates(flop, flop, moved, 5 / moved)

@@ -428,10 +428,15 @@ def collate(data: Encoded, indices: Sequence[int]) -> Batch:
 
 
 def evaluation_batches(data: Encoded, batch_size: int) -> Iterator[Batch]:
-    """Every example once, longest prompts first: little padding, and memory peaks at the start."""
+    """Every example once, longest prompts first: little padding, and memory peaks at the start.
+
+    Raises InputError for a batch size below 1.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch must be at least 1, and is {batch_size}")
     order = sorted(range(len(data.tokens)), key=lambda i: -len(data.tokens[i]))
-    for start in range(0, len(order), batch_size):
-        yield collate(data, order[start : start + batch_size])
+    starts = range(0, len(order), batch_size)
+    return (collate(data, order[start : start + batch_size]) for start in starts)
 
 
 # --- order, a pure function of the seed -----------------------------------------------------------

@@ -59,10 +59,11 @@ def answer(
 
     Raises InputError for a combination that cannot be had, or for another tokenizer's classes.
     """
-    if not isinstance(samples, int) and (posterior is not None or design != "independent"):
-        raise InputError(
-            "samples other than a number: of the adapters' own independent draws alone"
-        )
+    if not isinstance(samples, int) and design != "independent":
+        raise InputError(f"samples auto and exact know independent draws, not design {design!r}")
+    if not isinstance(samples, int) and posterior is not None:
+        name = type(posterior).__name__
+        raise InputError(f"samples auto and exact are of the adapters' own draws, not of a {name}")
     head = model.config.head_tokens
     encoded = encode(
         examples,

@@ -604,7 +604,7 @@ class Llama(nn.Module):
 
         The first passes take a minute or two. Packed rows and keyed noise stay as they are.
         """
-        # Sizes, and the layer ids of adapters, are arguments of a program, or there would be one for
+        # Sizes and the layer ids of adapters are arguments of a program, or there would be one for
         # every block; the scaling of an adapter is not.
         torch._dynamo.config.allow_unspec_int_on_nn_module = True
         torch._dynamo.config.specialize_float = True

@@ -13,7 +13,7 @@ from .adapters import adapters
 from .elbo import class_logits
 from .errors import InputError
 from .llama import KVCache, Llama
-from .noise import ANTITHETIC, INDEPENDENT, Noise
+from .noise import ANTITHETIC, FIRST_TRAINING_DRAW, INDEPENDENT, Noise
 
 if TYPE_CHECKING:
     from .data import Batch
@@ -84,6 +84,8 @@ def passes(
     """
     if samples < 0:
         raise InputError(f"samples must not be negative, and is {samples}")
+    if first + samples > FIRST_TRAINING_DRAW:
+        raise InputError(f"samples must be at most {FIRST_TRAINING_DRAW}, and are {samples}")
     if design not in DESIGNS:
         raise InputError(f"design must be one of {', '.join(DESIGNS)}, not {design!r}")
     random = [adapter for adapter in adapters(model).values() if adapter.random]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -61,9 +62,11 @@ class Saver:
             pending.result()
 
     def forget_after(self, step: int) -> None:
-        """Remove checkpoints of later steps, and what is left of unfinished ones."""
+        """Remove checkpoints of later steps, and what is left of unfinished ones; nothing else."""
         for path in self.folder.glob("*"):
-            if not path.name.isdigit() or int(path.name) > step:
+            unfinished = re.fullmatch(r"\.\d{8}\.tmp", path.name)
+            later = re.fullmatch(r"\d{8}", path.name) and int(path.name) > step
+            if unfinished or later:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _write(self, step: int, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
@@ -135,8 +138,12 @@ def _newest_first(folder: Path) -> list[Path]:
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     facts = read_json(folder / MANIFEST)
-    files = facts.pop("files", None)
-    if not isinstance(files, dict):
+    files, kinds = facts.pop("files", None), {"done": int, "swag": int, "identity": dict}
+    if (
+        not (isinstance(files, dict) and files)
+        or not all(isinstance(facts.get(name), kind) for name, kind in kinds.items())
+        or facts["done"] != int(folder.name)
+    ):
         raise InputError(f"{folder / MANIFEST}: not of a checkpoint of this program")
     tensors: dict[str, Tensor] = {}
     for name, digest in files.items():

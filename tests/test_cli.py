@@ -361,5 +361,18 @@ def test_draws_of_a_design_and_as_many_as_needed(work, capsys):
     )
     assert exact["samples"] == "exact" and abs(exact["nll"] - many["nll"]) < 0.01 * many["nll"]
     assert "a number, auto or exact" in refused(f"{evaluate} --samples many", capsys)
-    assert "independent draws alone" in refused(f"{evaluate} --samples auto --design latin", capsys)
+    assert "know independent draws, not design 'latin'" in refused(
+        f"{evaluate} --samples auto --design latin", capsys
+    )
     assert "tolerance must lie" in refused(f"{evaluate} --samples auto --tolerance 2", capsys)
+
+
+def test_numbers_that_are_none_are_refused(work, capsys):
+    ok(TRAIN, capsys)
+    evaluate = "evaluate --run run --data test.jsonl"
+    for batch in ("0", "-3"):
+        assert "batch must be at least 1" in refused(f"{evaluate} --batch {batch}", capsys)
+    assert "samples must be at most" in refused(f"{evaluate} --samples 4294967296", capsys)
+    plan = "plan --config llama-2-7b"
+    for numbers in ("--memory nan", "--memory 16 --rate 0 --bandwidth 9", "--memory inf"):
+        assert "above 0" in refused(f"{plan} {numbers}", capsys)

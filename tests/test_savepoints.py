@@ -7,6 +7,7 @@ checkpoint that was whole.
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -201,6 +202,20 @@ def cut_the_manifest(folder: Path) -> None:
     os.truncate(folder / "manifest.json", 30)
 
 
+def put(name: str, value: object) -> Callable[[Path], None]:
+    """The manifest with another value, of a kind that it cannot have."""
+
+    def damage(folder: Path) -> None:
+        path = folder / "manifest.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+
+    damage.__name__ = f"put_{name}"
+    return damage
+
+
+MANIFESTS = [put("done", None), put("done", 7), put("identity", []), put("files", {})]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A run of two ranks that went to its end."""
@@ -209,7 +224,9 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("damage", [cut, flip, lose_a_file, lose_the_manifest, cut_the_manifest])
+@pytest.mark.parametrize(
+    "damage", [cut, flip, lose_a_file, lose_the_manifest, cut_the_manifest, *MANIFESTS]
+)
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_serves(tmp_path, finished, damage):
     shutil.copytree(finished, tmp_path / "run")
     newest = savepoints._newest_first(tmp_path / "run" / "checkpoint")
@@ -262,7 +279,7 @@ def test_a_checkpoint_beside_the_training_is_of_its_own_step(tmp_path):
     tensors = {"a": torch.zeros(3)}
     saver = savepoints.Saver(tmp_path, beside=True)
     write, saver._write = saver._write, lambda *a: (time.sleep(0.2), write(*a))[1]
-    saver.save(1, tensors, {"done": 1})
+    saver.save(1, tensors, {"done": 1, "swag": 0, "identity": {}})
     tensors["a"] += 1
     saver.wait()
     assert torch.equal(savepoints.load(tmp_path)[0]["a"], torch.zeros(3))
@@ -277,12 +294,13 @@ def test_torchrun_ends_when_a_rank_is_killed_and_resumes(tmp_path):
     model, data = tiny_folder(tmp_path / "model"), questions_file(tmp_path / "data.jsonl")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     arguments = f"train --model {model} --data {data} --rank 2 --batch 4 --checkpoint-every 5"
-    launch += ["-m", "scalabl_ref.cli", *arguments.split(), "--steps", "200"]
+    launch += ["-m", "scalabl_ref.cli", "--"]  # or torchrun would read options meant for us
+    train = [*launch, *arguments.split(), "--steps", "200"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def start(*more: str) -> subprocess.Popen:
         with open(tmp_path / "err", "w") as err:
-            return subprocess.Popen([*launch, *more], env=environment, stderr=err)
+            return subprocess.Popen([*train, *more], env=environment, stderr=err)
 
     assert start("--out", str(tmp_path / "whole")).wait(180) == 0
     broken = start("--out", str(tmp_path / "run"))
@@ -302,3 +320,14 @@ def test_torchrun_ends_when_a_rank_is_killed_and_resumes(tmp_path):
     assert start("--out", str(tmp_path / "run"), "--resume").wait(180) == 0
     for ours, theirs in zip(curve(tmp_path / "run"), curve(tmp_path / "whole"), strict=True):
         assert ours == theirs  # the same ranks add up in the same order
+    evaluate = [*launch, "evaluate", "--run", str(tmp_path / "run"), "--data", str(data)]
+    assert subprocess.run(evaluate, env=environment, timeout=180).returncode == 0
+    assert (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_what_is_not_a_checkpoint_stays_where_it_is(tmp_path):
+    folder = tmp_path / "checkpoint"
+    for name in ("best", "123", ".00000007.tmp", "00000007", "00000003"):
+        (folder / name).mkdir(parents=True)
+    savepoints.Saver(tmp_path).forget_after(5)
+    assert {path.name for path in folder.iterdir()} == {"best", "123", "00000003"}
