@@ -156,6 +156,14 @@ def test_each_rank_keeps_its_part_of_the_base(tmp_path, tied):
             assert size + second[name][0] == whole and 0 < 2 * size <= whole + 16, name
 
 
+def test_a_sharded_base_is_computed_again_alike(tmp_path):
+    """Activation checkpointing gathers a block's weights once more, and changes no bit."""
+    for shard in (False, True):
+        config = {"recompute": shard}
+        assert on_ranks(2, train, tmp_path / str(shard), config, False, shard) == [0, 0]
+    assert curve(tmp_path / "True") == curve(tmp_path / "False")
+
+
 def test_sharding_needs_ranks():
     with pytest.raises(InputError, match="start them with torchrun"):
         distributed.shard(tiny_model())
