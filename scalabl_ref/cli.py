@@ -282,6 +282,8 @@ def _train(args: argparse.Namespace) -> Result:
     adapter, config = AdapterConfig(**given), TrainConfig(**_given(TrainConfig, args))
     if not 0 <= args.holdout < 1:
         raise InputError(f"--holdout must be in [0, 1), and is {args.holdout}")
+    if args.compile and args.shard:
+        raise InputError("--compile and --shard have not been made to work together: give one")
     if not args.resume and (args.out / "train.jsonl").exists():
         raise InputError(f"{args.out}: holds a run already: give --resume or another --out")
     template = _template(args, {"prompt_template": None})

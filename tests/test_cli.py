@@ -373,6 +373,7 @@ def test_numbers_that_are_none_are_refused(work, capsys):
     for batch in ("0", "-3"):
         assert "batch must be at least 1" in refused(f"{evaluate} --batch {batch}", capsys)
     assert "samples must be at most" in refused(f"{evaluate} --samples 4294967296", capsys)
+    assert "give one" in refused(TRAIN.replace("run", "x") + " --compile --shard", capsys)
     plan = "plan --config llama-2-7b"
     for numbers in ("--memory nan", "--memory 16 --rate 0 --bandwidth 9", "--memory inf"):
         assert "above 0" in refused(f"{plan} {numbers}", capsys)
