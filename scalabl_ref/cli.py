@@ -791,6 +791,11 @@ def _plan(args: argparse.Namespace) -> Result:
     given_numbers = [n for n in (args.memory, args.rate, args.bandwidth) if n is not None]
     if args.gpus < 0 or not all(0 < n < math.inf for n in given_numbers):
         raise InputError("--gpus must not be negative, and other numbers must be above 0")
+    if args.gpus and args.rate is None and args.device == "cpu":
+        raise InputError(
+            "the rates of a GPU cannot be measured on a CPU: give --rate and --bandwidth, --device "
+            "cuda, or --gpus 0"
+        )
     adapter = AdapterConfig(rank=args.rank, targets=tuple(args.targets))
     work = Workload(find_config(args.config), args.rows, args.tokens, adapter)
     if args.rate is not None:

@@ -377,3 +377,4 @@ def test_numbers_that_are_none_are_refused(work, capsys):
     plan = "plan --config llama-2-7b"
     for numbers in ("--memory nan", "--memory 16 --rate 0 --bandwidth 9", "--memory inf"):
         assert "above 0" in refused(f"{plan} {numbers}", capsys)
+    assert "cannot be measured on a CPU" in refused(f"{plan} --memory 16", capsys)
