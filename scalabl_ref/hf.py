@@ -218,6 +218,8 @@ def _in_backward() -> bool:
 class Linear(Adapted, nn.Linear):  # type: ignore[misc]  # one says Parameter, one Tensor
     """An nn.Linear with an adapter; the draw is that of the call that it runs in."""
 
+    scale = None  # its weight is never quantised by us
+
     label: str  # the layer's name in its model
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
