@@ -22,6 +22,7 @@ from .elbo import class_logits
 from .errors import InputError
 from .llama import Llama
 from .predict import Prediction, predictive
+from .reference import gauss_hermite
 
 NODES = (96, 48, 32)  # along each direction, where there are one, two or three
 
@@ -72,19 +73,8 @@ def integrate(mean: Tensor, factor: Tensor, counts: Sequence[int] = NODES) -> Pr
     if directions > len(NODES):
         raise InputError(f"exact prediction takes at most {len(NODES) + 1} classes")
     axes = (U * S[:, None])[..., :directions]  # (B, C, directions)
-    nodes, weights = gauss_hermite(counts[max(directions, 1) - 1])
+    nodes, weights = gauss_hermite(counts[directions - 1])
     grid = torch.cartesian_prod(*[nodes] * directions).view(-1, directions).to(mean)
     weight = torch.cartesian_prod(*[weights] * directions).view(-1, directions).prod(1).to(mean)
     logits = mean + torch.einsum("qk,bck->qbc", grid, axes)
     return predictive(torch.log_softmax(logits, -1), weight)
-
-
-def gauss_hermite(n: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights, (n,) float64 each, of the mean under N(0, 1); weights add up to 1.
-
-    The eigenvalues of the recurrence's Jacobi matrix, and the squares of its eigenvectors' first
-    components. Source: Golub and Welsch (1969).
-    """
-    off = torch.arange(1, n, dtype=torch.float64).sqrt()
-    nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
-    return nodes, vectors[0].square()
