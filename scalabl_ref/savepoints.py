@@ -26,6 +26,7 @@ from .errors import InputError, atomic_write_text, make_folder
 
 FOLDER, MANIFEST = "checkpoint", "manifest.json"
 KEPT = 2  # checkpoints, the newest
+STEP = r"\d{8,}"  # a checkpoint's name
 
 
 class Saver:
@@ -43,8 +44,9 @@ class Saver:
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
         """Write what `load` is to give back; beside the training, what it is now.
 
-        tensors: the same on every rank. facts: must be JSON. Raises InputError, on every rank, if
-        one cannot write, now or the time before; the checkpoints there are stay.
+        tensors: the same on every rank. facts: JSON, with done (the step) and swag, whole numbers,
+        and identity, an object. Raises InputError, on every rank, if one cannot write, now or the
+        time before; the checkpoints there are stay.
         """
         self.wait()
         if self._thread is None:
@@ -64,9 +66,8 @@ class Saver:
     def forget_after(self, step: int) -> None:
         """Remove checkpoints of later steps, and what is left of unfinished ones; nothing else."""
         for path in self.folder.glob("*"):
-            unfinished = re.fullmatch(r"\.\d{8}\.tmp", path.name)
-            later = re.fullmatch(r"\d{8}", path.name) and int(path.name) > step
-            if unfinished or later:
+            unfinished = re.fullmatch(rf"\.{STEP}\.tmp", path.name)
+            if unfinished or (_is_checkpoint(path) and int(path.name) > step):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _write(self, step: int, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
@@ -109,7 +110,7 @@ class Saver:
 
 def exists(run: Path) -> bool:
     """Whether there is a checkpoint in a run folder."""
-    return any((run / FOLDER).glob(f"*/{MANIFEST}"))
+    return any((path / MANIFEST).exists() for path in _newest_first(run / FOLDER))
 
 
 def load(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -133,7 +134,12 @@ def load(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.glob("*") if path.name.isdigit()), reverse=True)
+    return sorted(filter(_is_checkpoint, folder.glob("*")), reverse=True)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """By its name: other folders there are somebody else's."""
+    return re.fullmatch(STEP, path.name) is not None
 
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
