@@ -87,7 +87,7 @@ def answer(
             if isinstance(samples, Auto):
                 p, taken = predict_all_auto(model, mine, samples, seed, bar.update)
             elif isinstance(samples, str):
-                p = in_order(model, mine, partial(predict_exact, model), bar.update)
+                p = Prediction(*in_order(model, mine, partial(predict_exact, model), bar.update))
             else:
                 p = predict_all(model, mine, samples, seed, bar.update, posterior, design)
         table[ids] = torch.column_stack((p.probs, *p[1:], taken))

@@ -163,16 +163,19 @@ def predict_all(
     def one(batch: Batch) -> Prediction:
         return predict(model, batch, samples, seed, posterior, design)
 
-    return in_order(model, batches, one, progress)
+    return Prediction(*in_order(model, batches, one, progress))
 
 
 def in_order(
     model: nn.Module,
     batches: Iterable[Batch],
-    one: Callable[[Batch], Prediction],
+    one: Callable[[Batch], Iterable[Tensor]],
     progress: Callable[[int], None],
-) -> Prediction:
-    """What `one` makes of every batch, on the model's device, in the order of the examples' ids."""
+) -> list[Tensor]:
+    """What `one` makes of every batch, on the model's device, in the order of the examples' ids.
+
+    Tensors with a row for each example of the batch become as many, with a row for each of all.
+    """
     device = next(model.parameters()).device
     parts, ids = [], []
     for batch in batches:
@@ -181,7 +184,7 @@ def in_order(
         ids.append(batch.ids.cpu())
         progress(len(batch.labels))
     order = torch.argsort(torch.cat(ids))
-    return Prediction(*(torch.cat(column)[order] for column in zip(*parts, strict=True)))
+    return [torch.cat(column)[order] for column in zip(*parts, strict=True)]
 
 
 class Token(NamedTuple):

@@ -128,12 +128,10 @@ def predict_all_auto(
     progress: Callable[[int], None] = lambda rows: None,
 ) -> tuple[Prediction, Tensor]:
     """`predict_auto` over a whole data set, as `predict_all` is to `predict`."""
-    taken: dict[int, int] = {}
 
-    def one(batch: Batch) -> Prediction:
-        prediction, draws = predict_auto(model, batch, auto, seed)
-        taken.update(zip(batch.ids.tolist(), draws.tolist(), strict=True))
-        return prediction
+    def one(batch: Batch) -> tuple[Tensor, ...]:
+        prediction, taken = predict_auto(model, batch, auto, seed)
+        return *prediction, taken
 
-    prediction = in_order(model, batches, one, progress)
-    return prediction, torch.tensor([taken[i] for i in sorted(taken)])
+    *columns, taken = in_order(model, batches, one, progress)
+    return Prediction(*columns), taken
