@@ -85,7 +85,8 @@ class Noise:
     def _designed(self, layer: int, ids: Tensor, rank: int) -> Tensor:
         """`normal` for ids (G,) of dependent draws, made of independent ones."""
         draws, size = self.draw + ids // WORD, max(2, self.design)
-        in_range("last draw of a design", int(draws.max()) // size * size + size - 1, 0, 1 << 31)
+        last = int(draws.max()) // size * size + size - 1
+        in_range("last draw of a design", last, 0, FIRST_TRAINING_DRAW)
         independent, place = Noise(self.seed, 0), draws % size
         if self.design == ANTITHETIC:
             z = independent.normal(layer, later(ids % WORD, draws // size), rank)
