@@ -30,7 +30,7 @@ EXAMPLES = 640  # N, which scales the KL
 
 
 def memory(key: str) -> int:
-    """Bytes of VmRSS or VmHWM, 0 where the system does not tell."""
+    """Bytes of VmRSS, VmHWM or the like, 0 where the system does not tell."""
     path = Path("/proc/self/status")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key)), 0)

@@ -25,6 +25,7 @@ import scalabl_ref
 
 # isort: split
 import torch
+from bench_worker import memory
 from torch import Tensor, nn
 
 from scalabl_ref import AdapterConfig, Llama, add_adapters, predict
@@ -34,14 +35,6 @@ from scalabl_ref.data import Encoded, collate
 from scalabl_ref.quantize import KINDS
 from scalabl_ref.train import TrainConfig, Trainer
 
-STATUS = Path("/proc/self/status")
-
-
-def memory(key: str) -> float:
-    """GiB of VmHWM, RssAnon or RssFile."""
-    lines = STATUS.read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 2**20
-
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
@@ -49,7 +42,7 @@ def phase(name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
     took = time.perf_counter() - started
-    peak, anon, file = (memory(key) for key in ("VmHWM", "RssAnon", "RssFile"))
+    peak, anon, file = (memory(key) / 2**30 for key in ("VmHWM", "RssAnon", "RssFile"))
     print(f"{name:12}{took:9.1f} s   peak {peak:6.2f}   anon {anon:6.2f}   file {file:6.2f}",
           flush=True)  # fmt: skip
 

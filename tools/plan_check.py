@@ -25,6 +25,7 @@ import scalabl_ref
 
 # isort: split
 import torch
+from bench_worker import memory as resident
 
 from scalabl_ref import AdapterConfig, Llama, LlamaConfig, add_adapters
 from scalabl_ref.configs import CONFIGS
@@ -78,8 +79,7 @@ def measure(number: int, cpu_time: bool) -> dict[str, float]:
         started = clock()
         trainer.step()
         times.append(clock() - started)
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    peak = next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    peak = resident("VmHWM")
     rates = measured_rates(work, base, clock=clock)
     return {
         "planned_bytes": memory(work, base).peak,
