@@ -27,10 +27,16 @@ DEVICE = "cpu"  # where tests that can use a device put their tensors: --device
 
 
 def tiny_model(
-    seed: int = 0, trim: bool = True, std: float = 0.3, wake: bool = True, **config
+    seed: int = 0,
+    trim: bool = True,
+    std: float = 0.3,
+    wake: bool = True,
+    layers: int = TINY.num_hidden_layers,
+    **config,
 ) -> Llama:
     """A random tiny Llama with adapters; `wake` fills B, so that the adapters do something."""
-    model = Llama(TINY).init_random_(seed, std=std)
+    shape = dataclasses.replace(TINY, num_hidden_layers=layers)
+    model = Llama(shape).init_random_(seed, std=std)
     if trim:
         model.trim_head(CLASSES)
     add_adapters(model, AdapterConfig(**{"rank": 3, **config}), seed)

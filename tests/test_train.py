@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -13,12 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scalabl_ref import (
-    AdapterConfig,
     InputError,
     Llama,
     Noise,
     adapters,
-    add_adapters,
     load_run,
     ops,
     save_run,
@@ -38,7 +35,7 @@ from scalabl_ref.train import (
     warmup_linear,
 )
 
-from .models import CLASSES, TINY, fill, tiny_model
+from .models import CLASSES, TINY, tiny_model
 from .tolerances import rounding
 
 
@@ -144,8 +141,10 @@ def test_compiled_blocks_train_alike(monkeypatch):
     """Few programs for all blocks, draws and shapes, no break in a graph, the same losses."""
     monkeypatch.setattr(torch._dynamo.config, "allow_unspec_int_on_nn_module", False)
     torch._dynamo.reset()
+    more = torch._dynamo.config.recompile_limit + 2  # blocks than there may be programs of one
     plain, compiled = (
-        Trainer(deep_model(), tiny_data(), TrainConfig(steps=4, batch=4)) for _ in range(2)
+        Trainer(tiny_model(layers=more), tiny_data(), TrainConfig(steps=4, batch=4))
+        for _ in range(2)
     )
     programs = []
 
@@ -160,15 +159,6 @@ def test_compiled_blocks_train_alike(monkeypatch):
         loss = plain.step()["loss"]
         assert abs(compiled.step()["loss"] - loss) <= rounding(torch.float32, 512) * loss
     assert not breaks and 0 < len(programs) <= 6
-
-
-def deep_model() -> Llama:
-    """A tiny model of more blocks than torch.compile makes programs of one function."""
-    shape = dataclasses.replace(TINY, num_hidden_layers=torch._dynamo.config.recompile_limit + 2)
-    model = Llama(shape).init_random_(0, std=0.3).trim_head(CLASSES)
-    add_adapters(model, AdapterConfig(rank=3))
-    fill(model)
-    return model
 
 
 @pytest.mark.slow
