@@ -566,8 +566,9 @@ def scaling(args: argparse.Namespace, both: dict[str, Side]) -> list[dict[str, A
             rows.append({
                 "against": name, "of": do, "values": " ".join(map(str, values)),
                 "ms": " ".join(f"{1e3 * s:.0f}" for s in seconds),
-                "exponent": exponent(values, seconds), "at most": EXPONENTS[name],
+                "exponent": exponent(values, seconds), "predicted": EXPONENTS[name],
                 "MB": " ".join(f"{b / 1e6:.0f}" for b in sizes),
+                "exponent of MB": exponent(values, sizes),
             })  # fmt: skip
     if args.page:
         scaling_page(args.page, ours.versions, rows)
@@ -584,17 +585,20 @@ def scaling_page(path: Path, about: dict[str, Any], rows: list[dict[str, Any]]) 
 
     plots = []
     for row in rows:
-        values = [float(x) for x in row["values"].split()]
+        values = [int(x) for x in row["values"].split()]
         power = EXPONENTS[row["against"]]
         for unit in ("ms", "MB"):
-            sizes = [max(float(y), 1.0) for y in row[unit].split()]
+            sizes = tuple(max(float(y), 1.0) for y in row[unit].split())
             measured = [(x, math.log10(y)) for x, y in zip(values, sizes, strict=True)]
             end = measured[-1][1]
             line = [(x, end + power * math.log10(x / values[-1])) for x in values]
             plots.append({
                 "title": f"{row['of']} against {row['against']}, {unit}", "x": row["against"],
                 "y": f"log10 of {unit}", "log": True,
-                "series": [("measured", measured), (f"exponent {power}", line)],
+                "series": [
+                    (f"measured, exponent {exponent(values, sizes):.2f}", measured),
+                    (f"predicted, exponent {power}", line),
+                ],
             })  # fmt: skip
     title = "Time and memory against sizes"
     write_report(path, {"title": title, "about": about, "models": [], "plots": plots})
