@@ -359,6 +359,7 @@ def test_draws_of_a_design_and_as_many_as_needed(work, capsys):
         ok(f"evaluate --run head --data test.jsonl --samples {n} --design {design}", capsys)
         for n, design in (("exact", "independent"), ("1000", "latin"))
     )
+    # 1,000 Latin draws are good to far better than a hundredth; test_quadrature has the bounds.
     assert exact["samples"] == "exact" and abs(exact["nll"] - many["nll"]) < 0.01 * many["nll"]
     assert "a number, auto or exact" in refused(f"{evaluate} --samples many", capsys)
     assert "know independent draws, not design 'latin'" in refused(

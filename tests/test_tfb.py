@@ -77,7 +77,7 @@ def test_the_update_has_the_covariance_intended(change):
     before, after, sigma, _ = converted(change)
     for name, adapter in adapters(after).items():
         B = adapters(before)[name].B.double()
-        projector = B @ torch.linalg.pinv(B, rtol=1e-6)
+        projector = B @ torch.linalg.pinv(B, rtol=1e-6)  # below: no rank, but float32's rounding
         own = adapter.B.double() * adapter.omega().double().T
         size = rounding(torch.float32, 2**13)  # the smallest direction is 1e-3 of the largest
         assert (own @ own.T / sigma**2 - projector).abs().max() <= size
