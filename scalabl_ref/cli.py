@@ -154,9 +154,22 @@ def _add_ranks(parser: argparse.ArgumentParser) -> None:
         "--shard", action="store_true", help="keep a part of the base on each rank under torchrun"
     )
     parser.add_argument(
+        "--offload-weights", action="store_true", help="--shard, and keep it in the CPU's memory"
+    )
+    parser.add_argument(
         "--timeout", type=float, default=TIMEOUT, metavar="SECONDS",
         help="that a rank under torchrun waits for the others",
     )  # fmt: skip
+
+
+def _shards(args: argparse.Namespace) -> bool:
+    """Whether the base is to be spread over the ranks; no, for a command that knows none."""
+    return getattr(args, "shard", False) or getattr(args, "offload_weights", False)
+
+
+def _load_on(args: argparse.Namespace) -> Any:
+    """Where a base is loaded: where it computes, unless it goes there in pieces."""
+    return "cpu" if _shards(args) else _device(args)
 
 
 def _on_ranks(command: Callable[[argparse.Namespace], Result]) -> Callable[..., Result]:
@@ -230,6 +243,11 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep each block's input alone for the backward pass: less memory, more time",
     )
+    add(
+        "--offload-activations",
+        action="store_true",
+        help="what is kept for the backward pass waits in the CPU's memory",
+    )
     add("--compile", action="store_true", help="compile the blocks with torch.compile")
     add("--checkpoints-beside", action="store_true", help="write them while training goes on")
     add("--quantize", choices=KINDS, help="the base's blocks to 8 or 4 bits, as they are loaded")
@@ -282,7 +300,7 @@ def _train(args: argparse.Namespace) -> Result:
     adapter, config = AdapterConfig(**given), TrainConfig(**_given(TrainConfig, args))
     if not 0 <= args.holdout < 1:
         raise InputError(f"--holdout must be in [0, 1), and is {args.holdout}")
-    if args.compile and args.shard:
+    if args.compile and _shards(args):
         raise InputError("--compile and --shard have not been made to work together: give one")
     if not args.resume and (args.out / "train.jsonl").exists():
         raise InputError(f"{args.out}: holds a run already: give --resume or another --out")
@@ -290,7 +308,7 @@ def _train(args: argparse.Namespace) -> Result:
     examples = load(args.data, args.format, args.limit, template)
     classes = num_classes(examples)
     examples, _ = split(examples, args.holdout, args.seed)
-    model = Llama.from_pretrained(args.model, _dtype(args), _device(args), args.quantize)
+    model = Llama.from_pretrained(args.model, _dtype(args), _load_on(args), args.quantize)
     tokenizer = load_tokenizer(args.model)
     data = encode(
         examples, tokenizer, classes=classes, max_length=model.config.max_position_embeddings
@@ -302,8 +320,8 @@ def _train(args: argparse.Namespace) -> Result:
     if args.init:
         start_from(model, read_run(args.init, model), args.init)
         init = {"run": args.init.name, "sha256": sha256(args.init / "adapter.safetensors")}
-    if args.shard:
-        shard(model)
+    if _shards(args):
+        shard(model, _device(args), args.offload_weights)
     trainer = Trainer(model, data, config)
     info = {
         "model": str(args.model.resolve()),
@@ -530,14 +548,14 @@ def _open_run(
     import torch
 
     dtype = getattr(torch, info["dtype"]) if info.get("dtype") else None
-    base = Llama.from_pretrained(folder, dtype, _device(args), info.get("quantize"))
+    base = Llama.from_pretrained(folder, dtype, _load_on(args), info.get("quantize"))
     model, info = load_run(args.run, base)
     info.setdefault("prompt_template")  # runs of before there were any
     posterior = load_posterior(args.run, info)
-    if getattr(args, "shard", False):
+    if _shards(args):
         if posterior is not None:
             raise InputError(f"{args.run}: posterior {info['posterior']} needs a whole base")
-        distributed.shard(model)
+        distributed.shard(model, _device(args), args.offload_weights)
     return model, load_tokenizer(folder), info, posterior
 
 

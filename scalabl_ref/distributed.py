@@ -141,7 +141,7 @@ def new_group() -> dist.ProcessGroup | None:
 # --- a base in pieces ----------------------------------------------------------------------------
 
 
-def shard(model: Llama) -> None:
+def shard(model: Llama, device: torch.device | None = None, offload: bool = False) -> None:
     """Keep one part of N of every weight of the frozen base on each rank (PyTorch's FSDP2).
 
     Call it when adapters and head are what they will be. Whole, plain tensors they are only while
@@ -149,20 +149,27 @@ def shard(model: Llama) -> None:
     while it is read, the head's and the last norm's from the first block on. From then on all ranks
     must make the same passes through the model. The adapters stay whole on all ranks.
 
+    device: where it computes, if not where it is; weights go there unit by unit, and a base in the
+    CPU's memory need never be whole on a GPU. offload: the parts stay in the CPU's memory, and a
+    unit goes over when it is needed.
+
     Raises InputError without ranks, or if this PyTorch cannot do it.
     """
     if not _are_joined():
         raise InputError("a base is sharded over ranks: start them with torchrun")
     try:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
     except ImportError:
         raise InputError("sharding needs PyTorch 2.7 or newer") from None
-    whole = {p for adapter in adapters(model).values() for p in adapter.parameters()}
-    mesh = init_device_mesh(model.norm.weight.device.type, (world(),))
+    device = device or model.device
+    whole = {p for a in adapters(model).values() for p in a.to(device).parameters()}
+    mesh = init_device_mesh(device.type, (world(),))
+    policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     parts = [*model.layers, *([] if model.tied else [model.embed_tokens]), model]
     for part in parts:
-        fully_shard(part, mesh=mesh, ignored_params=whole)
+        fully_shard(part, mesh=mesh, ignored_params=whole, offload_policy=policy)
+    model.computes_on = device
 
 
 def sharded(model: Llama) -> bool:

@@ -508,6 +508,7 @@ class Llama(nn.Module):
     """
 
     recompute = False
+    computes_on: torch.device | None = None  # if that is not where its weights are kept
     quantized: Kind | None = None  # what `quantize_` made of the blocks
 
     def __init__(
@@ -524,6 +525,11 @@ class Llama(nn.Module):
         self.lm_head = Linear(c.hidden_size, rows, **options)
         if self.tied:
             self._tie_head()
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, and wants its tokens."""
+        return self.computes_on or self.embed_tokens.weight.device
 
     @property
     def tied(self) -> bool:
@@ -627,7 +633,7 @@ class Llama(nn.Module):
         mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Context:
-        device, S = self.embed_tokens.weight.device, past + rows.T
+        device, S = self.device, past + rows.T
         positions = torch.arange(past, S, device=device)[None]  # (1, T)
         attend, ends = None, None if lengths is None else lengths.to(device) - 1
         if mask is not None:

@@ -14,7 +14,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -53,7 +53,8 @@ class TrainConfig:
         the NLL and then an SGD step on the sum of KLs, at rate kl_lr * schedule * pi_i.
     kl_lr: that SGD rate. seed: of data order, noise and initial values.
     recompute: of each block keep its input alone, and compute the rest again in the backward pass:
-        less memory, a third more time. compile: the blocks, see `Llama.compile_blocks`.
+        less memory, a third more time. offload_activations: what is kept waits in the CPU's memory.
+        compile: the blocks, see `Llama.compile_blocks`.
     swag: share of the steps, the last ones, whose weights are collected for `methods.Swag`.
     checkpoint_every: steps between checkpoints.
 
@@ -76,6 +77,7 @@ class TrainConfig:
     seed: int = 0
     checkpoint_every: int = 200
     recompute: bool = False
+    offload_activations: bool = False
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -94,6 +96,8 @@ class TrainConfig:
             raise InputError(f"objective must be one of {', '.join(OBJECTIVES)}")
         if self.kl not in KLS:
             raise InputError(f"kl must be one of {', '.join(KLS)}, not {self.kl!r}")
+        if self.compile and self.offload_activations:
+            raise InputError("compiled blocks do not take part in offload_activations")
 
 
 # --- schedules ---------------------------------------------------------------------------------
@@ -141,6 +145,22 @@ def parameter_groups(
     if variational:
         groups.append({"params": variational, "lr": fast_lr})
     return groups
+
+
+class KeptOnCpu(torch.autograd.graph.save_on_cpu):
+    """PyTorch's `save_on_cpu` but for weights, which are kept anyway: what the forward pass in this
+    context keeps for the backward one waits in the CPU's memory, pinned if `device` is a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(pin_memory=device.type == "cuda")
+        pack, unpack = self.pack_hook, self.unpack_hook
+        self.pack_hook = lambda tensor: tensor if _is_weight(tensor) else pack(tensor)
+        self.unpack_hook = lambda kept: kept if isinstance(kept, Tensor) else unpack(kept)
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    """Whether it is a parameter, or a view of one."""
+    return isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
 
 
 @dataclass
@@ -215,15 +235,15 @@ class Trainer:
     def _accumulate_nll(self, indices: list[int], noise: Noise) -> float:
         """Gradient of the batch's mean NLL, a micro-batch at a time; returns the NLL."""
         share, own = distributed.share(indices)
-        size, device = (
-            self.config.micro_batch or len(share),
-            self.model.embed_tokens.weight.device,
-        )
+        size = self.config.micro_batch or len(share)
+        offload = self.config.offload_activations
+        kept = KeptOnCpu(self.model.device) if offload else nullcontext()
         total = 0.0
         for start in range(0, len(share), size):
-            batch = collate(self.data, share[start : start + size]).to(device)
+            batch = collate(self.data, share[start : start + size]).to(self.model.device)
             n = max(0, own - start)  # how many of its rows count, if not all
-            logits, labels = class_logits(self.model, batch, noise), batch.labels
+            with kept:
+                logits, labels = class_logits(self.model, batch, noise), batch.labels
             nll = F.cross_entropy(logits[:n], labels[:n], reduction="sum") / len(indices)
             nll.backward()
             total += nll.item()
@@ -432,7 +452,7 @@ def fit(
 def _identity(trainer: Trainer) -> dict[str, Any]:
     """Settings and data that a checkpoint must share with the run that resumes it, as of JSON."""
     config = dataclasses.asdict(trainer.config)
-    for name in ("checkpoint_every", "micro_batch", "recompute", "compile"):
+    for name in ("checkpoint_every", "micro_batch", "recompute", "offload_activations", "compile"):
         del config[name]  # none changes the function computed
     data = hashlib.sha256(json.dumps([trainer.data.tokens, trainer.data.labels]).encode())
     adapter = dataclasses.asdict(trainer.adapters[0].config)

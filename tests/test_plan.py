@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scalabl_ref import AdapterConfig, InputError, Llama, LlamaConfig, Noise, add_adapters, cli
-from scalabl_ref.adapters import TARGETS
+from scalabl_ref.adapters import TARGETS, adapters
 from scalabl_ref.data import Batch
 from scalabl_ref.elbo import class_logits
 from scalabl_ref.plan import (
@@ -23,16 +23,14 @@ from scalabl_ref.plan import (
     seconds,
     work_of,
 )
+from scalabl_ref.train import KeptOnCpu
 
 SHAPE = LlamaConfig(100, 64, 160, 4, 8, 4, 8)
 ALL = tuple(TARGETS)
 
 
-def measured(work: Workload, base: str, padded: int = 0) -> float:
-    """Bytes that a pass keeps, by the tensors it saves: each storage once, parameters left out.
-
-    padded: tokens by which one row is shorter, so that rows are packed.
-    """
+def prepared(work: Workload, base: str, padded: int = 0) -> tuple[Llama, Batch]:
+    """The model, and rows of which one is `padded` tokens shorter, so that rows are packed."""
     dtype, kind = BASES[base]
     model = Llama(work.config, dtype=dtype).init_random_()
     if kind:
@@ -42,7 +40,12 @@ def measured(work: Workload, base: str, padded: int = 0) -> float:
     lengths[0] -= padded
     labels = torch.zeros(work.rows, dtype=torch.long)
     tokens = torch.ones(work.rows, work.tokens, dtype=torch.long)
-    batch = Batch(tokens, lengths, labels, torch.arange(work.rows), torch.tensor([1, 2]))
+    return model, Batch(tokens, lengths, labels, torch.arange(work.rows), torch.tensor([1, 2]))
+
+
+def measured(work: Workload, base: str, padded: int = 0) -> float:
+    """Bytes that a pass keeps, by the tensors it saves: each storage once, parameters left out."""
+    model, batch = prepared(work, base, padded)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
@@ -63,6 +66,41 @@ def test_what_is_kept_is_what_the_model_says(base, targets):
     work = Workload(shape, 4, 32, AdapterConfig(rank=4, targets=targets))
     model = sum(kept(work, BASES[base][0].itemsize, BASES[base][1] is not None))
     assert model == pytest.approx(measured(work, base), rel=0.02)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("base", ["float32", "nf4"])
+def test_what_is_kept_can_wait_on_the_cpu(base, recompute):
+    """All of it goes there, what `kept` counts or, computed again, blocks' inputs; no weight."""
+    work = Workload(SHAPE, 4, 32, AdapterConfig(rank=4, targets=ALL))
+    model, batch = prepared(work, base)
+    model.recompute = recompute
+    hooks = KeptOnCpu(torch.device("cpu"))
+    moved, stayed, pack = {}, [], hooks.pack_hook
+
+    def note(tensor):
+        packed = pack(tensor)
+        if isinstance(packed, torch.Tensor):
+            stayed.append(packed)
+        else:
+            storage = packed[1].untyped_storage()
+            moved[storage.data_ptr()] = packed[1]  # held, so that its address is its own
+        return packed
+
+    hooks.pack_hook = note
+    with hooks:
+        logits = class_logits(model, batch, Noise(0, 0))
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert {t.untyped_storage().data_ptr() for t in stayed} <= own
+    assert stayed and not own & set(moved)
+    width, rows = BASES[base][0].itemsize, work.rows * work.tokens
+    expected = sum(kept(work, width, base == "nf4"))
+    if recompute:
+        expected = SHAPE.num_hidden_layers * rows * SHAPE.hidden_size * width
+    size = sum(t.untyped_storage().nbytes() for t in moved.values())
+    assert size == pytest.approx(expected, rel=0.05 if recompute else 0.02)
+    gradients = torch.autograd.grad(logits.sum(), adapters(model)["lm_head"].A)
+    assert gradients[0].isfinite().all()
 
 
 def test_packed_rows_keep_no_more():

@@ -110,7 +110,7 @@ class Laplace:
         }
         examples, log_likelihood = 0, 0.0
         for batch in batches:
-            batch = batch.to(model.embed_tokens.weight.device)
+            batch = batch.to(model.device)
             log_p = _observe(model, batch, chosen, moments)
             log_likelihood += float(log_p.gather(1, batch.labels[:, None]).sum())
             examples += len(log_p)
