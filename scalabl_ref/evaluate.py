@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,15 +14,16 @@ from torch import Tensor
 
 from . import distributed, metrics
 from .adapters import ADAPTERS
-from .data import Example, encode, evaluation_batches
+from .data import Batch, Example, encode, evaluation_batches
 from .errors import InputError, atomic_write_text
 from .llama import Llama
 from .methods import Posterior
-from .predict import Design, Prediction, in_order, predict_all
+from .noise import Noise
+from .predict import Design, Prediction, pass_log_probs, passes_of, predict, predictive
 from .progress import progress_bar
 from .quadrature import predict_exact
 from .report import write_report
-from .sequential import Auto, predict_all_auto
+from .sequential import Auto, predict_auto
 from .tokenizer import Tokenizer
 
 Samples = int | Auto | Literal["exact"]
@@ -52,8 +52,9 @@ def answer(
 ) -> Answers:
     """Predict every example with `samples` draws (0: the mean model); nothing is dropped.
 
-    On several ranks each predicts some of the batches, and all get the whole; with a sharded base
-    all predict all of them. samples: or as many as each example needs, see
+    On several ranks each makes some of the passes, and all get the whole. Where `samples` is not a
+    number, or with a posterior, each predicts some of the batches; with a sharded base all predict
+    all of them then. samples: or as many as each example needs, see
     `sequential.predict_auto`, or their limit, see `quadrature.predict_exact`. posterior: what is
     drawn, if it is not what the adapters themselves have. design: as in `predict`.
 
@@ -77,25 +78,68 @@ def answer(
             f"{list(head)}"
         )
     batches = list(evaluation_batches(encoded, batch))
-    spread = not distributed.sharded(model)  # else all ranks go through the model together
-    mine = batches[distributed.rank() :: distributed.world()] if spread else batches
     table = torch.zeros(len(examples), len(encoded.classes) + 4, dtype=torch.float64)
-    if mine:
-        ids = torch.cat([b.ids for b in mine]).sort().values  # predict_all's order
-        taken = torch.zeros(len(ids))
-        with progress_bar(len(ids), title, "row") as bar:
-            if isinstance(samples, Auto):
-                p, taken = predict_all_auto(model, mine, samples, seed, bar.update)
-            elif isinstance(samples, str):
-                p = Prediction(*in_order(model, mine, partial(predict_exact, model), bar.update))
-            else:
-                p = predict_all(model, mine, samples, seed, bar.update, posterior, design)
-        table[ids] = torch.column_stack((p.probs, *p[1:], taken))
-    if spread:
-        distributed.sum_(table)  # of rows that each are of one rank, zeros on the others
+    with progress_bar(len(examples), title, "row") as bar:
+        if isinstance(samples, int) and posterior is None:
+            for ids, p in _share_draws(model, batches, samples, seed, design):
+                table[ids, :-1] = torch.column_stack(p)
+                bar.update(len(ids))
+        else:
+            spread = not distributed.sharded(model)  # else all ranks make the same passes
+            for own in batches[distributed.rank() :: distributed.world()] if spread else batches:
+                columns = _answer_batch(model, own, samples, seed, posterior)
+                table[own.ids] = torch.column_stack(columns).cpu()
+                bar.update(len(own.ids))
+            if spread:
+                distributed.sum_(table)  # of rows that each are of one rank, zeros on the others
     prediction = Prediction(table[:, :-4].contiguous(), *table[:, -4:-1].T.contiguous())
     draws = table[:, -1].long() if isinstance(samples, Auto) else None
     return Answers(examples, torch.tensor(encoded.labels), prediction, draws)
+
+
+@torch.no_grad()
+def _share_draws(
+    model: Llama, batches: list[Batch], samples: int, seed: int, design: Design
+) -> Iterator[tuple[Tensor, Prediction]]:
+    """`predict` of each batch, with its ids, on all ranks; each pass is done by one of them.
+
+    Passes of as many batches as there are ranks are dealt out at a time. All ranks make equally
+    many, since those of a sharded base must.
+    """
+    device, ranks = model.device, distributed.world()
+    for group in (batches[start : start + ranks] for start in range(0, len(batches), ranks)):
+        work: list[tuple[int, slice, Noise | None]] = []
+        tables = []  # (S, B, C) of each batch
+        for i, batch in enumerate(group):
+            done = 0
+            for noise, draws in passes_of(model, batch, samples, seed, design):
+                work.append((i, slice(done, done + draws), noise))
+                done += draws
+            size = done, len(batch.ids), len(batch.classes)
+            tables.append(torch.zeros(size, dtype=torch.float64))
+        mine, own = distributed.share(work)
+        for at, (i, part, noise) in enumerate(mine):
+            found = pass_log_probs(model, group[i].to(device), noise, part.stop - part.start)
+            if at < own:
+                tables[i][part] = found.cpu()
+        for batch, table in zip(group, tables, strict=True):
+            distributed.sum_(table)  # of draws that each are of one rank, zeros on the others
+            yield batch.ids, predictive(table)
+
+
+def _answer_batch(
+    model: Llama, batch: Batch, samples: Samples, seed: int, posterior: Posterior | None
+) -> tuple[Tensor, ...]:
+    """The columns of a prediction that is not of so many draws of the adapters, and the draws."""
+    batch = batch.to(model.device)
+    if isinstance(samples, Auto):
+        p, taken = predict_auto(model, batch, samples, seed)
+        return (*p, taken)
+    if isinstance(samples, str):
+        p = predict_exact(model, batch)
+    else:
+        p = predict(model, batch, samples, seed, posterior)
+    return (*p, torch.zeros(len(batch.ids)))
 
 
 def summarise(probs: Tensor, labels: Tensor, bins: int) -> dict[str, Any]:

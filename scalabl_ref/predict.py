@@ -137,13 +137,28 @@ def log_probs(
 
     Arguments and errors as of `predict`; S is `samples`, or 1 for the mean model.
     """
+    drawn = passes_of(model, batch, samples, seed, design, first)
+    return torch.cat([pass_log_probs(model, batch, noise, draws) for noise, draws in drawn])
+
+
+def passes_of(
+    model: Llama,
+    batch: Batch,
+    samples: int,
+    seed: int,
+    design: Design = "independent",
+    first: int = 0,
+) -> Iterator[tuple[Noise | None, int]]:
+    """`passes` with as many draws at once as suits this batch; what one pass does is the next."""
     only_head = model.shared_blocks() == len(model.layers)  # of which the rows' ends are all
     tokens = len(batch.labels) if only_head else int(batch.lengths.sum())
-    drawn = passes(model, samples, seed, tokens, design, first)
-    logits = [
-        class_logits(model, batch, noise, draws).unflatten(0, (draws, -1)) for noise, draws in drawn
-    ]
-    return torch.log_softmax(torch.cat(logits).double(), dim=-1)
+    return passes(model, samples, seed, tokens, design, first)
+
+
+def pass_log_probs(model: Llama, batch: Batch, noise: Noise | None, draws: int) -> Tensor:
+    """Log-probabilities (draws, B, C) float64 of the answer classes, by one pass."""
+    logits = class_logits(model, batch, noise, draws).unflatten(0, (draws, -1))
+    return torch.log_softmax(logits.double(), dim=-1)
 
 
 def predict_all(
@@ -167,7 +182,7 @@ def predict_all(
 
 
 def in_order(
-    model: nn.Module,
+    model: Llama,
     batches: Iterable[Batch],
     one: Callable[[Batch], Iterable[Tensor]],
     progress: Callable[[int], None],
@@ -176,10 +191,9 @@ def in_order(
 
     Tensors with a row for each example of the batch become as many, with a row for each of all.
     """
-    device = next(model.parameters()).device
     parts, ids = [], []
     for batch in batches:
-        part = one(batch.to(device))
+        part = one(batch.to(model.device))
         parts.append([tensor.cpu() for tensor in part])
         ids.append(batch.ids.cpu())
         progress(len(batch.labels))
@@ -217,7 +231,7 @@ def generate(
         raise InputError("the head was cut down to class tokens: it can answer, not write text")
     if not prompt:
         raise InputError("the prompt is empty")
-    device = next(model.parameters()).device
+    device = model.device
     drawn = [
         (noise, draws, KVCache(model.config.num_hidden_layers))
         for noise, draws in passes(model, samples, seed, len(prompt))

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
-from scalabl_ref import AdapterConfig, InputError, Llama, Noise, add_adapters, cli, distributed
-from scalabl_ref.train import TrainConfig, Trainer, adapter_state, fingerprint, fit
+from scalabl_ref import (
+    AdapterConfig,
+    InputError,
+    Llama,
+    Noise,
+    add_adapters,
+    cli,
+    distributed,
+    evaluate,
+)
+from scalabl_ref.train import TrainConfig, Trainer, adapter_state, fingerprint, fit, load_run
 
 from .models import TINY, questions_file, tiny_folder, tiny_model
 from .ranks import on_ranks
 from .test_train import tiny_data
-from .tolerances import curve_bound
+from .tolerances import curve_bound, logits_bound
 
 CPU = torch.device("cpu")
 STEPS, RATE = 9, 1e-2
@@ -28,12 +38,19 @@ def trainer(**config) -> Trainer:
     return Trainer(tiny_model(wake=False), tiny_data(), TrainConfig(**settings))
 
 
-def train(folder: Path, config: dict, resume: bool = False, shard: bool = False) -> None:
-    """What each rank does: a whole run in FOLDER, and its own adapters to a file there."""
+def train(
+    folder: Path, config: dict, resume: bool = False, shard: str = "", base: str = ""
+) -> None:
+    """What each rank does: a whole run in FOLDER, and its own adapters to a file there.
+
+    shard: "parts" of the base on each rank, or "offloaded". base: what it is quantised to.
+    """
     with distributed.joined(CPU, timeout=60):
         made = trainer(**config)
+        if base:
+            made.model.quantize_(base)
         if shard:
-            distributed.shard(made.model)
+            distributed.shard(made.model, offload=shard == "offloaded")
         fit(made, folder, resume)
         torch.save(adapter_state(made.model), folder / f"adapters{distributed.rank()}")
 
@@ -115,15 +132,18 @@ def test_without_torchrun_there_is_one_rank():
 # --- a sharded base ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("ranks", "micro_batch"), [(2, 1), (4, None)])
-def test_sharding_the_base_changes_nothing(tmp_path, ranks, micro_batch):
-    """To the bit, since a block computes with the same plain tensors."""
+@pytest.mark.parametrize(
+    ("ranks", "micro_batch", "shard", "base"),
+    [(2, 1, "parts", ""), (4, None, "parts", "nf4"), (2, None, "offloaded", "int8")],
+)
+def test_sharding_the_base_changes_nothing(tmp_path, ranks, micro_batch, shard, base):
+    """To the bit, since a block computes with the same plain tensors, or codes and scales."""
     config = {"micro_batch": micro_batch, "steps": 4}
-    for shard in (False, True):
-        folder = tmp_path / str(shard)
-        assert on_ranks(ranks, train, folder, config, False, shard) == [0] * ranks
+    for how in ("", shard):
+        folder = tmp_path / (how or "whole")
+        assert on_ranks(ranks, train, folder, config, False, how, base) == [0] * ranks
         assert_replicas(folder, ranks)
-    assert curve(tmp_path / "True") == curve(tmp_path / "False")
+    assert curve(tmp_path / shard) == curve(tmp_path / "whole")
 
 
 def parts(folder: Path, tied: bool) -> None:
@@ -158,10 +178,33 @@ def test_each_rank_keeps_its_part_of_the_base(tmp_path, tied):
 
 def test_a_sharded_base_is_computed_again_alike(tmp_path):
     """Activation checkpointing gathers a block's weights once more, and changes no bit."""
-    for shard in (False, True):
-        config = {"recompute": shard}
-        assert on_ranks(2, train, tmp_path / str(shard), config, False, shard) == [0, 0]
-    assert curve(tmp_path / "True") == curve(tmp_path / "False")
+    for how in ("", "parts"):
+        config = {"recompute": bool(how)}
+        assert on_ranks(2, train, tmp_path / (how or "whole"), config, False, how) == [0, 0]
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+
+
+def asked(folder: Path) -> None:
+    """What FSDP is asked for, of a base that stays in the CPU's memory and one that does not."""
+    import torch.distributed.fsdp as fsdp
+
+    calls: list[str] = []
+    fsdp.fully_shard = lambda part, **options: calls.append(
+        f"{type(part).__name__} {type(options['offload_policy']).__name__}"
+    )
+    with distributed.joined(CPU, timeout=60):
+        for offload in (False, True):
+            distributed.shard(tiny_model(layers=1), offload=offload)
+    (folder / "asked").write_text(json.dumps(calls))
+
+
+def test_parts_stay_in_the_cpus_memory_if_asked(tmp_path):
+    """On a CPU that is where they are anyway: of this the call is all that can be seen."""
+    assert on_ranks(1, asked, tmp_path) == [0]
+    units = ("Block", "Embedding", "Llama")
+    policies = ("OffloadPolicy", "CPUOffloadPolicy")
+    expected = [f"{unit} {policy}" for policy in policies for unit in units]
+    assert json.loads((tmp_path / "asked").read_text()) == expected
 
 
 def test_sharding_needs_ranks():
@@ -208,3 +251,75 @@ def test_the_commands_on_ranks_write_what_one_process_does(tmp_path):
         assert [path.read_text() for path in written] == expected
         assert "metrics.json" in (tmp_path / "out0").read_text()
         assert (tmp_path / "out1").read_text() == ""
+
+
+def counted(folder: Path, text: str) -> int:
+    """The command, and a file with the number of draws of each pass that this rank made."""
+    made, real = [], evaluate.pass_log_probs
+
+    def one(*arguments):
+        made.append(arguments[-1])
+        return real(*arguments)
+
+    evaluate.pass_log_probs = one
+    code = command(text)
+    evaluate.pass_log_probs = real
+    (folder / f"passes{os.environ.get('RANK', '')}").write_text(str(made))
+    return code
+
+
+def passes(folder: Path) -> list[list[int]]:
+    """What `counted` wrote, of each rank; the files are gone then."""
+    paths = sorted(folder.glob("passes*"))
+    found = [json.loads(path.read_text()) for path in paths]
+    for path in paths:
+        path.unlink()
+    return found
+
+
+def test_the_draws_of_one_batch_are_spread_over_the_ranks(tmp_path):
+    """Pass by pass, also with a sharded base, whose ranks all make as many; to the bit."""
+    model, data = tiny_folder(tmp_path / "model"), questions_file(tmp_path / "data.jsonl")
+    train = f"train --model {model} --data {data} --steps 3 --rank 2 --out {tmp_path / 'run'}"
+    assert command(train) == 0
+    text = f"evaluate --run {tmp_path / 'run'} --data {data} --samples 9 --batch 24"
+    written = tmp_path / "run" / "predictions.jsonl"
+    assert counted(tmp_path, text) == 0
+    expected, [alone] = written.read_text(), passes(tmp_path)
+    assert sum(alone) == 9 and len(alone) % 2 == 1, alone  # two ranks cannot share them evenly
+    for more in ("", " --shard"):
+        written.unlink()
+        assert on_ranks(2, counted, tmp_path, text + more) == [0, 0]
+        assert written.read_text() == expected
+        assert passes(tmp_path) == [alone[::2], [*alone[1::2], alone[0]]]
+
+
+def answers(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_other_numbers_of_samples_with_a_sharded_base(tmp_path):
+    """auto and exact go by batches: shared out, or in step; the predictions are the same.
+
+    auto's last open row goes alone through a sharded base, whose weights lie elsewhere in memory:
+    to rounding then, as kernels for a single row depend on that.
+    """
+    model, data = tiny_folder(tmp_path / "model"), questions_file(tmp_path / "data.jsonl")
+    run = tmp_path / "run"
+    train = f"train --model {model} --data {data} --steps 3 --rank 2 --targets lm_head --out {run}"
+    assert command(train) == 0
+    trained, _ = load_run(run)
+    size = trained(torch.arange(1, 33)[None]).abs().max().item()
+    rounded = logits_bound(trained.config, size)  # a probability moves less than its logit
+    for samples in ("auto", "exact"):
+        text = f"evaluate --run {run} --data {data} --samples {samples} --batch 10"
+        assert command(text) == 0
+        expected = answers(run)
+        for more in ("", " --shard", " --offload-weights"):
+            (run / "predictions.jsonl").unlink()
+            assert on_ranks(2, command, text + more) == [0, 0]
+            bound = rounded if samples == "auto" and more else 0.0
+            for ours, theirs in zip(answers(run), expected, strict=True):
+                assert ours.get("draws") == theirs.get("draws")
+                for one, other in zip(ours["probs"], theirs["probs"], strict=True):
+                    assert abs(one - other) <= bound, (samples, more, ours, theirs)
