@@ -797,6 +797,9 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"layers to adapt, of {' '.join(TARGETS)}")  # fmt: skip
     add("--rate", type=float, help="TFLOP/s of products (default: measured here, on --device)")
     add("--bandwidth", type=float, help="GB/s of memory (needed with --rate)")
+    add("--link", type=float,
+        help="GB/s that a device receives, from others or the CPU's memory: plans then count what "
+        "is exchanged, and offload weights (default: no limit)")  # fmt: skip
 
 
 def _plan(args: argparse.Namespace) -> Result:
@@ -806,7 +809,8 @@ def _plan(args: argparse.Namespace) -> Result:
 
     if (args.rate is None) != (args.bandwidth is None):
         raise InputError("give both of --rate and --bandwidth, or neither")
-    given_numbers = [n for n in (args.memory, args.rate, args.bandwidth) if n is not None]
+    numbers = (args.memory, args.rate, args.bandwidth, args.link)
+    given_numbers = [n for n in numbers if n is not None]
     if args.gpus < 0 or not all(0 < n < math.inf for n in given_numbers):
         raise InputError("--gpus must not be negative, and other numbers must be above 0")
     if args.gpus and args.rate is None and args.device == "cpu":
@@ -824,20 +828,21 @@ def _plan(args: argparse.Namespace) -> Result:
     else:
         _device(args)
         rates = {base: measured_rates(work, base, args.device) for base in BASES}
+    if args.link is not None:
+        rates = {base: known._replace(link=args.link * 1e9) for base, known in rates.items()}
     ways = plans(work, rates, args.gpus, "cuda" if args.gpus else "cpu")
     chosen = best(ways, args.memory * 1e9)
     _say(args, f"{args.config}: {args.rows} rows of {args.tokens} tokens a step and device, rank "
          f"{args.rank}, {' '.join(args.targets)}; GB on each of {args.gpus or 1}\n")  # fmt: skip
     columns = ("base", "adapters", "kept", "working", "peak", "s/step")
-    _say(args, f"{'':33}" + "".join(f"{column:>10}" for column in columns))
+    _say(args, f"{'':44}" + "".join(f"{column:>10}" for column in columns))
     for plan in ways:
-        name = (
-            f"{plan.kind}{', spread' * (plan.shards > 1)}{', checkpointing' * plan.checkpointing}"
-        )
+        name = plan.kind + ", spread" * (plan.shards > 1) + ", offloaded" * plan.offloaded
+        name += ", checkpointing" * plan.checkpointing
         sizes = (plan.base, plan.adapters, plan.activations, plan.workspace, plan.peak)
         cells = "".join(f"{size / 1e9:10.2f}" for size in sizes) + f"{plan.seconds:10.3g}"
         fits = "fits" if plan.peak <= args.memory * 1e9 else ""
-        _say(args, f"{name:33}{cells}  {fits}{' <-' * (plan is chosen)}")
+        _say(args, f"{name:44}{cells}  {fits}{' <-' * (plan is chosen)}")
     if chosen is None:
         _say(args, f"\nnothing fits into {args.memory:g} GB: fewer --rows or --tokens, more --gpus")
     return {

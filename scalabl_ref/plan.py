@@ -3,13 +3,14 @@
 The memory of a step is that of the base's weights, of the adapters with AdamW's two moments, of
 what the forward pass keeps for the backward one (`kept`, tensor by tensor), of what one block
 needs on the way, and of the program. Its time is that of its products at a rate of FLOP/s, of what
-is done value by value at a rate of bytes/s, and of unpacking a quantised base. docs/large.md has
-both models, and their predictions beside measurements.
+is done value by value at a rate of bytes/s, of unpacking a quantised base, and of what devices
+exchange. docs/large.md has both models, and their predictions beside measurements.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,12 +64,14 @@ class Workload:
 
 class Rates(NamedTuple):
     """What a device does in a second: FLOP of products with weights and of attention's, bytes read
-    and written; and the seconds to make a quantised weight whole, for each of its values."""
+    and written; the seconds to make a quantised weight whole, for each of its values; and the bytes
+    it receives in a second from the others, or from the CPU's memory."""
 
     flop: float
     attention: float
     bytes: float
     unpack: float = 0.0
+    link: float = math.inf
 
 
 class Work(NamedTuple):
@@ -81,17 +84,20 @@ class Work(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A way to do a step, its memory on each device in bytes, and its time in seconds.
+    """A way to do a step on each of so many devices, its memory in bytes, its time in seconds.
 
     kind: one of `BASES`. checkpointing: whether blocks keep their input alone and run forward once
-    more. shards: devices over which FSDP spreads the base. base: weights that stay. adapters: with
-    AdamW's moments. activations: kept for the backward pass. workspace: of the moment when most is
-    needed. peak: all, the program included.
+    more. shards: devices over which FSDP spreads the base. offloaded: whether what it spreads stays
+    in the CPU's memory. base: weights that stay on the device. adapters: with AdamW's moments.
+    activations: kept for the backward pass. workspace: of the moment when most is needed. peak:
+    all, the program included.
     """
 
     kind: str
     checkpointing: bool
+    devices: int
     shards: int
+    offloaded: bool
     base: float
     adapters: float
     activations: float
@@ -174,7 +180,9 @@ def memory(
     work: Workload,
     base: str,
     checkpointing: bool = False,
+    devices: int = 1,
     shards: int = 1,
+    offloaded: bool = False,
     device: str = "cpu",
 ) -> Plan:
     """A step's memory, its seconds left 0; arguments as in `Plan`.
@@ -185,8 +193,9 @@ def memory(
     width, c = dtype.itemsize, work.config
     blocks, ends, trained = _sizes(work, base)
     stays = blocks + ends
-    if shards > 1:
-        stays = stays / shards + 2 * blocks / c.num_hidden_layers + ends
+    if shards > 1 or offloaded:
+        whole = 2 * blocks / c.num_hidden_layers + ends
+        stays = whole if offloaded else stays / shards + whole
     acts = kept(work, width, kind is not None)
     N, activations = work.rows * work.tokens, sum(acts)
     if checkpointing:
@@ -197,12 +206,14 @@ def memory(
         passing += c.intermediate_size * c.hidden_size * width
     if not checkpointing:
         passing -= sum(acts[-2:])  # what the last block and the head kept is free by then
-    # The optimiser has gradients, and two more of their size on the way, but no activations.
-    workspace = max(passing, 3 * trained - activations, 0.0)
+    # The optimiser has gradients, and two more of their size on the way, but no activations; an
+    # exchange has them in float64, each by itself and end to end.
+    workspace = max(passing, (5 if devices > 1 else 3) * trained - activations, 0.0)
     resident = PROGRAM[device] + stays + 3 * trained
     peak = resident + activations + workspace
     return Plan(
-        base, checkpointing, shards, stays, 3 * trained, activations, workspace, peak, 0.0
+        base, checkpointing, devices, shards, offloaded,
+        stays, 3 * trained, activations, workspace, peak, 0.0,
     )  # fmt: skip
 
 
@@ -245,26 +256,58 @@ def _passed(width: int) -> tuple[tuple[int, int], tuple[int, int]]:
     return (20 + 2 * width + cast, 40 + 2 * width + cast), (5 * width, 11 * width)
 
 
-def seconds(work: Workload, base: str, rates: Rates, checkpointing: bool = False) -> float:
-    """A step's time. Every weight is read once a pass; what devices send is not counted."""
+def exchanged(
+    work: Workload, base: str, devices: int = 1, shards: int = 1, offloaded: bool = False
+) -> tuple[float, float]:
+    """Bytes that a device receives in a step, and that it reads and writes to do so.
+
+    A spread base comes in for the forward pass and for the backward one, its ends once; of an
+    exchange over N devices a N-th is there already. The gradients of the adapters are added up in
+    float64, in a ring: each device sends and receives them twice, but for a N-th.
+    """
+    blocks, ends, trained = _sizes(work, base)
+    gathered = 2 * blocks + ends if shards > 1 or offloaded else 0.0
+    others = 1 - 1 / devices
+    received = others * (gathered + 2 * 2 * trained)
+    received += gathered / shards if offloaded else 0.0
+    return received, 2 * gathered * (1 + 1 / shards)
+
+
+def seconds(
+    work: Workload,
+    base: str,
+    rates: Rates,
+    checkpointing: bool = False,
+    devices: int = 1,
+    shards: int = 1,
+    offloaded: bool = False,
+) -> float:
+    """A step's time, of which nothing is done at the same time. Weights are read once a pass."""
     todo = work_of(work, base, checkpointing)
     once = 2 * _sizes(work, base)[0]  # bytes
     products = max(todo.flop / rates.flop, once / rates.bytes) + todo.attention / rates.attention
     calls = CALL * CALLS * work.config.num_hidden_layers
-    return products + todo.bytes / rates.bytes + todo.unpacked * rates.unpack + calls
+    received, copied = exchanged(work, base, devices, shards, offloaded)
+    passed = (todo.bytes + copied) / rates.bytes + received / rates.link
+    return products + passed + todo.unpacked * rates.unpack + calls
 
 
 def plans(
     work: Workload, rates: dict[str, Rates], gpus: int = 1, device: str = "cuda"
 ) -> list[Plan]:
-    """Every way to do a step: the bases that have rates, checkpointing or not, spread or not."""
-    ways = itertools.product(rates, (False, True), sorted({1, max(1, gpus)}))
-    return [
-        memory(work, base, again, shards, device)._replace(
-            seconds=seconds(work, base, rates[base], again)
-        )
-        for base, again, shards in ways
-    ]
+    """Every way to do a step: the bases that have rates, checkpointing or not, the base whole,
+    spread, and offloaded, where the rate is known at which it would come back."""
+    devices = max(1, gpus)
+    ways = []
+    for (base, known), again in itertools.product(rates.items(), (False, True)):
+        where = [(1, False), *([(devices, False)] if devices > 1 else [])]
+        if math.isfinite(known.link) and device != "cpu":
+            where.append((devices, True))
+        for shards, offloaded in where:
+            plan = memory(work, base, again, devices, shards, offloaded, device)
+            took = seconds(work, base, known, again, devices, shards, offloaded)
+            ways.append(plan._replace(seconds=took))
+    return ways
 
 
 def best(ways: list[Plan], room: float) -> Plan | None:

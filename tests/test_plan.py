@@ -17,6 +17,7 @@ from scalabl_ref.plan import (
     BASES,
     Rates,
     Workload,
+    exchanged,
     kept,
     measured_rates,
     memory,
@@ -133,8 +134,17 @@ def test_memory_is_the_sum_of_its_parts():
         assert 0 < plan.peak - parts < 1e9  # the program
         assert memory(work, base, checkpointing=True).activations < plan.activations
         assert memory(work, base, shards=4).base < plan.base + 3 * SHAPE.vocab_size * 64 * 4
+        offloaded, spread = memory(work, base, offloaded=True), memory(work, base, shards=4)
+        assert 4 * (spread.base - offloaded.base) == own
     sizes = [memory(work, base).base for base in BASES]
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_an_exchange_has_the_gradients_in_double_precision():
+    """Twice their size for each of two copies, beside themselves: more than the optimiser has."""
+    work = Workload(SHAPE, 1, 1, AdapterConfig(rank=8, targets=ALL))
+    alone, shared = memory(work, "float32"), memory(work, "float32", devices=2)
+    assert shared.workspace - alone.workspace == pytest.approx(2 / 3 * alone.adapters)
 
 
 def test_flop_are_counted_by_hand():
@@ -153,13 +163,33 @@ def test_flop_are_counted_by_hand():
     assert again.attention == attention + 2 * 1 * 4
 
 
+def test_exchanges_are_counted_by_hand():
+    """Gradients go round in float64; a spread base comes in twice, and its ends once."""
+    shape = LlamaConfig(10, 4, 6, 2, 2, 1, 2)
+    work = Workload(shape, 1, 1, AdapterConfig(rank=1))
+    blocks = 2 * 4 * (4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 6 + 2 * 4)
+    ends = memory(work, "float32").base - blocks
+    q, v, head = (d_in + d_out + 2 for d_in, d_out in ((4, 4), (4, 2), (4, 2)))
+    ring = 2 * 8 * (2 * q + 2 * v + head)
+    base = 2 * blocks + ends
+    assert exchanged(work, "float32") == (0, 0)
+    assert exchanged(work, "float32", devices=4) == (0.75 * ring, 0)
+    assert exchanged(work, "float32", 4, 4) == (0.75 * (base + ring), 2.5 * base)
+    assert exchanged(work, "float32", offloaded=True) == (base, 4 * base)
+    offloaded = 0.75 * (base + ring) + base / 4
+    assert exchanged(work, "float32", 4, 4, True) == (offloaded, 2.5 * base)
+    slow = Rates(math.inf, math.inf, math.inf, link=2.0)
+    free = seconds(work, "float32", slow)
+    assert seconds(work, "float32", slow, devices=4) == free + 0.75 * ring / 2
+
+
 def test_time_follows_the_rates():
     work = Workload(SHAPE, 4, 32)
     fast = Rates(1e10, 1e10, 1e9, 1e-9)
     for slow in (fast._replace(flop=1e9), fast._replace(attention=1e9), fast._replace(bytes=1e8)):
         assert seconds(work, "float32", slow) > seconds(work, "float32", fast)
     measured = measured_rates(Workload(SHAPE, 2, 8), "nf4")
-    assert all(0 < rate < math.inf for rate in measured)
+    assert all(0 < rate < math.inf for rate in measured[:4]) and measured.link == math.inf
     assert seconds(work, "nf4", fast) > seconds(work, "nf4", fast._replace(unpack=0.0))
 
 
@@ -179,6 +209,13 @@ def test_the_command_says_what_fits(capsys):
     spread = plan("--memory 10 --rows 1 --gpus 8", capsys)["best"]
     assert spread["kind"] == "bfloat16" and spread["shards"] == 8
     assert plan("--memory 1", capsys)["best"] is None
+    linked = plan("--memory 10 --rows 1 --link 25", capsys)["best"]
+    assert linked["kind"] == "bfloat16" and linked["offloaded"]
+    both = plan("--memory 80 --gpus 4 --link 25", capsys)["plans"]
+    ways = {(p["shards"], p["offloaded"]) for p in both}
+    assert ways == {(1, False), (4, False), (4, True)}
+    took = {(p["shards"], p["offloaded"]): p["seconds"] for p in both if p["kind"] == "bfloat16"}
+    assert took[1, False] < took[4, False] < took[4, True]
 
 
 @pytest.mark.parametrize(
@@ -187,6 +224,7 @@ def test_the_command_says_what_fits(capsys):
         ("--memory 1 --tokens 5000", "5000 tokens, but the model has only 4096 positions"),
         ("--memory 1 --rows 0", "rows must be at least 1"),
         ("--memory 0", "other numbers must be above 0"),
+        ("--memory 1 --link 0", "other numbers must be above 0"),
         ("--memory 1 --bandwidth -1", "other numbers must be above 0"),
         ("--memory 1 --config nothing", "'nothing' is neither a file nor one of"),
     ],
