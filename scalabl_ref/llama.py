@@ -731,12 +731,12 @@ class Llama(nn.Module):
     ) -> Llama:
         """The model in a folder of Hugging Face's layout or of the converted one.
 
-        dtype: of the loaded weights; None keeps what the file has, and its weights are then mapped,
-        not copied: their pages are read when they are first used, and may be dropped and read
-        again where memory is short. quantize: as in `quantize_`, tensor by tensor as they are read;
-        a folder whose config.json says "quantize" is read as it is. Returns the model frozen, in
-        evaluation mode. Raises InputError naming the file or tensor for anything missing,
-        misshapen, unexpected or not finite.
+        dtype: of the loaded weights, but for scales of codes; None keeps what the file has, and its
+        weights are then mapped, not copied: their pages are read when they are first used, and may
+        be dropped and read again where memory is short. quantize: as in `quantize_`, tensor by
+        tensor as they are read; a folder whose config.json says "quantize" is read as it is.
+        Returns the model frozen, in evaluation mode. Raises InputError naming the file or tensor
+        for anything missing, misshapen, unexpected or not finite.
         """
         model, tensors = _open_model(folder)
         if quantize == model.quantized:
@@ -751,8 +751,8 @@ class Llama(nn.Module):
                 state[name] = packed.codes.to(device)
                 state[name.removesuffix("weight") + "scale"] = packed.scale.to(device)
             else:
-                kept = dtype if dtype and tensor.is_floating_point() else tensor.dtype
-                state[name] = tensor.to(dtype=kept, device=device)
+                cast = tensor.is_floating_point() and not name.endswith(".scale")
+                state[name] = tensor.to(dtype=dtype if cast else None, device=device)
         if quantize:
             model.quantize_(quantize)
         if model.tied:
