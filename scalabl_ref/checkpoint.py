@@ -270,14 +270,14 @@ def save_tensors(
 PIECE = 1 << 22  # values looked at, converted and written at a time
 
 # Names in a safetensors header, in the order in which its writers lay dtypes out.
-_DTYPES = {
+_FLOATS = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
 }
+_DTYPES = {**_FLOATS, torch.int8: "I8", torch.uint8: "U8"}
+FLOATS = tuple(_FLOATS)  # dtypes of weights; those of 8 bits mean nothing without scales
 
 
 @dataclass(frozen=True)
@@ -356,8 +356,8 @@ def write_tensors(
     `dtype` makes of it) not finite.
     """
     for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES or not (tensor.dtype.is_floating_point or tensor.packed):
-            raise InputError(f"tensor {name} is {tensor.dtype}, expected floats")
+        if tensor.dtype not in (_DTYPES if tensor.packed else FLOATS):
+            raise InputError(f"tensor {name} is {tensor.dtype}, expected floats of 16 bits or more")
     place = list(_DTYPES).index
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin, end = {}, 0

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .adapters import Device, Linear, adapters
-from .checkpoint import FORMAT, Weights, hf_to_ours, is_finite, read_json
+from .checkpoint import FLOATS, FORMAT, Weights, hf_to_ours, is_finite, read_json
 from .errors import InputError
 from .noise import Noise, later, token_groups
 from .quantize import Kind
@@ -837,8 +837,9 @@ def _checked(model: Llama, weights: Weights, names: dict[str, str]) -> Iterator[
                 f"{weights.folder}: tensor {names[name]} has shape {tuple(tensor.shape)}, "
                 f"expected {tuple(empty.shape)}"
             )
-        wanted = "floats" if empty.is_floating_point() else empty.dtype
-        if ("floats" if tensor.is_floating_point() else tensor.dtype) != wanted:
+        floats = empty.is_floating_point()
+        if tensor.dtype not in (FLOATS if floats else (empty.dtype,)):
+            wanted = "floats of 16 bits or more" if floats else empty.dtype
             raise InputError(
                 f"{weights.folder}: tensor {names[name]} is {tensor.dtype}, expected {wanted}"
             )

@@ -228,7 +228,11 @@ def test_a_damaged_safetensors_file_is_named(tmp_path, damage):
         ),
         (
             lambda s: s.update({"model.norm.weight": torch.ones(16, dtype=torch.int32)}),
-            "tensor model.norm.weight is torch.int32, expected floats",
+            "tensor model.norm.weight is torch.int32, expected floats of 16 bits or more",
+        ),
+        (
+            lambda s: s.update({"model.norm.weight": torch.ones(16).to(torch.float8_e4m3fn)}),
+            "tensor model.norm.weight is torch.float8_e4m3fn, expected floats of 16 bits or more",
         ),
     ],
 )
