@@ -270,21 +270,35 @@ def save_tensors(
 PIECE = 1 << 22  # values looked at, converted and written at a time
 
 # Names in a safetensors header, in the order in which its writers lay dtypes out.
-_DTYPES = {
+_FLOATS = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
 }
+_DTYPES = {**_FLOATS, torch.int8: "I8", torch.uint8: "U8"}
+FLOATS = tuple(_FLOATS)  # dtypes of weights; those of 8 bits mean nothing without scales
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that is not in memory yet: dtype and shape, and the function that reads it."""
+    """A tensor that is not in memory yet: dtype and shape, and the function that reads it.
+
+    packed: codes or scales of a quantised weight, which are written as they are.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    packed: bool = False
+
+    def written(self, dtype: torch.dtype | None) -> torch.dtype:
+        """Its dtype in a file whose tensors are to be of `dtype`; None: as they are."""
+        return self.dtype if dtype is None or self.packed else dtype
+
+    def nbytes(self, dtype: torch.dtype | None) -> int:
+        """Its size in such a file."""
+        return torch.Size(self.shape).numel() * self.written(dtype).itemsize
 
     @staticmethod
     def held(tensor: Tensor) -> Stored:
@@ -334,34 +348,35 @@ def write_tensors(
     dtype: torch.dtype | None = None,
     progress: Callable[[int], Any] = lambda size: None,
 ) -> None:
-    """Write a safetensors file with one tensor in memory at a time.
+    """Write a safetensors file with one tensor in memory at a time, read in the order given.
 
-    dtype: of all tensors written; None keeps each one's own. The bytes are those that
-    `save_tensors` writes. `progress` is told of bytes as they are written. Raises InputError for a
-    tensor that is not of floats, or (what was given or what `dtype` makes of it) not finite.
+    dtype: of all tensors written that are not packed; None keeps each one's own. The bytes are
+    those that `save_tensors` writes. `progress` is told of bytes as they are written. Raises
+    InputError for a tensor that is not of floats (unless packed), or (what was given or what
+    `dtype` makes of it) not finite.
     """
     for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
-            raise InputError(f"tensor {name} is {tensor.dtype}, expected floats")
+        if tensor.dtype not in (_DTYPES if tensor.packed else FLOATS):
+            raise InputError(f"tensor {name} is {tensor.dtype}, expected floats of 16 bits or more")
     place = list(_DTYPES).index
-    order = sorted(tensors, key=lambda name: (place(dtype or tensors[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in order:
-        written = dtype or tensors[name].dtype
-        start, end = end, end + torch.Size(tensors[name].shape).numel() * written.itemsize
+    begin, end = {}, 0
+    for name in sorted(tensors, key=lambda name: (place(tensors[name].written(dtype)), name)):
+        tensor = tensors[name]
+        begin[name], end = end, end + tensor.nbytes(dtype)
         header[name] = {
-            "dtype": _DTYPES[written],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [start, end],
+            "dtype": _DTYPES[tensor.written(dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin[name], end],
         }
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
     with atomic_write(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            for part in tensors[name].read().flatten().split(PIECE):
-                part = part.to(dtype or part.dtype)
+        for name, tensor in tensors.items():
+            file.seek(8 + len(text) + begin[name])
+            for part in tensor.read().flatten().split(PIECE):
+                part = part.to(tensor.written(dtype))
                 if not is_finite(part):
                     raise InputError(f"tensor {name} has NaN or infinite values as {part.dtype}")
                 file.write(buffer(part))

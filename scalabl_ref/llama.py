@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .adapters import Device, Linear, adapters
-from .checkpoint import FORMAT, Weights, hf_to_ours, is_finite, read_json
+from .checkpoint import FLOATS, FORMAT, Weights, hf_to_ours, is_finite, read_json
 from .errors import InputError
 from .noise import Noise, later, token_groups
 from .quantize import Kind
@@ -737,12 +737,12 @@ class Llama(nn.Module):
     ) -> Llama:
         """The model in a folder of Hugging Face's layout or of the converted one.
 
-        dtype: of the loaded weights; None keeps what the file has, and its weights are then mapped,
-        not copied: their pages are read when they are first used, and may be dropped and read
-        again where memory is short. quantize: as in `quantize_`, tensor by tensor as they are read;
-        a folder whose config.json says "quantize" is read as it is. Returns the model frozen, in
-        evaluation mode. Raises InputError naming the file or tensor for anything missing,
-        misshapen, unexpected or not finite.
+        dtype: of the loaded weights, but for scales of codes; None keeps what the file has, and its
+        weights are then mapped, not copied: their pages are read when they are first used, and may
+        be dropped and read again where memory is short. quantize: as in `quantize_`, tensor by
+        tensor as they are read; a folder whose config.json says "quantize" is read as it is.
+        Returns the model frozen, in evaluation mode. Raises InputError naming the file or tensor
+        for anything missing, misshapen, unexpected or not finite.
         """
         model, tensors = _open_model(folder)
         if quantize == model.quantized:
@@ -757,8 +757,8 @@ class Llama(nn.Module):
                 state[name] = packed.codes.to(device)
                 state[name.removesuffix("weight") + "scale"] = packed.scale.to(device)
             else:
-                kept = dtype if dtype and tensor.is_floating_point() else tensor.dtype
-                state[name] = tensor.to(dtype=kept, device=device)
+                cast = tensor.is_floating_point() and not name.endswith(".scale")
+                state[name] = tensor.to(dtype=dtype if cast else None, device=device)
         if quantize:
             model.quantize_(quantize)
         if model.tied:
@@ -843,8 +843,9 @@ def _checked(model: Llama, weights: Weights, names: dict[str, str]) -> Iterator[
                 f"{weights.folder}: tensor {names[name]} has shape {tuple(tensor.shape)}, "
                 f"expected {tuple(empty.shape)}"
             )
-        wanted = "floats" if empty.is_floating_point() else empty.dtype
-        if ("floats" if tensor.is_floating_point() else tensor.dtype) != wanted:
+        floats = empty.is_floating_point()
+        if tensor.dtype not in (FLOATS if floats else (empty.dtype,)):
+            wanted = "floats of 16 bits or more" if floats else empty.dtype
             raise InputError(
                 f"{weights.folder}: tensor {names[name]} is {tensor.dtype}, expected {wanted}"
             )

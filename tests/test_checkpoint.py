@@ -6,6 +6,7 @@ import json
 import struct
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -227,7 +228,11 @@ def test_a_damaged_safetensors_file_is_named(tmp_path, damage):
         ),
         (
             lambda s: s.update({"model.norm.weight": torch.ones(16, dtype=torch.int32)}),
-            "tensor model.norm.weight is torch.int32, expected floats",
+            "tensor model.norm.weight is torch.int32, expected floats of 16 bits or more",
+        ),
+        (
+            lambda s: s.update({"model.norm.weight": torch.ones(16).to(torch.float8_e4m3fn)}),
+            "tensor model.norm.weight is torch.float8_e4m3fn, expected floats of 16 bits or more",
         ),
     ],
 )
@@ -335,18 +340,51 @@ def test_tensors_survive_a_file(tmp_path, dtype):
         assert loaded[name].dtype == dtype and torch.equal(loaded[name], tensor)
 
 
-floats = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+dtypes = st.sampled_from([*FLOATS, torch.int8, torch.uint8])
 shapes = st.lists(st.integers(0, 5), max_size=3)
+kinds = st.tuples(dtypes, shapes, st.booleans())
 
 
-@given(st.dictionaries(st.text('aé."0', max_size=4), st.tuples(floats, shapes), min_size=1))
-def test_tensor_by_tensor_gives_the_same_file(tmp_path_factory, kinds):
-    """As the library, which has them all in memory: names, dtypes, shapes and order; bytes."""
+@given(
+    st.dictionaries(st.text('aé."0', max_size=4), kinds, min_size=1),
+    st.sampled_from([None, *FLOATS]),
+)
+def test_tensor_by_tensor_gives_the_same_file(tmp_path_factory, kinds, dtype):
+    """As the library, which has them all in memory: names, dtypes, shapes and order; bytes.
+
+    What is packed, as integers are here, keeps its dtype.
+    """
     folder = tmp_path_factory.mktemp("both")
-    tensors = {name: torch.randn(shape).to(dtype) for name, (dtype, shape) in kinds.items()}
-    save_tensors(folder / "whole", tensors.items(), {"format": "pt"})
-    write_tensors(folder / "pieces", {name: Stored.held(t) for name, t in tensors.items()})
+    whole, pieces = {}, {}
+    for name, (own, shape, packed) in kinds.items():
+        packed = packed or not own.is_floating_point
+        tensor = torch.randn(shape).mul(20).abs().to(own)
+        whole[name] = tensor if packed or dtype is None else tensor.to(dtype)
+        pieces[name] = Stored(own, tuple(shape), partial(tensor.clone), packed)
+    save_tensors(folder / "whole", whole.items(), {"format": "pt"})
+    told: list[int] = []
+    write_tensors(folder / "pieces", pieces, dtype, told.append)
     assert (folder / "pieces").read_bytes() == (folder / "whole").read_bytes()
+    assert sum(told) == sum(stored.nbytes(dtype) for stored in pieces.values())
+
+
+def test_tensors_are_read_in_the_order_given(tmp_path):
+    """Wherever their places in the file are: what is read together is kept for so long alone."""
+    read: list[str] = []
+
+    def reader(name: str, dtype: torch.dtype):
+        def values() -> torch.Tensor:
+            read.append(name)
+            return torch.ones(3).to(dtype)
+
+        return Stored(dtype, (3,), values)
+
+    given = {"c": torch.bfloat16, "a": torch.float32, "b": torch.float64}
+    write_tensors(tmp_path / "x.safetensors", {n: reader(n, dtype) for n, dtype in given.items()})
+    assert read == list(given)
+    found = load_tensors(tmp_path / "x.safetensors")[0]
+    assert all(torch.equal(found[n], torch.ones(3).to(dtype)) for n, dtype in given.items())
 
 
 def test_a_tensor_of_several_pieces(tmp_path):
@@ -362,6 +400,9 @@ def test_a_tensor_of_several_pieces(tmp_path):
         write_tensors(tmp_path / "y", {"a": Stored.held(tensor)})
     with pytest.raises(InputError, match="tensor a is torch.int8, expected floats"):
         write_tensors(tmp_path / "y", {"a": Stored.held(tensor.to(torch.int8))})
+    with pytest.raises(InputError, match="tensor a is torch.int32, expected floats"):
+        stored = Stored(torch.int32, (1,), lambda: torch.ones(1, dtype=torch.int32), packed=True)
+        write_tensors(tmp_path / "y", {"a": stored})
     assert not (tmp_path / "y").exists()
 
 

@@ -1,10 +1,12 @@
 """A llama-architecture GGUF into this package's layout, tokenizer included.
 
     python tools/convert_gguf.py FILE.gguf DST [--dtype float32|bfloat16|float16|keep]
+                                               [--quantize int8|nf4]
 
 Tensors may be F32, F16, BF16, or any quantised type that the `gguf` package can expand. It is in
 the extra `gguf` and brings NumPy, which nothing else here needs: use an environment of its own.
-DST must not exist: it appears whole, or not at all.
+--quantize packs the expanded weights of the blocks anew (docs/large.md). DST must not exist: it
+appears whole, or not at all.
 """
 
 from __future__ import annotations
@@ -27,10 +29,13 @@ from torch import Tensor
 from scalabl_ref.checkpoint import Stored, new_folder, write_model
 from scalabl_ref.errors import InputError
 from scalabl_ref.llama import LlamaConfig, RopeConfig, check_model
+from scalabl_ref.quantize import KINDS as CODES
+from scalabl_ref.quantize import Kind
 from scalabl_ref.tokenizer import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from llama2c import half_split
+from packing import packed
 
 DTYPES = ("float32", "bfloat16", "float16", "keep")
 
@@ -78,9 +83,10 @@ def main(arguments: list[str] | None = None) -> int:
         default="float32",
         help="of the weights written; keep: F16 or BF16 if all matrices are, else float32",
     )
+    parser.add_argument("--quantize", choices=CODES, help="the blocks' weights to 8 or 4 bits")
     args = parser.parse_args(arguments)
     try:
-        convert(args.source, args.target, getattr(torch, args.dtype, None))
+        convert(args.source, args.target, getattr(torch, args.dtype, None), args.quantize)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -88,9 +94,15 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def convert(source: Path, target: Path, dtype: torch.dtype | None = torch.float32) -> None:
+def convert(
+    source: Path,
+    target: Path,
+    dtype: torch.dtype | None = torch.float32,
+    quantize: Kind | None = None,
+) -> None:
     """Write the model in a GGUF to the new folder `target`; dtype None is the file's own.
 
+    quantize: write the codes that `Llama.from_pretrained` would make of those weights.
     Raises InputError naming the file, and the key or tensor, for anything missing or not supported.
     """
     reader = _open(source)
@@ -100,7 +112,9 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None = torch.float3
         config = _config(fields, tensors)
         with new_folder(target) as folder:
             weights = {n: Stored.held(t) for n, t in tensors.items() if n != ROPE_FACTORS}
-            write_model(folder, config.to_dict(), weights, {})
+            if quantize:
+                weights = packed(weights, config, quantize)
+            write_model(folder, {**config.to_dict(), "quantize": quantize}, weights, {})
             _write_tokenizer(folder, fields)
             check_model(folder)  # everything there, in shape, and finite
             load_tokenizer(folder)

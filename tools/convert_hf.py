@@ -6,6 +6,9 @@
                                                        which --family), or a llama2.c file
     python tools/convert_hf.py SRC DST --to-hf         SRC a converted folder
     python tools/convert_hf.py SRC DST --to-llama2c    the same; DST a file
+    python tools/convert_hf.py SRC DST --quantize nf4  (or int8) SRC any of these, converted or not:
+                                                       the blocks' weights become codes, from which
+                                                       there is no way back (docs/large.md)
 
 Without --dtype every tensor keeps its bytes both ways; the original config.json travels along, and
 so do the tokenizer's files. One tensor at a time is in memory. DST must not exist: it appears
@@ -47,11 +50,13 @@ from scalabl_ref.checkpoint import (
 from scalabl_ref.errors import InputError, atomic_write_text, make_folder
 from scalabl_ref.llama import Llama, LlamaConfig, check_model
 from scalabl_ref.progress import progress_bar
+from scalabl_ref.quantize import KINDS, Kind
 from scalabl_ref.tokenizer import companion_files, tokenizer_files
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from llama2c import read_llama2c, write_llama2c
 from meta_pth import FAMILIES, is_meta, read_meta
+from packing import packed
 
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 MANIFEST = "manifest.json"
@@ -70,6 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     back.add_argument("--to-hf", action="store_true", help="back to Hugging Face's layout")
     back.add_argument("--to-llama2c", action="store_true", help="to a llama2.c file, in float32")
     add("--dtype", choices=DTYPES, default="keep", help="of the weights written (default: keep)")
+    add("--quantize", choices=KINDS, help="the blocks' weights to 8 or 4 bits, once and for all")
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer file to add")
     add("--family", choices=tuple(FAMILIES), help="of a Meta folder: what its files do not say")
     add("--positions", type=int, metavar="N", help="keep only so many, as for a sliding window")
@@ -95,7 +101,7 @@ class Source:
 
     layout: "hf", "ours", "meta" or "llama2c". read: the files that say what it is, beside
     `files`, the companions that travel along, by name. hf_config: its config.json of Hugging
-    Face's layout, None if it never had one.
+    Face's layout, None if it never had one. quantized: the kind of codes that its blocks hold.
     """
 
     layout: str
@@ -105,6 +111,7 @@ class Source:
     read: list[Path]
     files: dict[str, Path] = field(default_factory=dict)
     hf_config: dict[str, Any] | None = None
+    quantized: str | None = None
 
 
 def convert(
@@ -115,6 +122,7 @@ def convert(
     *,
     to_llama2c: bool = False,
     dtype: torch.dtype | None = None,
+    quantize: Kind | None = None,
     family: str | None = None,
     positions: int | None = None,
     revision: str | None = None,
@@ -122,17 +130,28 @@ def convert(
 ) -> None:
     """Write the model at `source` to the new `target`, in our layout or as `to_` says.
 
+    quantize: write the codes that `Llama.from_pretrained` would make of the source's weights.
+
     Raises InputError for anything that `Llama.from_pretrained` would refuse in the result, for what
     the target's layout cannot say, for a source that is not as its manifest says, and with `verify`
     if logits are not transformers'.
     """
+    if quantize and (to_hf or to_llama2c or verify):
+        raise InputError(
+            "no other layout has these codes, nor has transformers their logits: --quantize goes "
+            "with none of --to-hf, --to-llama2c and --verify"
+        )
     if verify:
         _import_transformers()
     if to_llama2c and (dtype not in (None, torch.float32) or verify or tokenizer):
         raise InputError("a llama2.c file has no dtype but float32, no tokenizer, and no --verify")
     model = _open(source, family, positions, revision)
     layout = "hf" if to_hf else "llama2c" if to_llama2c else "ours"
-    if model.layout == layout:
+    if model.quantized and (quantize or layout != "ours"):
+        raise InputError(
+            f"{source}: is quantised already, to {model.quantized}: codes are no weights to convert"
+        )
+    if model.layout == layout and not quantize:
         raise InputError(f"{source}: is {_LAYOUTS[layout]} already")
     if tokenizer is not None:
         if not tokenizer.is_file():
@@ -142,6 +161,9 @@ def convert(
     if to_llama2c:
         _write_llama2c(model, target)
     else:
+        if quantize:
+            tensors = packed(model.tensors, model.config, quantize)
+            model = dataclasses.replace(model, tensors=tensors, quantized=quantize)
         _write_folder(model, target, to_hf, dtype, verify)
 
 
@@ -158,6 +180,7 @@ def _write_folder(
         tensors = {ours_to_hf(name): tensor for name, tensor in tensors.items()}
     else:
         values = {**model.config.to_dict(), **({"hf_config": hf_config} if hf_config else {})}
+        values["quantize"] = model.quantized
     hashes = _hashes(model)
     with new_folder(target) as folder:
         with progress_bar(_size(model, dtype), "write", "B") as bar:
@@ -183,9 +206,7 @@ def _write_llama2c(model: Source, target: Path) -> None:
 
 def _size(model: Source, dtype: torch.dtype | None) -> int:
     """Bytes of the model's tensors in `dtype`."""
-    return sum(
-        torch.Size(t.shape).numel() * (dtype or t.dtype).itemsize for t in model.tensors.values()
-    )
+    return sum(tensor.nbytes(dtype) for tensor in model.tensors.values())
 
 
 # --- sources -----------------------------------------------------------------------------------
@@ -238,6 +259,7 @@ def _open_folder(path: Path, name: str, positions: int | None) -> Source:
         read=[path / "config.json", *weights.files],
         files=companion_files(path),
         hf_config=values.get("hf_config") if converted else values,
+        quantized=values.get("quantize") if converted else None,
     )
 
 
@@ -310,6 +332,7 @@ def _write_manifest(
         "made_by": f"scalabl_ref {scalabl_ref.__version__}, convert_hf.py",
         "source": model.name,
         "dtype": "keep" if dtype is None else str(dtype).removeprefix("torch."),
+        "quantize": model.quantized,
         "read": read,
         "written": hashes,
     }

@@ -158,6 +158,20 @@ def test_float32_files_give_the_same_model(tmp_path, change):
     assert all(torch.equal(loaded.state_dict()[n], t) for n, t in model.state_dict().items())
 
 
+def test_a_file_can_become_codes(tmp_path):
+    """Those of the weights that it becomes without."""
+    source = write(tmp_path / "m.gguf", random_model())
+    options = ["--dtype", "bfloat16"]
+    assert convert_gguf.main([str(source), str(tmp_path / "wide"), *options]) == 0
+    options += ["--quantize", "nf4"]
+    assert convert_gguf.main([str(source), str(tmp_path / "codes"), *options]) == 0
+    ours = Llama.from_pretrained(tmp_path / "codes")
+    expected = Llama.from_pretrained(tmp_path / "wide", quantize="nf4")
+    assert ours.quantized == "nf4" and ours.config == expected.config
+    theirs = expected.state_dict()
+    assert all(torch.equal(t, theirs[name]) for name, t in ours.state_dict().items())
+
+
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_quantised_files_give_the_expanded_numbers(tmp_path, kind):
     """Each number to the step of its block's format."""
