@@ -180,6 +180,8 @@ def _on_ranks(command: Callable[[argparse.Namespace], Result]) -> Callable[..., 
 
         with distributed.joined(_device(args), args.timeout):
             args.process = distributed.rank()
+            if _shards(args):
+                distributed.need_ranks()
             return command(args)
 
     return run
@@ -301,7 +303,7 @@ def _train(args: argparse.Namespace) -> Result:
     if not 0 <= args.holdout < 1:
         raise InputError(f"--holdout must be in [0, 1), and is {args.holdout}")
     if args.compile and _shards(args):
-        raise InputError("--compile and --shard have not been made to work together: give one")
+        raise InputError("--compile does not work with --shard or --offload-weights yet: give one")
     if not args.resume and (args.out / "train.jsonl").exists():
         raise InputError(f"{args.out}: holds a run already: give --resume or another --out")
     template = _template(args, {"prompt_template": None})
@@ -818,6 +820,8 @@ def _plan(args: argparse.Namespace) -> Result:
             "the rates of a GPU cannot be measured on a CPU: give --rate and --bandwidth, --device "
             "cuda, or --gpus 0"
         )
+    if args.link is not None and not args.gpus:
+        raise InputError("--link is of GPUs, and --gpus 0 plans for a CPU")
     adapter = AdapterConfig(rank=args.rank, targets=tuple(args.targets))
     work = Workload(find_config(args.config), args.rows, args.tokens, adapter)
     if args.rate is not None:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -107,6 +107,12 @@ def sum_(values: Tensor) -> None:
         dist.all_reduce(values)
 
 
+def as_first(values: Tensor) -> None:
+    """Make `values`, in place, those of the first rank."""
+    if world() > 1:
+        dist.broadcast(values, 0)
+
+
 def add_up(parameters: Sequence[Parameter], value: float) -> float:
     """Add the ranks' gradients of `parameters` up, in place, and their `value`, which it returns.
 
@@ -141,6 +147,15 @@ def new_group() -> dist.ProcessGroup | None:
 # --- a base in pieces ----------------------------------------------------------------------------
 
 
+def need_ranks() -> None:
+    """Raise InputError without ranks over which a base could be spread."""
+    if not _are_joined():
+        raise InputError(
+            "a base is spread, or offloaded, over ranks: start them with torchrun, one with "
+            "torchrun --nproc-per-node 1"
+        )
+
+
 def shard(model: Llama, device: torch.device | None = None, offload: bool = False) -> None:
     """Keep one part of N of every weight of the frozen base on each rank (PyTorch's FSDP2).
 
@@ -155,8 +170,7 @@ def shard(model: Llama, device: torch.device | None = None, offload: bool = Fals
 
     Raises InputError without ranks, or if this PyTorch cannot do it.
     """
-    if not _are_joined():
-        raise InputError("a base is sharded over ranks: start them with torchrun")
+    need_ranks()
     try:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
@@ -169,6 +183,9 @@ def shard(model: Llama, device: torch.device | None = None, offload: bool = Fals
     parts = [*model.layers, *([] if model.tied else [model.embed_tokens]), model]
     for part in parts:
         fully_shard(part, mesh=mesh, ignored_params=whole, offload_policy=policy)
+    if not model.tied:
+        # Gathering ahead would otherwise end the backward pass with the embedding, for nothing.
+        cast(Any, model.embed_tokens).set_unshard_in_backward(False)
     model.computes_on = device
 
 

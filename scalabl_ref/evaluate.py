@@ -19,7 +19,7 @@ from .errors import InputError, atomic_write_text
 from .llama import Llama
 from .methods import Posterior
 from .noise import Noise
-from .predict import Design, Prediction, pass_log_probs, passes_of, predict, predictive
+from .predict import Design, Prediction, pass_log_probs, passes_over, predict, predictive
 from .progress import progress_bar
 from .quadrature import predict_exact
 from .report import write_report
@@ -79,19 +79,20 @@ def answer(
         )
     batches = list(evaluation_batches(encoded, batch))
     table = torch.zeros(len(examples), len(encoded.classes) + 4, dtype=torch.float64)
-    with progress_bar(len(examples), title, "row") as bar:
+    by_draws = isinstance(samples, int) and posterior is None
+    spread = not by_draws and not distributed.sharded(model)  # else all ranks have all batches
+    mine = batches[distributed.rank() :: distributed.world()] if spread else batches
+    with progress_bar(sum(len(b.ids) for b in mine), title, "row") as bar:
         if isinstance(samples, int) and posterior is None:
-            for ids, p in _share_draws(model, batches, samples, seed, design):
+            for ids, p in _share_draws(model, mine, samples, seed, design):
                 table[ids, :-1] = torch.column_stack(p)
                 bar.update(len(ids))
         else:
-            spread = not distributed.sharded(model)  # else all ranks make the same passes
-            for own in batches[distributed.rank() :: distributed.world()] if spread else batches:
-                columns = _answer_batch(model, own, samples, seed, posterior)
-                table[own.ids] = torch.column_stack(columns).cpu()
-                bar.update(len(own.ids))
-            if spread:
-                distributed.sum_(table)  # of rows that each are of one rank, zeros on the others
+            for b in mine:
+                table[b.ids] = _whole_batch(model, b, samples, seed, posterior, design)
+                bar.update(len(b.ids))
+    if spread:
+        distributed.sum_(table)  # of rows that each are of one rank, zeros on the others
     prediction = Prediction(table[:, :-4].contiguous(), *table[:, -4:-1].T.contiguous())
     draws = table[:, -1].long() if isinstance(samples, Auto) else None
     return Answers(examples, torch.tensor(encoded.labels), prediction, draws)
@@ -103,43 +104,50 @@ def _share_draws(
 ) -> Iterator[tuple[Tensor, Prediction]]:
     """`predict` of each batch, with its ids, on all ranks; each pass is done by one of them.
 
-    Passes of as many batches as there are ranks are dealt out at a time. All ranks make equally
-    many, since those of a sharded base must.
+    Passes of as many batches as there are ranks are dealt out at a time, those of most draws first.
+    All ranks make equally many, since those of a sharded base must.
     """
-    device, ranks = model.device, distributed.world()
+    ranks = distributed.world()
     for group in (batches[start : start + ranks] for start in range(0, len(batches), ranks)):
         work: list[tuple[int, slice, Noise | None]] = []
         tables = []  # (S, B, C) of each batch
         for i, batch in enumerate(group):
             done = 0
-            for noise, draws in passes_of(model, batch, samples, seed, design):
+            for noise, draws in passes_over(model, batch, samples, seed, design):
                 work.append((i, slice(done, done + draws), noise))
                 done += draws
             size = done, len(batch.ids), len(batch.classes)
             tables.append(torch.zeros(size, dtype=torch.float64))
-        mine, own = distributed.share(work)
+        work.sort(key=lambda item: item[1].start - item[1].stop)
+        mine, counted = distributed.share(work)
+        there = {i: group[i].to(model.device) for i, _, _ in mine}
         for at, (i, part, noise) in enumerate(mine):
-            found = pass_log_probs(model, group[i].to(device), noise, part.stop - part.start)
-            if at < own:
+            found = pass_log_probs(model, there[i], noise, part.stop - part.start)
+            if at < counted:
                 tables[i][part] = found.cpu()
         for batch, table in zip(group, tables, strict=True):
             distributed.sum_(table)  # of draws that each are of one rank, zeros on the others
             yield batch.ids, predictive(table)
 
 
-def _answer_batch(
-    model: Llama, batch: Batch, samples: Samples, seed: int, posterior: Posterior | None
-) -> tuple[Tensor, ...]:
-    """The columns of a prediction that is not of so many draws of the adapters, and the draws."""
+def _whole_batch(
+    model: Llama,
+    batch: Batch,
+    samples: Samples,
+    seed: int,
+    posterior: Posterior | None,
+    design: Design,
+) -> Tensor:
+    """Probabilities, the three numbers beside them, and draws where those differ: (B, C + 4)."""
+    taken = torch.zeros(len(batch.ids))
     batch = batch.to(model.device)
     if isinstance(samples, Auto):
         p, taken = predict_auto(model, batch, samples, seed)
-        return (*p, taken)
-    if isinstance(samples, str):
+    elif isinstance(samples, str):
         p = predict_exact(model, batch)
     else:
-        p = predict(model, batch, samples, seed, posterior)
-    return (*p, torch.zeros(len(batch.ids)))
+        p = predict(model, batch, samples, seed, posterior, design)
+    return torch.column_stack([column.cpu() for column in (*p, taken)])
 
 
 def summarise(probs: Tensor, labels: Tensor, bins: int) -> dict[str, Any]:

@@ -137,11 +137,11 @@ def log_probs(
 
     Arguments and errors as of `predict`; S is `samples`, or 1 for the mean model.
     """
-    drawn = passes_of(model, batch, samples, seed, design, first)
+    drawn = passes_over(model, batch, samples, seed, design, first)
     return torch.cat([pass_log_probs(model, batch, noise, draws) for noise, draws in drawn])
 
 
-def passes_of(
+def passes_over(
     model: Llama,
     batch: Batch,
     samples: int,
@@ -175,30 +175,14 @@ def predict_all(
     Needs each id 0 .. N-1 exactly once. `progress` is told the rows done after each batch.
     """
 
-    def one(batch: Batch) -> Prediction:
-        return predict(model, batch, samples, seed, posterior, design)
-
-    return Prediction(*in_order(model, batches, one, progress))
-
-
-def in_order(
-    model: Llama,
-    batches: Iterable[Batch],
-    one: Callable[[Batch], Iterable[Tensor]],
-    progress: Callable[[int], None],
-) -> list[Tensor]:
-    """What `one` makes of every batch, on the model's device, in the order of the examples' ids.
-
-    Tensors with a row for each example of the batch become as many, with a row for each of all.
-    """
     parts, ids = [], []
     for batch in batches:
-        part = one(batch.to(model.device))
+        part = predict(model, batch.to(model.device), samples, seed, posterior, design)
         parts.append([tensor.cpu() for tensor in part])
         ids.append(batch.ids.cpu())
         progress(len(batch.labels))
     order = torch.argsort(torch.cat(ids))
-    return [torch.cat(column)[order] for column in zip(*parts, strict=True)]
+    return Prediction(*(torch.cat(column)[order] for column in zip(*parts, strict=True)))
 
 
 class Token(NamedTuple):

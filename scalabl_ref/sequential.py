@@ -17,17 +17,17 @@ betting, J. R. Stat. Soc. B 86 (2024).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from . import distributed
 from .adapters import adapters
 from .data import Batch
 from .errors import InputError
 from .llama import Llama
-from .predict import Prediction, in_order, log_probs, predictive
+from .predict import Prediction, log_probs, predictive
 
 BETS = 20  # equally spaced sizes of a bet, over which the wealth is averaged
 FIRST_LOOK, GROWTH = 4, 1.5  # draws before the first look, and before each look over the last
@@ -108,6 +108,8 @@ def predict_auto(
     race, open_rows, done = None, torch.arange(B), 0
     for look in auto.looks():
         drawn = log_probs(model, batch.rows(open_rows), look - done, seed, first=done).cpu()
+        if distributed.sharded(model):
+            distributed.as_first(drawn)  # rounding must not tell ranks to make other passes
         race = race or Race(auto, B, drawn.shape[-1])
         race.add(drawn.exp(), open_rows)
         for place, row in enumerate(open_rows.tolist()):
@@ -118,20 +120,3 @@ def predict_auto(
             break
     each = [predictive(torch.cat(part)[:, None]) for part in parts]
     return Prediction(*(torch.cat(column) for column in zip(*each, strict=True))), taken
-
-
-def predict_all_auto(
-    model: Llama,
-    batches: Iterable[Batch],
-    auto: Auto | None = None,
-    seed: int = 0,
-    progress: Callable[[int], None] = lambda rows: None,
-) -> tuple[Prediction, Tensor]:
-    """`predict_auto` over a whole data set, as `predict_all` is to `predict`."""
-
-    def one(batch: Batch) -> tuple[Tensor, ...]:
-        prediction, taken = predict_auto(model, batch, auto, seed)
-        return *prediction, taken
-
-    *columns, taken = in_order(model, batches, one, progress)
-    return Prediction(*columns), taken

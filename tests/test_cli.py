@@ -162,6 +162,14 @@ def test_a_posterior_keeps_its_runs_prompt_template(work, capsys):
     assert "differs from run in prompt_template: no ensemble" in refused(ensemble, capsys)
 
 
+def test_draws_of_a_posterior_have_no_design(work, capsys):
+    for seed, out in enumerate("ab"):
+        ok(f"{TRAIN} --method mle --seed {seed}".replace("run", out), capsys)
+    ok("posterior ensemble --run a b --out both", capsys)
+    words = refused("evaluate --run both --data test.jsonl --design latin", capsys)
+    assert "draws of Ensemble are independent, not latin" in words
+
+
 def test_commands_speak_to_people_too(work, capsys):
     code, out, _ = run(TRAIN, capsys)
     assert code == 0 and "trained 6 steps on 24 examples" in out
@@ -253,6 +261,7 @@ def test_every_command_has_help(capsys):
         ("--limit 0", "the limit must be at least 1"),
         ("--device nonsense", "device 'nonsense' cannot be used"),
         ("--shard", "start them with torchrun"),
+        ("--offload-weights", "torchrun --nproc-per-node 1"),
         ("--timeout 0", "timeout must be above 0 s"),
         ("--resume", "no checkpoint to resume from"),
         ("--seed -1", "seed must be"),
@@ -374,7 +383,6 @@ def test_numbers_that_are_none_are_refused(work, capsys):
     for batch in ("0", "-3"):
         assert "batch must be at least 1" in refused(f"{evaluate} --batch {batch}", capsys)
     assert "samples must be at most" in refused(f"{evaluate} --samples 4294967296", capsys)
-    assert "give one" in refused(TRAIN.replace("run", "x") + " --compile --shard", capsys)
     plan = "plan --config llama-2-7b"
     for numbers in ("--memory nan", "--memory 16 --rate 0 --bandwidth 9", "--memory inf"):
         assert "above 0" in refused(f"{plan} {numbers}", capsys)

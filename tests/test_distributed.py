@@ -189,9 +189,12 @@ def asked(folder: Path) -> None:
     import torch.distributed.fsdp as fsdp
 
     calls: list[str] = []
-    fsdp.fully_shard = lambda part, **options: calls.append(
-        f"{type(part).__name__} {type(options['offload_policy']).__name__}"
-    )
+
+    def fully_shard(part, **options):
+        calls.append(f"{type(part).__name__} {type(options['offload_policy']).__name__}")
+        part.set_unshard_in_backward = lambda again: calls.append(str(again))
+
+    fsdp.fully_shard = fully_shard
     with distributed.joined(CPU, timeout=60):
         for offload in (False, True):
             distributed.shard(tiny_model(layers=1), offload=offload)
@@ -203,8 +206,8 @@ def test_parts_stay_in_the_cpus_memory_if_asked(tmp_path):
     assert on_ranks(1, asked, tmp_path) == [0]
     units = ("Block", "Embedding", "Llama")
     policies = ("OffloadPolicy", "CPUOffloadPolicy")
-    expected = [f"{unit} {policy}" for policy in policies for unit in units]
-    assert json.loads((tmp_path / "asked").read_text()) == expected
+    expected = [[*(f"{unit} {policy}" for unit in units), "False"] for policy in policies]
+    assert json.loads((tmp_path / "asked").read_text()) == sum(expected, [])
 
 
 def test_sharding_needs_ranks():
@@ -294,6 +297,20 @@ def test_the_draws_of_one_batch_are_spread_over_the_ranks(tmp_path):
         assert passes(tmp_path) == [alone[::2], [*alone[1::2], alone[0]]]
 
 
+def test_ranks_have_equally_many_draws(tmp_path):
+    """Where the short last passes of all batches would be one rank's, taken as they come."""
+    model, data = tiny_folder(tmp_path / "model"), questions_file(tmp_path / "data.jsonl")
+    train = f"train --model {model} --data {data} --steps 3 --rank 2 --out {tmp_path / 'run'}"
+    assert command(train) == 0
+    text = f"evaluate --run {tmp_path / 'run'} --data {data} --samples 10 --batch 6"
+    assert counted(tmp_path, text) == 0
+    [alone] = passes(tmp_path)
+    assert sum(alone[::2]) != sum(alone[1::2]), alone
+    assert on_ranks(2, counted, tmp_path, text) == [0, 0]
+    first, second = passes(tmp_path)
+    assert sum(first) == sum(second) == sum(alone) / 2, (first, second)
+
+
 def answers(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
 
@@ -323,3 +340,42 @@ def test_other_numbers_of_samples_with_a_sharded_base(tmp_path):
                 assert ours.get("draws") == theirs.get("draws")
                 for one, other in zip(ours["probs"], theirs["probs"], strict=True):
                     assert abs(one - other) <= bound, (samples, more, ours, theirs)
+
+
+def observed(folder: Path, text: str) -> int:
+    """The command, and a file of what it asked of `shard` and of `KeptOnCpu`."""
+    from scalabl_ref import train as module
+
+    calls, shard = [], distributed.shard
+
+    def sharding(model, device, offload):
+        calls.append(["shard", str(device), offload])
+        shard(model, device, offload)
+
+    class Keeping(module.KeptOnCpu):
+        def __init__(self, device):
+            calls.append(["keep", str(device)])
+            super().__init__(device)
+
+    distributed.shard, module.KeptOnCpu = sharding, Keeping
+    code = command(text)
+    (folder / "calls").write_text(json.dumps(calls))
+    return code
+
+
+def test_the_commands_offload_what_they_are_told_to(tmp_path):
+    """And what cannot be done at once is refused, on ranks as well."""
+    model, data = tiny_folder(tmp_path / "model"), questions_file(tmp_path / "data.jsonl")
+    run = tmp_path / "run"
+    train = f"train --model {model} --data {data} --steps 2 --rank 2 --out {run}"
+    both = f"{train} --offload-weights --offload-activations"
+    assert on_ranks(1, command, f"{train} --offload-weights --compile", out=tmp_path) == [2]
+    assert "give one" in (tmp_path / "out0").read_text()
+    seen = tmp_path / "calls"
+    assert on_ranks(1, observed, tmp_path, both) == [0]
+    kept = [["keep", "cpu"]] * 2
+    assert json.loads(seen.read_text()) == [["shard", "cpu", True], *kept]
+    evaluate = f"evaluate --run {run} --data {data} --samples 2"
+    for more, expected in (("--offload-weights", True), ("--shard", False)):
+        assert on_ranks(1, observed, tmp_path, f"{evaluate} {more}") == [0]
+        assert json.loads(seen.read_text()) == [["shard", "cpu", expected]]

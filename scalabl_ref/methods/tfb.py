@@ -77,7 +77,7 @@ def tfb(
             raise InputError(f"{name}: tfb starts from mle or map, not {point.config.method}")
     if samples < 1:
         raise InputError(f"samples must be at least 1, not {samples}")
-    device = next(model.parameters()).device
+    device = model.device
     batches = [batch.to(device) for batch in batches]
     draws = [Noise(seed, FIRST_TRAINING_DRAW + i) for i in range(samples)]
 
