@@ -311,9 +311,11 @@ def plans(
 
 
 def best(ways: list[Plan], room: float) -> Plan | None:
-    """The fastest that fits into `room` bytes, of bfloat16; where none does of int8, then nf4."""
-    for base in ("bfloat16", "int8", "nf4"):
-        fitting = [plan for plan in ways if plan.kind == base and plan.peak <= room]
+    """The fastest that fits into `room` bytes, of bfloat16; where none does of int8, then nf4; and
+    where none does either, in the same order, of those whose base is offloaded."""
+    for offloaded, base in itertools.product((False, True), ("bfloat16", "int8", "nf4")):
+        same = [plan for plan in ways if (plan.offloaded, plan.kind) == (offloaded, base)]
+        fitting = [plan for plan in same if plan.peak <= room]
         if fitting:
             return min(fitting, key=lambda plan: (plan.seconds, plan.shards))
     return None

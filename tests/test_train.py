@@ -136,6 +136,11 @@ def test_blocks_computed_again_give_the_same_gradients(method):
     assert sizes[1] < sizes[0]
 
 
+def test_compiled_blocks_do_not_offload():
+    with pytest.raises(InputError, match="offload_activations"):
+        TrainConfig(compile=True, offload_activations=True)
+
+
 @DYNAMO
 def test_compiled_blocks_train_alike(monkeypatch):
     """Few programs for all blocks, draws and shapes, no break in a graph, the same losses."""

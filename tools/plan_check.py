@@ -156,7 +156,7 @@ def main() -> None:
         print(json.dumps(measure(args.measure, args.cpu_time)))
         return
     print(f"scalabl_ref {scalabl_ref.__version__}, torch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads\n")  # fmt: skip
+          f"{torch.get_num_threads()} threads, of several ranks one each\n")  # fmt: skip
     print("| model | base | rows x tokens | ranks | peak planned, GB | measured | ratio "
           "| step planned, s | measured | ratio |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|")
