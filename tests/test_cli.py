@@ -342,7 +342,9 @@ def test_draws_of_a_design_and_as_many_as_needed(work, capsys):
     ]
     assert [result["design"] for result in designs] == ["independent", "antithetic", "latin"]
     assert len({result["nll"] for result in designs}) == 3
+    assert "design" not in ok(f"{evaluate} --samples 0", capsys)
     auto = ok(f"{evaluate} --samples auto --tolerance 0.2 --most 5", capsys)
+    assert "design" not in auto
     rows = [
         json.loads(row) for row in (work / "run" / "predictions.jsonl").read_text().split("\n")[:-1]
     ]
@@ -360,6 +362,7 @@ def test_draws_of_a_design_and_as_many_as_needed(work, capsys):
         for n, design in (("exact", "independent"), ("1000", "latin"))
     )
     # 1,000 Latin draws are good to far better than a hundredth; test_quadrature has the bounds.
+    assert "design" not in exact and many["design"] == "latin"
     assert exact["samples"] == "exact" and abs(exact["nll"] - many["nll"]) < 0.01 * many["nll"]
     assert "a number, auto or exact" in refused(f"{evaluate} --samples many", capsys)
     assert "know independent draws, not design 'latin'" in refused(
