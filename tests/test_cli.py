@@ -333,6 +333,18 @@ def test_an_interrupted_run_goes_on_where_it_was(work, capsys, signum):
     assert len(resumed) == whole["steps"] == 150
 
 
+def test_a_finished_run_with_a_damaged_log_resumes_to_nothing(work, capsys):
+    """Its last record is asked for: only a damaged one is an error, which names the file."""
+    last, log = ok(TRAIN, capsys)["last"], work / "run" / "train.jsonl"
+    lines = log.read_bytes().splitlines(True)
+    log.write_bytes(b"\xff\n" + b"".join(lines[1:]))
+    assert ok(TRAIN + " --resume", capsys)["last"] == last
+    for damaged in (b"".join(lines[:5]) + b"\xff\n", b""):
+        log.write_bytes(damaged)
+        said = refused(TRAIN + " --resume", capsys)
+        assert "train.jsonl: its last line is not a record of a step" in said
+
+
 def test_draws_of_a_design_and_as_many_as_needed(work, capsys):
     ok(TRAIN + " --init-sigma 2", capsys)
     evaluate = "evaluate --run run --data test.jsonl"
