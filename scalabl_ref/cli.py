@@ -355,7 +355,11 @@ def _train(args: argparse.Namespace) -> Result:
     save_run(args.out, model, info)
     if config.swag and not args.process:
         trainer.swag.save(args.out)
-    last = json.loads((args.out / "train.jsonl").read_text().splitlines()[-1])
+    log = args.out / "train.jsonl"
+    try:
+        last = json.loads(log.read_bytes().splitlines()[-1])
+    except (ValueError, IndexError):  # of a run that was finished already
+        raise InputError(f"{log}: its last line is not a record of a step") from None
     _say(args, f"trained {trainer.done} steps on {len(examples)} examples: {args.out}")
     return {"run": str(args.out), "steps": trainer.done, "examples": len(examples), "last": last}
 

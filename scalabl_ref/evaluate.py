@@ -177,20 +177,22 @@ def evaluate(
 ) -> dict[str, Any]:
     """Write RUN/metrics.json, RUN/predictions.jsonl and RUN/report.html; returns the metrics.
 
-    Of several ranks the first writes.
+    Of several ranks the first writes. design: that of `answers`, kept where the adapters drew.
     calibration: held-out answers on which a temperature is fitted; "temperature" in the result then
     holds it and the metrics after scaling. ood: answers on another data set, scored for how well
     entropy and mutual information tell it apart; its accuracy and the like are given over the rows
     whose label the head has ("n_scored" of "n").
     """
     probs, labels = answers.prediction.probs, answers.labels
+    adapter, posterior = ADAPTERS[info["adapter"]["method"]], info.get("posterior")
+    drawn = isinstance(samples, int) and samples > 0 and adapter.random and not posterior
     result: dict[str, Any] = {
-        "method": info.get("posterior") or info["adapter"]["method"],
-        "kl": info["train"]["kl"] if ADAPTERS[info["adapter"]["method"]].variational else None,
+        "method": posterior or info["adapter"]["method"],
+        "kl": info["train"]["kl"] if adapter.variational else None,
         "objective": info["train"]["objective"],
         "prompt_template": info.get("prompt_template"),
         "samples": "auto" if isinstance(samples, Auto) else samples,
-        "design": design,
+        **({"design": design} if drawn else {}),
         "seed": seed,
         "bins": bins,
         **summarise(probs, labels, bins),

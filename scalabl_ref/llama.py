@@ -518,7 +518,9 @@ class Llama(nn.Module):
         self.config = config
         c = config
         options: dict[str, Any] = {"dtype": dtype, "device": device}
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size, **options)
+        # Not nn.Embedding(...), which draws values: on the meta device that imports torch._dynamo.
+        empty = torch.empty(c.vocab_size, c.hidden_size, **options)
+        self.embed_tokens = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(Block(c, i, dtype, device) for i in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, **options)
         rows = c.vocab_size if c.head_tokens is None else len(c.head_tokens)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Literal
@@ -30,7 +31,7 @@ from .adapters import Adapter, AdapterConfig, Device, adapters, add_adapters
 from .checkpoint import load_tensors, read_json, save_tensors
 from .data import Encoded, TrainingOrder, collate
 from .elbo import KL, KLS, class_logits, kl_divergence
-from .errors import InputError, Interrupted, atomic_write_text, make_folder
+from .errors import InputError, Interrupted, atomic_write, atomic_write_text, make_folder
 from .llama import Llama
 from .methods.ensemble import Swag
 from .noise import FIRST_TRAINING_DRAW, Noise
@@ -524,8 +525,13 @@ def _open_log(run: Path, count: int) -> Iterator[IO[str]]:
 
 
 def _keep_lines(path: Path, count: int) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() and count else []
-    atomic_write_text(path, "".join(lines[:count]))
+    """Cut a file to its first `count` lines, whatever their bytes; each has its end then."""
+    lines: list[bytes] = []
+    if path.exists():
+        with open(path, "rb") as file:
+            lines = list(islice(file, count))
+    with atomic_write(path) as kept:
+        kept.writelines(line.removesuffix(b"\n") + b"\n" for line in lines)
 
 
 @contextmanager

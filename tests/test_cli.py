@@ -342,6 +342,18 @@ def test_an_interrupted_run_goes_on_where_it_was(work, capsys, signum):
     assert len(resumed) == whole["steps"] == 150
 
 
+def test_a_finished_run_with_a_damaged_log_resumes_to_nothing(work, capsys):
+    """Its last record is asked for: only a damaged one is an error, which names the file."""
+    last, log = ok(TRAIN, capsys)["last"], work / "run" / "train.jsonl"
+    lines = log.read_bytes().splitlines(True)
+    log.write_bytes(b"\xff\n" + b"".join(lines[1:]))
+    assert ok(TRAIN + " --resume", capsys)["last"] == last
+    for damaged in (b"".join(lines[:5]) + b"\xff\n", b""):
+        log.write_bytes(damaged)
+        said = refused(TRAIN + " --resume", capsys)
+        assert "train.jsonl: its last line is not a record of a step" in said
+
+
 def test_draws_of_a_design_and_as_many_as_needed(work, capsys):
     ok(TRAIN + " --init-sigma 2", capsys)
     evaluate = "evaluate --run run --data test.jsonl"
@@ -351,7 +363,9 @@ def test_draws_of_a_design_and_as_many_as_needed(work, capsys):
     ]
     assert [result["design"] for result in designs] == ["independent", "antithetic", "latin"]
     assert len({result["nll"] for result in designs}) == 3
+    assert "design" not in ok(f"{evaluate} --samples 0", capsys)
     auto = ok(f"{evaluate} --samples auto --tolerance 0.2 --most 5", capsys)
+    assert "design" not in auto
     rows = [
         json.loads(row) for row in (work / "run" / "predictions.jsonl").read_text().split("\n")[:-1]
     ]
@@ -369,6 +383,7 @@ def test_draws_of_a_design_and_as_many_as_needed(work, capsys):
         for n, design in (("exact", "independent"), ("1000", "latin"))
     )
     # 1,000 Latin draws are good to far better than a hundredth; test_quadrature has the bounds.
+    assert "design" not in exact and many["design"] == "latin"
     assert exact["samples"] == "exact" and abs(exact["nll"] - many["nll"]) < 0.01 * many["nll"]
     assert "a number, auto or exact" in refused(f"{evaluate} --samples many", capsys)
     assert "know independent draws, not design 'latin'" in refused(

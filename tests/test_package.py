@@ -12,6 +12,7 @@ import pytest
 import scalabl_ref
 
 from .conftest import ROOT
+from .models import tiny_folder
 
 PACKAGE = sorted((ROOT / "scalabl_ref").rglob("*.py"))
 TESTS = sorted(path for path in (ROOT / "tests").rglob("*.py") if "peer" not in path.parts)
@@ -50,6 +51,25 @@ def test_import_and_noise_load_nothing_but_torch():
         """
     )
     assert loaded.split() == ["scalabl_ref"]
+
+
+def test_a_model_answers_without_the_compiler(tmp_path):
+    """Importing torch._dynamo takes a second, as long as all the rest."""
+    tiny_folder(tmp_path)
+    loaded = python(
+        f"""if True:
+        import sys
+        from scalabl_ref import AdapterConfig, Llama, Noise, add_adapters
+        import torch
+        tokens = torch.ones(2, 3, dtype=torch.int64)
+        for kind in (None, "nf4"):
+            model = Llama.from_pretrained({str(tmp_path)!r}, quantize=kind).trim_head([5, 7])
+            with torch.no_grad():
+                add_adapters(model, AdapterConfig(rank=2))(tokens, noise=Noise(0, 0))
+        print(*[name for name in ("torch._dynamo", "sympy") if name in sys.modules])
+        """
+    )
+    assert loaded.split() == []
 
 
 @pytest.mark.parametrize("path", PACKAGE + TESTS, ids=lambda path: path.name)

@@ -77,6 +77,10 @@ def test_swag(work, capsys):
     posterior = Swag.load("run0")
     assert posterior.count == 4
     assert torch.equal(probabilities(work / "made", capsys), expected(work, model, posterior))
+    ok(f"{TRAIN} --method scalabl --swag 0.5 --out ours", capsys)  # whose own draws are not used
+    ok("posterior swag --run ours --out averaged", capsys)
+    metrics = ok("evaluate --run averaged --data test.jsonl --samples 4", capsys)
+    assert metrics["method"] == "swag" and "design" not in metrics
 
 
 def test_ensemble(work, capsys):
@@ -94,6 +98,8 @@ def test_tfb(work, capsys):
     assert torch.equal(probabilities(work / "made", capsys), expected(work, model))
     kinds = {type(adapter).__name__ for adapter in adapters(load_run("made")[0]).values()}
     assert kinds == {"TfbAdapter"}
+    assert json.loads((work / "made/metrics.json").read_text())["design"] == "independent"
+    assert "design" not in ok("evaluate --run run0 --data test.jsonl --samples 4", capsys)
 
 
 def test_predict_uses_it(work, capsys):

@@ -363,12 +363,14 @@ def test_resuming_repeats_the_uninterrupted_run_to_the_bit(tmp_path, objective, 
         assert torch.equal(a, b)
 
 
+def die(record):
+    """Stop a run of checkpoints every 5 steps after 8, as losing the machine would."""
+    if record["step"] == 7:
+        raise MemoryError
+
+
 def test_a_run_killed_outright_resumes_from_its_last_checkpoint(tmp_path):
     """Nothing could be saved at the end: steps after the checkpoint are done again."""
-
-    def die(record):
-        if record["step"] == 7:
-            raise MemoryError
 
     whole = trainer()
     fit(whole, tmp_path / "whole")
@@ -378,6 +380,24 @@ def test_a_run_killed_outright_resumes_from_its_last_checkpoint(tmp_path):
     again = trainer()
     fit(again, tmp_path / "parts", resume=True)
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
+
+
+DAMAGE = b"\xff\x00 \r \xe2\x80\xa8 \x85"  # no UTF-8, and to some the ends of lines
+
+
+@pytest.mark.parametrize("end, kept", [(b"\n1\n2\n3\n4\n5", b"\n1\n2\n3\n"), (b"", b"\n")])
+def test_a_damaged_log_does_not_stop_a_run(tmp_path, end, kept):
+    """Its lines up to the checkpoint, here 5, stay as they are; a last one without end gets it."""
+    with pytest.raises(MemoryError):
+        fit(trainer(), tmp_path, progress=die)
+    log = tmp_path / "train.jsonl"
+    log.write_bytes(b"0\n" + DAMAGE + end)
+    fit(trainer(), tmp_path, resume=True)
+    kept = b"0\n" + DAMAGE + kept
+    before, after = log.read_bytes()[: len(kept)], log.read_bytes()[len(kept) :]
+    assert before == kept
+    steps = [json.loads(line)["step"] for line in after.splitlines()]
+    assert steps == list(range(5, 12))
 
 
 def test_ctrl_c_checkpoints_too(tmp_path):
