@@ -32,6 +32,15 @@ CPU = torch.device("cpu")
 STEPS, RATE = 9, 1e-2
 
 
+@pytest.fixture(autouse=True)
+def _as_many_threads_as_a_rank():
+    """One: how products are shared out over threads decides, on some processors, their rounding."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def trainer(**config) -> Trainer:
     """Of ten examples in batches of 4, 4 and 2: four ranks cannot share the last one evenly."""
     settings = {"steps": STEPS, "batch": 4, "lr": RATE, "checkpoint_every": 3, **config}
