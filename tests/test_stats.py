@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +25,7 @@ import torch
 from scalabl_ref import Noise
 
 from . import stats
+from .ranks import CONTEXT
 from .stats import BUDGET, POWER, REGISTRY, Assertion, ChiSquare, KSTest, ZTest, binomial_tail
 
 for path in sorted(Path(__file__).parent.glob("test_*.py")):
@@ -43,17 +46,39 @@ class Replays(NamedTuple):
     seen: int
 
 
-def replay(assertions: Iterable[Assertion], count: int) -> dict[str, Replays]:
-    """Replays of the null and of the smallest discrepancy; seeds outermost: samples are shared."""
+def replay(assertions: Iterable[Assertion], count: int, jobs: int = 1) -> dict[str, Replays]:
+    """Replays of the null and of the smallest discrepancy, by so many processes."""
+    parts = [range(count * i // jobs, count * (i + 1) // jobs) for i in range(jobs)]
+    if jobs == 1:
+        found = [_pairs(assertions, part) for part in parts]
+    else:
+        with ProcessPoolExecutor(jobs, CONTEXT) as pool:
+            found = list(pool.map(_named_pairs, [[a.name for a in assertions]] * jobs, parts))
+    return {
+        a.name: _count(a, [pair for part in found for pair in part[a.name]]) for a in assertions
+    }
+
+
+def _pairs(assertions: Iterable[Assertion], seeds: range) -> dict[str, list[tuple[float, float]]]:
+    """By name, the statistic without and with the smallest discrepancy for each seed.
+
+    Seeds are outermost, since assertions share samples.
+    """
     found: dict[str, list[tuple[float, float]]] = {a.name: [] for a in assertions}
-    for seed in range(count):
+    for seed in seeds:
         for a in assertions:
             if seed % a.thin == 0:
                 n = a.replay or a.n
                 data = a.sample(FIRST_SEED + seed, n)
                 other = a.inject(data, a.smallest(n))
                 found[a.name].append((a.statistic(data, n), a.statistic(other, n)))
-    return {a.name: _count(a, found[a.name]) for a in assertions}
+    return found
+
+
+def _named_pairs(names: list[str], seeds: range) -> dict[str, list[tuple[float, float]]]:
+    """`_pairs` in a process of its own, whose registry was filled as this module was imported."""
+    torch.set_num_threads(1)
+    return _pairs([REGISTRY[name] for name in names], seeds)
 
 
 def _count(a: Assertion, pairs: list[tuple[float, float]]) -> Replays:
@@ -79,8 +104,8 @@ def faults(a: Assertion, found: Replays) -> list[str]:
     return said
 
 
-def agree(count: int) -> None:
-    found = replay(ASSERTIONS, count)
+def agree(count: int, jobs: int) -> None:
+    found = replay(ASSERTIONS, count, jobs)
     assert {a.name: said for a in ASSERTIONS if (said := faults(a, found[a.name]))} == {}
 
 
@@ -91,12 +116,20 @@ def test_the_rates_of_the_suite_fit_its_budget():
 
 
 def test_replays_agree_with_the_rates():
-    agree(40)
+    agree(40, jobs=1)
 
 
 @pytest.mark.slow
 def test_many_replays_agree_with_the_rates():
-    agree(1000)
+    agree(1000, jobs=os.cpu_count() or 1)
+
+
+@pytest.mark.slow
+def test_processes_share_the_replays_out():
+    """Each seed is one's: the same counts, also of an assertion that skips nineteen of twenty."""
+    chosen = [a for a in ASSERTIONS if a.name.startswith(("bootstrap coverage", "normals"))]
+    assert {a.thin for a in chosen} == {1, 20}
+    assert replay(chosen, 50, jobs=3) == replay(chosen, 50)
 
 
 @pytest.fixture(autouse=True)
@@ -178,7 +211,7 @@ def test_the_documents_state_every_assertion():
 
 def main(count: int, word: str = "") -> int:
     chosen = [a for a in ASSERTIONS if word in a.name]
-    found = replay(chosen, count)
+    found = replay(chosen, count, os.cpu_count() or 1)
     print("| assertion | n | rate | sees | replays, n | > .1 | > .01 | > .001 | > rate | saw |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for a in chosen:
@@ -192,5 +225,4 @@ def main(count: int, word: str = "") -> int:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     sys.exit(main(int(sys.argv[1]), *sys.argv[2:]))
