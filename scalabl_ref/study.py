@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 
@@ -32,8 +32,9 @@ from . import savepoints
 from .adapters import AdapterConfig, adapters, add_adapters
 from .checkpoint import load_tensors, read_json, save_tensors
 from .comparison import row, scores, summary, table, write_page
-from .data import Encoded, encode, evaluation_batches, load, num_classes, split
+from .data import FORMATS, Encoded, encode, evaluation_batches, load, num_classes, split
 from .errors import InputError, atomic_write_text, make_folder
+from .fields import check
 from .llama import Llama, read_config
 from .methods import Laplace, Posterior, tfb
 from .methods.ensemble import Ensemble, Swag
@@ -118,10 +119,13 @@ class Study:
 
     ood: sets out of distribution, by name, each {"path": file} with "format" and "limit" if wanted.
     validation: share of the training examples set apart. lr: rates that every method tries.
-    settings: of AdapterConfig and TrainConfig, for all methods. knobs: other values of a method's
-    second knob, by method. seeds: of data order, initial values and noise. sizes: other limits of
-    the training set at which all of it is done again. sweep: methods of which every trial, and not
-    the chosen one alone, is trained with all seeds and tested.
+    settings: of AdapterConfig and TrainConfig, for all methods but those that have their own in
+    `METHODS`. knobs: other values of a method's second knob, by method. seeds: of data order,
+    initial values and noise. sizes: other limits of the training set at which all of it is done
+    again. sweep: methods of which every trial, and not the chosen one alone, is trained with all
+    seeds and tested.
+
+    Raises InputError, naming the field, for what no study can have.
     """
 
     model: str
@@ -131,7 +135,7 @@ class Study:
     ood: dict[str, dict[str, Any]] = field(default_factory=dict)
     limit: int | None = None
     test_limit: int | None = None
-    dtype: str | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
     validation: float = 0.2
     methods: tuple[str, ...] = tuple(METHODS)
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -143,32 +147,73 @@ class Study:
     samples: int = 10
     bins: int = 15
 
+    def __post_init__(self) -> None:
+        lists = {"methods": self.methods, "seeds": self.seeds, "lr": self.lr}
+        lists |= {f"knobs: {method}": tuple(values) for method, values in self.knobs.items()}
+        for name, values in lists.items():
+            if not 0 < len(values) == len(set(values)):
+                raise InputError(f"{name} must have values, and none of them twice")
+        for name in self.methods:
+            if name not in METHODS:
+                raise InputError(f"unknown method {name!r}: expected {', '.join(METHODS)}")
+        for field_name, names in (("knobs", self.knobs), ("sweep", self.sweep)):
+            for name in names:
+                if name not in self.methods:
+                    raise InputError(f"{field_name}: {name!r} is not among the study's methods")
+        if not 0 < self.validation < 1:
+            raise InputError(f"validation must be in (0, 1), and is {self.validation}")
+        if min(self.seeds) < 0:
+            raise InputError(f"seeds must not be negative, and one is {min(self.seeds)}")
+        self._check_sets()
+        self._check_settings()
+
+    def _check_sets(self) -> None:
+        formats = {"format": self.format}
+        counts = {"limit": self.limit, "test_limit": self.test_limit, "samples": self.samples,
+                  "bins": self.bins, "sizes": min(self.sizes, default=None)}  # fmt: skip
+        for name, about in self.ood.items():
+            check(about, {"path": str, "format": str, "limit": int | None}, f"ood: {name}: ")
+            if "path" not in about:
+                raise InputError(f"ood: {name}: field 'path' is missing")
+            if name in ("train", "validation", "test") or not name.isidentifier():
+                raise InputError(f"ood: {name!r} cannot be the name of a set")
+            _, formats[f"ood: {name}: format"], counts[f"ood: {name}: limit"] = _source(self, name)
+        for name, format in formats.items():
+            if format not in FORMATS:
+                raise InputError(f"{name} must be one of {', '.join(FORMATS)}, not {format!r}")
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise InputError(f"{name} must be at least 1, and is {count}")
+
+    def _check_settings(self) -> None:
+        """That they are settings, each with an effect, of which every trial can be made."""
+        known = get_type_hints(AdapterConfig) | get_type_hints(TrainConfig)
+        check(self.settings, known, "settings: ")
+        methods = [METHODS[name] for name in self.methods]
+        own = set.intersection(*({"lr", "seed", m.knob[0], *m.settings} for m in methods))
+        for name in self.settings:
+            if name in own:
+                raise InputError(f"settings: {name} has no effect: every method here has its own")
+        _config(TrainConfig, self.settings)  # its steps, before a share of them is taken
+        for name in self.methods:
+            for trial in self.trials(name):
+                self.configs(name, trial, self.seeds[0])
+
     @staticmethod
     def read(path: Path) -> Study:
-        """Raises InputError for an unknown field or method, naming it."""
+        """Raises InputError, naming the file and the field, for what is no study."""
         values = read_json(path)
-        known = {f.name for f in dataclasses.fields(Study)}
-        for name in values:
-            if name not in known:
-                raise InputError(f"{path}: unknown field {name!r}: expected {', '.join(known)}")
-        for name in ("model", "train", "test"):
-            if name not in values:
-                raise InputError(f"{path}: field {name!r} is missing")
-        for name in ("methods", "seeds", "lr", "sizes", "sweep"):
-            if name in values:
-                values[name] = tuple(values[name])
-        for name, about in values.get("ood", {}).items():
-            if "path" not in about or not about.keys() <= {"path", "format", "limit"}:
-                raise InputError(f"{path}: ood: {name}: expected path, format and limit")
-            if name in ("train", "validation", "test") or not name.isidentifier():
-                raise InputError(f"{path}: ood: {name!r} cannot be the name of a set")
-        if values.get("dtype") not in (None, "float32", "bfloat16"):
-            raise InputError(f"{path}: dtype must be float32 or bfloat16, not {values['dtype']!r}")
-        study = Study(**values)
-        for name in study.methods:
-            if name not in METHODS:
-                raise InputError(f"{path}: unknown method {name!r}: expected {', '.join(METHODS)}")
-        return study
+        try:
+            check(values, get_type_hints(Study))
+            for name in ("model", "train", "test"):
+                if name not in values:
+                    raise InputError(f"field {name!r} is missing")
+            for name in ("methods", "seeds", "lr", "sizes", "sweep"):
+                if name in values:
+                    values[name] = tuple(values[name])
+            return Study(**values)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
 
     def trials(self, method: str) -> list[dict[str, float]]:
         """Every pair of a rate and a value of the method's second knob."""
@@ -177,6 +222,17 @@ class Study:
             {"lr": lr, knob: value}
             for lr, value in itertools.product(self.lr, self.knobs.get(method, values))
         ]
+
+    def configs(
+        self, method: str, trial: dict[str, float], seed: int
+    ) -> tuple[AdapterConfig, TrainConfig]:
+        """How a method is trained: settings of all, then its own, then the trial's."""
+        values = {**self.settings, **METHODS[method].settings, **trial, "seed": seed}
+        share = values.pop("share_of_steps", 1.0)  # stopping early, with a schedule to match
+        if not 0 < share <= 1:
+            raise InputError(f"share_of_steps must be in (0, 1], and is {share}")
+        values["steps"] = max(1, round(share * values.get("steps", TrainConfig.steps)))
+        return _config(AdapterConfig, values), _config(TrainConfig, values)
 
 
 # --- One run ------------------------------------------------------------------------------------
@@ -312,10 +368,7 @@ class Job:
         return METHODS[self.method]
 
     def _fit(self, seed: int) -> Fit:
-        values = {**self.study.settings, **self._method.settings, **self.trial, "seed": seed}
-        share = values.pop("share_of_steps", 1.0)  # stopping early, with a schedule to match
-        values["steps"] = max(1, round(share * values.get("steps", TrainConfig.steps)))
-        configs = (_config(AdapterConfig, values), _config(TrainConfig, values))
+        configs = self.study.configs(self.method, self.trial, seed)
         return Fit(self.study, *configs, self.out, self.device)
 
 

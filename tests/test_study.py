@@ -383,15 +383,77 @@ def test_command_and_bad_files(tmp_path, capsys):
     assert cli.main(["study", str(path), "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert "| mle | lr 0.01, share_of_steps" in out and "results.md" in out
-    for changes, message in (
+    path.write_text('{"model": "m"}')
+    assert cli.main(["study", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"error: {path}: field 'train' is missing\n"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
         ({"metods": []}, "unknown field 'metods'"),
         ({"methods": ["magic"]}, "unknown method 'magic'"),
+        ({"methods": []}, "methods must have values"),
+        ({"methods": "mle"}, "methods must be a list (each a text), not 'mle'"),
+        ({"model": 3}, "model must be a text, not 3"),
         ({"dtype": "int8"}, "dtype must be float32 or bfloat16"),
-        ({"ood": {"x": {"file": "y"}}}, "ood: x: expected path, format and limit"),
+        ({"format": "xml"}, "format must be one of jsonl, arc"),
+        ({"seeds": 3}, "seeds must be a list (each a whole number), not 3"),
+        ({"seeds": []}, "seeds must have values"),
+        ({"seeds": [1, 1]}, "seeds must have values, and none of them twice"),
+        ({"seeds": [-1]}, "seeds must not be negative"),
+        ({"seeds": [True]}, "seeds must be a list (each a whole number), not [True]"),
+        ({"lr": 0.001}, "lr must be a list (each a finite number), not 0.001"),
+        ({"lr": []}, "lr must have values"),
+        ({"lr": [-1]}, "lr must be finite and not negative"),
+        ({"lr": [10**400]}, "lr must be a list (each a finite number)"),
+        ({"limit": "5"}, "limit must be a whole number or null, not '5'"),
+        ({"limit": 0}, "limit must be at least 1"),
+        ({"test_limit": -1}, "test_limit must be at least 1"),
+        ({"sizes": [8, 0]}, "sizes must be at least 1"),
+        ({"samples": 0}, "samples must be at least 1"),
+        ({"bins": 0}, "bins must be at least 1"),
+        ({"validation": 0}, "validation must be in (0, 1)"),
+        ({"validation": math.nan}, "validation must be a finite number"),
+        ({"ood": ["x"]}, "ood must be an object"),
+        ({"ood": {"x": "y"}}, "ood must be an object"),
+        ({"ood": {"x": {"file": "y"}}}, "ood: x: unknown field 'file': expected path, format"),
+        ({"ood": {"x": {"limit": 3}}}, "ood: x: field 'path' is missing"),
+        ({"ood": {"x": {"path": 3}}}, "ood: x: path must be a text"),
+        ({"ood": {"x": {"path": "y", "limit": 0}}}, "ood: x: limit must be at least 1"),
+        ({"ood": {"x": {"path": "y", "format": "z"}}}, "ood: x: format must be one of"),
         ({"ood": {"../x": {"path": "y"}}}, "cannot be the name of a set"),
-    ):
-        with pytest.raises(InputError, match=message):
-            Study.read(config(tmp_path, **changes))
-    path.write_text('{"model": "m"}')
-    with pytest.raises(InputError, match="field 'train' is missing"):
+        ({"sweep": ["blob"]}, "sweep: 'blob' is not among the study's methods"),
+        ({"knobs": {"scalable": [1]}}, "knobs: 'scalable' is not among the study's methods"),
+        ({"knobs": {"scalabl": 1.0}}, "knobs must be an object (each a list (each a finite num"),
+        ({"knobs": {"scalabl": []}}, "knobs: scalabl must have values"),
+        ({"knobs": {"scalabl": [-1]}}, "beta must be finite and not negative"),
+        ({"knobs": {"mle": [1.5]}}, "share_of_steps must be in (0, 1], and is 1.5"),
+        ({"settings": {"step": 4}}, "settings: unknown field 'step': expected"),
+        ({"settings": {"steps": "4"}}, "settings: steps must be a whole number, not '4'"),
+        ({"settings": {"steps": 10**20}}, "settings: steps must be a whole number"),
+        ({"settings": {"steps": 0}}, "steps must be at least 1"),
+        ({"settings": {"rank": 0}}, "rank must be at least 1"),
+        ({"settings": {"targets": "lm_head"}}, "settings: targets must be a list (each a text)"),
+        ({"settings": {"recompute": 1}}, "settings: recompute must be true or false"),
+        ({"settings": {"micro_batch": 1.5}}, "micro_batch must be a whole number or null"),
+        ({"settings": {"kl": "backward"}}, "settings: kl must be forward or official"),
+        ({"settings": {"lr": 0.1}}, "settings: lr has no effect: every method here has its own"),
+        ({"settings": {"seed": 1}}, "settings: seed has no effect"),
+        ({"settings": {"method": "map"}}, "settings: method has no effect"),
+        ({"methods": ["scalabl"], "settings": {"beta": 2.0}}, "settings: beta has no effect"),
+    ],
+)  # fmt: skip
+def test_what_no_study_can_have_is_named_before_any_of_it(tmp_path, changes, message):
+    path = config(tmp_path, **changes)
+    with pytest.raises(InputError, match=re.escape(f"{path}: ") + ".*" + re.escape(message)):
         Study.read(path)
+
+
+def test_a_setting_that_some_methods_heed_is_theirs(tmp_path):
+    """beta is a knob of scalabl alone; a number may be whole, and null is a default."""
+    settings = {"beta": 2, "alpha": None, "sampling": "token"}
+    study = Study.read(config(tmp_path, methods=["scalabl", "map", "dropout"], settings=settings))
+    trials = {name: study.trials(name)[0] for name in study.methods}
+    beta = {name: study.configs(name, trial, 0)[1].beta for name, trial in trials.items()}
+    assert beta == {"scalabl": 1.0, "map": 2, "dropout": 2}
