@@ -6,7 +6,9 @@ trained with all seeds and scored on the test set. All methods train on the same
 and have equally many trials; the validation split also gives the temperature of the scaled rows.
 
 OUT/runs holds what was trained, shared by the methods that start alike (mle, ensemble, swag, tfb;
-map, laplace), and OUT/answers what each method answered: what is there is not done again.
+map, laplace), and OUT/answers what each method answered: what is there is not done again. Their
+names digest what they were made of: settings, and what is in the files of the data and the base,
+not where these lie. So what was moved is known again, and what was changed is another.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -30,9 +33,19 @@ import torch
 
 from . import savepoints
 from .adapters import AdapterConfig, adapters, add_adapters
-from .checkpoint import load_tensors, read_json, save_tensors
+from .checkpoint import Weights, load_tensors, read_json, save_tensors, sha256
 from .comparison import row, scores, summary, table, write_page
-from .data import FORMATS, Encoded, encode, evaluation_batches, load, num_classes, split
+from .data import (
+    FORMATS,
+    Encoded,
+    Example,
+    encode,
+    evaluation_batches,
+    files,
+    load,
+    num_classes,
+    split,
+)
 from .errors import InputError, atomic_write_text, make_folder
 from .fields import check
 from .llama import Llama, read_config
@@ -40,7 +53,7 @@ from .methods import Laplace, Posterior, tfb
 from .methods.ensemble import Ensemble, Swag
 from .predict import predict_all
 from .progress import progress_bar
-from .tokenizer import load_tokenizer
+from .tokenizer import load_tokenizer, tokenizer_files
 from .train import TrainConfig, Trainer, adapter_state, fit, load_run, save_run
 
 
@@ -215,6 +228,25 @@ class Study:
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
+    @functools.cached_property
+    def contents(self) -> dict[str, list[str]]:
+        """SHA-256 of each set's files, as they are when this is first asked for."""
+        return {name: _content(self, name) for name in ("train", "test", *self.ood)}
+
+    @functools.cached_property
+    def base(self) -> str:
+        """A digest of the base model: configuration, tokenizer, some values of every tensor.
+
+        Enough to notice another one, at little cost for a large one.
+        """
+        folder = Path(self.model)
+        about: dict[str, Any] = {"config.json": sha256(folder / "config.json")}
+        about |= {name: sha256(path) for name, path in tokenizer_files(folder).items()}
+        for name, tensor in Weights(folder, once=True).items():
+            some = tensor.flatten()[:: max(1, tensor.numel() // 16)]
+            about[name] = [list(tensor.shape), some.double().tolist()]
+        return _digest(about)
+
     def trials(self, method: str) -> list[dict[str, float]]:
         """Every pair of a rate and a value of the method's second knob."""
         knob, values = METHODS[method].knob
@@ -251,7 +283,7 @@ class Fit:
     @property
     def folder(self) -> Path:
         configs = [dataclasses.asdict(self.adapter), dataclasses.asdict(self.train)]
-        about = [_data(self.study, "train"), configs]
+        about = [self.study.base, _data(self.study, "train"), configs]
         return self.out / "runs" / f"{self.adapter.method}-{_digest(about)}"
 
     @property
@@ -263,8 +295,7 @@ class Fit:
         started = time.perf_counter()
         _reset_peak()
         data = _encoded(self.study, ["train"])["train"]
-        dtype = getattr(torch, self.study.dtype) if self.study.dtype else None
-        model = Llama.from_pretrained(self.study.model, dtype=dtype, device=self.device)
+        model = _base_model(self.study, self.device)
         add_adapters(model.trim_head(data.classes), self.adapter, self.train.seed)
         trainer = Trainer(model, data, self.train)
         fit(trainer, self.folder, resume=savepoints.exists(self.folder))
@@ -298,8 +329,9 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        sets = [_data(self.study, name) for name in ("train", "test", *self.study.ood)]
-        about = [sets, self.study.samples, self.study.settings, self.method, self.trial]
+        sets = {name: _data(self.study, name) for name in ("train", "test", *self.study.ood)}
+        how = [self.study.samples, self.study.settings, self.method, self.trial]
+        about = [self.study.base, sets, *how]
         name = f"{self.method.replace(' ', '-')}-{_digest(about)}-{self.seed}"
         return self.out / "answers" / name
 
@@ -320,8 +352,7 @@ class Job:
         _reset_peak()
         make_folder(self.folder)
         fits, wanted = self.fits(), self.missing() or list(self.sets)
-        dtype = getattr(torch, self.study.dtype) if self.study.dtype else None
-        model, _ = load_run(fits[0].folder, device=self.device, dtype=dtype)
+        model, _ = load_run(fits[0].folder, _base_model(self.study, self.device))
         sets = _encoded(self.study, ["train", "validation", *wanted])
         posterior = self._posterior(model, fits, sets)
         ready = time.perf_counter()
@@ -391,7 +422,7 @@ def _config(cls: type, values: dict[str, Any]) -> Any:
 
 def _data(study: Study, name: str) -> list[Any]:
     """What decides a set and its tokens; of the training set, how much is set apart as well."""
-    about = [study.model, *_source(study, name)]
+    about = [study.contents[name], *_source(study, name)[1:]]
     return [*about, study.validation, study.dtype] if name == "train" else about
 
 
@@ -405,17 +436,35 @@ def _source(study: Study, name: str) -> tuple[str, str, int | None]:
     return about["path"], about.get("format", "jsonl"), about.get("limit")
 
 
+def _content(study: Study, name: str) -> list[str]:
+    path, format, _ = _source(study, name)
+    return [sha256(file) for file in files(path, format)]
+
+
+def _load(study: Study, name: str) -> list[Example]:
+    """A set. Raises InputError if it is no longer what the names of runs and answers say it is."""
+    examples = load(*_source(study, name))
+    if _content(study, name) != study.contents[name]:
+        raise InputError(f"{_source(study, name)[0]}: was changed while the study ran")
+    return examples
+
+
+def _base_model(study: Study, device: str) -> Llama:
+    dtype = getattr(torch, study.dtype) if study.dtype else None
+    return Llama.from_pretrained(study.model, dtype, device)
+
+
 def _encoded(study: Study, names: Iterable[str]) -> dict[str, Encoded]:
     """Sets in token ids. The validation split comes from the training file."""
     model = Path(study.model)
     tokenizer = load_tokenizer(model)
     length = read_config(model / "config.json")[0].max_position_embeddings
-    train = load(*_source(study, "train"))
+    train = _load(study, "train")
     classes, (rest, held) = num_classes(train), split(train, study.validation, 0)
     known = {"train": rest, "validation": held}
     return {
         name: encode(
-            known[name] if name in known else load(*_source(study, name)),
+            known[name] if name in known else _load(study, name),
             tokenizer,
             classes=classes,
             max_length=length,
@@ -454,12 +503,13 @@ def cost(config: Study) -> dict[str, float]:
     base itself is not trained; attention, adapters and padding are not counted. bytes: of the base.
     Raises InputError as loading does.
     """
+    config = dataclasses.replace(config)  # one that knows no files yet
     shape, _ = read_config(Path(config.model) / "config.json")
     weights = {name: p.numel() for name, p in Llama(shape, device="meta").named_parameters()}
     inner = sum(n for name, n in weights.items() if name.startswith("layers."))
     sets = _encoded(config, ("train", "validation", "test", *config.ood))
     tokens = {name: sum(map(len, data.tokens)) for name, data in sets.items()}
-    fits: dict[Path, Fit] = {}
+    fits: dict[Any, Fit] = {}
     passes = 0.0  # token passes through the base, forward or backward
     for method in config.methods:
         ready, each = _passes(method, config.samples, len(sets["train"].classes))
@@ -472,7 +522,7 @@ def cost(config: Study) -> dict[str, float]:
             seeded = itertools.product(trials, config.seeds)
             tested += [Job(config, method, t, s, ("test",), Path()) for t, s in seeded]
         for job in tuned + tested:
-            fits.update({fit.folder: fit for fit in job.fits()})
+            fits.update({(fit.adapter, fit.train): fit for fit in job.fits()})
             passes += sum(n * tokens[name] for name, n in ready.items())
             passes += each * sum(tokens[name] for name in job.sets)
     steps = [fit.train.steps for fit in fits.values()]
@@ -505,6 +555,7 @@ def study(config: Study, out: Path, jobs: int = 1, device: str = "cpu") -> dict[
     training do.
     """
     make_folder(out)
+    config = dataclasses.replace(config)  # one that knows no files yet
     results, models = _of_size(config, out, jobs, device)
     results["sizes"] = {
         size: _of_size(dataclasses.replace(config, limit=size, sweep=()), out, jobs, device)[0]

@@ -7,13 +7,14 @@ import html
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
 
 from scalabl_ref import InputError, Llama, cli, comparison, metrics, protocol
 from scalabl_ref import study as study_module
-from scalabl_ref.checkpoint import load_tensors
+from scalabl_ref.checkpoint import load_tensors, save_tensors, sha256
 from scalabl_ref.comparison import table
 from scalabl_ref.methods import Swag
 from scalabl_ref.plan import product_rate
@@ -332,6 +333,113 @@ def test_what_is_there_is_not_done_again(tmp_path, monkeypatch):
         monkeypatch.setattr(kind, "run", lambda self: calls.append(self))
     again = study(Study.read(path), out)
     assert calls == [] and again == first
+
+
+def quick(tmp_path, **changes):
+    """A study of one run, and of its answers."""
+    small = {"methods": ["mle"], "lr": [0.01], "knobs": {"mle": [1.0]}, "seeds": [0]}
+    return Study.read(config(tmp_path, **{**small, **changes}))
+
+
+def relabel(path):
+    """Another answer to each question, in a file of the same size."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["label"] = (row["label"] + 1) % 3
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_what_has_changed_is_done_again(tmp_path):
+    """Same names, other labels: of the test set alone, then of the training set."""
+    out, wanted = tmp_path / "out", quick(tmp_path)
+
+    def numbers():
+        found = study(wanted, out)["methods"]["mle"]
+        return found["seeds"], [len(list((out / kind).iterdir())) for kind in ("runs", "answers")]
+
+    first, counts = numbers()
+    assert counts == [1, 1]
+    relabel(tmp_path / "test.jsonl")
+    second, counts = numbers()
+    assert counts == [1, 2] and second != first
+    relabel(tmp_path / "train.jsonl")
+    third, counts = numbers()
+    assert counts == [2, 3] and third != second
+
+
+def test_what_has_moved_is_not_done_again(tmp_path, monkeypatch):
+    """And what is still to be answered is answered by the base where it now lies."""
+    out = tmp_path / "out"
+    first = study(quick(tmp_path), out)["methods"]
+    moved = {name: str(tmp_path / f"moved-{name}") for name in ("model", "train", "test")}
+    there = quick(tmp_path, **moved, ood={"other": {"path": moved["test"], "limit": 5}})
+    for name, path in moved.items():
+        (tmp_path / (name if name == "model" else f"{name}.jsonl")).rename(path)
+    monkeypatch.setattr(Fit, "run", lambda self: pytest.fail(f"{self.folder} is trained again"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "run", lambda self: pytest.fail(f"{self.folder} answers again"))
+        assert study(there, out)["methods"] == first
+    shutil.rmtree(out / "answers")
+    assert study(there, out)["methods"]["mle"]["seeds"] == first["mle"]["seeds"]
+
+
+def test_data_that_change_while_a_study_runs_stop_it(tmp_path, monkeypatch):
+    real = Fit.run
+
+    def edits(fit):
+        real(fit)
+        relabel(tmp_path / "train.jsonl")
+
+    monkeypatch.setattr(Fit, "run", edits)
+    with pytest.raises(InputError, match="train.jsonl: was changed while the study ran"):
+        study(quick(tmp_path), tmp_path / "out")
+
+
+def test_a_set_out_of_distribution_is_known_by_its_name(tmp_path):
+    """Two that change places are two others."""
+    files = [{"path": str(tmp_path / name)} for name in ("test.jsonl", "train.jsonl")]
+    first, second = (
+        quick(tmp_path, ood=dict(zip(names, files, strict=True))) for names in ("ab", "ba")
+    )
+    jobs = [Job(each, "mle", {"lr": 0.01}, 0, ("test",), tmp_path) for each in (first, second)]
+    assert jobs[0].folder != jobs[1].folder
+
+
+def test_winograndes_labels_are_contents(tmp_path):
+    train, labels = tmp_path / "train.jsonl", tmp_path / "train-labels.lst"
+    plain = quick(tmp_path)
+    labels.write_text("1\n")
+    assert dataclasses.replace(plain).contents == plain.contents
+    found = []
+    for text in ("1\n", "2\n"):
+        labels.write_text(text)
+        found.append(dataclasses.replace(plain, format="winogrande").contents["train"])
+    assert found[0][0] == found[1][0] == sha256(train) and found[0][1] != found[1][1]
+
+
+def test_a_base_is_known_by_what_is_in_its_folder(tmp_path):
+    """Every tensor, the configuration, the tokenizer: a change of any makes another."""
+    base, folder = quick(tmp_path).base, tmp_path / "model"
+    assert dataclasses.replace(quick(tmp_path), model=str(folder)).base == base
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    tensors, _ = load_tensors(folder / "model.safetensors")
+
+    def changed():
+        found = Study.read(tmp_path / "study.json").base != base
+        for name, data in kept.items():
+            (folder / name).write_bytes(data)
+        return found
+
+    assert not changed()
+    for name in tensors:
+        other = {**tensors, name: 1.5 * tensors[name]}
+        save_tensors(folder / "model.safetensors", other.items())
+        assert changed(), name
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_bytes(kept[name] + b"\n")
+        assert changed(), name
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert changed()
 
 
 def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
