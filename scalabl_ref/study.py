@@ -21,12 +21,18 @@ import hashlib
 import itertools
 import json
 import multiprocessing
+import os
 import resource
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal, get_type_hints
 
 import torch
@@ -46,7 +52,14 @@ from .data import (
     num_classes,
     split,
 )
-from .errors import InputError, atomic_write_text, make_folder
+from .errors import (
+    InputError,
+    Interrupted,
+    RankLost,
+    atomic_write_text,
+    make_folder,
+    on_signals,
+)
 from .fields import check
 from .llama import Llama, read_config
 from .methods import Laplace, Posterior, tfb
@@ -552,15 +565,19 @@ def study(config: Study, out: Path, jobs: int = 1, device: str = "cpu") -> dict[
 
     jobs: runs side by side, each in a process of its own with one thread.
     Writes OUT/results.json, OUT/results.md and OUT/results.html. Raises InputError as loading and
-    training do.
+    training do, at once, whatever is run beside; Interrupted on SIGINT or SIGTERM, and RankLost if
+    one of the processes is ended. Training goes on from there when it is called again.
     """
+    if jobs < 1:
+        raise InputError(f"jobs must be at least 1, and are {jobs}")
     make_folder(out)
     config = dataclasses.replace(config)  # one that knows no files yet
-    results, models = _of_size(config, out, jobs, device)
-    results["sizes"] = {
-        size: _of_size(dataclasses.replace(config, limit=size, sweep=()), out, jobs, device)[0]
-        for size in config.sizes
-    }
+    with on_signals(_interrupt):
+        results, models = _of_size(config, out, jobs, device)
+        results["sizes"] = {
+            size: _of_size(dataclasses.replace(config, limit=size, sweep=()), out, jobs, device)[0]
+            for size in config.sizes
+        }
     atomic_write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     atomic_write_text(out / "results.md", table(results))
     write_page(out / "results.html", results, models)
@@ -636,18 +653,56 @@ def _run_all(wanted: list[Job], jobs: int, title: str) -> None:
 
 @contextlib.contextmanager
 def _workers(jobs: int) -> Iterator[Callable[[Sequence[Fit | Job]], Iterator[None]]]:
-    """What runs the things it is given, in any order, and yields as each is finished."""
+    """What runs the things it is given, in any order, and yields as each is finished.
+
+    The processes end with the block, however it ends, and with this process: they hold one end of a
+    pipe whose other end is here alone. Raises RankLost if one of them ends by itself.
+    """
     if jobs == 1:
         yield lambda todo: (each.run() for each in todo)
         return
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(
-        jobs, context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    theirs, ours = context.Pipe(duplex=False)
 
-        def run(todo: Sequence[Fit | Job]) -> Iterator[None]:
-            futures = [pool.submit(each.run) for each in todo]
-            for done in concurrent.futures.as_completed(futures):
-                yield done.result()
+    def run(todo: Sequence[Fit | Job]) -> Iterator[None]:
+        rest = iter(todo)  # none is given out before there is a process for it
+        pending = {pool.submit(each.run) for each in itertools.islice(rest, jobs)}
+        while pending:
+            done, pending = concurrent.futures.wait(pending, return_when="FIRST_COMPLETED")
+            for future in done:
+                yield future.result()
+            pending |= {pool.submit(each.run) for each in itertools.islice(rest, len(done))}
 
-        yield run
+    with concurrent.futures.ProcessPoolExecutor(jobs, context, _begin, (theirs,)) as pool:
+        try:
+            yield run
+        except BaseException as error:
+            ours.close()  # what they are at can wait
+            if isinstance(error, BrokenProcessPool):
+                raise RankLost(
+                    "a process of the study died, perhaps killed for want of memory (fewer --jobs "
+                    "take less); what is done is kept"
+                ) from None
+            raise
+
+
+def _begin(end: Connection) -> None:
+    """Start of a worker: one thread, and another that ends it with the other end of the pipe."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the parent has it as well
+    threading.Thread(target=_end_with, args=(end,), daemon=True).start()
+
+
+def _end_with(end: Connection) -> None:
+    """SIGTERM to this process once nobody holds the other end, until it has ended.
+
+    Training finishes its step and writes a checkpoint before it heeds one.
+    """
+    end.poll(None)
+    while True:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise Interrupted(signum)

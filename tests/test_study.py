@@ -6,8 +6,17 @@ import dataclasses
 import html
 import json
 import math
+import multiprocessing
+import os
+import pickle
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +25,7 @@ from scalabl_ref import InputError, Llama, cli, comparison, metrics, protocol
 from scalabl_ref import study as study_module
 from scalabl_ref.checkpoint import load_tensors, save_tensors, sha256
 from scalabl_ref.comparison import table
+from scalabl_ref.errors import Interrupted
 from scalabl_ref.methods import Swag
 from scalabl_ref.plan import product_rate
 from scalabl_ref.study import METHODS, Fit, Job, Study, cost, study
@@ -24,6 +34,7 @@ from scalabl_ref.train import Trainer
 from .models import questions_file, tiny_folder
 from .tolerances import rounding
 
+SLOW = pytest.mark.slow
 ROUNDING = rounding(torch.float64, 16)  # of means and deviations over two seeds
 FEW = {"steps": 3, "batch": 4, "rank": 2, "targets": ["q_proj", "lm_head"]}
 
@@ -462,13 +473,104 @@ def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
         assert row["seeds"] == whole["methods"][name]["seeds"]
 
 
-@pytest.mark.slow
+@SLOW
 def test_processes_give_the_same_numbers(tmp_path):
     path = config(tmp_path, methods=["mle"], lr=[0.01])
     one, two = (study(Study.read(path), tmp_path / f"jobs{n}", n) for n in (1, 2))
     for name, row in one["methods"].items():
         for a, b in zip(row["seeds"], two["methods"][name]["seeds"], strict=True):
             assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_a_bad_run_stops_those_beside_it(tmp_path):
+    """One of two processes trains, the other fails at its first step; six more runs wait."""
+    knobs = {"mle": [1.0], "map": [1e-200, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]}
+    settings = {**FEW, "steps": 2000}
+    path = config(
+        tmp_path, methods=["mle", "map"], lr=[0.01], knobs=knobs, settings=settings, seeds=[0]
+    )
+    with pytest.raises(InputError, match="the loss is inf at step 0"):
+        study(Study.read(path), tmp_path / "out", 2)
+    assert len(list((tmp_path / "out/runs").iterdir())) <= 2
+    assert not list((tmp_path / "out").glob("runs/*/run.json"))
+    assert multiprocessing.active_children() == []
+
+
+def both_train(out, patience=60):
+    """Wait until two runs have done a step, but not for ever."""
+    for _ in range(50 * patience):
+        if sum(log.stat().st_size > 0 for log in out.glob("runs/*/train.jsonl")) == 2:
+            return
+        time.sleep(0.02)
+
+
+LONG = {**FEW, "steps": 4000, "checkpoint_every": 4000}  # some ten seconds
+
+
+@pytest.mark.parametrize(
+    ("who", "number", "code", "words"),
+    [
+        ("study", signal.SIGTERM, 143, "interrupted by SIGTERM\n"),
+        ("worker", signal.SIGKILL, 3, "error: a process of the study died, perhaps killed"),
+        pytest.param("study", signal.SIGINT, 130, "interrupted by SIGINT\n", marks=SLOW),
+        pytest.param("worker", signal.SIGTERM, 143, "interrupted by SIGTERM after", marks=SLOW),
+    ],
+)
+def test_a_study_that_is_stopped_stops_its_processes(tmp_path, capsys, who, number, code, words):
+    """One line, the exit code, and a checkpoint of each run that was not killed."""
+    path, out = config(tmp_path, settings=LONG), tmp_path / "out"
+
+    def stop():
+        both_train(out)
+        workers = [process.pid for process in multiprocessing.active_children()]
+        os.kill(os.getpid() if who == "study" else workers[0], number)
+
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    assert cli.main(["study", str(path), "--out", str(out), "--jobs", "2"]) == code
+    stopping.join()
+    assert multiprocessing.active_children() == []
+    said = capsys.readouterr().err
+    assert said.startswith(words) and said.count("\n") == 1
+    assert len(list(out.glob("runs/*/checkpoint/*"))) == (1 if number == signal.SIGKILL else 2)
+    assert not list(out.glob("runs/*/run.json"))
+
+
+def ended(process):
+    """Whether a process does nothing any more: one that nobody waits for stays as a zombie."""
+    try:
+        return ") Z " in Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return True
+
+
+@SLOW
+def test_a_study_that_is_killed_leaves_no_process(tmp_path):
+    path, out = config(tmp_path, settings=LONG), tmp_path / "out"
+    command = [sys.executable, "-m", "scalabl_ref.cli", "study", path, "--out", out, "--jobs", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    both_train(out)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL and len(children) > 2
+    left = children
+    for _ in range(3000):  # a minute
+        left = [child for child in left if not ended(child)]
+        if not left:
+            break
+        time.sleep(0.02)
+    for child in left:
+        os.kill(int(child), signal.SIGKILL)
+    assert left == []
+    assert len(list(out.glob("runs/*/checkpoint/*"))) == 2
+    assert not list(out.glob("runs/*/run.json"))
+
+
+def test_an_interruption_travels_between_processes():
+    for error in (Interrupted(signal.SIGINT, 5), Interrupted(signal.SIGTERM)):
+        again = pickle.loads(pickle.dumps(error))
+        assert str(again) == str(error) and again.signum == error.signum
+    assert str(Interrupted(signal.SIGINT, 5)) == "interrupted by SIGINT after 5 steps"
 
 
 def test_bold_is_only_what_the_bootstrap_tells_apart():
@@ -491,6 +593,8 @@ def test_command_and_bad_files(tmp_path, capsys):
     assert cli.main(["study", str(path), "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert "| mle | lr 0.01, share_of_steps" in out and "results.md" in out
+    assert cli.main(["study", str(path), "--out", str(tmp_path / "out"), "--jobs", "0"]) == 2
+    assert capsys.readouterr().err == "error: jobs must be at least 1, and are 0\n"
     path.write_text('{"model": "m"}')
     assert cli.main(["study", str(path), "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == f"error: {path}: field 'train' is missing\n"
