@@ -16,6 +16,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -565,23 +566,45 @@ def study(config: Study, out: Path, jobs: int = 1, device: str = "cpu") -> dict[
 
     jobs: runs side by side, each in a process of its own with one thread.
     Writes OUT/results.json, OUT/results.md and OUT/results.html. Raises InputError as loading and
-    training do, at once, whatever is run beside; Interrupted on SIGINT or SIGTERM, and RankLost if
-    one of the processes is ended. Training goes on from there when it is called again.
+    training do, at once, whatever is run beside, or if another process runs a study there;
+    Interrupted on SIGINT or SIGTERM; RankLost if one of the processes ends by itself. Called again,
+    it goes on from there.
     """
     if jobs < 1:
         raise InputError(f"jobs must be at least 1, and are {jobs}")
     make_folder(out)
     config = dataclasses.replace(config)  # one that knows no files yet
-    with on_signals(_interrupt):
+    with on_signals(_interrupt), _alone(out):
         results, models = _of_size(config, out, jobs, device)
         results["sizes"] = {
             size: _of_size(dataclasses.replace(config, limit=size, sweep=()), out, jobs, device)[0]
             for size in config.sizes
         }
-    atomic_write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
-    atomic_write_text(out / "results.md", table(results))
-    write_page(out / "results.html", results, models)
+        atomic_write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
+        atomic_write_text(out / "results.md", table(results))
+        write_page(out / "results.html", results, models)
     return results
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """No other process runs a study in this folder meanwhile; one that dies gives it free.
+
+    Raises InputError if one does, or if nothing can be written there.
+    """
+    path = out / ".lock"
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    with open(descriptor, "w"):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{out}: a study is being run there by another process") from None
+        except OSError:
+            pass  # the file system knows no locks
+        yield
 
 
 def _of_size(

@@ -453,6 +453,21 @@ def test_a_base_is_known_by_what_is_in_its_folder(tmp_path):
     assert changed()
 
 
+def test_two_studies_in_one_folder_do_not_meet(tmp_path, capsys):
+    path, out = config(tmp_path, methods=["mle"], lr=[0.01], seeds=[0]), tmp_path / "out"
+    out.mkdir()
+    command = ["study", str(path), "--out", str(out)]
+    with study_module._alone(out):
+        assert cli.main(command) == 2
+    said = capsys.readouterr().err
+    assert said == f"error: {out}: a study is being run there by another process\n"
+    assert [file.name for file in out.iterdir()] == [".lock"]
+    assert cli.main(command) == 0
+    (out / ".lock").unlink()
+    (out / ".lock").mkdir()
+    assert cli.main(command) == 2 and ".lock: cannot be written" in capsys.readouterr().err
+
+
 def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
     path = config(tmp_path, methods=["scalabl"], lr=[0.01])
     whole = study(Study.read(path), tmp_path / "whole")
@@ -562,6 +577,8 @@ def test_a_study_that_is_killed_leaves_no_process(tmp_path):
     for child in left:
         os.kill(int(child), signal.SIGKILL)
     assert left == []
+    with study_module._alone(out):
+        pass  # the folder is free
     assert len(list(out.glob("runs/*/checkpoint/*"))) == 2
     assert not list(out.glob("runs/*/run.json"))
 
