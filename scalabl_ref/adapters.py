@@ -93,11 +93,13 @@ class AdapterConfig:
             )
         if self.prior not in PRIORS:
             raise InputError(f"prior must be one of {', '.join(PRIORS)}, not {self.prior!r}")
+        if self.prior != "fixed" and self.method != "scalabl":
+            raise InputError(f"prior {self.prior!r} is for scalabl: {self.method} has a fixed one")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be in [0, 1), not {self.dropout}")
-        for name in ("prior_std", "init_sigma"):
+        for name in ("alpha", "prior_std", "init_sigma"):
             value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
+            if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(f"{name} must be positive and finite, not {value}")
         for target in self.targets:
             if target not in TARGETS:
@@ -118,6 +120,7 @@ class Adapter(nn.Module):
     drawn from Philox words: here A is Kaiming-uniform and B = 0.
     """
 
+    trained = True  # else made of a trained one
     random = False  # whether draws differ
     joint = True  # whether rows of several draws may go through the layer together
     variational: tuple[str, ...] = ()  # names of the parameters of a distribution's width

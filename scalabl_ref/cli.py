@@ -260,7 +260,8 @@ def _add_adapter(parser: argparse.ArgumentParser, method: str) -> None:
     from .ops import SAMPLING
 
     default, add = AdapterConfig(), parser.add_argument
-    add("--method", choices=tuple(ADAPTERS), help=f"scalabl, plain LoRA (mle), ... ({method})")
+    trained = tuple(name for name, kind in ADAPTERS.items() if kind.trained)
+    add("--method", choices=trained, help=f"scalabl, plain LoRA (mle), ... ({method})")
     add("--sampling", choices=SAMPLING, default=default.sampling, help="rows that share a draw")
     add("--covariance", choices=tuple(COVARIANCES), default=default.covariance,
         help="of the Gaussian over the scales (scalabl)")  # fmt: skip
@@ -508,7 +509,7 @@ def _evaluate(args: argparse.Namespace) -> Result:
     def ask(examples: list[Example], title: str) -> Answers:
         return answer(
             model, tokenizer, examples, samples, args.seed, args.batch, title, posterior,
-            design=args.design,
+            design=args.design, answerable=title != "ood",
         )  # fmt: skip
 
     examples = load(args.data, args.format, args.limit, template)
@@ -616,15 +617,21 @@ def _predict(args: argparse.Namespace) -> Result:
     model, tokenizer, info, posterior = _open_run(args)
     template = _template(args, info)
     example = question(args.prompt, args.choices, info["format"], template=template)
+    head = model.config.head_tokens
+    if head is not None and len(head) < len(args.choices):
+        raise InputError(f"{args.run}: answers {len(head)} choices, not {len(args.choices)}")
     answers = answer(
         model, tokenizer, [example], samples, args.seed, posterior=posterior, design=args.design
     )
     p, draws = answers.prediction, answers.draws
-    probs = p.probs[0].tolist()[: len(args.choices)]
-    for choice, value in zip(args.choices, probs, strict=True):
+    probs, others = p.probs[0, : len(args.choices)], p.probs[0, len(args.choices) :]
+    for choice, value in zip(args.choices, probs.tolist(), strict=True):
         _say(args, f"{value:.4f}  {choice}")
-    count = samples if draws is None else int(draws[0])
-    result: Result = {"choices": args.choices, "probs": probs, "samples": count}
+    result: Result = {"choices": args.choices, "probs": probs.tolist()}
+    if len(others):
+        result["others"] = others.sum().item()
+        _say(args, f"{result['others']:.4f}  other classes of the run")
+    result["samples"] = samples if draws is None else int(draws[0])
     for name in ("entropy", "expected_entropy", "mutual_information"):
         result[name] = getattr(p, name)[0].item()
         _say(args, f"{name.replace('_', ' ')}: {result[name]:.4f} nats")
@@ -898,7 +905,7 @@ def _conformance_arguments(parser: argparse.ArgumentParser) -> None:
         help="the vectors' folder: a new one, or one to check by",
     )
     parser.add_argument(
-        "outputs", type=Path, nargs="?", metavar="OUTPUTS", default=argparse.SUPPRESS,
+        "outputs", type=Path, nargs="?", metavar="OUTPUTS",
         help="check: a port's .safetensors, with tensors named CASE/OUTPUT",
     )  # fmt: skip
     parser.add_argument(
@@ -916,7 +923,7 @@ def _conformance(args: argparse.Namespace) -> Result:
         count = export(args.folder)
         _say(args, f"written: {count} cases to {args.folder}")
         return {"cases": count, "folder": str(args.folder)}
-    if not hasattr(args, "outputs"):
+    if args.outputs is None:
         raise InputError("conformance check needs a file of OUTPUTS")
     grades, left_out = check(args.folder, args.outputs, args.precision)
     _say(args, f"{'case':32} error / bound, 1 is the limit")

@@ -217,10 +217,9 @@ def _winogrande_rows(path: Path) -> Rows:
 def _csv_rows(path: Path) -> Rows:
     reader = csv.reader(io.StringIO(_read(path), newline=""), strict=True)
     try:
-        if (header := next(reader, [])) != MMLU_HEADER:
-            raise InputError(f"{path}, line 1: expected {','.join(MMLU_HEADER)}, found {header}")
         for row in reader:
-            yield reader.line_num, row
+            if reader.line_num > 1 or row != MMLU_HEADER:
+                yield reader.line_num, row
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: not CSV: {error}") from None
 
@@ -288,10 +287,12 @@ def _boolq(row: dict[str, Any]) -> Parsed:
 
 
 def _mmlu(row: list[str]) -> Parsed:
+    """MMLU: its authors' files answer A to D and have no header; those with one answer 0 to 3."""
     if len(row) != len(MMLU_HEADER):
         raise InputError(f"expected {len(MMLU_HEADER)} columns, found {len(row)}")
     text, *choices, answer = row
-    return _text(text, "the question"), choices, _one_of(tuple("0123"), answer, "the answer"), ""
+    label = _one_of(("A", "B", "C", "D", "0", "1", "2", "3"), answer, "the answer") % len(choices)
+    return _text(text, "the question"), choices, label, ""
 
 
 def _sst2(row: str) -> Parsed:
@@ -372,20 +373,28 @@ def encode(
     classes: int | None = None,
     max_length: int | None = None,
     truncate: bool = False,
+    answerable: bool = True,
 ) -> Encoded:
     """Prompts and answer letters as token ids.
 
-    classes: how many letters, by default num_classes(examples). Labels beyond them stay as they
-    are: a set out of distribution may have more choices than the head that meets it.
-    max_length: longest prompt in tokens that the model takes. truncate: cut longer ones on the
-    left, behind BOS.
+    classes: how many letters, by default num_classes(examples). max_length: longest prompt in
+    tokens that the model takes. truncate: cut longer ones on the left, behind BOS. answerable:
+    every label must be one of the classes; those of a set out of distribution, which may have more
+    choices than the head that meets it, stay as they are.
 
     Raises InputError if there are no examples, if a letter is not one token after a prompt, or
-    naming the row whose prompt is too long.
+    naming the row whose label is no class or whose prompt is too long.
     """
     if not examples:
         raise InputError("there are no examples")
-    ids = _class_ids(examples, tokenizer, classes or num_classes(examples))
+    count = classes or num_classes(examples)
+    for i, example in enumerate(examples):
+        if answerable and example.label >= count:
+            raise InputError(
+                f"example {i} (id {example.id}): its answer is {LETTERS[example.label]}, and there "
+                f"are {count} classes, to {LETTERS[count - 1]}"
+            )
+    ids = _class_ids(examples, tokenizer, count)
     start = len(tokenizer.encode("")) - len(tokenizer.encode("", bos=False))  # 1 if there is a BOS
     tokens = []
     for i, example in enumerate(examples):

@@ -49,6 +49,7 @@ def answer(
     title: str = "evaluate",
     posterior: Posterior | None = None,
     design: Design = "independent",
+    answerable: bool = True,
 ) -> Answers:
     """Predict every example with `samples` draws (0: the mean model); nothing is dropped.
 
@@ -56,9 +57,11 @@ def answer(
     number, or with a posterior, each predicts some of the batches; with a sharded base all predict
     all of them then. samples: or as many as each example needs, see
     `sequential.predict_auto`, or their limit, see `quadrature.predict_exact`. posterior: what is
-    drawn, if it is not what the adapters themselves have. design: as in `predict`.
+    drawn, if it is not what the adapters themselves have. design: as in `predict`. answerable: the
+    head must have every label, see `data.encode`.
 
-    Raises InputError for a combination that cannot be had, or for another tokenizer's classes.
+    Raises InputError for a combination that cannot be had, for another tokenizer's classes, or as
+    `data.encode` does.
     """
     if not isinstance(samples, int) and design != "independent":
         raise InputError(f"samples auto and exact know independent draws, not design {design!r}")
@@ -71,6 +74,7 @@ def answer(
         tokenizer,
         classes=None if head is None else len(head),
         max_length=model.config.max_position_embeddings,
+        answerable=answerable,
     )
     if head is not None and tuple(encoded.classes) != head:
         raise InputError(

@@ -209,19 +209,26 @@ def generate(
     is Noise(seed, i) with a cache of its own, so that each draw is one function from the first
     token to the last; the next token is the argmax of the averaged probabilities.
 
-    Raises InputError if the prompt is empty or the head was cut down to class tokens.
+    Raises InputError if the prompt is empty or longer than the model's positions, if
+    `max_new_tokens` is negative, or if the head was cut down to class tokens.
     """
     if model.config.head_tokens is not None:
         raise InputError("the head was cut down to class tokens: it can answer, not write text")
     if not prompt:
         raise InputError("the prompt is empty")
+    room = model.config.max_position_embeddings - len(prompt)
+    if room < 0:
+        raise InputError(
+            f"the prompt has {len(prompt)} tokens, and the model takes at most {len(prompt) + room}"
+        )
+    if max_new_tokens < 0:
+        raise InputError(f"max_new_tokens must not be negative, and is {max_new_tokens}")
     device = model.device
     drawn = [
         (noise, draws, KVCache(model.config.num_hidden_layers))
         for noise, draws in passes(model, samples, seed, len(prompt))
     ]
     tokens = torch.tensor([prompt], device=device)
-    room = model.config.max_position_embeddings - len(prompt)
     for _ in range(min(max_new_tokens, room + 1)):
         logits = [
             model(tokens, noise=noise, draws=draws, cache=cache, last_only=True)

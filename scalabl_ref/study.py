@@ -482,6 +482,7 @@ def _encoded(study: Study, names: Iterable[str]) -> dict[str, Encoded]:
             tokenizer,
             classes=classes,
             max_length=length,
+            answerable=name not in study.ood,
         )
         for name in names
     }

@@ -93,12 +93,13 @@ class TrainConfig:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise InputError(f"micro_batch must be at least 1, not {self.micro_batch}")
-        for name in ("lr", "beta", "kl_lr", "weight_decay", "warmup"):
+        for name in ("lr", "variational_lr", "beta", "kl_lr", "weight_decay", "adam_eps"):
             value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
+            if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise InputError(f"{name} must be finite and not negative, and is {value}")
-        if not 0 <= self.swag <= 1:
-            raise InputError(f"swag must lie between 0 and 1, and is {self.swag}")
+        for name in ("warmup", "swag"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} must lie between 0 and 1, and is {getattr(self, name)}")
         if self.objective not in OBJECTIVES:
             raise InputError(f"objective must be one of {', '.join(OBJECTIVES)}")
         if self.kl not in KLS:

@@ -210,7 +210,9 @@ def test_out_of_distribution_with_more_classes_is_scored_on_what_it_can_answer(w
     ood = ok("evaluate --run run --data test.jsonl --ood wide.jsonl", capsys)["ood"]
     labels = [i * 5 % 3 for i in range(10)]
     assert ood["n"] == 10 and ood["n_scored"] == sum(label < 2 for label in labels)
-    assert "labels, row" in refused("evaluate --run run --data wide.jsonl", capsys)
+    for asked in ("wide.jsonl", "test.jsonl --calibrate wide.jsonl"):
+        said = refused(f"evaluate --run run --data {asked}", capsys)
+        assert "example 1 (id 1): its answer is C, and there are 2 classes, to B" in said
 
 
 def test_generation(work, capsys):
@@ -308,6 +310,23 @@ def test_temperature_needs_held_out_rows(work, capsys):
     command = "evaluate --run run --data test.jsonl --temperature"
     assert "was trained without --holdout" in refused(command, capsys)
     assert ok(command + " --calibrate train.jsonl", capsys)["temperature"]["n_fit"] == 24
+
+
+def test_more_choices_and_fewer_than_the_head_has(work, capsys):
+    """A run of three: a fourth has no probability, and of two the rest is given."""
+    ok(TRAIN, capsys)
+    predict = "predict --run run --prompt hello --samples 3 --choices"
+    assert "answers 3 choices, not 4" in refused(f"{predict} a b c d", capsys)
+    two, three = (ok(f"{predict} {choices}", capsys) for choices in ("A B", "A B C"))
+    assert "others" not in three and two["probs"] == three["probs"][:2]
+    assert two["others"] == three["probs"][2] > 0
+
+
+def test_what_is_not_trained_is_no_method_of_train(work, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(f"{TRAIN} --method tfb".split())
+    assert caught.value.code == 2 and "invalid choice: 'tfb'" in capsys.readouterr().err
+    assert not (work / "run").exists()
 
 
 def test_a_closed_pipe_is_no_traceback(work):

@@ -189,4 +189,6 @@ def test_command(kit, tmp_path, capsys):
     )
     report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert report["cases"][0]["worst"] is None and len(report["not_attempted"]) == total - 6
+    capsys.readouterr()
     assert cli.main(["conformance", "check", str(kit)]) == 2
+    assert "needs a file of OUTPUTS" in capsys.readouterr().err

@@ -121,6 +121,14 @@ FIXTURES = [
         ],
     ),
     (
+        "mmlu",  # as its authors publish it
+        '"Which, of these?",a,b,c,d,D\nNext?,1,2,3,4,A\n',
+        [
+            Example("Which, of these?\nA. a\nB. b\nC. c\nD. d\nAnswer:", 3, "0", (*"abcd",)),
+            Example("Next?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:", 0, "1", (*"1234",)),
+        ],
+    ),
+    (
         "sst2",
         "0 crème brûlée .\r\n1 a gem .\n",
         [
@@ -149,7 +157,7 @@ def test_format(tmp_path, format, content, expected):
 
 
 def test_every_format_has_a_fixture():
-    assert [fixture[0] for fixture in FIXTURES] == list(FORMATS)
+    assert list(dict.fromkeys(fixture[0] for fixture in FIXTURES)) == list(FORMATS)
 
 
 @pytest.mark.parametrize(
@@ -292,11 +300,12 @@ MALFORMED = [
     ("winogrande", lines(GAP | {"answer": "0"}), "the answer must be one of 1, 2, not '0'"),
     ("boolq", lines({"question": "q", "answer": "yes", "passage": "p"}), "must be true or false"),
     ("boolq", lines({"question": "q", "answer": 1, "passage": "p"}), "must be true or false, not"),
-    ("mmlu", "a,b\n", ", line 1: expected question,choice0,choice1,choice2,choice3,answer, found"),
-    ("mmlu", "", ", line 1: expected question,choice0"),
+    ("mmlu", "a,b\n", ", line 1: expected 6 columns, found 2"),
+    ("mmlu", "", ": holds no examples"),
+    ("mmlu", "q,a,b,c,d,A\n" + HEADER, ", line 2: the answer must be one of A, .*not 'answer'"),
     ("mmlu", HEADER, ": holds no examples"),
     ("mmlu", HEADER + "q,a,b,c,d,1\nq,a,b,c,1\n", ", line 3: expected 6 columns, found 5"),
-    ("mmlu", HEADER + "q,a,b,c,d,C\n", ", line 2: the answer must be one of 0, 1, 2, 3, not 'C'"),
+    ("mmlu", HEADER + "q,a,b,c,d,E\n", ", line 2: the answer must be one of A, B, .* not 'E'"),
     ("mmlu", HEADER + " ,a,b,c,d,1\n", ", line 2: the question is empty"),
     ("mmlu", HEADER + 'q,a,b,"c,d,1\n', ", line 2: not CSV: unexpected end of data"),
     ("sst2", "2 text\n", ", line 1: the label before the text must be one of 0, 1, not '2'"),
@@ -393,8 +402,9 @@ def test_encode():
     encoded = encode(examples, Characters())
     assert encoded == Encoded([[0, 97, 98, 58], [0, 99, 58]], [1, 1], [65, 66])
     assert encode(examples, Characters(), classes=4).classes == [65, 66, 67, 68]
-    # Out of distribution a label may lie beyond the classes of the head.
-    assert encode(examples, Characters(), classes=1).labels == [1, 1]
+    with pytest.raises(InputError, match=r"example 0 \(id id0\): its answer is B.*1 classes, to A"):
+        encode(examples, Characters(), classes=1)
+    assert encode(examples, Characters(), classes=1, answerable=False).labels == [1, 1]
 
 
 def test_a_letter_is_checked_at_every_kind_of_end():

@@ -183,6 +183,11 @@ def test_generation_stops():
         list(generate(model, [], 5))
     with pytest.raises(InputError, match="cut down to class tokens"):
         list(generate(tiny_model(), [1], 5))
+    assert len(list(generate(model, [1] * limit, 5))) == 1
+    with pytest.raises(InputError, match=f"has {limit + 1} tokens, .* at most {limit}$"):
+        list(generate(model, [1] * (limit + 1), 5))
+    with pytest.raises(InputError, match="max_new_tokens must not be negative"):
+        list(generate(model, [1], -1))
 
 
 # --- convergence: errors fall as 1 / sqrt S -----------------------------------------------------

@@ -8,6 +8,7 @@ an expected value that changes is a change of the specification.
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ VECTORS = Path(__file__).resolve().parent.parent / "tests" / "vectors"
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     if VECTORS.exists():
         shutil.rmtree(VECTORS)
     print(f"written: {export(VECTORS)} cases to {VECTORS}")

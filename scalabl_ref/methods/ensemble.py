@@ -104,7 +104,8 @@ class Swag:
     def draw(self, noise: Noise) -> State:
         """One setting of the weights: mean + sd * eps."""
         out = {}
-        for index, (name, mean) in enumerate(self.mean.items()):
+        for index, name in enumerate(sorted(self.mean)):  # of a file and of a model alike
+            mean = self.mean[name]
             sd = (self.square[name] - mean.square()).clamp(min=0).sqrt()
             eps = noise.normal(FIRST_SWAG_LAYER + index, 1, mean.numel()).view(mean.shape)
             out[name] = mean + sd * eps.to(mean)

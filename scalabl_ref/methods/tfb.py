@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 class TfbAdapter(FlipoutAdapter):
     """What `tfb` makes: row k of A has the standard deviation sigma_k in each entry; sigma (r,)."""
 
+    trained = False
+
     def _add_parameters(self) -> None:
         self.sigma = nn.Parameter(torch.zeros(self.config.rank, dtype=torch.float32))
 
