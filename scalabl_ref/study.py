@@ -469,23 +469,26 @@ def _base_model(study: Study, device: str) -> Llama:
 
 
 def _encoded(study: Study, names: Iterable[str]) -> dict[str, Encoded]:
-    """Sets in token ids. The validation split comes from the training file."""
+    """Sets in token ids. The validation split comes from the training file.
+
+    Raises InputError naming the file of a set that cannot be encoded, or whose labels, if it is not
+    out of distribution, are not all among the training set's classes.
+    """
     model = Path(study.model)
     tokenizer = load_tokenizer(model)
     length = read_config(model / "config.json")[0].max_position_embeddings
     train = _load(study, "train")
     classes, (rest, held) = num_classes(train), split(train, study.validation, 0)
-    known = {"train": rest, "validation": held}
-    return {
-        name: encode(
-            known[name] if name in known else _load(study, name),
-            tokenizer,
-            classes=classes,
-            max_length=length,
-            answerable=name not in study.ood,
-        )
-        for name in names
-    }
+    known, sets = {"train": rest, "validation": held}, {}
+    for name in names:
+        examples = known[name] if name in known else _load(study, name)
+        answerable = name not in study.ood
+        try:
+            sets[name] = encode(examples, tokenizer, classes, length, answerable=answerable)
+        except InputError as error:
+            file = _source(study, "train" if name in known else name)[0]
+            raise InputError(f"{file}: {error}") from None
+    return sets
 
 
 def _digest(about: Any) -> str:
@@ -516,9 +519,11 @@ def cost(config: Study) -> dict[str, float]:
     runs, steps: of training, those shared between methods once. flop: of the products with the base
     model's weights. A token takes 2 FLOP for each of them forward, and as many backward, as the
     base itself is not trained; attention, adapters and padding are not counted. bytes: of the base.
-    Raises InputError as loading does.
+    Raises InputError as loading does, at every one of the sizes.
     """
     config = dataclasses.replace(config)  # one that knows no files yet
+    for size in config.sizes:  # fewer examples may have fewer classes
+        _encoded(dataclasses.replace(config, limit=size), ("train", "validation", "test"))
     shape, _ = read_config(Path(config.model) / "config.json")
     weights = {name: p.numel() for name, p in Llama(shape, device="meta").named_parameters()}
     inner = sum(n for name, n in weights.items() if name.startswith("layers."))

@@ -406,6 +406,32 @@ def test_data_that_change_while_a_study_runs_stop_it(tmp_path, monkeypatch):
         study(quick(tmp_path), tmp_path / "out")
 
 
+def test_sets_are_held_against_the_model_before_any_training(tmp_path):
+    """Labels that no answer can be, but out of distribution; prompts too long: the file is named.
+
+    Fewer training examples, of another size, may have fewer classes.
+    """
+    wide, answer = {"prompt": "?", "choices": ["a", "b", "c", "d"], "label": 3}, "its answer is D"
+
+    def file(name, *rows):
+        questions_file(tmp_path / name, rows=8)
+        with open(tmp_path / name, "a") as lines:
+            lines.writelines(json.dumps(row) + "\n" for row in rows)
+        return str(tmp_path / name)
+
+    test = file("wide.jsonl", wide)
+    long = file("long.jsonl", {**wide, "prompt": 128 * "?", "label": 0})
+    narrow = {"test": test, "ood": {"other": {"path": test}}}
+    with pytest.raises(InputError, match=f"wide.jsonl: example 8 .*: {answer}, and there are 3"):
+        cost(quick(tmp_path, **narrow))
+    assert cost(quick(tmp_path, **narrow, train=file("train-4.jsonl", *[wide] * 8)))["runs"] == 1
+    with pytest.raises(InputError, match=f"wide.jsonl: example 8 .*: {answer}, and there are 3"):
+        cost(quick(tmp_path, **narrow, train=str(tmp_path / "train-4.jsonl"), sizes=[8]))
+    assert cost(quick(tmp_path, ood={"other": {"path": test}}))["runs"] == 1
+    with pytest.raises(InputError, match=r"long.jsonl: example 8 .*: its prompt has 1\d\d tokens"):
+        cost(quick(tmp_path, test=long))
+
+
 def test_a_set_out_of_distribution_is_known_by_its_name(tmp_path):
     """Two that change places are two others."""
     files = [{"path": str(tmp_path / name)} for name in ("test.jsonl", "train.jsonl")]
