@@ -1,7 +1,7 @@
 """The `scalabl` command: arguments in, library calls, results out. No method lives here.
 
 Exit codes: 0 done, 1 a check of `verify` or `conformance` failed, 2 bad input (one line on standard
-error), 3 another rank of the run ended or is silent, 128 + n ended by signal n.
+error), 3 another process of the run ended or is silent, 128 + n ended by signal n.
 """
 
 from __future__ import annotations
@@ -35,13 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
         result = args.command(args)
         if args.json and not args.process:
             print(json.dumps(result, indent=2), flush=True)
-    except InputError as error:
+    except (InputError, RankLost) as error:
         where = f" on rank {args.process}" if args.process else ""
         print(f"error{where}: {error}", file=sys.stderr)
-        return 2
-    except RankLost as error:
-        print(f"error on rank {args.process}: {error}", file=sys.stderr)
-        return 3
+        return 3 if isinstance(error, RankLost) else 2
     except Interrupted as error:
         print(error, file=sys.stderr)
         return 128 + error.signum

@@ -179,6 +179,13 @@ def load(
     return examples
 
 
+def files(path: Path | str, format: str) -> list[Path]:
+    """The files that hold a set: `path`, and Winogrande's NAME-labels.lst beside NAME.jsonl."""
+    path = Path(path)
+    beside = path.with_name(f"{path.stem}-labels.lst")
+    return [path, beside] if format == "winogrande" and beside.exists() else [path]
+
+
 Rows = Iterator[tuple[int, Any]]  # line number, counted from 1, and what stands there
 Parsed = tuple[str, Sequence[str], int, str]  # text, choices, label, id or ""
 
@@ -195,10 +202,9 @@ def _json_rows(path: Path) -> Rows:
 
 
 def _winogrande_rows(path: Path) -> Rows:
-    """Rows with "answer", from NAME-labels.lst beside NAME.jsonl where there is such a file."""
-    beside = path.with_name(f"{path.stem}-labels.lst")
+    """Rows with "answer", from the second of their files where there is such a file."""
     rows = list(_json_rows(path))
-    if beside.exists():
+    for beside in files(path, "winogrande")[1:]:
         labels = [label for _, label in _text_rows(beside)]
         if len(labels) != len(rows):
             raise InputError(f"{beside}: {len(labels)} labels for the {len(rows)} rows of {path}")

@@ -1,13 +1,14 @@
-"""What users see when an input is bad, and files that are written whole or not at all."""
+"""What users see when an input is bad or work ends early, and files written whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 
@@ -19,20 +20,42 @@ class InputError(ValueError):
 
 
 class Interrupted(Exception):
-    """A signal ended training between two steps, after a checkpoint; `signum` says which.
+    """A signal ended the work; `signum` says which. step: of training, which had a checkpoint then.
 
     The command line exits with code 128 + signum.
     """
 
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"interrupted by {signal.Signals(signum).name} after {step} steps")
-        self.signum = signum
+    def __init__(self, signum: int, step: int | None = None) -> None:
+        super().__init__(signum, step)  # what it is made of again in another process
+        self.signum, self.step = signum, step
+
+    def __str__(self) -> str:
+        after = "" if self.step is None else f" after {self.step} steps"
+        return f"interrupted by {signal.Signals(self.signum).name}{after}"
+
+
+@contextmanager
+def on_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """While the block runs, SIGINT and SIGTERM are `handle`'s.
+
+    Not outside the main thread: there they are somebody else's to handle.
+    """
+    try:
+        old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 class RankLost(Exception):
-    """Another process of a run on several ranks ended, or did not answer in time.
+    """Another process of the run, a rank or a study's, ended, or did not answer in time.
 
-    What happened there that process says itself; the command line exits with code 3.
+    What happened there that process says itself, if it can; the command line exits with code 3.
     """
 
 

@@ -6,7 +6,9 @@ trained with all seeds and scored on the test set. All methods train on the same
 and have equally many trials; the validation split also gives the temperature of the scaled rows.
 
 OUT/runs holds what was trained, shared by the methods that start alike (mle, ensemble, swag, tfb;
-map, laplace), and OUT/answers what each method answered: what is there is not done again.
+map, laplace), and OUT/answers what each method answered: what is there is not done again. Their
+names digest what they were made of: settings, and what is in the files of the data and the base,
+not where these lie. So what was moved is known again, and what was changed is another.
 """
 
 from __future__ import annotations
@@ -14,32 +16,58 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import fcntl
+import functools
 import hashlib
 import itertools
 import json
 import multiprocessing
+import os
 import resource
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from types import FrameType
+from typing import Any, Literal, get_type_hints
 
 import torch
 
 from . import savepoints
 from .adapters import AdapterConfig, adapters, add_adapters
-from .checkpoint import load_tensors, read_json, save_tensors
+from .checkpoint import Weights, load_tensors, read_json, save_tensors, sha256
 from .comparison import row, scores, summary, table, write_page
-from .data import Encoded, encode, evaluation_batches, load, num_classes, split
-from .errors import InputError, atomic_write_text, make_folder
+from .data import (
+    FORMATS,
+    Encoded,
+    Example,
+    encode,
+    evaluation_batches,
+    files,
+    load,
+    num_classes,
+    split,
+)
+from .errors import (
+    InputError,
+    Interrupted,
+    RankLost,
+    atomic_write_text,
+    make_folder,
+    on_signals,
+)
+from .fields import check
 from .llama import Llama, read_config
 from .methods import Laplace, Posterior, tfb
 from .methods.ensemble import Ensemble, Swag
 from .predict import predict_all
 from .progress import progress_bar
-from .tokenizer import load_tokenizer
+from .tokenizer import load_tokenizer, tokenizer_files
 from .train import TrainConfig, Trainer, adapter_state, fit, load_run, save_run
 
 
@@ -118,10 +146,13 @@ class Study:
 
     ood: sets out of distribution, by name, each {"path": file} with "format" and "limit" if wanted.
     validation: share of the training examples set apart. lr: rates that every method tries.
-    settings: of AdapterConfig and TrainConfig, for all methods. knobs: other values of a method's
-    second knob, by method. seeds: of data order, initial values and noise. sizes: other limits of
-    the training set at which all of it is done again. sweep: methods of which every trial, and not
-    the chosen one alone, is trained with all seeds and tested.
+    settings: of AdapterConfig and TrainConfig, for all methods but those that have their own in
+    `METHODS`. knobs: other values of a method's second knob, by method. seeds: of data order,
+    initial values and noise. sizes: other limits of the training set at which all of it is done
+    again. sweep: methods of which every trial, and not the chosen one alone, is trained with all
+    seeds and tested.
+
+    Raises InputError, naming the field, for what no study can have.
     """
 
     model: str
@@ -131,7 +162,7 @@ class Study:
     ood: dict[str, dict[str, Any]] = field(default_factory=dict)
     limit: int | None = None
     test_limit: int | None = None
-    dtype: str | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
     validation: float = 0.2
     methods: tuple[str, ...] = tuple(METHODS)
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -143,32 +174,92 @@ class Study:
     samples: int = 10
     bins: int = 15
 
+    def __post_init__(self) -> None:
+        lists = {"methods": self.methods, "seeds": self.seeds, "lr": self.lr}
+        lists |= {f"knobs: {method}": tuple(values) for method, values in self.knobs.items()}
+        for name, values in lists.items():
+            if not 0 < len(values) == len(set(values)):
+                raise InputError(f"{name} must have values, and none of them twice")
+        for name in self.methods:
+            if name not in METHODS:
+                raise InputError(f"unknown method {name!r}: expected {', '.join(METHODS)}")
+        for field_name, names in (("knobs", self.knobs), ("sweep", self.sweep)):
+            for name in names:
+                if name not in self.methods:
+                    raise InputError(f"{field_name}: {name!r} is not among the study's methods")
+        if not 0 < self.validation < 1:
+            raise InputError(f"validation must be in (0, 1), and is {self.validation}")
+        if min(self.seeds) < 0:
+            raise InputError(f"seeds must not be negative, and one is {min(self.seeds)}")
+        self._check_sets()
+        self._check_settings()
+
+    def _check_sets(self) -> None:
+        formats = {"format": self.format}
+        counts = {"limit": self.limit, "test_limit": self.test_limit, "samples": self.samples,
+                  "bins": self.bins, "sizes": min(self.sizes, default=None)}  # fmt: skip
+        for name, about in self.ood.items():
+            check(about, {"path": str, "format": str, "limit": int | None}, f"ood: {name}: ")
+            if "path" not in about:
+                raise InputError(f"ood: {name}: field 'path' is missing")
+            if name in ("train", "validation", "test") or not name.isidentifier():
+                raise InputError(f"ood: {name!r} cannot be the name of a set")
+            _, formats[f"ood: {name}: format"], counts[f"ood: {name}: limit"] = _source(self, name)
+        for name, format in formats.items():
+            if format not in FORMATS:
+                raise InputError(f"{name} must be one of {', '.join(FORMATS)}, not {format!r}")
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise InputError(f"{name} must be at least 1, and is {count}")
+
+    def _check_settings(self) -> None:
+        """That they are settings, each with an effect, of which every trial can be made."""
+        known = get_type_hints(AdapterConfig) | get_type_hints(TrainConfig)
+        check(self.settings, known, "settings: ")
+        methods = [METHODS[name] for name in self.methods]
+        own = set.intersection(*({"lr", "seed", m.knob[0], *m.settings} for m in methods))
+        for name in self.settings:
+            if name in own:
+                raise InputError(f"settings: {name} has no effect: every method here has its own")
+        _config(TrainConfig, self.settings)  # its steps, before a share of them is taken
+        for name in self.methods:
+            for trial in self.trials(name):
+                self.configs(name, trial, self.seeds[0])
+
     @staticmethod
     def read(path: Path) -> Study:
-        """Raises InputError for an unknown field or method, naming it."""
+        """Raises InputError, naming the file and the field, for what is no study."""
         values = read_json(path)
-        known = {f.name for f in dataclasses.fields(Study)}
-        for name in values:
-            if name not in known:
-                raise InputError(f"{path}: unknown field {name!r}: expected {', '.join(known)}")
-        for name in ("model", "train", "test"):
-            if name not in values:
-                raise InputError(f"{path}: field {name!r} is missing")
-        for name in ("methods", "seeds", "lr", "sizes", "sweep"):
-            if name in values:
-                values[name] = tuple(values[name])
-        for name, about in values.get("ood", {}).items():
-            if "path" not in about or not about.keys() <= {"path", "format", "limit"}:
-                raise InputError(f"{path}: ood: {name}: expected path, format and limit")
-            if name in ("train", "validation", "test") or not name.isidentifier():
-                raise InputError(f"{path}: ood: {name!r} cannot be the name of a set")
-        if values.get("dtype") not in (None, "float32", "bfloat16"):
-            raise InputError(f"{path}: dtype must be float32 or bfloat16, not {values['dtype']!r}")
-        study = Study(**values)
-        for name in study.methods:
-            if name not in METHODS:
-                raise InputError(f"{path}: unknown method {name!r}: expected {', '.join(METHODS)}")
-        return study
+        try:
+            check(values, get_type_hints(Study))
+            for name in ("model", "train", "test"):
+                if name not in values:
+                    raise InputError(f"field {name!r} is missing")
+            for name in ("methods", "seeds", "lr", "sizes", "sweep"):
+                if name in values:
+                    values[name] = tuple(values[name])
+            return Study(**values)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+
+    @functools.cached_property
+    def contents(self) -> dict[str, list[str]]:
+        """SHA-256 of each set's files, as they are when this is first asked for."""
+        return {name: _content(self, name) for name in ("train", "test", *self.ood)}
+
+    @functools.cached_property
+    def base(self) -> str:
+        """A digest of the base model: configuration, tokenizer, some values of every tensor.
+
+        Enough to notice another one, at little cost for a large one.
+        """
+        folder = Path(self.model)
+        about: dict[str, Any] = {"config.json": sha256(folder / "config.json")}
+        about |= {name: sha256(path) for name, path in tokenizer_files(folder).items()}
+        for name, tensor in Weights(folder, once=True).items():
+            some = tensor.flatten()[:: max(1, tensor.numel() // 16)]
+            about[name] = [list(tensor.shape), some.double().tolist()]
+        return _digest(about)
 
     def trials(self, method: str) -> list[dict[str, float]]:
         """Every pair of a rate and a value of the method's second knob."""
@@ -177,6 +268,17 @@ class Study:
             {"lr": lr, knob: value}
             for lr, value in itertools.product(self.lr, self.knobs.get(method, values))
         ]
+
+    def configs(
+        self, method: str, trial: dict[str, float], seed: int
+    ) -> tuple[AdapterConfig, TrainConfig]:
+        """How a method is trained: settings of all, then its own, then the trial's."""
+        values = {**self.settings, **METHODS[method].settings, **trial, "seed": seed}
+        share = values.pop("share_of_steps", 1.0)  # stopping early, with a schedule to match
+        if not 0 < share <= 1:
+            raise InputError(f"share_of_steps must be in (0, 1], and is {share}")
+        values["steps"] = max(1, round(share * values.get("steps", TrainConfig.steps)))
+        return _config(AdapterConfig, values), _config(TrainConfig, values)
 
 
 # --- One run ------------------------------------------------------------------------------------
@@ -195,7 +297,7 @@ class Fit:
     @property
     def folder(self) -> Path:
         configs = [dataclasses.asdict(self.adapter), dataclasses.asdict(self.train)]
-        about = [_data(self.study, "train"), configs]
+        about = [self.study.base, _data(self.study, "train"), configs]
         return self.out / "runs" / f"{self.adapter.method}-{_digest(about)}"
 
     @property
@@ -207,8 +309,7 @@ class Fit:
         started = time.perf_counter()
         _reset_peak()
         data = _encoded(self.study, ["train"])["train"]
-        dtype = getattr(torch, self.study.dtype) if self.study.dtype else None
-        model = Llama.from_pretrained(self.study.model, dtype=dtype, device=self.device)
+        model = _base_model(self.study, self.device)
         add_adapters(model.trim_head(data.classes), self.adapter, self.train.seed)
         trainer = Trainer(model, data, self.train)
         fit(trainer, self.folder, resume=savepoints.exists(self.folder))
@@ -242,8 +343,9 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        sets = [_data(self.study, name) for name in ("train", "test", *self.study.ood)]
-        about = [sets, self.study.samples, self.study.settings, self.method, self.trial]
+        sets = {name: _data(self.study, name) for name in ("train", "test", *self.study.ood)}
+        how = [self.study.samples, self.study.settings, self.method, self.trial]
+        about = [self.study.base, sets, *how]
         name = f"{self.method.replace(' ', '-')}-{_digest(about)}-{self.seed}"
         return self.out / "answers" / name
 
@@ -264,8 +366,7 @@ class Job:
         _reset_peak()
         make_folder(self.folder)
         fits, wanted = self.fits(), self.missing() or list(self.sets)
-        dtype = getattr(torch, self.study.dtype) if self.study.dtype else None
-        model, _ = load_run(fits[0].folder, device=self.device, dtype=dtype)
+        model, _ = load_run(fits[0].folder, _base_model(self.study, self.device))
         sets = _encoded(self.study, ["train", "validation", *wanted])
         posterior = self._posterior(model, fits, sets)
         ready = time.perf_counter()
@@ -312,10 +413,7 @@ class Job:
         return METHODS[self.method]
 
     def _fit(self, seed: int) -> Fit:
-        values = {**self.study.settings, **self._method.settings, **self.trial, "seed": seed}
-        share = values.pop("share_of_steps", 1.0)  # stopping early, with a schedule to match
-        values["steps"] = max(1, round(share * values.get("steps", TrainConfig.steps)))
-        configs = (_config(AdapterConfig, values), _config(TrainConfig, values))
+        configs = self.study.configs(self.method, self.trial, seed)
         return Fit(self.study, *configs, self.out, self.device)
 
 
@@ -338,7 +436,7 @@ def _config(cls: type, values: dict[str, Any]) -> Any:
 
 def _data(study: Study, name: str) -> list[Any]:
     """What decides a set and its tokens; of the training set, how much is set apart as well."""
-    about = [study.model, *_source(study, name)]
+    about = [study.contents[name], *_source(study, name)[1:]]
     return [*about, study.validation, study.dtype] if name == "train" else about
 
 
@@ -352,24 +450,45 @@ def _source(study: Study, name: str) -> tuple[str, str, int | None]:
     return about["path"], about.get("format", "jsonl"), about.get("limit")
 
 
+def _content(study: Study, name: str) -> list[str]:
+    path, format, _ = _source(study, name)
+    return [sha256(file) for file in files(path, format)]
+
+
+def _load(study: Study, name: str) -> list[Example]:
+    """A set. Raises InputError if it is no longer what the names of runs and answers say it is."""
+    examples = load(*_source(study, name))
+    if _content(study, name) != study.contents[name]:
+        raise InputError(f"{_source(study, name)[0]}: was changed while the study ran")
+    return examples
+
+
+def _base_model(study: Study, device: str) -> Llama:
+    dtype = getattr(torch, study.dtype) if study.dtype else None
+    return Llama.from_pretrained(study.model, dtype, device)
+
+
 def _encoded(study: Study, names: Iterable[str]) -> dict[str, Encoded]:
-    """Sets in token ids. The validation split comes from the training file."""
+    """Sets in token ids. The validation split comes from the training file.
+
+    Raises InputError naming the file of a set that cannot be encoded, or whose labels, if it is not
+    out of distribution, are not all among the training set's classes.
+    """
     model = Path(study.model)
     tokenizer = load_tokenizer(model)
     length = read_config(model / "config.json")[0].max_position_embeddings
-    train = load(*_source(study, "train"))
+    train = _load(study, "train")
     classes, (rest, held) = num_classes(train), split(train, study.validation, 0)
-    known = {"train": rest, "validation": held}
-    return {
-        name: encode(
-            known[name] if name in known else load(*_source(study, name)),
-            tokenizer,
-            classes=classes,
-            max_length=length,
-            answerable=name not in study.ood,
-        )
-        for name in names
-    }
+    known, sets = {"train": rest, "validation": held}, {}
+    for name in names:
+        examples = known[name] if name in known else _load(study, name)
+        answerable = name not in study.ood
+        try:
+            sets[name] = encode(examples, tokenizer, classes, length, answerable=answerable)
+        except InputError as error:
+            file = _source(study, "train" if name in known else name)[0]
+            raise InputError(f"{file}: {error}") from None
+    return sets
 
 
 def _digest(about: Any) -> str:
@@ -400,14 +519,17 @@ def cost(config: Study) -> dict[str, float]:
     runs, steps: of training, those shared between methods once. flop: of the products with the base
     model's weights. A token takes 2 FLOP for each of them forward, and as many backward, as the
     base itself is not trained; attention, adapters and padding are not counted. bytes: of the base.
-    Raises InputError as loading does.
+    Raises InputError as loading does, at every one of the sizes.
     """
+    config = dataclasses.replace(config)  # one that knows no files yet
+    for size in config.sizes:  # fewer examples may have fewer classes
+        _encoded(dataclasses.replace(config, limit=size), ("train", "validation", "test"))
     shape, _ = read_config(Path(config.model) / "config.json")
     weights = {name: p.numel() for name, p in Llama(shape, device="meta").named_parameters()}
     inner = sum(n for name, n in weights.items() if name.startswith("layers."))
     sets = _encoded(config, ("train", "validation", "test", *config.ood))
     tokens = {name: sum(map(len, data.tokens)) for name, data in sets.items()}
-    fits: dict[Path, Fit] = {}
+    fits: dict[Any, Fit] = {}
     passes = 0.0  # token passes through the base, forward or backward
     for method in config.methods:
         ready, each = _passes(method, config.samples, len(sets["train"].classes))
@@ -420,7 +542,7 @@ def cost(config: Study) -> dict[str, float]:
             seeded = itertools.product(trials, config.seeds)
             tested += [Job(config, method, t, s, ("test",), Path()) for t, s in seeded]
         for job in tuned + tested:
-            fits.update({fit.folder: fit for fit in job.fits()})
+            fits.update({(fit.adapter, fit.train): fit for fit in job.fits()})
             passes += sum(n * tokens[name] for name, n in ready.items())
             passes += each * sum(tokens[name] for name in job.sets)
     steps = [fit.train.steps for fit in fits.values()]
@@ -450,18 +572,45 @@ def study(config: Study, out: Path, jobs: int = 1, device: str = "cpu") -> dict[
 
     jobs: runs side by side, each in a process of its own with one thread.
     Writes OUT/results.json, OUT/results.md and OUT/results.html. Raises InputError as loading and
-    training do.
+    training do, at once, whatever is run beside, or if another process runs a study there;
+    Interrupted on SIGINT or SIGTERM; RankLost if one of the processes ends by itself. Called again,
+    it goes on from there.
     """
+    if jobs < 1:
+        raise InputError(f"jobs must be at least 1, and are {jobs}")
     make_folder(out)
-    results, models = _of_size(config, out, jobs, device)
-    results["sizes"] = {
-        size: _of_size(dataclasses.replace(config, limit=size, sweep=()), out, jobs, device)[0]
-        for size in config.sizes
-    }
-    atomic_write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
-    atomic_write_text(out / "results.md", table(results))
-    write_page(out / "results.html", results, models)
+    config = dataclasses.replace(config)  # one that knows no files yet
+    with on_signals(_interrupt), _alone(out):
+        results, models = _of_size(config, out, jobs, device)
+        results["sizes"] = {
+            size: _of_size(dataclasses.replace(config, limit=size, sweep=()), out, jobs, device)[0]
+            for size in config.sizes
+        }
+        atomic_write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
+        atomic_write_text(out / "results.md", table(results))
+        write_page(out / "results.html", results, models)
     return results
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """No other process runs a study in this folder meanwhile; one that dies gives it free.
+
+    Raises InputError if one does, or if nothing can be written there.
+    """
+    path = out / ".lock"
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    with open(descriptor, "w"):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{out}: a study is being run there by another process") from None
+        except OSError:
+            pass  # the file system knows no locks
+        yield
 
 
 def _of_size(
@@ -533,18 +682,56 @@ def _run_all(wanted: list[Job], jobs: int, title: str) -> None:
 
 @contextlib.contextmanager
 def _workers(jobs: int) -> Iterator[Callable[[Sequence[Fit | Job]], Iterator[None]]]:
-    """What runs the things it is given, in any order, and yields as each is finished."""
+    """What runs the things it is given, in any order, and yields as each is finished.
+
+    The processes end with the block, however it ends, and with this process: they hold one end of a
+    pipe whose other end is here alone. Raises RankLost if one of them ends by itself.
+    """
     if jobs == 1:
         yield lambda todo: (each.run() for each in todo)
         return
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(
-        jobs, context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    theirs, ours = context.Pipe(duplex=False)
 
-        def run(todo: Sequence[Fit | Job]) -> Iterator[None]:
-            futures = [pool.submit(each.run) for each in todo]
-            for done in concurrent.futures.as_completed(futures):
-                yield done.result()
+    def run(todo: Sequence[Fit | Job]) -> Iterator[None]:
+        rest = iter(todo)  # none is given out before there is a process for it
+        pending = {pool.submit(each.run) for each in itertools.islice(rest, jobs)}
+        while pending:
+            done, pending = concurrent.futures.wait(pending, return_when="FIRST_COMPLETED")
+            for future in done:
+                yield future.result()
+            pending |= {pool.submit(each.run) for each in itertools.islice(rest, len(done))}
 
-        yield run
+    with concurrent.futures.ProcessPoolExecutor(jobs, context, _begin, (theirs,)) as pool:
+        try:
+            yield run
+        except BaseException as error:
+            ours.close()  # what they are at can wait
+            if isinstance(error, BrokenProcessPool):
+                raise RankLost(
+                    "a process of the study died, perhaps killed for want of memory (fewer --jobs "
+                    "take less); what is done is kept"
+                ) from None
+            raise
+
+
+def _begin(end: Connection) -> None:
+    """Start of a worker: one thread, and another that ends it with the other end of the pipe."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the parent has it as well
+    threading.Thread(target=_end_with, args=(end,), daemon=True).start()
+
+
+def _end_with(end: Connection) -> None:
+    """SIGTERM to this process once nobody holds the other end, until it has ended.
+
+    Training finishes its step and writes a checkpoint before it heeds one.
+    """
+    end.poll(None)
+    while True:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise Interrupted(signum)

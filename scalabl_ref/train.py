@@ -11,14 +11,12 @@ import hashlib
 import json
 import math
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any, Literal
 
 import torch
@@ -31,7 +29,14 @@ from .adapters import Adapter, AdapterConfig, Device, adapters, add_adapters
 from .checkpoint import load_tensors, read_json, save_tensors
 from .data import Encoded, TrainingOrder, collate
 from .elbo import KL, KLS, class_logits, kl_divergence
-from .errors import InputError, Interrupted, atomic_write, atomic_write_text, make_folder
+from .errors import (
+    InputError,
+    Interrupted,
+    atomic_write,
+    atomic_write_text,
+    make_folder,
+    on_signals,
+)
 from .llama import Llama
 from .methods.ensemble import Swag
 from .noise import FIRST_TRAINING_DRAW, Noise
@@ -461,7 +466,8 @@ def fit(
     distributed.barrier()  # every rank has seen the run as it was
     if distributed.rank() == 0:
         saver.forget_after(trainer.done)
-    with _deferred_signals() as caught, _open_log(run, trainer.done) as log:
+    caught: list[int] = []  # the step in hand is finished first
+    with on_signals(lambda number, _: caught.append(number)), _open_log(run, trainer.done) as log:
         while trainer.done < config.steps:
             started = time.perf_counter()
             record = trainer.step()
@@ -533,23 +539,3 @@ def _keep_lines(path: Path, count: int) -> None:
             lines = list(islice(file, count))
     with atomic_write(path) as kept:
         kept.writelines(line.removesuffix(b"\n") + b"\n" for line in lines)
-
-
-@contextmanager
-def _deferred_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted in the list yielded instead of ending the step in hand."""
-    caught: list[int] = []
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        caught.append(signum)
-
-    try:
-        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are somebody else's to handle
-        yield caught
-        return
-    try:
-        yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -6,15 +6,26 @@ import dataclasses
 import html
 import json
 import math
+import multiprocessing
+import os
+import pickle
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from scalabl_ref import InputError, Llama, cli, comparison, metrics, protocol
 from scalabl_ref import study as study_module
-from scalabl_ref.checkpoint import load_tensors
+from scalabl_ref.checkpoint import load_tensors, save_tensors, sha256
 from scalabl_ref.comparison import table
+from scalabl_ref.errors import Interrupted
 from scalabl_ref.methods import Swag
 from scalabl_ref.plan import product_rate
 from scalabl_ref.study import METHODS, Fit, Job, Study, cost, study
@@ -23,6 +34,7 @@ from scalabl_ref.train import Trainer
 from .models import questions_file, tiny_folder
 from .tolerances import rounding
 
+SLOW = pytest.mark.slow
 ROUNDING = rounding(torch.float64, 16)  # of means and deviations over two seeds
 FEW = {"steps": 3, "batch": 4, "rank": 2, "targets": ["q_proj", "lm_head"]}
 
@@ -334,6 +346,154 @@ def test_what_is_there_is_not_done_again(tmp_path, monkeypatch):
     assert calls == [] and again == first
 
 
+def quick(tmp_path, **changes):
+    """A study of one run, and of its answers."""
+    small = {"methods": ["mle"], "lr": [0.01], "knobs": {"mle": [1.0]}, "seeds": [0]}
+    return Study.read(config(tmp_path, **{**small, **changes}))
+
+
+def relabel(path):
+    """Another answer to each question, in a file of the same size."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["label"] = (row["label"] + 1) % 3
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_what_has_changed_is_done_again(tmp_path):
+    """Same names, other labels: of the test set alone, then of the training set."""
+    out, wanted = tmp_path / "out", quick(tmp_path)
+
+    def numbers():
+        found = study(wanted, out)["methods"]["mle"]
+        return found["seeds"], [len(list((out / kind).iterdir())) for kind in ("runs", "answers")]
+
+    first, counts = numbers()
+    assert counts == [1, 1]
+    relabel(tmp_path / "test.jsonl")
+    second, counts = numbers()
+    assert counts == [1, 2] and second != first
+    relabel(tmp_path / "train.jsonl")
+    third, counts = numbers()
+    assert counts == [2, 3] and third != second
+
+
+def test_what_has_moved_is_not_done_again(tmp_path, monkeypatch):
+    """And what is still to be answered is answered by the base where it now lies."""
+    out = tmp_path / "out"
+    first = study(quick(tmp_path), out)["methods"]
+    moved = {name: str(tmp_path / f"moved-{name}") for name in ("model", "train", "test")}
+    there = quick(tmp_path, **moved, ood={"other": {"path": moved["test"], "limit": 5}})
+    for name, path in moved.items():
+        (tmp_path / (name if name == "model" else f"{name}.jsonl")).rename(path)
+    monkeypatch.setattr(Fit, "run", lambda self: pytest.fail(f"{self.folder} is trained again"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "run", lambda self: pytest.fail(f"{self.folder} answers again"))
+        assert study(there, out)["methods"] == first
+    shutil.rmtree(out / "answers")
+    assert study(there, out)["methods"]["mle"]["seeds"] == first["mle"]["seeds"]
+
+
+def test_data_that_change_while_a_study_runs_stop_it(tmp_path, monkeypatch):
+    real = Fit.run
+
+    def edits(fit):
+        real(fit)
+        relabel(tmp_path / "train.jsonl")
+
+    monkeypatch.setattr(Fit, "run", edits)
+    with pytest.raises(InputError, match="train.jsonl: was changed while the study ran"):
+        study(quick(tmp_path), tmp_path / "out")
+
+
+def test_sets_are_held_against_the_model_before_any_training(tmp_path):
+    """Labels that no answer can be, but out of distribution; prompts too long: the file is named.
+
+    Fewer training examples, of another size, may have fewer classes.
+    """
+    wide, answer = {"prompt": "?", "choices": ["a", "b", "c", "d"], "label": 3}, "its answer is D"
+
+    def file(name, *rows):
+        questions_file(tmp_path / name, rows=8)
+        with open(tmp_path / name, "a") as lines:
+            lines.writelines(json.dumps(row) + "\n" for row in rows)
+        return str(tmp_path / name)
+
+    test = file("wide.jsonl", wide)
+    long = file("long.jsonl", {**wide, "prompt": 128 * "?", "label": 0})
+    narrow = {"test": test, "ood": {"other": {"path": test}}}
+    with pytest.raises(InputError, match=f"wide.jsonl: example 8 .*: {answer}, and there are 3"):
+        cost(quick(tmp_path, **narrow))
+    assert cost(quick(tmp_path, **narrow, train=file("train-4.jsonl", *[wide] * 8)))["runs"] == 1
+    with pytest.raises(InputError, match=f"wide.jsonl: example 8 .*: {answer}, and there are 3"):
+        cost(quick(tmp_path, **narrow, train=str(tmp_path / "train-4.jsonl"), sizes=[8]))
+    assert cost(quick(tmp_path, ood={"other": {"path": test}}))["runs"] == 1
+    with pytest.raises(InputError, match=r"long.jsonl: example 8 .*: its prompt has 1\d\d tokens"):
+        cost(quick(tmp_path, test=long))
+
+
+def test_a_set_out_of_distribution_is_known_by_its_name(tmp_path):
+    """Two that change places are two others."""
+    files = [{"path": str(tmp_path / name)} for name in ("test.jsonl", "train.jsonl")]
+    first, second = (
+        quick(tmp_path, ood=dict(zip(names, files, strict=True))) for names in ("ab", "ba")
+    )
+    jobs = [Job(each, "mle", {"lr": 0.01}, 0, ("test",), tmp_path) for each in (first, second)]
+    assert jobs[0].folder != jobs[1].folder
+
+
+def test_winograndes_labels_are_contents(tmp_path):
+    train, labels = tmp_path / "train.jsonl", tmp_path / "train-labels.lst"
+    plain = quick(tmp_path)
+    labels.write_text("1\n")
+    assert dataclasses.replace(plain).contents == plain.contents
+    found = []
+    for text in ("1\n", "2\n"):
+        labels.write_text(text)
+        found.append(dataclasses.replace(plain, format="winogrande").contents["train"])
+    assert found[0][0] == found[1][0] == sha256(train) and found[0][1] != found[1][1]
+
+
+def test_a_base_is_known_by_what_is_in_its_folder(tmp_path):
+    """Every tensor, the configuration, the tokenizer: a change of any makes another."""
+    base, folder = quick(tmp_path).base, tmp_path / "model"
+    assert dataclasses.replace(quick(tmp_path), model=str(folder)).base == base
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    tensors, _ = load_tensors(folder / "model.safetensors")
+
+    def changed():
+        found = Study.read(tmp_path / "study.json").base != base
+        for name, data in kept.items():
+            (folder / name).write_bytes(data)
+        return found
+
+    assert not changed()
+    for name in tensors:
+        other = {**tensors, name: 1.5 * tensors[name]}
+        save_tensors(folder / "model.safetensors", other.items())
+        assert changed(), name
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_bytes(kept[name] + b"\n")
+        assert changed(), name
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert changed()
+
+
+def test_two_studies_in_one_folder_do_not_meet(tmp_path, capsys):
+    path, out = config(tmp_path, methods=["mle"], lr=[0.01], seeds=[0]), tmp_path / "out"
+    out.mkdir()
+    command = ["study", str(path), "--out", str(out)]
+    with study_module._alone(out):
+        assert cli.main(command) == 2
+    said = capsys.readouterr().err
+    assert said == f"error: {out}: a study is being run there by another process\n"
+    assert [file.name for file in out.iterdir()] == [".lock"]
+    assert cli.main(command) == 0
+    (out / ".lock").unlink()
+    (out / ".lock").mkdir()
+    assert cli.main(command) == 2 and ".lock: cannot be written" in capsys.readouterr().err
+
+
 def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
     path = config(tmp_path, methods=["scalabl"], lr=[0.01])
     whole = study(Study.read(path), tmp_path / "whole")
@@ -354,13 +514,106 @@ def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
         assert row["seeds"] == whole["methods"][name]["seeds"]
 
 
-@pytest.mark.slow
+@SLOW
 def test_processes_give_the_same_numbers(tmp_path):
     path = config(tmp_path, methods=["mle"], lr=[0.01])
     one, two = (study(Study.read(path), tmp_path / f"jobs{n}", n) for n in (1, 2))
     for name, row in one["methods"].items():
         for a, b in zip(row["seeds"], two["methods"][name]["seeds"], strict=True):
             assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_a_bad_run_stops_those_beside_it(tmp_path):
+    """One of two processes trains, the other fails at its first step; six more runs wait."""
+    knobs = {"mle": [1.0], "map": [1e-200, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]}
+    settings = {**FEW, "steps": 2000}
+    path = config(
+        tmp_path, methods=["mle", "map"], lr=[0.01], knobs=knobs, settings=settings, seeds=[0]
+    )
+    with pytest.raises(InputError, match="the loss is inf at step 0"):
+        study(Study.read(path), tmp_path / "out", 2)
+    assert len(list((tmp_path / "out/runs").iterdir())) <= 2
+    assert not list((tmp_path / "out").glob("runs/*/run.json"))
+    assert multiprocessing.active_children() == []
+
+
+def both_train(out, patience=60):
+    """Wait until two runs have done a step, but not for ever."""
+    for _ in range(50 * patience):
+        if sum(log.stat().st_size > 0 for log in out.glob("runs/*/train.jsonl")) == 2:
+            return
+        time.sleep(0.02)
+
+
+LONG = {**FEW, "steps": 4000, "checkpoint_every": 4000}  # some ten seconds
+
+
+@pytest.mark.parametrize(
+    ("who", "number", "code", "words"),
+    [
+        ("study", signal.SIGTERM, 143, "interrupted by SIGTERM\n"),
+        ("worker", signal.SIGKILL, 3, "error: a process of the study died, perhaps killed"),
+        pytest.param("study", signal.SIGINT, 130, "interrupted by SIGINT\n", marks=SLOW),
+        pytest.param("worker", signal.SIGTERM, 143, "interrupted by SIGTERM after", marks=SLOW),
+    ],
+)
+def test_a_study_that_is_stopped_stops_its_processes(tmp_path, capsys, who, number, code, words):
+    """One line, the exit code, and a checkpoint of each run that was not killed."""
+    path, out = config(tmp_path, settings=LONG), tmp_path / "out"
+
+    def stop():
+        both_train(out)
+        workers = [process.pid for process in multiprocessing.active_children()]
+        os.kill(os.getpid() if who == "study" else workers[0], number)
+
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    assert cli.main(["study", str(path), "--out", str(out), "--jobs", "2"]) == code
+    stopping.join()
+    assert multiprocessing.active_children() == []
+    said = capsys.readouterr().err
+    assert said.startswith(words) and said.count("\n") == 1
+    assert len(list(out.glob("runs/*/checkpoint/*"))) == (1 if number == signal.SIGKILL else 2)
+    assert not list(out.glob("runs/*/run.json"))
+
+
+def ended(process):
+    """Whether a process does nothing any more: one that nobody waits for stays as a zombie."""
+    try:
+        return ") Z " in Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return True
+
+
+@SLOW
+def test_a_study_that_is_killed_leaves_no_process(tmp_path):
+    path, out = config(tmp_path, settings=LONG), tmp_path / "out"
+    command = [sys.executable, "-m", "scalabl_ref.cli", "study", path, "--out", out, "--jobs", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    both_train(out)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL and len(children) > 2
+    left = children
+    for _ in range(3000):  # a minute
+        left = [child for child in left if not ended(child)]
+        if not left:
+            break
+        time.sleep(0.02)
+    for child in left:
+        os.kill(int(child), signal.SIGKILL)
+    assert left == []
+    with study_module._alone(out):
+        pass  # the folder is free
+    assert len(list(out.glob("runs/*/checkpoint/*"))) == 2
+    assert not list(out.glob("runs/*/run.json"))
+
+
+def test_an_interruption_travels_between_processes():
+    for error in (Interrupted(signal.SIGINT, 5), Interrupted(signal.SIGTERM)):
+        again = pickle.loads(pickle.dumps(error))
+        assert str(again) == str(error) and again.signum == error.signum
+    assert str(Interrupted(signal.SIGINT, 5)) == "interrupted by SIGINT after 5 steps"
 
 
 def test_bold_is_only_what_the_bootstrap_tells_apart():
@@ -383,15 +636,79 @@ def test_command_and_bad_files(tmp_path, capsys):
     assert cli.main(["study", str(path), "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert "| mle | lr 0.01, share_of_steps" in out and "results.md" in out
-    for changes, message in (
+    assert cli.main(["study", str(path), "--out", str(tmp_path / "out"), "--jobs", "0"]) == 2
+    assert capsys.readouterr().err == "error: jobs must be at least 1, and are 0\n"
+    path.write_text('{"model": "m"}')
+    assert cli.main(["study", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"error: {path}: field 'train' is missing\n"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
         ({"metods": []}, "unknown field 'metods'"),
         ({"methods": ["magic"]}, "unknown method 'magic'"),
+        ({"methods": []}, "methods must have values"),
+        ({"methods": "mle"}, "methods must be a list (each a text), not 'mle'"),
+        ({"model": 3}, "model must be a text, not 3"),
         ({"dtype": "int8"}, "dtype must be float32 or bfloat16"),
-        ({"ood": {"x": {"file": "y"}}}, "ood: x: expected path, format and limit"),
+        ({"format": "xml"}, "format must be one of jsonl, arc"),
+        ({"seeds": 3}, "seeds must be a list (each a whole number), not 3"),
+        ({"seeds": []}, "seeds must have values"),
+        ({"seeds": [1, 1]}, "seeds must have values, and none of them twice"),
+        ({"seeds": [-1]}, "seeds must not be negative"),
+        ({"seeds": [True]}, "seeds must be a list (each a whole number), not [True]"),
+        ({"lr": 0.001}, "lr must be a list (each a finite number), not 0.001"),
+        ({"lr": []}, "lr must have values"),
+        ({"lr": [-1]}, "lr must be finite and not negative"),
+        ({"lr": [10**400]}, "lr must be a list (each a finite number)"),
+        ({"limit": "5"}, "limit must be a whole number or null, not '5'"),
+        ({"limit": 0}, "limit must be at least 1"),
+        ({"test_limit": -1}, "test_limit must be at least 1"),
+        ({"sizes": [8, 0]}, "sizes must be at least 1"),
+        ({"samples": 0}, "samples must be at least 1"),
+        ({"bins": 0}, "bins must be at least 1"),
+        ({"validation": 0}, "validation must be in (0, 1)"),
+        ({"validation": math.nan}, "validation must be a finite number"),
+        ({"ood": ["x"]}, "ood must be an object"),
+        ({"ood": {"x": "y"}}, "ood must be an object"),
+        ({"ood": {"x": {"file": "y"}}}, "ood: x: unknown field 'file': expected path, format"),
+        ({"ood": {"x": {"limit": 3}}}, "ood: x: field 'path' is missing"),
+        ({"ood": {"x": {"path": 3}}}, "ood: x: path must be a text"),
+        ({"ood": {"x": {"path": "y", "limit": 0}}}, "ood: x: limit must be at least 1"),
+        ({"ood": {"x": {"path": "y", "format": "z"}}}, "ood: x: format must be one of"),
         ({"ood": {"../x": {"path": "y"}}}, "cannot be the name of a set"),
-    ):
-        with pytest.raises(InputError, match=message):
-            Study.read(config(tmp_path, **changes))
-    path.write_text('{"model": "m"}')
-    with pytest.raises(InputError, match="field 'train' is missing"):
+        ({"sweep": ["blob"]}, "sweep: 'blob' is not among the study's methods"),
+        ({"knobs": {"scalable": [1]}}, "knobs: 'scalable' is not among the study's methods"),
+        ({"knobs": {"scalabl": 1.0}}, "knobs must be an object (each a list (each a finite num"),
+        ({"knobs": {"scalabl": []}}, "knobs: scalabl must have values"),
+        ({"knobs": {"scalabl": [-1]}}, "beta must be finite and not negative"),
+        ({"knobs": {"mle": [1.5]}}, "share_of_steps must be in (0, 1], and is 1.5"),
+        ({"settings": {"step": 4}}, "settings: unknown field 'step': expected"),
+        ({"settings": {"steps": "4"}}, "settings: steps must be a whole number, not '4'"),
+        ({"settings": {"steps": 10**20}}, "settings: steps must be a whole number"),
+        ({"settings": {"steps": 0}}, "steps must be at least 1"),
+        ({"settings": {"rank": 0}}, "rank must be at least 1"),
+        ({"settings": {"targets": "lm_head"}}, "settings: targets must be a list (each a text)"),
+        ({"settings": {"recompute": 1}}, "settings: recompute must be true or false"),
+        ({"settings": {"micro_batch": 1.5}}, "micro_batch must be a whole number or null"),
+        ({"settings": {"kl": "backward"}}, "settings: kl must be forward or official"),
+        ({"settings": {"lr": 0.1}}, "settings: lr has no effect: every method here has its own"),
+        ({"settings": {"seed": 1}}, "settings: seed has no effect"),
+        ({"settings": {"method": "map"}}, "settings: method has no effect"),
+        ({"methods": ["scalabl"], "settings": {"beta": 2.0}}, "settings: beta has no effect"),
+    ],
+)  # fmt: skip
+def test_what_no_study_can_have_is_named_before_any_of_it(tmp_path, changes, message):
+    path = config(tmp_path, **changes)
+    with pytest.raises(InputError, match=re.escape(f"{path}: ") + ".*" + re.escape(message)):
         Study.read(path)
+
+
+def test_a_setting_that_some_methods_heed_is_theirs(tmp_path):
+    """beta is a knob of scalabl alone; a number may be whole, and null is a default."""
+    settings = {"beta": 2, "alpha": None, "sampling": "token"}
+    study = Study.read(config(tmp_path, methods=["scalabl", "map", "dropout"], settings=settings))
+    trials = {name: study.trials(name)[0] for name in study.methods}
+    beta = {name: study.configs(name, trial, 0)[1].beta for name, trial in trials.items()}
+    assert beta == {"scalabl": 1.0, "map": 2, "dropout": 2}
