@@ -121,9 +121,9 @@ def _add_dtype(
     parser: argparse.ArgumentParser,
     of: str = "of the base model; adapters are float32 always",
 ) -> None:
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help=f"{of} (default: as stored)"
-    )
+    from .train import DTYPES
+
+    parser.add_argument("--dtype", choices=DTYPES, help=f"{of} (default: as stored)")
 
 
 def _dtype(args: argparse.Namespace) -> Any:
@@ -289,15 +289,15 @@ def _train(args: argparse.Namespace) -> Result:
     from .checkpoint import sha256
     from .data import encode, load, num_classes, split
     from .distributed import shard
-    from .interop import read_run, run_config, start_from
+    from .interop import read_run, start_from
     from .llama import Llama
     from .progress import progress_bar
     from .tokenizer import load_tokenizer
-    from .train import TrainConfig, Trainer, fit, save_run
+    from .train import TrainConfig, Trainer, fit, run_facts, save_run
 
     given = _given(AdapterConfig, args)
     if args.init:
-        before = run_config(args.init)
+        before = AdapterConfig(**run_facts(args.init)["adapter"])
         given = {name: getattr(before, name) for name in ("rank", "alpha", "targets")} | given
     adapter, config = AdapterConfig(**given), TrainConfig(**_given(TrainConfig, args))
     if not 0 <= args.holdout < 1:
@@ -418,7 +418,7 @@ def _posterior(args: argparse.Namespace) -> Result:
         template = info["prompt_template"]
         if args.data:
             examples = load(args.data, args.format, args.limit, template)
-        elif "data" not in info:
+        elif info["data"] is None:
             raise InputError(f"{args.run}: was not trained here: give --data")
         else:
             examples = load(Path(info["data"]), info["format"], info["limit"], template)
@@ -540,23 +540,19 @@ def _open_run(
     args: argparse.Namespace,
 ) -> tuple[Llama, Tokenizer, dict[str, Any], Posterior | None]:
     """(model, tokenizer, facts, posterior) of --run; its base is --model's if that is given."""
+    import torch
+
     from . import distributed
-    from .checkpoint import read_json
     from .llama import Llama
     from .methods import load_posterior
     from .tokenizer import load_tokenizer
-    from .train import load_run
+    from .train import load_run, run_facts
 
-    info = read_json(args.run / "run.json")
-    folder = args.model or info.get("model")
-    if folder is None:
-        raise InputError(f"{args.run / 'run.json'}: key 'model' is missing")
-    import torch
-
-    dtype = getattr(torch, info["dtype"]) if info.get("dtype") else None
-    base = Llama.from_pretrained(folder, dtype, _load_on(args), info.get("quantize"))
-    model, info = load_run(args.run, base)
-    info.setdefault("prompt_template")  # runs of before there were any
+    info = run_facts(args.run)
+    folder = args.model or info["model"]
+    dtype = getattr(torch, info["dtype"]) if info["dtype"] else None
+    base = Llama.from_pretrained(folder, dtype, _load_on(args), info["quantize"])
+    model, _ = load_run(args.run, base)
     posterior = load_posterior(args.run, info)
     if _shards(args):
         if posterior is not None:

@@ -230,7 +230,7 @@ def evaluate(
     atomic_write_text(run / "predictions.jsonl", "".join(_rows(answers)))
     about = {
         "model": Path(info["model"]).name,
-        "data": Path(info.get("data", "")).name,
+        "data": Path(info["data"] or "").name,
         **{key: result[key] for key in ("method", "kl", "samples", "bins", "seed", "n")},
     }
     write_report(

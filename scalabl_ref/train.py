@@ -13,7 +13,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -29,15 +29,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from . import distributed, savepoints
 from .adapters import Adapter, AdapterConfig, Device, adapters, add_adapters
 from .checkpoint import load_tensors, read_json, save_tensors
-from .data import Encoded, TrainingOrder, collate
+from .data import FORMATS, Encoded, TrainingOrder, collate
 from .elbo import KL, KLS, class_logits, kl_divergence
 from .errors import InputError, Interrupted, atomic_write, atomic_write_text, make_folder
 from .llama import Llama
 from .methods.ensemble import Swag
 from .noise import FIRST_TRAINING_DRAW, Noise
+from .quantize import KINDS
 
 Objective = Literal["elbo", "official"]
 OBJECTIVES: tuple[Objective, ...] = ("elbo", "official")
+DTYPES = ("float32", "bfloat16")  # that a run's base can be asked for in
 
 
 @dataclass(frozen=True)
@@ -382,7 +384,8 @@ def save_run(run: Path | str, model: Llama, info: dict[str, Any]) -> None:
     """Write RUN/adapter.safetensors and RUN/run.json; `load_run` reads them back.
 
     On several ranks all call it, and rank 0 writes.
-    info: facts to keep, "model" (the base's folder) among them; must be JSON.
+    info: facts to keep, "model" (the base's folder) among them; must be JSON. `run_facts` says
+    which others are read, and what is taken without them.
     """
     run = Path(run)
     config = next(iter(adapters(model).values())).config
@@ -399,33 +402,82 @@ def save_run(run: Path | str, model: Llama, info: dict[str, Any]) -> None:
     atomic_write_text(run / "run.json", json.dumps(record, indent=2) + "\n")
 
 
+# Facts of a run.json with the kinds or values that each can have; one whose first is a value can be
+# left out, and is that then.
+_FACTS: dict[str, tuple[Any, ...]] = {
+    "model": (str,),
+    "adapter": (dict,),
+    "head_tokens": (list, None),
+    "fingerprint": (str,),
+    "quantize": (None, *KINDS),
+    "dtype": (None, *DTYPES),
+    "posterior": (None, str),
+    "format": FORMATS,
+    "prompt_template": (None, str),
+    "data": (None, str),
+    "data_sha256": (None, str),
+    "limit": (None, int),
+    "holdout": (0.0, float),
+    "train": ({}, dict),
+}
+_ADAPTER_FACTS = {"method": (str,), "rank": (int,), "alpha": (None, int, float)}
+_TRAIN_FACTS = {"kl": (None, *KLS), "objective": (None, *OBJECTIVES), "seed": (None, int)}
+
+
+def run_facts(run: Path | str) -> dict[str, Any]:
+    """What RUN/run.json says, completed: format is "jsonl", holdout 0, other facts None.
+
+    Facts that only people read are there if `save_run` was told them. Raises InputError naming the
+    file and the key that is missing or cannot be what it is.
+    """
+    path = Path(run) / "run.json"
+    info = _completed(path, read_json(path), _FACTS)
+    _completed(path, info["adapter"], _ADAPTER_FACTS, "adapter.")
+    info["train"] = _completed(path, info["train"], _TRAIN_FACTS, "train.")
+    if not all(type(token) is int for token in info["head_tokens"] or ()):
+        raise InputError(f"{path}: head_tokens must be token ids")
+    try:
+        AdapterConfig(**info["adapter"])
+    except (TypeError, InputError) as error:
+        raise InputError(f"{path}: adapter: {error}") from None
+    return info
+
+
+def _completed(
+    path: Path, values: dict[str, Any], kinds: Mapping[str, tuple[Any, ...]], prefix: str = ""
+) -> dict[str, Any]:
+    """`values` and what they leave out, of a table such as `_FACTS`; prefix: of keys in errors."""
+    values = dict(values)
+    for key, possible in kinds.items():
+        if key not in values and isinstance(possible[0], type):
+            raise InputError(f"{path}: key {prefix + key!r} is missing")
+        value = values.setdefault(key, possible[0])
+        if not any(type(value) is p if isinstance(p, type) else value == p for p in possible):
+            expected = " or ".join(str(getattr(p, "__name__", p)) for p in possible)
+            raise InputError(f"{path}: {prefix}{key} is {value!r}, expected {expected}")
+    return values
+
+
 def load_run(
     run: Path | str,
     model: Llama | None = None,
     device: Device = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Llama, dict[str, Any]]:
-    """The trained model and the facts that `save_run` kept.
+    """The trained model and the facts that `save_run` kept, as of `run_facts`.
 
     model: the base, already loaded and untrimmed; None loads it from where run.json says.
     Raises InputError if a file is missing or broken, or if the base is not the one trained on.
     """
     run = Path(run)
-    info = read_json(run / "run.json")
-    missing = [key for key in ("adapter", "model", "head_tokens", "fingerprint") if key not in info]
-    if missing:
-        raise InputError(f"{run / 'run.json'}: key {missing[0]!r} is missing")
+    info = run_facts(run)
     if model is None:
-        model = Llama.from_pretrained(info["model"], dtype, device, info.get("quantize"))
+        model = Llama.from_pretrained(info["model"], dtype, device, info["quantize"])
     if fingerprint(model) != info["fingerprint"]:
         raise InputError(f"{run}: was trained on another base model than {info['model']}")
     if info["head_tokens"] is not None:
         model.trim_head(info["head_tokens"])
-    try:
-        config = AdapterConfig(**info["adapter"])
-    except TypeError as error:
-        raise InputError(f"{run / 'run.json'}: adapter: {error}") from None
-    add_adapters(model, config)
+    add_adapters(model, AdapterConfig(**info["adapter"]))
     tensors, _ = load_tensors(run / "adapter.safetensors")
     load_adapter_state(model, tensors, run / "adapter.safetensors")
     return model.eval(), info

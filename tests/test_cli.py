@@ -13,8 +13,10 @@ import time
 import pytest
 import torch
 
-from scalabl_ref import cli
+from scalabl_ref import AdapterConfig, Llama, add_adapters, cli, save_run
 from scalabl_ref.checkpoint import save_tensors
+from scalabl_ref.data import encode, load
+from scalabl_ref.tokenizer import load_tokenizer
 
 from .models import questions_file, tiny_folder
 from .tolerances import rounding
@@ -160,6 +162,38 @@ def test_a_posterior_keeps_its_runs_prompt_template(work, capsys):
     assert theirs.pop("prompt_template") is None and ours == theirs
     ensemble = "posterior ensemble --run run whole --out both"
     assert "differs from run in prompt_template: no ensemble" in refused(ensemble, capsys)
+
+
+def test_a_run_that_a_program_saved_is_one(work, capsys):
+    """With no fact but the base's folder, which is all that `save_run` asks for."""
+    data = encode(load("train.jsonl", "jsonl"), load_tokenizer("model"))
+    for out, method in (("ours", "scalabl"), ("plain", "mle")):
+        model = Llama.from_pretrained("model").trim_head(data.classes)
+        add_adapters(model, AdapterConfig(method, rank=2))
+        save_run(out, model, {"model": "model"})
+    metrics = ok("evaluate --run ours --data test.jsonl --samples 2", capsys)
+    assert (metrics["kl"], metrics["objective"], metrics["prompt_template"]) == (None,) * 3
+    answer = ok("predict --run ours --prompt hello --choices one two three", capsys)
+    assert answer["entropy"] > 0
+    assert ok("export --run ours --to peft --out adapter", capsys)["folders"] == ["adapter"]
+    assert ok(TRAIN.replace("--out run", "--init ours --out next"), capsys)["steps"] == 6
+    temperature = "evaluate --run ours --data test.jsonl --temperature"
+    assert "was trained without --holdout" in refused(temperature, capsys)
+    laplace = "posterior laplace --run plain --out laplace"
+    assert "was not trained here: give --data" in refused(laplace, capsys)
+    ok(f"{laplace} --data train.jsonl", capsys)
+    assert ok("evaluate --run laplace --data test.jsonl", capsys)["method"] == "laplace"
+
+
+def test_a_runs_facts_are_checked_before_its_base_is_read(work, capsys):
+    ok(TRAIN, capsys)
+    record = json.loads((work / "run" / "run.json").read_text())
+    for key, value in (("dtype", "float99"), ("model", 5), ("head_tokens", "abc")):
+        (work / "run" / "run.json").write_text(json.dumps({**record, key: value}))
+        for command in ("evaluate --data test.jsonl", "predict --prompt a --choices b", TRAIN):
+            out = "--init" if command == TRAIN else "--run"
+            said = refused(command.replace("--out run", "--out x") + f" {out} run", capsys)
+            assert f"run/run.json: {key} is {value!r}, expected" in said
 
 
 def test_draws_of_a_posterior_have_no_design(work, capsys):
