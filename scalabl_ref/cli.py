@@ -390,7 +390,7 @@ def _posterior_arguments(parser: argparse.ArgumentParser) -> None:
 def _posterior(args: argparse.Namespace) -> Result:
     """Without --data, laplace and tfb see what the run was trained on, its hold-out left out."""
     from .checkpoint import load_tensors, read_json
-    from .data import encode, evaluation_batches, load, split
+    from .data import encode, evaluation_batches, load
     from .methods import Ensemble, Laplace, Swag, tfb
     from .train import save_run
 
@@ -418,11 +418,8 @@ def _posterior(args: argparse.Namespace) -> Result:
         template = info["prompt_template"]
         if args.data:
             examples = load(args.data, args.format, args.limit, template)
-        elif info["data"] is None:
-            raise InputError(f"{args.run}: was not trained here: give --data")
         else:
-            examples = load(Path(info["data"]), info["format"], info["limit"], template)
-            examples, _ = split(examples, info["holdout"], info["train"]["seed"])
+            examples, _ = _own_data(args.run, info, "--data")
         head, longest = model.config.head_tokens, model.config.max_position_embeddings
         classes = None if head is None else len(head)
         data = encode(examples, tokenizer, classes=classes, max_length=longest)
@@ -562,14 +559,32 @@ def _open_run(
 
 
 def _held_out(args: argparse.Namespace, info: dict[str, Any]) -> list[Example]:
-    from .data import load, split
+    from .data import load
 
     if args.calibrate:
         return load(args.calibrate, args.format, template=info["prompt_template"])
-    if not info.get("holdout"):
-        raise InputError(f"{args.run}: was trained without --holdout: give --calibrate FILE")
-    examples = load(Path(info["data"]), info["format"], info["limit"], info["prompt_template"])
-    return split(examples, info["holdout"], info["train"]["seed"])[1]
+    if not info["holdout"]:
+        raise InputError(f"{args.run}: was trained without --holdout: give --calibrate")
+    return _own_data(args.run, info, "--calibrate")[1]
+
+
+def _own_data(run: Path, info: dict[str, Any], instead: str) -> tuple[list[Example], list[Example]]:
+    """What a run was trained on, and what was held out: its file, split again.
+
+    Raises InputError, which asks for the option `instead`, if that file is not known, or another.
+    """
+    from .checkpoint import sha256
+    from .data import load, split
+
+    data, seed = info["data"], info["train"]["seed"]
+    if None in (data, info["data_sha256"], seed):
+        raise InputError(
+            f"{run / 'run.json'}: does not say what file it was trained on: give {instead}"
+        )
+    if sha256(Path(data)) != info["data_sha256"]:
+        raise InputError(f"{data}: has changed since {run} was trained on it: give {instead}")
+    examples = load(data, info["format"], info["limit"], info["prompt_template"])
+    return split(examples, info["holdout"], seed)
 
 
 def _metrics_table(result: Result) -> str:

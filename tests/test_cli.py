@@ -180,7 +180,7 @@ def test_a_run_that_a_program_saved_is_one(work, capsys):
     temperature = "evaluate --run ours --data test.jsonl --temperature"
     assert "was trained without --holdout" in refused(temperature, capsys)
     laplace = "posterior laplace --run plain --out laplace"
-    assert "was not trained here: give --data" in refused(laplace, capsys)
+    assert "does not say what file it was trained on: give --data" in refused(laplace, capsys)
     ok(f"{laplace} --data train.jsonl", capsys)
     assert ok("evaluate --run laplace --data test.jsonl", capsys)["method"] == "laplace"
 
@@ -342,6 +342,30 @@ def test_temperature_needs_held_out_rows(work, capsys):
     command = "evaluate --run run --data test.jsonl --temperature"
     assert "was trained without --holdout" in refused(command, capsys)
     assert ok(command + " --calibrate train.jsonl", capsys)["temperature"]["n_fit"] == 24
+
+
+def test_a_hold_out_is_of_the_file_that_was_trained_on(work, capsys):
+    """Split again, another file would give back rows that the run has seen."""
+    ok(f"{TRAIN} --method mle --holdout 0.25", capsys)
+    temperature = "evaluate --run run --data test.jsonl --temperature"
+    before = ok(temperature, capsys)
+    rows = (work / "train.jsonl").read_text()
+    (work / "train.jsonl").write_text("".join(rows.splitlines(True)[:5]) + rows)
+    changed = "train.jsonl: has changed since run was trained on it: give "
+    assert changed + "--calibrate" in refused(temperature, capsys)
+    for method in ("laplace", "tfb"):
+        assert changed + "--data" in refused(f"posterior {method} --run run --out x", capsys)
+    assert ok(f"{temperature} --calibrate train.jsonl", capsys)["temperature"]["n_fit"] == 29
+    (work / "train.jsonl").unlink()
+    assert "train.jsonl: cannot be read" in refused(temperature, capsys)
+    (work / "train.jsonl").write_text(rows)
+    assert ok(temperature, capsys) == before
+    record = json.loads((work / "run" / "run.json").read_text())
+    del record["data_sha256"]
+    (work / "run" / "run.json").write_text(json.dumps(record))
+    assert "does not say what file it was trained on: give --calibrate" in refused(
+        temperature, capsys
+    )
 
 
 def test_a_closed_pipe_is_no_traceback(work):
