@@ -224,7 +224,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         help="elbo: one objective; official: AdamW on the NLL, then SGD on the KL",
     )
     add("--swag", type=float, default=train.swag,
-        help="share of the steps, the last, whose weights are collected for swag")  # fmt: skip
+        help="share of the steps, the last, whose weights swag averages (mle, map)")  # fmt: skip
     add("--kl-lr", type=float, default=train.kl_lr, help="SGD rate on the KL (objective official)")
     add("--rank", type=int, help=f"r (default: {adapter.rank}, or --init's)")
     add("--alpha", type=float, help="scaling is alpha / rank (default: 2 * rank, or --init's)")
@@ -389,28 +389,18 @@ def _posterior_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _posterior(args: argparse.Namespace) -> Result:
     """Without --data, laplace and tfb see what the run was trained on, its hold-out left out."""
-    from .checkpoint import load_tensors, read_json
+    from .checkpoint import load_tensors
     from .data import encode, evaluation_batches, load
     from .methods import Ensemble, Laplace, Swag, tfb
     from .train import save_run
 
     runs = args.run
-    if (len(runs) > 1) != (args.method == "ensemble"):
-        raise InputError(
-            f"{args.method} takes {'more' if len(runs) == 1 else 'no more'} than a run"
-        )
+    _check_plain(runs, args.method)
     args.run = runs[0]
-    model, tokenizer, info, before = _open_run(args)
-    if before is not None:
-        raise InputError(f"{args.run}: has a posterior already, {info['posterior']}")
+    model, tokenizer, info, _ = _open_run(args)
     facts: dict[str, Any] = {"made_by": args.method, "from": [str(run) for run in runs]}
     posterior: Posterior | None = None
     if args.method == "ensemble":
-        for run in runs[1:]:
-            other = read_json(run / "run.json")
-            for key in ("fingerprint", "adapter", "head_tokens", "prompt_template"):
-                if other.get(key) != json.loads(json.dumps(info[key])):
-                    raise InputError(f"{run}: differs from {args.run} in {key}: no ensemble")
         posterior = Ensemble([load_tensors(run / "adapter.safetensors")[0] for run in runs])
     elif args.method == "swag":
         posterior = Swag.load(args.run)
@@ -437,6 +427,34 @@ def _posterior(args: argparse.Namespace) -> Result:
         posterior.save(args.out)
     _say(args, f"written: {args.out}, a run to evaluate and predict with")
     return {"run": str(args.out), **facts}
+
+
+def _check_plain(runs: list[Path], method: str) -> None:
+    """Raise InputError unless `method` can be made of these runs.
+
+    All are plain LoRA, which is what it predicts with, and nothing was made of them; several are
+    alike, and no two the same.
+    """
+    from .checkpoint import sha256
+    from .train import run_facts
+
+    if (len(runs) > 1) != (method == "ensemble"):
+        raise InputError(f"{method} takes {'more' if len(runs) == 1 else 'no more'} than a run")
+    first = run_facts(runs[0])
+    by_weights: dict[str, Path] = {}
+    for run in runs:
+        info = run_facts(run)
+        trained, posterior = info["adapter"]["method"], info["posterior"]
+        if posterior is not None:
+            raise InputError(f"{run}: has a posterior already, {posterior}")
+        if trained not in ("mle", "map"):
+            raise InputError(f"{run}: {method} is made of runs of mle or map, not of {trained}")
+        for key in ("fingerprint", "adapter", "head_tokens", "prompt_template"):
+            if info[key] != first[key]:
+                raise InputError(f"{run}: differs from {runs[0]} in {key}: no ensemble")
+        same = by_weights.setdefault(sha256(run / "adapter.safetensors"), run)
+        if same is not run:
+            raise InputError(f"{run}: has the same weights as {same}: no ensemble")
 
 
 # --- evaluate ----------------------------------------------------------------------------------
