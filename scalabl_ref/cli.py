@@ -490,7 +490,7 @@ def _add_samples(parser: argparse.ArgumentParser) -> None:
         "--samples",
         default="10",
         metavar="N",
-        help="draws of the posterior; 0 is the mean model; "
+        help="draws of the posterior, or all members of an ensemble; 0 is the mean model; "
         "auto: for each example, until more cannot change its answer by more than --tolerance; "
         "exact: the integral, where lm_head alone is adapted, for at most 4 classes",
     )
@@ -539,7 +539,6 @@ def _evaluate(args: argparse.Namespace) -> Result:
         args.run,
         {**info, "data": str(args.data)},
         ask(examples, "evaluate"),
-        samples=samples,
         seed=args.seed,
         design=args.design,
         bins=args.bins,
@@ -655,7 +654,7 @@ def _predict(args: argparse.Namespace) -> Result:
     probs = p.probs[0].tolist()[: len(args.choices)]
     for choice, value in zip(args.choices, probs, strict=True):
         _say(args, f"{value:.4f}  {choice}")
-    count = samples if draws is None else int(draws[0])
+    count = answers.samples if draws is None else int(draws[0])
     result: Result = {"choices": args.choices, "probs": probs, "samples": count}
     for name in ("entropy", "expected_entropy", "mutual_information"):
         result[name] = getattr(p, name)[0].item()

@@ -78,7 +78,6 @@ def test_swag(work, capsys):
     posterior = Swag.load("run0")
     assert posterior.count == 4
     assert torch.equal(probabilities(work / "made", capsys), expected(work, model, posterior))
-    assert json.loads((work / "made/metrics.json").read_text())["method"] == "swag"
 
 
 def test_ensemble(work, capsys):
@@ -87,6 +86,23 @@ def test_ensemble(work, capsys):
     assert not torch.equal(*parts)
     both = torch.stack(parts).mean(0)
     assert (probabilities(work / "made", capsys) - both).abs().max() < 1e-12
+
+
+def test_metrics_say_how_many_draws_there_were(work, capsys):
+    """Not how many were asked for: of plain LoRA none, of an ensemble its members."""
+    ok("posterior ensemble --run run0 run1 --out ensemble", capsys)
+    ok("posterior swag --run run0 --out swag", capsys)
+    ok("posterior tfb --run run0 --tolerance 0.05 --out tfb", capsys)
+    for run, draws in (("run0", 0), ("ensemble", 2), ("swag", 5), ("tfb", 5)):
+        for asked in (5, 0):
+            expected = draws if asked else 0
+            command = f"evaluate --run {run} --data test.jsonl --ood train.jsonl --samples {asked}"
+            metrics = ok(command, capsys)
+            assert metrics["samples"] == metrics["ood"]["samples"] == expected
+            assert metrics["method"] == ("mle" if run == "run0" else run)
+            assert ("design" in metrics) == (run == "tfb" and asked > 0)
+            command = f"predict --run {run} --prompt hello --choices a b c --samples {asked}"
+            assert ok(command, capsys)["samples"] == expected
 
 
 def test_tfb(work, capsys):
