@@ -304,8 +304,7 @@ def _train(args: argparse.Namespace) -> Result:
         raise InputError(f"--holdout must be in [0, 1), and is {args.holdout}")
     if args.compile and _shards(args):
         raise InputError("--compile does not work with --shard or --offload-weights yet: give one")
-    if not args.resume and (args.out / "train.jsonl").exists():
-        raise InputError(f"{args.out}: holds a run already: give --resume or another --out")
+    _check_out(args)
     template = _template(args, {"prompt_template": None})
     examples = load(args.data, args.format, args.limit, template)
     classes = num_classes(examples)
@@ -364,6 +363,17 @@ def _train(args: argparse.Namespace) -> Result:
     return {"run": str(args.out), "steps": trainer.done, "examples": len(examples), "last": last}
 
 
+def _check_out(args: argparse.Namespace) -> None:
+    """Raise InputError rather than write over a run; --resume ends one that has checkpoints."""
+    from . import savepoints
+
+    resuming = args.resume and savepoints.exists(args.out)
+    if not resuming and (args.out / "run.json").exists():
+        raise InputError(f"{args.out}: holds a finished run: give another --out")
+    if not args.resume and (args.out / "train.jsonl").exists():
+        raise InputError(f"{args.out}: holds a run already: give --resume or another --out")
+
+
 # --- posterior ---------------------------------------------------------------------------------
 
 
@@ -378,7 +388,7 @@ def _posterior_arguments(parser: argparse.ArgumentParser) -> None:
         help="finished run of mle or map (ensemble: two or more; swag: trained with --swag)",
     )
     add("--model", type=Path, help="folder of the base model, if it has moved")
-    add("--out", type=Path, required=True, help="run folder to write")
+    add("--out", type=Path, required=True, help="new run folder to write")
     _add_data(parser, required=False)
     add("--layers", choices=("all", "last"), default="all", help="that are random (laplace)")
     add("--kron-rank", type=int, help="eigenvectors kept of each factor (laplace; default: all)")
@@ -388,45 +398,56 @@ def _posterior_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _posterior(args: argparse.Namespace) -> Result:
-    """Without --data, laplace and tfb see what the run was trained on, its hold-out left out."""
-    from .checkpoint import load_tensors
-    from .data import encode, evaluation_batches, load
-    from .methods import Ensemble, Laplace, Swag, tfb
+    from .checkpoint import new_folder
     from .train import save_run
 
     runs = args.run
     _check_plain(runs, args.method)
-    args.run = runs[0]
-    model, tokenizer, info, _ = _open_run(args)
-    facts: dict[str, Any] = {"made_by": args.method, "from": [str(run) for run in runs]}
-    posterior: Posterior | None = None
-    if args.method == "ensemble":
-        posterior = Ensemble([load_tensors(run / "adapter.safetensors")[0] for run in runs])
-    elif args.method == "swag":
-        posterior = Swag.load(args.run)
-    else:
-        template = info["prompt_template"]
-        if args.data:
-            examples = load(args.data, args.format, args.limit, template)
-        else:
-            examples, _ = _own_data(args.run, info, "--data")
-        head, longest = model.config.head_tokens, model.config.max_position_embeddings
-        classes = None if head is None else len(head)
-        data = encode(examples, tokenizer, classes=classes, max_length=longest)
-        batches = evaluation_batches(data, args.batch)
-        if args.method == "tfb":
-            facts["sigma"] = tfb(
-                model, batches, args.tolerance, samples=args.samples, seed=args.seed
-            )
-        else:
-            posterior = Laplace.fit(model, batches, args.layers, args.kron_rank).optimise_prior()
-            facts["precision"] = posterior.precision
-    name = None if posterior is None else args.method
-    save_run(args.out, model, {**info, "posterior": name, **facts})
-    if posterior is not None:
-        posterior.save(args.out)
+    with new_folder(args.out) as folder:
+        args.run = runs[0]
+        model, tokenizer, info, _ = _open_run(args)
+        posterior, found = _made(args, runs, model, tokenizer, info)
+        facts = {"made_by": args.method, "from": [str(run) for run in runs], **found}
+        name = None if posterior is None else args.method
+        save_run(folder, model, {**info, "posterior": name, **facts})
+        if posterior is not None:
+            posterior.save(folder)
     _say(args, f"written: {args.out}, a run to evaluate and predict with")
     return {"run": str(args.out), **facts}
+
+
+def _made(
+    args: argparse.Namespace,
+    runs: list[Path],
+    model: Llama,
+    tokenizer: Tokenizer,
+    info: dict[str, Any],
+) -> tuple[Posterior | None, dict[str, Any]]:
+    """The posterior of the runs, None if it is in the model's adapters now, and what was found.
+
+    Without --data, laplace and tfb see what the run was trained on, its hold-out left out.
+    """
+    from .checkpoint import load_tensors
+    from .data import encode, evaluation_batches, load
+    from .methods import Ensemble, Laplace, Swag, tfb
+
+    if args.method == "ensemble":
+        return Ensemble([load_tensors(run / "adapter.safetensors")[0] for run in runs]), {}
+    if args.method == "swag":
+        return Swag.load(args.run), {}
+    if args.data:
+        examples = load(args.data, args.format, args.limit, info["prompt_template"])
+    else:
+        examples, _ = _own_data(args.run, info, "--data")
+    head, longest = model.config.head_tokens, model.config.max_position_embeddings
+    classes = None if head is None else len(head)
+    data = encode(examples, tokenizer, classes=classes, max_length=longest)
+    batches = evaluation_batches(data, args.batch)
+    if args.method == "tfb":
+        sigma = tfb(model, batches, args.tolerance, samples=args.samples, seed=args.seed)
+        return None, {"sigma": sigma}
+    laplace = Laplace.fit(model, batches, args.layers, args.kron_rank).optimise_prior()
+    return laplace, {"precision": laplace.precision}
 
 
 def _check_plain(runs: list[Path], method: str) -> None:

@@ -332,9 +332,26 @@ def test_bad_weights_are_named(work, capsys):
     assert "model.safetensors: not a valid safetensors file" in refused(TRAIN, capsys)
 
 
+def contents(folder) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_run_is_not_overwritten(work, capsys):
-    ok(TRAIN, capsys)
-    assert "holds a run already" in refused(TRAIN, capsys)
+    """Trained, or made otherwise: by training, from its own values, or by making a posterior."""
+    ok(f"{TRAIN} --method mle", capsys)
+    ok("posterior laplace --run run --out made", capsys)
+    before = contents(work)
+    made = TRAIN.replace("--out run", "--out made")
+    for command in (TRAIN, made, f"{made} --resume", f"{made} --init made"):
+        assert "holds a finished run: give another --out" in refused(command, capsys)
+    for out in ("run", "made", "model"):
+        said = refused(f"posterior laplace --run run --out {out}", capsys)
+        assert said == f"error: {out}: exists already\n"
+    assert contents(work) == before
+    (work / "run" / "run.json").unlink()  # as before its end
+    assert "holds a run already: give --resume or another" in refused(TRAIN, capsys)
+    ok(f"{TRAIN} --method mle --resume", capsys)
+    assert contents(work) == before
 
 
 def test_temperature_needs_held_out_rows(work, capsys):
