@@ -203,7 +203,8 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="run folder to write")
     add("--init", type=Path, metavar="RUN",
         help="start from this run's values: all for the same method, else its mean's")  # fmt: skip
-    add("--resume", action="store_true", help="go on from the checkpoint in the run folder")
+    add("--resume", action="store_true",
+        help="go on from the checkpoint in the run folder, or begin if there is none")  # fmt: skip
     add("--steps", type=int, default=train.steps, help="optimiser steps")
     add("--batch", type=int, default=train.batch, help="examples a step")
     add("--micro-batch", type=int, help="examples computed at a time (gradient accumulation)")
@@ -364,7 +365,7 @@ def _train(args: argparse.Namespace) -> Result:
 
 
 def _check_out(args: argparse.Namespace) -> None:
-    """Raise InputError rather than write over a run; --resume ends one that has checkpoints."""
+    """Raise InputError rather than write over a run; --resume may, over one that has no end."""
     from . import savepoints
 
     resuming = args.resume and savepoints.exists(args.out)
@@ -372,6 +373,8 @@ def _check_out(args: argparse.Namespace) -> None:
         raise InputError(f"{args.out}: holds a finished run: give another --out")
     if not args.resume and (args.out / "train.jsonl").exists():
         raise InputError(f"{args.out}: holds a run already: give --resume or another --out")
+    if args.resume and not resuming:
+        _say(args, f"{args.out}: no checkpoint to resume from: beginning")
 
 
 # --- posterior ---------------------------------------------------------------------------------

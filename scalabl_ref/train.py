@@ -204,6 +204,8 @@ class Trainer:
 
     The model carries adapters. data: the encoded training set. Its N is the N of KL / N.
     swag: the weights collected so far, if the configuration asks for any.
+
+    Raises InputError if the adapters have no KL in the configuration's direction.
     """
 
     model: Llama
@@ -219,6 +221,7 @@ class Trainer:
         if c.compile:
             self.model.compile_blocks()
         self.adapters = list(adapters(self.model).values())
+        kl_divergence(self.model, c.kl)  # raises now what else the first step would
         groups = parameter_groups(self.adapters, c.lr, c.variational_lr)
         self.variational = [p for group in groups[1:] for p in group["params"]]
         self.optimizer = torch.optim.AdamW(
@@ -495,19 +498,19 @@ def fit(
 ) -> None:
     """Train to the end, writing RUN/train.jsonl and checkpoints (`savepoints`) on the way.
 
-    resume: go on from the newest checkpoint that is whole. `progress` is told each step's log
-    record. beside: write checkpoints while training goes on.
+    resume: go on from the newest checkpoint that is whole, or begin if there is none at all.
+    `progress` is told each step's log record. beside: write checkpoints while training goes on.
     On SIGINT or SIGTERM the step in hand is finished, a checkpoint written and Interrupted raised.
     On several ranks all call it, with a folder that all of them see; rank 0 writes the log, and a
     signal to one of them is a signal to all.
-    Raises InputError if there is nothing to resume, if the run there has other settings, or if a
-    checkpoint cannot be written.
+    Raises InputError if all checkpoints there are damaged, or of a run with other settings, or if
+    one cannot be written.
     """
     run = Path(run)
     make_folder(run)
     identity, config = _identity(trainer), trainer.config
     saver = savepoints.Saver(run, beside)
-    if resume:
+    if resume and savepoints.exists(run):
         _restore(trainer, run, identity)
     distributed.barrier()  # every rank has seen the run as it was
     if distributed.rank() == 0:

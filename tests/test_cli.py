@@ -297,7 +297,6 @@ def test_every_command_has_help(capsys):
         ("--shard", "start them with torchrun"),
         ("--offload-weights", "torchrun --nproc-per-node 1"),
         ("--timeout 0", "timeout must be above 0 s"),
-        ("--resume", "no checkpoint to resume from"),
         ("--seed -1", "seed must be"),
         ("--format sst2", "train.jsonl, line 1"),
         ("--prompt-template absent.txt", "absent.txt: no such file"),
@@ -352,6 +351,22 @@ def test_a_run_is_not_overwritten(work, capsys):
     assert "holds a run already: give --resume or another" in refused(TRAIN, capsys)
     ok(f"{TRAIN} --method mle --resume", capsys)
     assert contents(work) == before
+
+
+def test_a_run_that_ended_early_can_be_done_again(work, capsys):
+    """Wrong settings leave nothing; one killed before a checkpoint is begun anew."""
+    official = f"{TRAIN} --method blob --kl official"
+    assert "method blob has the KL 'forward' alone" in refused(official, capsys)
+    assert not (work / "run").exists()
+    (work / "run").mkdir()
+    (work / "run" / "train.jsonl").write_text('{"step": 0, "loss": 7.0}\n{"st')
+    assert "give --resume or another --out" in refused(TRAIN, capsys)
+    code, out, _ = run(f"{TRAIN} --resume", capsys)
+    assert code == 0 and out.startswith("run: no checkpoint to resume from: beginning\n")
+    whole = ok(TRAIN.replace("--out run", "--out whole"), capsys)
+    logs = [(work / name / "train.jsonl").read_text().splitlines() for name in ("run", "whole")]
+    losses = [[json.loads(line)["loss"] for line in log] for log in logs]
+    assert losses[0] == losses[1] and len(losses[0]) == whole["steps"] == 6
 
 
 def test_temperature_needs_held_out_rows(work, capsys):

@@ -414,9 +414,32 @@ def test_ctrl_c_checkpoints_too(tmp_path):
     )
 
 
+def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
+    """One that has not begun, and one killed before its first checkpoint, whatever it logged."""
+
+    def die_early(record):
+        if record["step"] == 3:
+            raise MemoryError
+
+    fit(trainer(), tmp_path / "whole")
+    fit(trainer(), tmp_path / "new", resume=True)
+    with pytest.raises(MemoryError):
+        fit(trainer(), tmp_path / "parts", progress=die_early)
+    (tmp_path / "parts" / "checkpoint" / ".00000005.tmp").mkdir(parents=True)
+    assert len(log_of(tmp_path / "parts")) == 4
+    fit(trainer(), tmp_path / "parts", resume=True)
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "new") == log_of(tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    "model", [{"method": "blob"}, {"prior": "layer"}, {"covariance": "full"}, {"method": "tfb"}]
+)
+def test_what_cannot_be_trained_is_refused_before_a_step(model):
+    with pytest.raises(InputError, match="KL|not trained"):
+        trainer(model=model, kl="official")
+
+
 def test_resuming_something_else_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no checkpoint to resume from"):
-        fit(trainer(), tmp_path, resume=True)
     fit(trainer(), tmp_path)
     for change, message in (
         ({"lr": 0.5}, r"train.lr was 0.01 and now is 0.5"),
@@ -428,6 +451,10 @@ def test_resuming_something_else_is_refused(tmp_path):
     for manifest in tmp_path.glob("checkpoint/*/manifest.json"):
         manifest.write_text("not a checkpoint")
     with pytest.raises(InputError, match=r"00000012/manifest\.json: not JSON"):
+        fit(trainer(), tmp_path, resume=True)
+    for manifest in tmp_path.glob("checkpoint/*/manifest.json"):
+        manifest.unlink()
+    with pytest.raises(InputError, match=r"00000012/manifest\.json: no such file"):
         fit(trainer(), tmp_path, resume=True)
 
 
