@@ -318,13 +318,13 @@ def _train(args: argparse.Namespace) -> Result:
     if args.head == "classes":
         model.trim_head(data.classes)
     add_adapters(model, adapter, args.seed)
-    init = None
+    init: dict[str, str] | None = None
     if args.init:
         start_from(model, read_run(args.init, model), args.init)
         init = {"run": args.init.name, "sha256": sha256(args.init / "adapter.safetensors")}
     if _shards(args):
         shard(model, _device(args), args.offload_weights)
-    trainer = Trainer(model, data, config)
+    trainer = Trainer(model, data, config, init=init["sha256"] if init else None)
     info = {
         "model": str(args.model.resolve()),
         "data": str(args.data.resolve()),

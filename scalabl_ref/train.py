@@ -203,7 +203,8 @@ class Trainer:
     with the same adapters.
 
     The model carries adapters. data: the encoded training set. Its N is the N of KL / N.
-    swag: the weights collected so far, if the configuration asks for any.
+    swag: the weights collected so far, if the configuration asks for any. init: what the adapters'
+    values come from, if not from their seed: the SHA-256 of a file.
 
     Raises InputError if the adapters have no KL in the configuration's direction.
     """
@@ -213,6 +214,7 @@ class Trainer:
     config: TrainConfig
     done: int = 0  # steps finished
     swag: Swag = field(default_factory=Swag)
+    init: str | None = None
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -539,6 +541,8 @@ def _identity(trainer: Trainer) -> dict[str, Any]:
     config = dataclasses.asdict(trainer.config)
     for name in ("checkpoint_every", "micro_batch", "recompute", "offload_activations", "compile"):
         del config[name]  # none changes the function computed
+    config["dtype"] = str(trainer.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    config["init"] = trainer.init
     data = hashlib.sha256(json.dumps([trainer.data.tokens, trainer.data.labels]).encode())
     adapter = dataclasses.asdict(trainer.adapters[0].config)
     record = {"train": config, "adapter": adapter, "data": data.hexdigest()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -430,6 +431,31 @@ def test_an_interrupted_run_goes_on_where_it_was(work, capsys, signum):
     straight = (work / "whole" / "train.jsonl").read_text().splitlines()
     assert resumed == [json.loads(line)["loss"] for line in straight]
     assert len(resumed) == whole["steps"] == 150
+
+
+@pytest.mark.parametrize(
+    ("option", "others", "message"),
+    [
+        ("", ["--dtype bfloat16"], "train.dtype was 'float32' and now is 'bfloat16'"),
+        ("--dtype bfloat16", [""], "train.dtype was 'bfloat16' and now is 'float32'"),
+        ("--init start", ["", "--init another"], "train.init was "),
+        ("", ["--init start"], "train.init was None and now is "),
+    ],
+)
+def test_a_run_goes_on_with_its_dtype_and_its_start(work, capsys, option, others, message):
+    for seed, out in enumerate(("start", "another")):
+        ok(f"{TRAIN} --seed {seed}".replace("--out run", f"--out {out}"), capsys)
+    whole = f"{TRAIN} --checkpoint-every 3 {option}"
+    last = ok(whole, capsys)["last"]
+    before = contents(work / "run")
+    shutil.rmtree(work / "run" / "checkpoint" / "00000006")
+    for other in others:
+        said = refused(f"{TRAIN} --resume {other}", capsys)
+        assert "is of a run with other settings: " + message in said
+    again = ok(f"{whole} --resume", capsys)["last"]
+    assert again["loss"] == last["loss"]
+    for name in ("run/run.json", "run/adapter.safetensors"):
+        assert (work / name).read_bytes() == before[str(work / name)]
 
 
 def test_a_finished_run_with_a_damaged_log_resumes_to_nothing(work, capsys):
