@@ -118,9 +118,9 @@ def _add_dtype(
     parser: argparse.ArgumentParser,
     of: str = "of the base model; adapters are float32 always",
 ) -> None:
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help=f"{of} (default: as stored)"
-    )
+    from .train import DTYPES
+
+    parser.add_argument("--dtype", choices=DTYPES, help=f"{of} (default: as stored)")
 
 
 def _dtype(args: argparse.Namespace) -> Any:
@@ -200,7 +200,8 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="run folder to write")
     add("--init", type=Path, metavar="RUN",
         help="start from this run's values: all for the same method, else its mean's")  # fmt: skip
-    add("--resume", action="store_true", help="go on from the checkpoint in the run folder")
+    add("--resume", action="store_true",
+        help="go on from the checkpoint in the run folder, or begin if there is none")  # fmt: skip
     add("--steps", type=int, default=train.steps, help="optimiser steps")
     add("--batch", type=int, default=train.batch, help="examples a step")
     add("--micro-batch", type=int, help="examples computed at a time (gradient accumulation)")
@@ -221,7 +222,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         help="elbo: one objective; official: AdamW on the NLL, then SGD on the KL",
     )
     add("--swag", type=float, default=train.swag,
-        help="share of the steps, the last, whose weights are collected for swag")  # fmt: skip
+        help="share of the steps, the last, whose weights swag averages (mle, map)")  # fmt: skip
     add("--kl-lr", type=float, default=train.kl_lr, help="SGD rate on the KL (objective official)")
     add("--rank", type=int, help=f"r (default: {adapter.rank}, or --init's)")
     add("--alpha", type=float, help="scaling is alpha / rank (default: 2 * rank, or --init's)")
@@ -287,23 +288,22 @@ def _train(args: argparse.Namespace) -> Result:
     from .checkpoint import sha256
     from .data import encode, load, num_classes, split
     from .distributed import shard
-    from .interop import read_run, run_config, start_from
+    from .interop import read_run, start_from
     from .llama import Llama
     from .progress import progress_bar
     from .tokenizer import load_tokenizer
-    from .train import TrainConfig, Trainer, fit, save_run
+    from .train import TrainConfig, Trainer, fit, run_facts, save_run
 
     given = _given(AdapterConfig, args)
     if args.init:
-        before = run_config(args.init)
+        before = AdapterConfig(**run_facts(args.init)["adapter"])
         given = {name: getattr(before, name) for name in ("rank", "alpha", "targets")} | given
     adapter, config = AdapterConfig(**given), TrainConfig(**_given(TrainConfig, args))
     if not 0 <= args.holdout < 1:
         raise InputError(f"--holdout must be in [0, 1), and is {args.holdout}")
     if args.compile and _shards(args):
         raise InputError("--compile does not work with --shard or --offload-weights yet: give one")
-    if not args.resume and (args.out / "train.jsonl").exists():
-        raise InputError(f"{args.out}: holds a run already: give --resume or another --out")
+    _check_out(args)
     template = _template(args, {"prompt_template": None})
     examples = load(args.data, args.format, args.limit, template)
     classes = num_classes(examples)
@@ -316,13 +316,13 @@ def _train(args: argparse.Namespace) -> Result:
     if args.head == "classes":
         model.trim_head(data.classes)
     add_adapters(model, adapter, args.seed)
-    init = None
+    init: dict[str, str] | None = None
     if args.init:
         start_from(model, read_run(args.init, model), args.init)
         init = {"run": args.init.name, "sha256": sha256(args.init / "adapter.safetensors")}
     if _shards(args):
         shard(model, _device(args), args.offload_weights)
-    trainer = Trainer(model, data, config)
+    trainer = Trainer(model, data, config, init=init["sha256"] if init else None)
     info = {
         "model": str(args.model.resolve()),
         "data": str(args.data.resolve()),
@@ -362,6 +362,19 @@ def _train(args: argparse.Namespace) -> Result:
     return {"run": str(args.out), "steps": trainer.done, "examples": len(examples), "last": last}
 
 
+def _check_out(args: argparse.Namespace) -> None:
+    """Raise InputError rather than write over a run; --resume may, over one that has no end."""
+    from . import savepoints
+
+    resuming = args.resume and savepoints.exists(args.out)
+    if not resuming and (args.out / "run.json").exists():
+        raise InputError(f"{args.out}: holds a finished run: give another --out")
+    if not args.resume and (args.out / "train.jsonl").exists():
+        raise InputError(f"{args.out}: holds a run already: give --resume or another --out")
+    if args.resume and not resuming:
+        _say(args, f"{args.out}: no checkpoint to resume from: beginning")
+
+
 # --- posterior ---------------------------------------------------------------------------------
 
 
@@ -376,7 +389,7 @@ def _posterior_arguments(parser: argparse.ArgumentParser) -> None:
         help="finished run of mle or map (ensemble: two or more; swag: trained with --swag)",
     )
     add("--model", type=Path, help="folder of the base model, if it has moved")
-    add("--out", type=Path, required=True, help="run folder to write")
+    add("--out", type=Path, required=True, help="new run folder to write")
     _add_data(parser, required=False)
     add("--layers", choices=("all", "last"), default="all", help="that are random (laplace)")
     add("--kron-rank", type=int, help="eigenvectors kept of each factor (laplace; default: all)")
@@ -386,58 +399,84 @@ def _posterior_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _posterior(args: argparse.Namespace) -> Result:
-    """Without --data, laplace and tfb see what the run was trained on, its hold-out left out."""
-    from .checkpoint import load_tensors, read_json
-    from .data import encode, evaluation_batches, load, split
-    from .methods import Ensemble, Laplace, Swag, tfb
+    from .checkpoint import new_folder
     from .train import save_run
 
     runs = args.run
-    if (len(runs) > 1) != (args.method == "ensemble"):
-        raise InputError(
-            f"{args.method} takes {'more' if len(runs) == 1 else 'no more'} than a run"
-        )
-    args.run = runs[0]
-    model, tokenizer, info, before = _open_run(args)
-    if before is not None:
-        raise InputError(f"{args.run}: has a posterior already, {info['posterior']}")
-    facts: dict[str, Any] = {"made_by": args.method, "from": [str(run) for run in runs]}
-    posterior: Posterior | None = None
-    if args.method == "ensemble":
-        for run in runs[1:]:
-            other = read_json(run / "run.json")
-            for key in ("fingerprint", "adapter", "head_tokens", "prompt_template"):
-                if other.get(key) != json.loads(json.dumps(info[key])):
-                    raise InputError(f"{run}: differs from {args.run} in {key}: no ensemble")
-        posterior = Ensemble([load_tensors(run / "adapter.safetensors")[0] for run in runs])
-    elif args.method == "swag":
-        posterior = Swag.load(args.run)
-    else:
-        template = info["prompt_template"]
-        if args.data:
-            examples = load(args.data, args.format, args.limit, template)
-        elif "data" not in info:
-            raise InputError(f"{args.run}: was not trained here: give --data")
-        else:
-            examples = load(Path(info["data"]), info["format"], info["limit"], template)
-            examples, _ = split(examples, info["holdout"], info["train"]["seed"])
-        head, longest = model.config.head_tokens, model.config.max_position_embeddings
-        classes = None if head is None else len(head)
-        data = encode(examples, tokenizer, classes=classes, max_length=longest)
-        batches = evaluation_batches(data, args.batch)
-        if args.method == "tfb":
-            facts["sigma"] = tfb(
-                model, batches, args.tolerance, samples=args.samples, seed=args.seed
-            )
-        else:
-            posterior = Laplace.fit(model, batches, args.layers, args.kron_rank).optimise_prior()
-            facts["precision"] = posterior.precision
-    name = None if posterior is None else args.method
-    save_run(args.out, model, {**info, "posterior": name, **facts})
-    if posterior is not None:
-        posterior.save(args.out)
+    _check_plain(runs, args.method)
+    with new_folder(args.out) as folder:
+        args.run = runs[0]
+        model, tokenizer, info, _ = _open_run(args)
+        posterior, found = _made(args, runs, model, tokenizer, info)
+        facts = {"made_by": args.method, "from": [str(run) for run in runs], **found}
+        name = None if posterior is None else args.method
+        save_run(folder, model, {**info, "posterior": name, **facts})
+        if posterior is not None:
+            posterior.save(folder)
     _say(args, f"written: {args.out}, a run to evaluate and predict with")
     return {"run": str(args.out), **facts}
+
+
+def _made(
+    args: argparse.Namespace,
+    runs: list[Path],
+    model: Llama,
+    tokenizer: Tokenizer,
+    info: dict[str, Any],
+) -> tuple[Posterior | None, dict[str, Any]]:
+    """The posterior of the runs, None if it is in the model's adapters now, and what was found.
+
+    Without --data, laplace and tfb see what the run was trained on, its hold-out left out.
+    """
+    from .checkpoint import load_tensors
+    from .data import encode, evaluation_batches, load
+    from .methods import Ensemble, Laplace, Swag, tfb
+
+    if args.method == "ensemble":
+        return Ensemble([load_tensors(run / "adapter.safetensors")[0] for run in runs]), {}
+    if args.method == "swag":
+        return Swag.load(args.run), {}
+    if args.data:
+        examples = load(args.data, args.format, args.limit, info["prompt_template"])
+    else:
+        examples, _ = _own_data(args.run, info, "--data")
+    head, longest = model.config.head_tokens, model.config.max_position_embeddings
+    classes = None if head is None else len(head)
+    data = encode(examples, tokenizer, classes=classes, max_length=longest)
+    batches = evaluation_batches(data, args.batch)
+    if args.method == "tfb":
+        sigma = tfb(model, batches, args.tolerance, samples=args.samples, seed=args.seed)
+        return None, {"sigma": sigma}
+    laplace = Laplace.fit(model, batches, args.layers, args.kron_rank).optimise_prior()
+    return laplace, {"precision": laplace.precision}
+
+
+def _check_plain(runs: list[Path], method: str) -> None:
+    """Raise InputError unless `method` can be made of these runs.
+
+    All are plain LoRA, which is what it predicts with, and nothing was made of them; several are
+    alike, and no two the same.
+    """
+    from .checkpoint import sha256
+    from .train import run_facts
+
+    if (len(runs) > 1) != (method == "ensemble"):
+        raise InputError(f"{method} takes {'more' if len(runs) == 1 else 'no more'} than a run")
+    first = run_facts(runs[0])
+    by_weights: dict[str, Path] = {}
+    for run in runs:
+        info = run_facts(run)
+        trained, posterior = info["adapter"]["method"], info["posterior"]
+        if posterior is not None:
+            raise InputError(f"{run}: has a posterior already, {posterior}")
+        if trained not in ("mle", "map"):
+            raise InputError(f"{run}: {method} is made of runs of mle or map, not of {trained}")
+        for key in ("fingerprint", "adapter", "head_tokens", "prompt_template"):
+            if info[key] != first[key]:
+                raise InputError(f"{run}: differs from {runs[0]} in {key}: no ensemble")
+        same = by_weights.setdefault(sha256(run / "adapter.safetensors"), run)
+        if same is not run:
+            raise InputError(f"{run}: has the same weights as {same}: no ensemble")
 
 
 # --- evaluate ----------------------------------------------------------------------------------
@@ -473,7 +512,7 @@ def _add_samples(parser: argparse.ArgumentParser) -> None:
         "--samples",
         default="10",
         metavar="N",
-        help="draws of the posterior; 0 is the mean model; "
+        help="draws of the posterior, or all members of an ensemble; 0 is the mean model; "
         "auto: for each example, until more cannot change its answer by more than --tolerance; "
         "exact: the integral, where lm_head alone is adapted, for at most 4 classes",
     )
@@ -522,7 +561,6 @@ def _evaluate(args: argparse.Namespace) -> Result:
         args.run,
         {**info, "data": str(args.data)},
         ask(examples, "evaluate"),
-        samples=samples,
         seed=args.seed,
         design=args.design,
         bins=args.bins,
@@ -538,23 +576,19 @@ def _open_run(
     args: argparse.Namespace,
 ) -> tuple[Llama, Tokenizer, dict[str, Any], Posterior | None]:
     """(model, tokenizer, facts, posterior) of --run; its base is --model's if that is given."""
+    import torch
+
     from . import distributed
-    from .checkpoint import read_json
     from .llama import Llama
     from .methods import load_posterior
     from .tokenizer import load_tokenizer
-    from .train import load_run
+    from .train import load_run, run_facts
 
-    info = read_json(args.run / "run.json")
-    folder = args.model or info.get("model")
-    if folder is None:
-        raise InputError(f"{args.run / 'run.json'}: key 'model' is missing")
-    import torch
-
-    dtype = getattr(torch, info["dtype"]) if info.get("dtype") else None
-    base = Llama.from_pretrained(folder, dtype, _load_on(args), info.get("quantize"))
-    model, info = load_run(args.run, base)
-    info.setdefault("prompt_template")  # runs of before there were any
+    info = run_facts(args.run)
+    folder = args.model or info["model"]
+    dtype = getattr(torch, info["dtype"]) if info["dtype"] else None
+    base = Llama.from_pretrained(folder, dtype, _load_on(args), info["quantize"])
+    model, _ = load_run(args.run, base)
     posterior = load_posterior(args.run, info)
     if _shards(args):
         if posterior is not None:
@@ -564,14 +598,32 @@ def _open_run(
 
 
 def _held_out(args: argparse.Namespace, info: dict[str, Any]) -> list[Example]:
-    from .data import load, split
+    from .data import load
 
     if args.calibrate:
         return load(args.calibrate, args.format, template=info["prompt_template"])
-    if not info.get("holdout"):
-        raise InputError(f"{args.run}: was trained without --holdout: give --calibrate FILE")
-    examples = load(Path(info["data"]), info["format"], info["limit"], info["prompt_template"])
-    return split(examples, info["holdout"], info["train"]["seed"])[1]
+    if not info["holdout"]:
+        raise InputError(f"{args.run}: was trained without --holdout: give --calibrate")
+    return _own_data(args.run, info, "--calibrate")[1]
+
+
+def _own_data(run: Path, info: dict[str, Any], instead: str) -> tuple[list[Example], list[Example]]:
+    """What a run was trained on, and what was held out: its file, split again.
+
+    Raises InputError, which asks for the option `instead`, if that file is not known, or another.
+    """
+    from .checkpoint import sha256
+    from .data import load, split
+
+    data, seed = info["data"], info["train"]["seed"]
+    if None in (data, info["data_sha256"], seed):
+        raise InputError(
+            f"{run / 'run.json'}: does not say what file it was trained on: give {instead}"
+        )
+    if sha256(Path(data)) != info["data_sha256"]:
+        raise InputError(f"{data}: has changed since {run} was trained on it: give {instead}")
+    examples = load(data, info["format"], info["limit"], info["prompt_template"])
+    return split(examples, info["holdout"], seed)
 
 
 def _metrics_table(result: Result) -> str:
@@ -631,7 +683,7 @@ def _predict(args: argparse.Namespace) -> Result:
     if len(others):
         result["others"] = others.sum().item()
         _say(args, f"{result['others']:.4f}  other classes of the run")
-    result["samples"] = samples if draws is None else int(draws[0])
+    result["samples"] = answers.samples if draws is None else int(draws[0])
     for name in ("entropy", "expected_entropy", "mutual_information"):
         result[name] = getattr(p, name)[0].item()
         _say(args, f"{name.replace('_', ' ')}: {result[name]:.4f} nats")

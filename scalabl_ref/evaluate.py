@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from . import distributed, metrics
-from .adapters import ADAPTERS
+from .adapters import ADAPTERS, adapters
 from .data import Batch, Example, encode, evaluation_batches
 from .errors import InputError, atomic_write_text
 from .llama import Llama
-from .methods import Posterior
+from .methods import Ensemble, Posterior
 from .noise import Noise
 from .predict import Design, Prediction, pass_log_probs, passes_over, predict, predictive
 from .progress import progress_bar
@@ -36,6 +36,7 @@ class Answers:
     examples: list[Example]
     labels: Tensor  # (N,) int64
     prediction: Prediction
+    samples: Samples  # how many each took: 0 of what does not draw, an ensemble's members
     draws: Tensor | None = None  # (N,) int64, how many each took, where that differs
 
 
@@ -99,7 +100,18 @@ def answer(
         distributed.sum_(table)  # of rows that each are of one rank, zeros on the others
     prediction = Prediction(table[:, :-4].contiguous(), *table[:, -4:-1].T.contiguous())
     draws = table[:, -1].long() if isinstance(samples, Auto) else None
-    return Answers(examples, torch.tensor(encoded.labels), prediction, draws)
+    labels, taken = torch.tensor(encoded.labels), _taken(model, samples, posterior)
+    return Answers(examples, labels, prediction, taken, draws)
+
+
+def _taken(model: Llama, samples: Samples, posterior: Posterior | None) -> Samples:
+    """How many of `samples` there are to be had."""
+    if not isinstance(samples, int) or samples == 0:
+        return samples
+    if isinstance(posterior, Ensemble):
+        return len(posterior.members)
+    random = any(adapter.random for adapter in adapters(model).values())
+    return samples if random or posterior is not None else 0
 
 
 @torch.no_grad()
@@ -172,7 +184,6 @@ def evaluate(
     info: dict[str, Any],
     answers: Answers,
     *,
-    samples: Samples,
     seed: int,
     design: Design = "independent",
     bins: int = 15,
@@ -187,9 +198,9 @@ def evaluate(
     entropy and mutual information tell it apart; its accuracy and the like are given over the rows
     whose label the head has ("n_scored" of "n").
     """
-    probs, labels = answers.prediction.probs, answers.labels
+    probs, labels, samples = answers.prediction.probs, answers.labels, answers.samples
     adapter, posterior = ADAPTERS[info["adapter"]["method"]], info.get("posterior")
-    drawn = isinstance(samples, int) and samples > 0 and adapter.random and not posterior
+    drawn = isinstance(samples, int) and samples > 0 and not posterior
     result: dict[str, Any] = {
         "method": posterior or info["adapter"]["method"],
         "kl": info["train"]["kl"] if adapter.variational else None,
@@ -234,7 +245,7 @@ def evaluate(
     atomic_write_text(run / "predictions.jsonl", "".join(_rows(answers)))
     about = {
         "model": Path(info["model"]).name,
-        "data": Path(info.get("data", "")).name,
+        "data": Path(info["data"] or "").name,
         **{key: result[key] for key in ("method", "kl", "samples", "bins", "seed", "n")},
     }
     write_report(

@@ -55,7 +55,7 @@ from .llama import Llama, check_model, read_config
 from .methods import Ensemble, Posterior, Swag
 from .noise import Noise
 from .tokenizer import Tokenizer, companion_files, load_tokenizer
-from .train import fingerprint, load_adapter_state, save_run
+from .train import fingerprint, load_adapter_state, run_facts, save_run
 
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PEFT_CONFIG = "adapter_config.json"
@@ -300,24 +300,16 @@ def start_from(model: Llama, found: Mapping[str, Adapter], source: Any) -> None:
             raise InputError(f"{source}: {name}: {error}") from None
 
 
-def run_config(run: Path | str) -> AdapterConfig:
-    """The configuration of a run's adapters. Raises InputError if run.json does not say it."""
-    try:
-        return AdapterConfig(**read_json(Path(run) / "run.json")["adapter"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{Path(run) / 'run.json'}: adapter: {error}") from None
-
-
 def read_run(run: Path | str, model: Llama) -> dict[str, Adapter]:
     """The adapters of a run on the same base as `model`, by layer, for `start_from`.
 
     Raises InputError if the base or the answer tokens are others.
     """
-    info, path = read_json(Path(run) / "run.json"), Path(run) / "adapter.safetensors"
-    config = run_config(run)
-    if info.get("fingerprint") != fingerprint(model):
+    info, path = run_facts(run), Path(run) / "adapter.safetensors"
+    config = AdapterConfig(**info["adapter"])
+    if info["fingerprint"] != fingerprint(model):
         raise InputError(f"{run}: was trained on another base model")
-    head, own = info.get("head_tokens"), model.config.head_tokens
+    head, own = info["head_tokens"], model.config.head_tokens
     if head is not None and (own is None or list(own) != head):
         raise InputError(f"{run}: its head has the tokens {head}, and the model's {own or 'all'}")
     kind = COVARIANCES[config.covariance][config.method]

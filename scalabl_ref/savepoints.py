@@ -109,8 +109,8 @@ class Saver:
 
 
 def exists(run: Path) -> bool:
-    """Whether there is a checkpoint in a run folder."""
-    return any((path / MANIFEST).exists() for path in _newest_first(run / FOLDER))
+    """Whether there is a checkpoint in a run folder, whole or not."""
+    return bool(_newest_first(run / FOLDER))
 
 
 def load(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -27,7 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from . import distributed, savepoints
 from .adapters import Adapter, AdapterConfig, Device, adapters, add_adapters
 from .checkpoint import load_tensors, read_json, save_tensors
-from .data import Encoded, TrainingOrder, collate
+from .data import FORMATS, Encoded, TrainingOrder, collate
 from .elbo import KL, KLS, class_logits, kl_divergence
 from .errors import (
     InputError,
@@ -40,9 +40,11 @@ from .errors import (
 from .llama import Llama
 from .methods.ensemble import Swag
 from .noise import FIRST_TRAINING_DRAW, Noise
+from .quantize import KINDS
 
 Objective = Literal["elbo", "official"]
 OBJECTIVES: tuple[Objective, ...] = ("elbo", "official")
+DTYPES = ("float32", "bfloat16")  # that a run's base can be asked for in
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,10 @@ class Trainer:
     with the same adapters.
 
     The model carries adapters. data: the encoded training set. Its N is the N of KL / N.
-    swag: the weights collected so far, if the configuration asks for any.
+    swag: the weights collected so far, if the configuration asks for any. init: what the adapters'
+    values come from, if not from their seed: the SHA-256 of a file.
+
+    Raises InputError if the adapters have no KL in the configuration's direction.
     """
 
     model: Llama
@@ -215,6 +220,7 @@ class Trainer:
     config: TrainConfig
     done: int = 0  # steps finished
     swag: Swag = field(default_factory=Swag)
+    init: str | None = None
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -223,6 +229,7 @@ class Trainer:
         if c.compile:
             self.model.compile_blocks()
         self.adapters = list(adapters(self.model).values())
+        kl_divergence(self.model, c.kl)  # raises now what else the first step would
         groups = parameter_groups(self.adapters, c.lr, c.variational_lr)
         self.variational = [p for group in groups[1:] for p in group["params"]]
         self.optimizer = torch.optim.AdamW(
@@ -388,7 +395,8 @@ def save_run(run: Path | str, model: Llama, info: dict[str, Any]) -> None:
     """Write RUN/adapter.safetensors and RUN/run.json; `load_run` reads them back.
 
     On several ranks all call it, and rank 0 writes.
-    info: facts to keep, "model" (the base's folder) among them; must be JSON.
+    info: facts to keep, "model" (the base's folder) among them; must be JSON. `run_facts` says
+    which others are read, and what is taken without them.
     """
     run = Path(run)
     config = next(iter(adapters(model).values())).config
@@ -405,33 +413,82 @@ def save_run(run: Path | str, model: Llama, info: dict[str, Any]) -> None:
     atomic_write_text(run / "run.json", json.dumps(record, indent=2) + "\n")
 
 
+# Facts of a run.json with the kinds or values that each can have; one whose first is a value can be
+# left out, and is that then.
+_FACTS: dict[str, tuple[Any, ...]] = {
+    "model": (str,),
+    "adapter": (dict,),
+    "head_tokens": (list, None),
+    "fingerprint": (str,),
+    "quantize": (None, *KINDS),
+    "dtype": (None, *DTYPES),
+    "posterior": (None, str),
+    "format": FORMATS,
+    "prompt_template": (None, str),
+    "data": (None, str),
+    "data_sha256": (None, str),
+    "limit": (None, int),
+    "holdout": (0.0, float),
+    "train": ({}, dict),
+}
+_ADAPTER_FACTS = {"method": (str,), "rank": (int,), "alpha": (None, int, float)}
+_TRAIN_FACTS = {"kl": (None, *KLS), "objective": (None, *OBJECTIVES), "seed": (None, int)}
+
+
+def run_facts(run: Path | str) -> dict[str, Any]:
+    """What RUN/run.json says, completed: format is "jsonl", holdout 0, other facts None.
+
+    Facts that only people read are there if `save_run` was told them. Raises InputError naming the
+    file and the key that is missing or cannot be what it is.
+    """
+    path = Path(run) / "run.json"
+    info = _completed(path, read_json(path), _FACTS)
+    _completed(path, info["adapter"], _ADAPTER_FACTS, "adapter.")
+    info["train"] = _completed(path, info["train"], _TRAIN_FACTS, "train.")
+    if not all(type(token) is int for token in info["head_tokens"] or ()):
+        raise InputError(f"{path}: head_tokens must be token ids")
+    try:
+        AdapterConfig(**info["adapter"])
+    except (TypeError, InputError) as error:
+        raise InputError(f"{path}: adapter: {error}") from None
+    return info
+
+
+def _completed(
+    path: Path, values: dict[str, Any], kinds: Mapping[str, tuple[Any, ...]], prefix: str = ""
+) -> dict[str, Any]:
+    """`values` and what they leave out, of a table such as `_FACTS`; prefix: of keys in errors."""
+    values = dict(values)
+    for key, possible in kinds.items():
+        if key not in values and isinstance(possible[0], type):
+            raise InputError(f"{path}: key {prefix + key!r} is missing")
+        value = values.setdefault(key, possible[0])
+        if not any(type(value) is p if isinstance(p, type) else value == p for p in possible):
+            expected = " or ".join(str(getattr(p, "__name__", p)) for p in possible)
+            raise InputError(f"{path}: {prefix}{key} is {value!r}, expected {expected}")
+    return values
+
+
 def load_run(
     run: Path | str,
     model: Llama | None = None,
     device: Device = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Llama, dict[str, Any]]:
-    """The trained model and the facts that `save_run` kept.
+    """The trained model and the facts that `save_run` kept, as of `run_facts`.
 
     model: the base, already loaded and untrimmed; None loads it from where run.json says.
     Raises InputError if a file is missing or broken, or if the base is not the one trained on.
     """
     run = Path(run)
-    info = read_json(run / "run.json")
-    missing = [key for key in ("adapter", "model", "head_tokens", "fingerprint") if key not in info]
-    if missing:
-        raise InputError(f"{run / 'run.json'}: key {missing[0]!r} is missing")
+    info = run_facts(run)
     if model is None:
-        model = Llama.from_pretrained(info["model"], dtype, device, info.get("quantize"))
+        model = Llama.from_pretrained(info["model"], dtype, device, info["quantize"])
     if fingerprint(model) != info["fingerprint"]:
         raise InputError(f"{run}: was trained on another base model than {info['model']}")
     if info["head_tokens"] is not None:
         model.trim_head(info["head_tokens"])
-    try:
-        config = AdapterConfig(**info["adapter"])
-    except TypeError as error:
-        raise InputError(f"{run / 'run.json'}: adapter: {error}") from None
-    add_adapters(model, config)
+    add_adapters(model, AdapterConfig(**info["adapter"]))
     tensors, _ = load_tensors(run / "adapter.safetensors")
     load_adapter_state(model, tensors, run / "adapter.safetensors")
     return model.eval(), info
@@ -449,19 +506,19 @@ def fit(
 ) -> None:
     """Train to the end, writing RUN/train.jsonl and checkpoints (`savepoints`) on the way.
 
-    resume: go on from the newest checkpoint that is whole. `progress` is told each step's log
-    record. beside: write checkpoints while training goes on.
+    resume: go on from the newest checkpoint that is whole, or begin if there is none at all.
+    `progress` is told each step's log record. beside: write checkpoints while training goes on.
     On SIGINT or SIGTERM the step in hand is finished, a checkpoint written and Interrupted raised.
     On several ranks all call it, with a folder that all of them see; rank 0 writes the log, and a
     signal to one of them is a signal to all.
-    Raises InputError if there is nothing to resume, if the run there has other settings, or if a
-    checkpoint cannot be written.
+    Raises InputError if all checkpoints there are damaged, or of a run with other settings, or if
+    one cannot be written.
     """
     run = Path(run)
     make_folder(run)
     identity, config = _identity(trainer), trainer.config
     saver = savepoints.Saver(run, beside)
-    if resume:
+    if resume and savepoints.exists(run):
         _restore(trainer, run, identity)
     distributed.barrier()  # every rank has seen the run as it was
     if distributed.rank() == 0:
@@ -491,6 +548,8 @@ def _identity(trainer: Trainer) -> dict[str, Any]:
     config = dataclasses.asdict(trainer.config)
     for name in ("checkpoint_every", "micro_batch", "recompute", "offload_activations", "compile"):
         del config[name]  # none changes the function computed
+    config["dtype"] = str(trainer.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    config["init"] = trainer.init
     data = hashlib.sha256(json.dumps([trainer.data.tokens, trainer.data.labels]).encode())
     adapter = dataclasses.asdict(trainer.adapters[0].config)
     record = {"train": config, "adapter": adapter, "data": data.hexdigest()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import time
 import pytest
 import torch
 
-from scalabl_ref import cli
+from scalabl_ref import AdapterConfig, Llama, add_adapters, cli, save_run
 from scalabl_ref.checkpoint import save_tensors
+from scalabl_ref.data import encode, load
+from scalabl_ref.tokenizer import load_tokenizer
 
 from .models import questions_file, tiny_folder
 from .tolerances import rounding
@@ -162,6 +165,38 @@ def test_a_posterior_keeps_its_runs_prompt_template(work, capsys):
     assert "differs from run in prompt_template: no ensemble" in refused(ensemble, capsys)
 
 
+def test_a_run_that_a_program_saved_is_one(work, capsys):
+    """With no fact but the base's folder, which is all that `save_run` asks for."""
+    data = encode(load("train.jsonl", "jsonl"), load_tokenizer("model"))
+    for out, method in (("ours", "scalabl"), ("plain", "mle")):
+        model = Llama.from_pretrained("model").trim_head(data.classes)
+        add_adapters(model, AdapterConfig(method, rank=2))
+        save_run(out, model, {"model": "model"})
+    metrics = ok("evaluate --run ours --data test.jsonl --samples 2", capsys)
+    assert (metrics["kl"], metrics["objective"], metrics["prompt_template"]) == (None,) * 3
+    answer = ok("predict --run ours --prompt hello --choices one two three", capsys)
+    assert answer["entropy"] > 0
+    assert ok("export --run ours --to peft --out adapter", capsys)["folders"] == ["adapter"]
+    assert ok(TRAIN.replace("--out run", "--init ours --out next"), capsys)["steps"] == 6
+    temperature = "evaluate --run ours --data test.jsonl --temperature"
+    assert "was trained without --holdout" in refused(temperature, capsys)
+    laplace = "posterior laplace --run plain --out laplace"
+    assert "does not say what file it was trained on: give --data" in refused(laplace, capsys)
+    ok(f"{laplace} --data train.jsonl", capsys)
+    assert ok("evaluate --run laplace --data test.jsonl", capsys)["method"] == "laplace"
+
+
+def test_a_runs_facts_are_checked_before_its_base_is_read(work, capsys):
+    ok(TRAIN, capsys)
+    record = json.loads((work / "run" / "run.json").read_text())
+    for key, value in (("dtype", "float99"), ("model", 5), ("head_tokens", "abc")):
+        (work / "run" / "run.json").write_text(json.dumps({**record, key: value}))
+        for command in ("evaluate --data test.jsonl", "predict --prompt a --choices b", TRAIN):
+            out = "--init" if command == TRAIN else "--run"
+            said = refused(command.replace("--out run", "--out x") + f" {out} run", capsys)
+            assert f"run/run.json: {key} is {value!r}, expected" in said
+
+
 def test_draws_of_a_posterior_have_no_design(work, capsys):
     for seed, out in enumerate("ab"):
         ok(f"{TRAIN} --method mle --seed {seed}".replace("run", out), capsys)
@@ -265,7 +300,6 @@ def test_every_command_has_help(capsys):
         ("--shard", "start them with torchrun"),
         ("--offload-weights", "torchrun --nproc-per-node 1"),
         ("--timeout 0", "timeout must be above 0 s"),
-        ("--resume", "no checkpoint to resume from"),
         ("--seed -1", "seed must be"),
         ("--format sst2", "train.jsonl, line 1"),
         ("--prompt-template absent.txt", "absent.txt: no such file"),
@@ -300,9 +334,42 @@ def test_bad_weights_are_named(work, capsys):
     assert "model.safetensors: not a valid safetensors file" in refused(TRAIN, capsys)
 
 
+def contents(folder) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_run_is_not_overwritten(work, capsys):
-    ok(TRAIN, capsys)
-    assert "holds a run already" in refused(TRAIN, capsys)
+    """Trained, or made otherwise: by training, from its own values, or by making a posterior."""
+    ok(f"{TRAIN} --method mle", capsys)
+    ok("posterior laplace --run run --out made", capsys)
+    before = contents(work)
+    made = TRAIN.replace("--out run", "--out made")
+    for command in (TRAIN, made, f"{made} --resume", f"{made} --init made"):
+        assert "holds a finished run: give another --out" in refused(command, capsys)
+    for out in ("run", "made", "model"):
+        said = refused(f"posterior laplace --run run --out {out}", capsys)
+        assert said == f"error: {out}: exists already\n"
+    assert contents(work) == before
+    (work / "run" / "run.json").unlink()  # as before its end
+    assert "holds a run already: give --resume or another" in refused(TRAIN, capsys)
+    ok(f"{TRAIN} --method mle --resume", capsys)
+    assert contents(work) == before
+
+
+def test_a_run_that_ended_early_can_be_done_again(work, capsys):
+    """Wrong settings leave nothing; one killed before a checkpoint is begun anew."""
+    official = f"{TRAIN} --method blob --kl official"
+    assert "method blob has the KL 'forward' alone" in refused(official, capsys)
+    assert not (work / "run").exists()
+    (work / "run").mkdir()
+    (work / "run" / "train.jsonl").write_text('{"step": 0, "loss": 7.0}\n{"st')
+    assert "give --resume or another --out" in refused(TRAIN, capsys)
+    code, out, _ = run(f"{TRAIN} --resume", capsys)
+    assert code == 0 and out.startswith("run: no checkpoint to resume from: beginning\n")
+    whole = ok(TRAIN.replace("--out run", "--out whole"), capsys)
+    logs = [(work / name / "train.jsonl").read_text().splitlines() for name in ("run", "whole")]
+    losses = [[json.loads(line)["loss"] for line in log] for log in logs]
+    assert losses[0] == losses[1] and len(losses[0]) == whole["steps"] == 6
 
 
 def test_temperature_needs_held_out_rows(work, capsys):
@@ -327,6 +394,30 @@ def test_what_is_not_trained_is_no_method_of_train(work, capsys):
         cli.main(f"{TRAIN} --method tfb".split())
     assert caught.value.code == 2 and "invalid choice: 'tfb'" in capsys.readouterr().err
     assert not (work / "run").exists()
+
+
+def test_a_hold_out_is_of_the_file_that_was_trained_on(work, capsys):
+    """Split again, another file would give back rows that the run has seen."""
+    ok(f"{TRAIN} --method mle --holdout 0.25", capsys)
+    temperature = "evaluate --run run --data test.jsonl --temperature"
+    before = ok(temperature, capsys)
+    rows = (work / "train.jsonl").read_text()
+    (work / "train.jsonl").write_text("".join(rows.splitlines(True)[:5]) + rows)
+    changed = "train.jsonl: has changed since run was trained on it: give "
+    assert changed + "--calibrate" in refused(temperature, capsys)
+    for method in ("laplace", "tfb"):
+        assert changed + "--data" in refused(f"posterior {method} --run run --out x", capsys)
+    assert ok(f"{temperature} --calibrate train.jsonl", capsys)["temperature"]["n_fit"] == 29
+    (work / "train.jsonl").unlink()
+    assert "train.jsonl: cannot be read" in refused(temperature, capsys)
+    (work / "train.jsonl").write_text(rows)
+    assert ok(temperature, capsys) == before
+    record = json.loads((work / "run" / "run.json").read_text())
+    del record["data_sha256"]
+    (work / "run" / "run.json").write_text(json.dumps(record))
+    assert "does not say what file it was trained on: give --calibrate" in refused(
+        temperature, capsys
+    )
 
 
 def test_a_closed_pipe_is_no_traceback(work):
@@ -359,6 +450,31 @@ def test_an_interrupted_run_goes_on_where_it_was(work, capsys, signum):
     straight = (work / "whole" / "train.jsonl").read_text().splitlines()
     assert resumed == [json.loads(line)["loss"] for line in straight]
     assert len(resumed) == whole["steps"] == 150
+
+
+@pytest.mark.parametrize(
+    ("option", "others", "message"),
+    [
+        ("", ["--dtype bfloat16"], "train.dtype was 'float32' and now is 'bfloat16'"),
+        ("--dtype bfloat16", [""], "train.dtype was 'bfloat16' and now is 'float32'"),
+        ("--init start", ["", "--init another"], "train.init was "),
+        ("", ["--init start"], "train.init was None and now is "),
+    ],
+)
+def test_a_run_goes_on_with_its_dtype_and_its_start(work, capsys, option, others, message):
+    for seed, out in enumerate(("start", "another")):
+        ok(f"{TRAIN} --seed {seed}".replace("--out run", f"--out {out}"), capsys)
+    whole = f"{TRAIN} --checkpoint-every 3 {option}"
+    last = ok(whole, capsys)["last"]
+    before = contents(work / "run")
+    shutil.rmtree(work / "run" / "checkpoint" / "00000006")
+    for other in others:
+        said = refused(f"{TRAIN} --resume {other}", capsys)
+        assert "is of a run with other settings: " + message in said
+    again = ok(f"{whole} --resume", capsys)["last"]
+    assert again["loss"] == last["loss"]
+    for name in ("run/run.json", "run/adapter.safetensors"):
+        assert (work / name).read_bytes() == before[str(work / name)]
 
 
 def test_a_finished_run_with_a_damaged_log_resumes_to_nothing(work, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -77,10 +78,6 @@ def test_swag(work, capsys):
     posterior = Swag.load("run0")
     assert posterior.count == 4
     assert torch.equal(probabilities(work / "made", capsys), expected(work, model, posterior))
-    ok(f"{TRAIN} --method scalabl --swag 0.5 --out ours", capsys)  # whose own draws are not used
-    ok("posterior swag --run ours --out averaged", capsys)
-    metrics = ok("evaluate --run averaged --data test.jsonl --samples 4", capsys)
-    assert metrics["method"] == "swag" and "design" not in metrics
 
 
 def test_ensemble(work, capsys):
@@ -89,6 +86,23 @@ def test_ensemble(work, capsys):
     assert not torch.equal(*parts)
     both = torch.stack(parts).mean(0)
     assert (probabilities(work / "made", capsys) - both).abs().max() < 1e-12
+
+
+def test_metrics_say_how_many_draws_there_were(work, capsys):
+    """Not how many were asked for: of plain LoRA none, of an ensemble its members."""
+    ok("posterior ensemble --run run0 run1 --out ensemble", capsys)
+    ok("posterior swag --run run0 --out swag", capsys)
+    ok("posterior tfb --run run0 --tolerance 0.05 --out tfb", capsys)
+    for run, draws in (("run0", 0), ("ensemble", 2), ("swag", 5), ("tfb", 5)):
+        for asked in (5, 0):
+            expected = draws if asked else 0
+            command = f"evaluate --run {run} --data test.jsonl --ood train.jsonl --samples {asked}"
+            metrics = ok(command, capsys)
+            assert metrics["samples"] == metrics["ood"]["samples"] == expected
+            assert metrics["method"] == ("mle" if run == "run0" else run)
+            assert ("design" in metrics) == (run == "tfb" and asked > 0)
+            command = f"predict --run {run} --prompt hello --choices a b c --samples {asked}"
+            assert ok(command, capsys)["samples"] == expected
 
 
 def test_tfb(work, capsys):
@@ -110,12 +124,12 @@ def test_predict_uses_it(work, capsys):
 
 
 def test_what_cannot_be_made_is_refused(work, capsys):
-    ok(f"{TRAIN} --method scalabl --out ours", capsys)
     ok(f"{TRAIN} --method mle --rank 3 --out wide", capsys)
+    shutil.copytree(work / "run0", work / "again")
     for command, message in (
-        ("posterior laplace --run ours --out x", "Laplace needs a model with plain LoRA"),
-        ("posterior tfb --run ours --out x", "tfb starts from mle or map"),
         ("posterior swag --run wide --out x", "swag.safetensors: no such file"),
+        ("posterior ensemble --run run0 run1 run0 --out x", "run0: has the same weights as run0"),
+        ("posterior ensemble --run run0 ./again --out x", "again: has the same weights as run0"),
         ("posterior ensemble --run run0 --out x", "ensemble takes more than a run"),
         ("posterior swag --run run0 run1 --out x", "swag takes no more than a run"),
         ("posterior ensemble --run run0 wide --out x", "wide: differs from run0 in adapter"),
@@ -125,7 +139,23 @@ def test_what_cannot_be_made_is_refused(work, capsys):
         assert not (work / "x").exists()
     ok("posterior swag --run run0 --out made", capsys)
     assert "has a posterior already, swag" in refused("posterior swag --run made --out x", capsys)
+    last = refused("posterior ensemble --run run0 run1 made --out x", capsys)
+    assert "made: has a posterior already, swag" in last
     assert "cannot write text" in refused("generate --run made --prompt a", capsys)
+
+
+@pytest.mark.parametrize("method", ["scalabl", "blob", "dropout", "tfb"])
+def test_what_draws_by_itself_is_not_made_into_another(work, capsys, method):
+    """Only its mean model would predict."""
+    if method == "tfb":
+        ok("posterior tfb --run run0 --tolerance 0.05 --out ours", capsys)
+        shutil.copy(work / "run0/swag.safetensors", work / "ours")
+    else:
+        ok(f"{TRAIN} --method {method} --swag 0.5 --out ours", capsys)
+    for name, runs in (("laplace", ""), ("tfb", ""), ("swag", ""), ("ensemble", "run0 run1")):
+        said = refused(f"posterior {name} --run {runs} ours --out x", capsys)
+        assert f"ours: {name} is made of runs of mle or map, not of {method}" in said
+    assert not (work / "x").exists()
 
 
 def test_broken_files_are_named(work, capsys):

@@ -262,6 +262,11 @@ def test_other_ranks_go_on_with_the_same_curve(tmp_path, before, after):
         assert (swag["mean"][name] - value).abs().max() <= bound + 1e-3, name
 
 
+def test_ranks_that_find_nothing_begin(tmp_path):
+    assert on_ranks(2, job, tmp_path, "", 0, True) == [OK, OK]
+    assert_same_curve(tmp_path)
+
+
 def test_pytorchs_own_checkpoints_read_ours(finished):
     dcp = pytest.importorskip("torch.distributed.checkpoint")
     storage = pytest.importorskip("torch.distributed.checkpoint.hf_storage")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -32,6 +33,7 @@ from scalabl_ref.train import (
     fit,
     kl_period,
     kl_weight,
+    run_facts,
     warmup_linear,
 )
 
@@ -416,9 +418,32 @@ def test_ctrl_c_checkpoints_too(tmp_path):
     )
 
 
+def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
+    """One that has not begun, and one killed before its first checkpoint, whatever it logged."""
+
+    def die_early(record):
+        if record["step"] == 3:
+            raise MemoryError
+
+    fit(trainer(), tmp_path / "whole")
+    fit(trainer(), tmp_path / "new", resume=True)
+    with pytest.raises(MemoryError):
+        fit(trainer(), tmp_path / "parts", progress=die_early)
+    (tmp_path / "parts" / "checkpoint" / ".00000005.tmp").mkdir(parents=True)
+    assert len(log_of(tmp_path / "parts")) == 4
+    fit(trainer(), tmp_path / "parts", resume=True)
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "new") == log_of(tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    "model", [{"method": "blob"}, {"prior": "layer"}, {"covariance": "full"}, {"method": "tfb"}]
+)
+def test_what_cannot_be_trained_is_refused_before_a_step(model):
+    with pytest.raises(InputError, match="KL|not trained"):
+        trainer(model=model, kl="official")
+
+
 def test_resuming_something_else_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no checkpoint to resume from"):
-        fit(trainer(), tmp_path, resume=True)
     fit(trainer(), tmp_path)
     for change, message in (
         ({"lr": 0.5}, r"train.lr was 0.01 and now is 0.5"),
@@ -430,6 +455,10 @@ def test_resuming_something_else_is_refused(tmp_path):
     for manifest in tmp_path.glob("checkpoint/*/manifest.json"):
         manifest.write_text("not a checkpoint")
     with pytest.raises(InputError, match=r"00000012/manifest\.json: not JSON"):
+        fit(trainer(), tmp_path, resume=True)
+    for manifest in tmp_path.glob("checkpoint/*/manifest.json"):
+        manifest.unlink()
+    with pytest.raises(InputError, match=r"00000012/manifest\.json: no such file"):
         fit(trainer(), tmp_path, resume=True)
 
 
@@ -467,6 +496,52 @@ def test_broken_runs_are_named(tmp_path):
         load_run(tmp_path, Llama(TINY).init_random_(0, std=0.3))
     with pytest.raises(InputError, match="no such file"):
         load_run(tmp_path / "absent", base)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": 5}, "model is 5, expected str"),
+        ({"model": None}, "model is None, expected str"),
+        ({"fingerprint": []}, "fingerprint is [], expected str"),
+        ({"head_tokens": "abc"}, "head_tokens is 'abc', expected list or None"),
+        ({"head_tokens": [5, 7, 1.5]}, "head_tokens must be token ids"),
+        ({"dtype": "float99"}, "dtype is 'float99', expected None or float32 or bfloat16"),
+        ({"quantize": True}, "quantize is True, expected None or int8 or nf4"),
+        ({"format": None}, "format is None, expected jsonl or arc or"),
+        ({"limit": "3"}, "limit is '3', expected None or int"),
+        ({"holdout": [0.5]}, "holdout is [0.5], expected 0.0 or float"),
+        ({"train": "long"}, "train is 'long', expected {} or dict"),
+        ({"train": {"kl": "sideways"}}, "train.kl is 'sideways', expected None or forward or"),
+        ({"train": {"seed": 0.5}}, "train.seed is 0.5, expected None or int"),
+        ({"adapter": []}, "adapter is [], expected dict"),
+        ({"adapter": {"rank": 3}}, "key 'adapter.method' is missing"),
+        ({"adapter": {"method": "mle", "rank": 2.5}}, "adapter.rank is 2.5, expected int"),
+        ({"adapter": {"method": "mle", "rank": 3, "size": 1}}, "adapter: "),
+        ({"adapter": {"method": "magic", "rank": 3}}, "adapter: method must be one of"),
+        ({"adapter": {"method": "mle", "rank": 3, "targets": 4}}, "adapter: 'int' object"),
+    ],
+)
+def test_facts_that_cannot_be_are_named(tmp_path, change, message):
+    base, _ = saved_run(tmp_path)
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(InputError, match=re.escape(f"run.json: {message}")):
+        load_run(tmp_path, base)
+
+
+def test_facts_that_nobody_told_are_the_usual_ones(tmp_path):
+    """And those of a part of a run's record are completed, with the rest kept."""
+    saved_run(tmp_path)
+    info = run_facts(tmp_path)
+    assert (info["format"], info["holdout"], info["note"]) == ("jsonl", 0, 1)
+    for key in ("data", "data_sha256", "dtype", "limit", "posterior", "prompt_template"):
+        assert info[key] is None, key
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({**info, "train": {"kl": "official", "lr": 0.5}}))
+    assert run_facts(tmp_path)["train"] == {
+        "kl": "official", "lr": 0.5, "objective": None, "seed": None
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
