@@ -68,7 +68,7 @@ from .methods.ensemble import Ensemble, Swag
 from .predict import predict_all
 from .progress import progress_bar
 from .tokenizer import load_tokenizer, tokenizer_files
-from .train import TrainConfig, Trainer, adapter_state, fit, load_run, save_run
+from .train import DType, TrainConfig, Trainer, adapter_state, fit, load_run, save_run
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Study:
     ood: dict[str, dict[str, Any]] = field(default_factory=dict)
     limit: int | None = None
     test_limit: int | None = None
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: DType | None = None
     validation: float = 0.2
     methods: tuple[str, ...] = tuple(METHODS)
     seeds: tuple[int, ...] = (0, 1, 2)

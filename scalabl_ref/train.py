@@ -12,12 +12,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -37,14 +37,16 @@ from .errors import (
     make_folder,
     on_signals,
 )
+from .fields import check
 from .llama import Llama
 from .methods.ensemble import Swag
 from .noise import FIRST_TRAINING_DRAW, Noise
-from .quantize import KINDS
+from .quantize import Kind
 
 Objective = Literal["elbo", "official"]
 OBJECTIVES: tuple[Objective, ...] = ("elbo", "official")
-DTYPES = ("float32", "bfloat16")  # that a run's base can be asked for in
+DType = Literal["float32", "bfloat16"]  # that a run's base can be asked for in
+DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -413,26 +415,26 @@ def save_run(run: Path | str, model: Llama, info: dict[str, Any]) -> None:
     atomic_write_text(run / "run.json", json.dumps(record, indent=2) + "\n")
 
 
-# Facts of a run.json with the kinds or values that each can have; one whose first is a value can be
-# left out, and is that then.
-_FACTS: dict[str, tuple[Any, ...]] = {
-    "model": (str,),
-    "adapter": (dict,),
-    "head_tokens": (list, None),
-    "fingerprint": (str,),
-    "quantize": (None, *KINDS),
-    "dtype": (None, *DTYPES),
-    "posterior": (None, str),
-    "format": FORMATS,
-    "prompt_template": (None, str),
-    "data": (None, str),
-    "data_sha256": (None, str),
-    "limit": (None, int),
-    "holdout": (0.0, float),
-    "train": ({}, dict),
+# Facts of a run.json that are read, and what those that can be left out are then.
+_FACTS: dict[str, Any] = {
+    "model": str,
+    "adapter": dict[str, Any],
+    "head_tokens": list[int] | None,
+    "fingerprint": str,
+    "quantize": Kind | None,
+    "dtype": DType | None,
+    "posterior": str | None,
+    "format": str,
+    "prompt_template": str | None,
+    "data": str | None,
+    "data_sha256": str | None,
+    "limit": int | None,
+    "holdout": float,
+    "train": dict[str, Any],
 }
-_ADAPTER_FACTS = {"method": (str,), "rank": (int,), "alpha": (None, int, float)}
-_TRAIN_FACTS = {"kl": (None, *KLS), "objective": (None, *OBJECTIVES), "seed": (None, int)}
+_NEEDED = ("model", "adapter", "head_tokens", "fingerprint")
+_USUAL: dict[str, Any] = {"format": "jsonl", "holdout": 0.0, "train": {}}
+_TRAIN_FACTS: dict[str, Any] = {"kl": KL | None, "objective": Objective | None, "seed": int | None}
 
 
 def run_facts(run: Path | str) -> dict[str, Any]:
@@ -442,31 +444,28 @@ def run_facts(run: Path | str) -> dict[str, Any]:
     file and the key that is missing or cannot be what it is.
     """
     path = Path(run) / "run.json"
-    info = _completed(path, read_json(path), _FACTS)
-    _completed(path, info["adapter"], _ADAPTER_FACTS, "adapter.")
-    info["train"] = _completed(path, info["train"], _TRAIN_FACTS, "train.")
-    if not all(type(token) is int for token in info["head_tokens"] or ()):
-        raise InputError(f"{path}: head_tokens must be token ids")
+    info = read_json(path)
     try:
+        for key in _NEEDED:
+            if key not in info:
+                raise InputError(f"key {key!r} is missing")
+        info = _completed(info, _FACTS, _USUAL)
+        check(info["adapter"], get_type_hints(AdapterConfig), "adapter: ")
         AdapterConfig(**info["adapter"])
-    except (TypeError, InputError) as error:
-        raise InputError(f"{path}: adapter: {error}") from None
+        info["train"] = _completed(info["train"], _TRAIN_FACTS, {}, "train: ")
+        if info["format"] not in FORMATS:
+            raise InputError(f"format must be {' or '.join(FORMATS)}, not {info['format']!r}")
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     return info
 
 
 def _completed(
-    path: Path, values: dict[str, Any], kinds: Mapping[str, tuple[Any, ...]], prefix: str = ""
+    values: dict[str, Any], types: dict[str, Any], usual: dict[str, Any], where: str = ""
 ) -> dict[str, Any]:
-    """`values` and what they leave out, of a table such as `_FACTS`; prefix: of keys in errors."""
-    values = dict(values)
-    for key, possible in kinds.items():
-        if key not in values and isinstance(possible[0], type):
-            raise InputError(f"{path}: key {prefix + key!r} is missing")
-        value = values.setdefault(key, possible[0])
-        if not any(type(value) is p if isinstance(p, type) else value == p for p in possible):
-            expected = " or ".join(str(getattr(p, "__name__", p)) for p in possible)
-            raise InputError(f"{path}: {prefix}{key} is {value!r}, expected {expected}")
-    return values
+    """`values` with those of `types` that they leave out: `usual`, or None. Others can be there."""
+    check({key: value for key, value in values.items() if key in types}, types, where)
+    return {**dict.fromkeys(types), **usual, **values}
 
 
 def load_run(

@@ -194,7 +194,7 @@ def test_a_runs_facts_are_checked_before_its_base_is_read(work, capsys):
         for command in ("evaluate --data test.jsonl", "predict --prompt a --choices b", TRAIN):
             out = "--init" if command == TRAIN else "--run"
             said = refused(command.replace("--out run", "--out x") + f" {out} run", capsys)
-            assert f"run/run.json: {key} is {value!r}, expected" in said
+            assert f"run/run.json: {key} must be " in said and f", not {value!r}" in said
 
 
 def test_draws_of_a_posterior_have_no_design(work, capsys):
