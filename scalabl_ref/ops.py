@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import native
-
-if TYPE_CHECKING:
-    from .noise import Noise
+from .errors import InputError
+from .noise import RESERVED_LAYER, Noise
+from .philox import in_range
 
 Sampling = Literal["batch", "example", "token"]
 SAMPLING: tuple[Sampling, ...] = ("batch", "example", "token")
@@ -73,7 +73,8 @@ def subspace_lora_linear(
     torch.func (vmap over `groups` gives independent draws) and autocast.
 
     Raises ValueError for an unknown `sampling`, for `groups` of a wrong shape, and InputError (a
-    ValueError too) for a layer or group id out of range.
+    ValueError too) for tensors that do not fit together, and for a layer or group id out of range
+    (ids on a GPU are not looked at).
     """
     device = "cpu" if x.is_cpu else x.device.type  # the short way is worth half a microsecond
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -85,10 +86,11 @@ def subspace_lora_linear(
                 groups,
             )  # fmt: skip
     t = Inputs(x, weight, bias, A, B, s, sigma, float(scaling))
+    _check_shapes(t)
     draws = _draws(x.shape[:-1], noise, layer, sampling, groups)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and isinstance(weight, Tensor):  # and not in codes
         return torch.ops.scalabl_ref.subspace_lora_linear(*t, *draws)
-    core = _core_for(t, draws)
+    core = None if torch.compiler.is_compiling() else _core_for(t, draws)
     if core is None:
         return _composition(t, draws)
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in t[:7]):
@@ -132,12 +134,26 @@ class Draws(NamedTuple):
 _MEAN = Draws(False, 0, 0, 0, None, 1)
 
 
+def _check_shapes(t: Inputs) -> None:
+    """Raise InputError naming a tensor that does not fit; a body is given none that do not."""
+    d_in, d_out, rank = t.x.shape[-1], t.weight.shape[0], t.A.shape[0]
+    shapes = ((d_out, d_in), (d_out,), (rank, d_in), (d_out, rank), (rank,), (rank,))
+    for i, shape in enumerate(shapes, 1):
+        if t[i] is not None and t[i].shape != shape:
+            raise InputError(
+                f"{Inputs._fields[i]} must be {shape}, and is {tuple(t[i].shape)}: x has {d_in} "
+                f"columns, weight {d_out} rows, A {rank}"
+            )
+
+
 def _draws(
     shape: torch.Size, noise: Noise | None, layer: int, sampling: Sampling, groups: Tensor | None
 ) -> Draws:
     ids, per_group = row_groups(shape, sampling, groups)
     if noise is None:
         return _MEAN
+    if not torch.compiler.is_compiling():
+        in_range("layer", layer, 0, RESERVED_LAYER)
     seed = noise.seed
     signed = seed if seed < 2**63 else seed - 2**64
     return Draws(True, signed, noise.draw, layer, ids, per_group, noise.design)
@@ -154,6 +170,8 @@ def row_groups(
         raise ValueError(f"sampling must be one of {', '.join(SAMPLING)}, not {sampling!r}")
     shared = shape[1:]  # the dimensions along which rows share a draw
     if groups is not None:
+        if groups.is_floating_point() or groups.is_complex():
+            raise InputError(f"groups must be integers, not {groups.dtype}")
         if groups.shape != shape[: groups.dim()]:
             raise ValueError(
                 f"groups of shape {tuple(groups.shape)} do not lead the rows {tuple(shape)}"
@@ -371,19 +389,19 @@ class _Native(torch.autograd.Function):
         t = Inputs(*inputs)
         needs_h = any(p.requires_grad for p in (t.B, t.s, t.sigma))
         y, h = _native_forward(core, t, draws, needs_h)
-        ctx.save_for_backward(*t[:7], h)
-        ctx.core, ctx.draws, ctx.scaling = core, draws, t.scaling
+        ctx.save_for_backward(*t[:7], h, draws.ids)
+        ctx.core, ctx.draws, ctx.scaling = core, draws._replace(ids=None), t.scaling
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:
-        x, weight, bias, A, B, s, sigma, h = ctx.saved_tensors
-        t = Inputs(x, weight, bias, A, B, s, sigma, ctx.scaling)
+        *tensors, h, ids = ctx.saved_tensors
+        t, draws = Inputs(*tensors, ctx.scaling), ctx.draws._replace(ids=ids)
         wanted = ctx.needs_input_grad[2:9]
         if torch.is_grad_enabled():  # these gradients are to be differentiated once more
-            out = _composed_gradients(grad_y, t, ctx.draws, wanted)
+            out = _composed_gradients(grad_y, t, draws, wanted)
         else:
-            out = _native_gradients(ctx.core, grad_y, t, h, ctx.draws, wanted)
+            out = _native_gradients(ctx.core, grad_y, t, h, draws, wanted)
         return None, None, *out, None
 
 
@@ -404,8 +422,6 @@ _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor s, 
 )
 def _normals(ids: Tensor, seed: int, draw: int, layer: int, design: int, rank: int) -> Tensor:
     """Noise(seed, draw, design).normal(layer, ids, rank), ids of any shape: (*ids.shape, rank)."""
-    from .noise import Noise
-
     eps = Noise(seed & MASK, draw, design).normal(layer, ids.reshape(-1), rank)
     return eps.view(*ids.shape, rank).to(ids.device)
 

@@ -167,6 +167,24 @@ def test_autocast_and_vmap_take_a_quantised_layer():
     assert (rows - layers[0](x)).abs().max() <= logits_bound(TINY, rows.abs().max().item())
 
 
+@pytest.mark.filterwarnings(  # the tracer's own, and of the cached table of levels
+    "ignore:.*should not be instantiated:DeprecationWarning",
+    "ignore:.*lru_cache:UserWarning",
+)
+def test_an_adapted_layer_of_codes_compiles():
+    """As one graph, the noise and gradients those of the layer as it is."""
+    ours, _ = pair("nf4", torch.float32)
+    layer = ours.layers[0].attn.q_proj
+    x = torch.randn(5, 3, TINY.hidden_size, generator=torch.Generator().manual_seed(1))
+    leaf = next(p for name, p in layer.named_parameters() if name.endswith("log_s"))
+    found = []
+    for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        y = function(x, Noise(0, 1))
+        found.append((y.detach(), *torch.autograd.grad(y.square().sum(), leaf)))
+    for mine, other in zip(*found, strict=True):
+        assert (mine - other).abs().max() <= rounding(torch.float32, 512) * other.abs().max()
+
+
 # --- folders and commands ----------------------------------------------------------------------
 
 
