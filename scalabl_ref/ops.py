@@ -14,7 +14,7 @@ through the composition.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -76,11 +76,9 @@ def subspace_lora_linear(
     ValueError too) for tensors that do not fit together, and for a layer or group id out of range
     (ids on a GPU are not looked at).
     """
-    device = "cpu" if x.is_cpu else x.device.type  # the short way is worth half a microsecond
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        low = torch.get_autocast_dtype(device)
+    if low := _autocast_dtype(x):
         bias = bias if bias is None else bias.to(low)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return subspace_lora_linear(
                 x.to(low), weight.to(low), bias, A, B, s, sigma, scaling, noise, layer, sampling,
                 groups,
@@ -96,6 +94,41 @@ def subspace_lora_linear(
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in t[:7]):
         return _Native.apply(core, draws, *t)
     return _native_forward(core, t, draws, keep=False)[0]
+
+
+def adapted_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    hidden: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """W x + bias + B hidden(x, A), for adapters of other kinds: shapes and dtypes as above.
+
+    hidden: of x (..., d_in) and A (r, d_in), both in the dtype of the low-rank part and outside
+    autocast, to (..., r).
+    """
+    if low := _autocast_dtype(x):
+        bias = bias if bias is None else bias.to(low)
+        with torch.autocast(x.device.type, enabled=False):
+            return adapted_linear(x.to(low), weight.to(low), bias, A, B, hidden)
+    y, wide = F.linear(x, weight, bias), _wide(x, A)
+    update = F.linear(hidden(x.to(wide), A.to(wide)), B.to(wide))
+    return y + update.to(y.dtype)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts x to; None where it does not."""
+    device = "cpu" if x.is_cpu else x.device.type  # the short way is worth half a microsecond
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def _wide(x: Tensor, A: Tensor) -> torch.dtype:
+    """What the low-rank part is computed in."""
+    return torch.promote_types(torch.promote_types(A.dtype, x.dtype), torch.float32)
 
 
 # --- The arguments, as every body takes them ------------------------------------------------------
@@ -138,11 +171,11 @@ def _check_shapes(t: Inputs) -> None:
     """Raise InputError naming a tensor that does not fit; a body is given none that do not."""
     d_in, d_out, rank = t.x.shape[-1], t.weight.shape[0], t.A.shape[0]
     shapes = ((d_out, d_in), (d_out,), (rank, d_in), (d_out, rank), (rank,), (rank,))
-    for i, shape in enumerate(shapes, 1):
-        if t[i] is not None and t[i].shape != shape:
+    for name, p, shape in zip(Inputs._fields[1:7], t[1:7], shapes, strict=True):
+        if p is not None and p.shape != shape:
             raise InputError(
-                f"{Inputs._fields[i]} must be {shape}, and is {tuple(t[i].shape)}: x has {d_in} "
-                f"columns, weight {d_out} rows, A {rank}"
+                f"{name} must be {shape}, and is {tuple(p.shape)}: x has {d_in} columns, weight "
+                f"{d_out} rows, A {rank}"
             )
 
 
@@ -218,12 +251,12 @@ def _eps(draws: Draws, rows: int, rank: int) -> Tensor:
 
 
 def _composition(t: Inputs, draws: Draws) -> Tensor:
-    y = F.linear(t.x, t.weight, t.bias)
-    wide = _wide(t)
-    h = F.linear(t.x.to(wide), t.A.to(wide))  # (..., r)
-    factor, _ = _factors(t, draws, math.prod(h.shape[:-1]))
-    update = F.linear(h * factor.expand(math.prod(h.shape[:-1]), -1).view(h.shape), t.B.to(wide))
-    return y + update.to(y.dtype)
+    def hidden(x: Tensor, A: Tensor) -> Tensor:
+        h, rows = F.linear(x, A), math.prod(x.shape[:-1])  # (..., r)
+        factor, _ = _factors(t, draws, rows)
+        return h * factor.expand(rows, -1).view(h.shape)
+
+    return adapted_linear(t.x, t.weight, t.bias, t.A, t.B, hidden)
 
 
 def _composed_gradients(
@@ -233,7 +266,7 @@ def _composed_gradients(
 
     Differentiable in turn, by whoever calls this with grad mode on.
     """
-    wide, x, g = _wide(t), _rows(t.x), _rows(grad_y)
+    wide, x, g = _wide(t.x, t.A), _rows(t.x), _rows(grad_y)
     A, B = t.A.to(wide), t.B.to(wide)
     h, d = x.to(wide) @ A.t(), g.to(wide) @ B  # (rows, r)
     factor, eps = _factors(t, draws, x.shape[0])
@@ -250,14 +283,9 @@ def _composed_gradients(
     return [gradient() if w else None for gradient, w in zip(gradients, wanted, strict=True)]
 
 
-def _wide(t: Inputs) -> torch.dtype:
-    """What the update is computed in."""
-    return torch.promote_types(torch.promote_types(t.A.dtype, t.x.dtype), torch.float32)
-
-
 def _factors(t: Inputs, draws: Draws, rows: int) -> tuple[Tensor, Tensor]:
     """scaling * (s + sigma * eps) and eps, each (rows, r), or (1, r) for the mean model."""
-    wide = _wide(t)
+    wide = _wide(t.x, t.A)
     s, sigma = t.s.to(wide), t.sigma.to(wide)
     if not draws.noisy:
         return t.scaling * s[None], torch.zeros_like(sigma)[None]
@@ -395,8 +423,9 @@ class _Native(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:
-        *tensors, h, ids = ctx.saved_tensors
-        t, draws = Inputs(*tensors, ctx.scaling), ctx.draws._replace(ids=ids)
+        x, weight, bias, A, B, s, sigma, h, ids = ctx.saved_tensors
+        t = Inputs(x, weight, bias, A, B, s, sigma, ctx.scaling)
+        draws = ctx.draws._replace(ids=ids)
         wanted = ctx.needs_input_grad[2:9]
         if torch.is_grad_enabled():  # these gradients are to be differentiated once more
             out = _composed_gradients(grad_y, t, draws, wanted)

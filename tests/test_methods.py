@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,12 +12,12 @@ from torch.distributions import MultivariateNormal
 from torch.distributions import kl_divergence as torch_kl
 
 from scalabl_ref import AdapterConfig, InputError, Noise, adapters, elbo, kl_forward, predict
-from scalabl_ref.adapters import Linear, add_adapters
+from scalabl_ref.adapters import ADAPTERS, Linear, add_adapters
 from scalabl_ref.elbo import kl_divergence
 from scalabl_ref.methods import Ensemble, Swag
 from scalabl_ref.train import adapter_state
 
-from .models import tiny_batch, tiny_model
+from .models import TINY, tiny_batch, tiny_model
 from .stats import ZTest
 from .tolerances import rounding
 
@@ -138,6 +140,35 @@ def test_one_prior_for_each_scale_is_half_the_log_of_one_plus_the_squared_signal
     s, sigma = linear.adapter.scale()
     expected = (1 + (s / sigma) ** 2).log().sum() / 2
     assert abs(kl_divergence(model) - expected) <= rounding(torch.float64, 64) * expected
+
+
+KINDS_OF_ADAPTER = [{"method": name} for name in ADAPTERS] + [{"covariance": "full"}]
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_ADAPTER, ids=lambda kind: "".join(kind.values()))
+def test_all_kinds_round_alike(kind):
+    """The low-rank part is as wide as the input and the adapter, with autocast or without."""
+    linear = tiny_model(**kind).layers[0].attn.q_proj
+    with torch.no_grad():
+        for name, parameter in linear.adapter.named_parameters():
+            if name not in ("A", "B"):  # with exact exponentials and squares
+                parameter.fill_(0.0 if name.startswith("log") else 0.5)
+
+    def on(dtype: torch.dtype):
+        layer = copy.deepcopy(linear)
+        layer.weight.data = layer.weight.data.to(dtype)
+        return layer
+
+    x = torch.randn(2, 3, TINY.hidden_size, generator=torch.Generator().manual_seed(0))
+    noise = Noise(1, 2)
+    exact = copy.deepcopy(linear).double()(x.double(), noise)
+    wide = on(torch.float64)(x.double(), noise)
+    assert wide.dtype == torch.float64
+    assert (wide - exact).abs().max() <= rounding(torch.float64, 512) * exact.abs().max()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = linear(x, noise)
+    assert low.dtype == torch.bfloat16
+    assert torch.equal(low, on(torch.bfloat16)(x.bfloat16(), noise))
 
 
 @pytest.mark.parametrize("change", [{"prior": "layer"}, {"covariance": "full"}])

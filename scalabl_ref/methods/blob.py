@@ -17,7 +17,7 @@ from ..adapters import MIN_LOG_SIGMA, Adapter, initial_widths
 from ..divergence import kl_forward
 from ..errors import InputError
 from ..noise import Noise
-from ..ops import row_noise
+from ..ops import adapted_linear, row_noise
 
 # Added to a layer's id for the counters of its signs, so that none of them is one of E's.
 SIGNS = 2**31
@@ -51,16 +51,18 @@ class FlipoutAdapter(Adapter):
         noise: Noise | None,
         groups: Tensor | None,
     ) -> Tensor:
-        y = super().forward(x, weight, bias, None, groups)
         if noise is None:
-            return y
-        wide = torch.promote_types(self.A.dtype, x.dtype)
+            return super().forward(x, weight, bias, None, groups)
         rank, d_in = self.A.shape
         signs = self.signs(x.shape[:-1], noise, groups)
-        u, t = signs.to(x.device, wide).split([d_in, rank], dim=-1)  # (..., d_in), (..., r)
-        E = noise.normal(self.layer, 1, rank * d_in).view(rank, d_in).to(self.A)
-        h = t * F.linear(u * x.to(wide), (self.omega() * E).to(wide))  # (..., r)
-        return y + (self.config.scaling * F.linear(h, self.B.to(wide))).to(y.dtype)
+        E = noise.normal(self.layer, 1, rank * d_in).view(rank, d_in)
+
+        def hidden(x: Tensor, A: Tensor) -> Tensor:
+            u, t = signs.to(x).split([d_in, rank], dim=-1)  # (..., d_in), (..., r)
+            drawn = F.linear(x, A) + t * F.linear(u * x, self.omega().to(x) * E.to(x))
+            return self.config.scaling * drawn
+
+        return adapted_linear(x, weight, bias, self.A, self.B, hidden)
 
     def lora_A(self, noise: Noise | None = None) -> Tensor:
         A = self.A.double()

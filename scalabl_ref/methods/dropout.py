@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..adapters import Adapter
 from ..noise import Noise
-from ..ops import row_noise
+from ..ops import adapted_linear, row_noise
 
 
 class DropoutAdapter(Adapter):
@@ -32,9 +32,12 @@ class DropoutAdapter(Adapter):
             return super().forward(x, weight, bias, None, groups)
         p, sampling = self.config.dropout, self.config.sampling
         z = row_noise(x.shape[:-1], noise, self.layer, sampling, groups, x.shape[-1])
-        kept = self.kept(z).to(self.A) * (self.config.scaling / (1 - p))
-        h = F.linear(x.to(self.A.dtype) * kept, self.A)
-        return F.linear(x, weight, bias) + F.linear(h, self.B).to(x.dtype)
+
+        def hidden(x: Tensor, A: Tensor) -> Tensor:
+            kept = self.kept(z).to(x) * (self.config.scaling / (1 - p))
+            return F.linear(x * kept, A)
+
+        return adapted_linear(x, weight, bias, self.A, self.B, hidden)
 
     def kept(self, z: Tensor) -> Tensor:
         """m of standard normals z, of their shape, bool."""

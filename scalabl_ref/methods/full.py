@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..adapters import Adapter, SubspaceAdapter, fitted_prior_std
 from ..errors import InputError
 from ..noise import Noise
-from ..ops import row_noise
+from ..ops import adapted_linear, row_noise
 
 
 class FullAdapter(SubspaceAdapter):
@@ -46,10 +46,13 @@ class FullAdapter(SubspaceAdapter):
         if noise is None:
             return super().forward(x, weight, bias, None, groups)
         rank, sampling = self.config.rank, self.config.sampling
-        eps = row_noise(x.shape[:-1], noise, self.layer, sampling, groups, rank).to(self.A)
-        drawn = self.config.scaling * (self.log_s.exp() + eps @ self.factor().T)
-        h = F.linear(x.to(self.A.dtype), self.A)
-        return F.linear(x, weight, bias) + F.linear(h * drawn, self.B).to(x.dtype)
+        eps = row_noise(x.shape[:-1], noise, self.layer, sampling, groups, rank)
+
+        def hidden(x: Tensor, A: Tensor) -> Tensor:
+            s, L = self.log_s.exp().to(x), self.factor().to(x)
+            return F.linear(x, A) * (self.config.scaling * (s + eps.to(x) @ L.T))
+
+        return adapted_linear(x, weight, bias, self.A, self.B, hidden)
 
     def deviation(self, eps: Tensor) -> Tensor:
         return self.factor().double() @ eps
