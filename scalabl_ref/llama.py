@@ -686,11 +686,14 @@ class Llama(nn.Module):
     def trim_head(self, token_ids: list[int] | tuple[int, ...]) -> Llama:
         """Keep only these rows of the head, in this order, in float32; returns the model.
 
-        Logits then are (..., len(token_ids)), computed in float32 whatever the base's dtype.
-        Raises InputError for an id outside the vocabulary, or if the head was cut already.
+        Logits then are (..., len(token_ids)), computed in float32 whatever the base's dtype. To be
+        called before `add_adapters`. Raises InputError for an id outside the vocabulary, or if the
+        head was cut or adapted already.
         """
         if self.config.head_tokens is not None:
             raise InputError("the head is already cut down to class tokens")
+        if self.lm_head.adapter is not None:
+            raise InputError("the head is adapted already: trim_head comes before add_adapters")
         outside = [i for i in token_ids if not 0 <= i < self.config.vocab_size]
         if outside:
             raise InputError(f"token id {outside[0]} is outside the {self.config.vocab_size} ids")

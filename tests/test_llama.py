@@ -318,6 +318,11 @@ def test_trimmed_head_is_rows_of_the_full_one():
             model.trim_head(CLASSES)
     with pytest.raises(InputError, match="token id 40 is outside the 40 ids"):
         Llama(TINY).init_random_().trim_head([1, 40])
+    adapted = tiny_model(trim=False)
+    with pytest.raises(InputError, match="trim_head comes before add_adapters"):
+        adapted.trim_head(CLASSES)
+    assert "lm_head" in adapters(adapted)
+    tiny_model(trim=False, targets=("q_proj",)).trim_head(CLASSES)  # which takes nothing away
 
 
 @torch.no_grad()
