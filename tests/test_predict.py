@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from scalabl_ref import InputError, Noise, adapters, predict, reference, subspace_lora_linear
 from scalabl_ref.elbo import class_logits
-from scalabl_ref.methods.ensemble import Swag
+from scalabl_ref.methods.ensemble import Ensemble, Swag
 from scalabl_ref.predict import generate, predict_all, predictive
 
 from .models import tiny_batch, tiny_model
@@ -151,8 +151,12 @@ def test_a_wrong_design_is_refused():
 
 
 def test_negative_samples_are_refused():
-    with pytest.raises(InputError, match="samples must not be negative"):
-        predict(tiny_model(), tiny_batch(), samples=-1)
+    model, batch = tiny_model(method="mle"), tiny_batch()
+    swag = Swag()
+    swag.collect(model)
+    for posterior in (None, swag, Ensemble([swag.mean])):
+        with pytest.raises(InputError, match="samples must not be negative"):
+            predict(model, batch, samples=-1, posterior=posterior)
 
 
 @pytest.mark.parametrize("sampling", ["batch", "example", "token"])
