@@ -342,7 +342,7 @@ class Context:
 
         def each(x: Tensor) -> Tensor:
             """One draw's after the other's; what all rows share stays as it is."""
-            return x if len(x) == 1 < B else repeated(x, draws)
+            return x if len(x) == 1 != B else repeated(x, draws)
 
         groups = self.groups
         if groups is not None:

@@ -90,7 +90,7 @@ def passes(
         yield None, 1
         return
     joint = all(adapter.joint for adapter in random)
-    at_once = max(1, TOKENS_AT_ONCE // tokens) if joint else 1
+    at_once = max(1, TOKENS_AT_ONCE // max(1, tokens)) if joint else 1
     number = {"independent": INDEPENDENT, "antithetic": ANTITHETIC, "latin": samples}[design]
     for done in range(0, samples, at_once):
         yield Noise(seed, first + done, number), min(at_once, samples - done)
