@@ -514,7 +514,8 @@ def _add_samples(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="draws of the posterior, or all members of an ensemble; 0 is the mean model; "
         "auto: for each example, until more cannot change its answer by more than --tolerance; "
-        "exact: the integral, where lm_head alone is adapted, for at most 4 classes",
+        "exact: the integral, where lm_head alone is adapted, for at most 4 classes "
+        "or rank 3",
     )
     add("--tolerance", type=float, default=0.05, help="of --samples auto, in probability")
     add("--most", type=int, default=1000, help="draws of one example, of --samples auto")

@@ -569,15 +569,20 @@ def trainer(
 
 
 def save(attached: Attached, folder: Path | str) -> None:
-    """Write the adapters, FOLDER/adapter.safetensors, and what they are of, FOLDER/adapter.json."""
+    """Write the adapters, FOLDER/adapter.safetensors, and what they are of, FOLDER/adapter.json.
+
+    Beside the tensors of each adapter is the first row of the weight that it adapts, by which
+    `load` knows the base.
+    """
     folder = Path(folder)
     make_folder(folder)
-    save_tensors(folder / "adapter.safetensors", adapter_state(attached.model).items())
+    rows = {f"{name}.base": row.float() for name, row in _rows(attached.model).items()}
+    tensors = {**adapter_state(attached.model), **rows}
+    save_tensors(folder / "adapter.safetensors", tensors.items())
     record = {
         "adapter": dataclasses.asdict(attached.config),
         "targets": attached.targets,
         "classes": attached.classes,
-        "base": _digest(attached.model),
     }
     atomic_write_text(folder / "adapter.json", json.dumps(record, indent=2) + "\n")
 
@@ -585,12 +590,16 @@ def save(attached: Attached, folder: Path | str) -> None:
 def load(model: nn.Module, folder: Path | str) -> Attached:
     """Attach to `model`, the base, the adapters that `save` wrote.
 
+    The base may have been loaded in float32, bfloat16 or float16, then and now. Older folders have
+    a digest of it, the key "base" of adapter.json, which float16 changes.
+
     Raises InputError if a file is missing or broken, or if the base is another; load it again then.
     """
     path = Path(folder) / "adapter.json"
     record = read_json(path)
-    tensors, _ = load_tensors(Path(folder) / "adapter.safetensors")
-    for key in ("adapter", "targets", "classes", "base"):
+    file = Path(folder) / "adapter.safetensors"
+    tensors, _ = load_tensors(file)
+    for key in ("adapter", "targets", "classes"):
         if key not in record:
             raise InputError(f"{path}: key {key!r} is missing")
     try:
@@ -598,16 +607,43 @@ def load(model: nn.Module, folder: Path | str) -> Attached:
         attached = attach(model, config, 0, record["targets"], record["classes"])
     except (TypeError, InputError) as error:
         raise InputError(f"{path}: {error}") from None
-    if _digest(model) != record["base"]:
+    if "base" in record:
+        same = record["base"] == _digest(model)
+    else:
+        names = [f"{name}.base" for name in adapters(model)]
+        missing = [name for name in names if name not in tensors]
+        if missing:
+            raise InputError(f"{file}: tensor {missing[0]} is missing")
+        same = all(map(_same, _rows(model).values(), map(tensors.pop, names)))
+    if not same:
         raise InputError(f"{folder}: was trained on another base model")
-    load_adapter_state(model, tensors, Path(folder) / "adapter.safetensors")
+    load_adapter_state(model, tensors, file)
     return attached
 
 
+def _rows(model: nn.Module) -> dict[str, Tensor]:
+    """The first row of every adapted layer's frozen weight, (d_in,), by the layer's name."""
+    return {
+        name: model.get_submodule(name).get_parameter("weight")[0].detach()
+        for name in adapters(model)
+    }
+
+
+def _same(row: Tensor, saved: Tensor) -> bool:
+    """Whether two rows can be the same one, each rounded to float32, bfloat16 or float16.
+
+    bfloat16 rounds by half its eps of a value at most, as does float16, which for small values is
+    half its smallest; twice as much is let through.
+    """
+    half = torch.finfo(torch.float16)
+    least, eps = half.smallest_normal * half.eps, torch.finfo(torch.bfloat16).eps
+    row = row.float().cpu()
+    return row.shape == saved.shape and torch.allclose(row, saved.float(), eps, least)
+
+
 def _digest(model: nn.Module) -> str:
-    """Of the first row of every adapted layer's frozen weight, in whatever dtype it was loaded."""
+    """Of the rows in bfloat16, to which float32 and bfloat16 round alike; float16 does not."""
     digest = hashlib.sha256()
-    for name in adapters(model):
-        row = model.get_submodule(name).get_parameter("weight")[0].detach()
+    for name, row in _rows(model).items():
         digest.update(json.dumps([name, row.bfloat16().tolist()]).encode())
     return digest.hexdigest()

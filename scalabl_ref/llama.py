@@ -268,7 +268,12 @@ class RMSNorm(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, one pair of (B, K, S, h) tensors a layer."""
+    """Keys and values of the tokens seen so far, one pair of (B, K, S, h) tensors a layer.
+
+    padded: whether some of these tokens are padding, which only a mask can tell from the others.
+    """
+
+    padded = False
 
     def __init__(self, layers: int) -> None:
         self.keys: list[Tensor | None] = [None] * layers
@@ -337,7 +342,7 @@ class Context:
 
         def each(x: Tensor) -> Tensor:
             """One draw's after the other's; what all rows share stays as it is."""
-            return x if len(x) == 1 < B else repeated(x, draws)
+            return x if len(x) == 1 != B else repeated(x, draws)
 
         groups = self.groups
         if groups is not None:
@@ -571,11 +576,13 @@ class Llama(nn.Module):
             neither on padding nor on the cache.
         lengths: (B,) int64 >= 1, for right-padded rows: where each ends (`last_only` reads there).
         mask: (B, S) bool, True on real tokens, for any other padding; S counts cached tokens too.
-        cache: holds the tokens before these; filled in place. Give it the same `draws` every time.
+        cache: holds the tokens before these; filled in place. Give it the same `draws` every time,
+            and `mask` with all that comes after padding: it keeps neither `lengths` nor `mask`.
 
         Positions count real tokens. Logits at padding are meaningless. Raises ValueError if both
-        `lengths` and `mask` are given, and InputError past max_position_embeddings, or for a group
-        id so large that under token sampling there is no room for its tokens.
+        `lengths` and `mask` are given, and InputError past max_position_embeddings, without `mask`
+        where the cache holds padding, or for a group id so large that under token sampling there is
+        no room for its tokens.
         """
         if lengths is not None and mask is not None:
             raise ValueError("give lengths (right padding) or mask (any padding), not both")
@@ -586,6 +593,10 @@ class Llama(nn.Module):
                 f"{past + T} tokens, but the model has only "
                 f"{self.config.max_position_embeddings} positions"
             )
+        if cache is not None:
+            if cache.padded and mask is None:
+                raise InputError("the cache holds padding: what comes after it needs a mask")
+            cache.padded = _has_padding(T, lengths, mask)
         whole = padded or torch.compiler.is_compiling()
         rows = Rows(B, T) if lengths is None or whole else _real_tokens(lengths, B, T)
         ctx = self._context(rows, past, noise, groups, lengths, mask, cache)
@@ -686,11 +697,14 @@ class Llama(nn.Module):
     def trim_head(self, token_ids: list[int] | tuple[int, ...]) -> Llama:
         """Keep only these rows of the head, in this order, in float32; returns the model.
 
-        Logits then are (..., len(token_ids)), computed in float32 whatever the base's dtype.
-        Raises InputError for an id outside the vocabulary, or if the head was cut already.
+        Logits then are (..., len(token_ids)), computed in float32 whatever the base's dtype. To be
+        called before `add_adapters`. Raises InputError for an id outside the vocabulary, or if the
+        head was cut or adapted already.
         """
         if self.config.head_tokens is not None:
             raise InputError("the head is already cut down to class tokens")
+        if self.lm_head.adapter is not None:
+            raise InputError("the head is adapted already: trim_head comes before add_adapters")
         outside = [i for i in token_ids if not 0 <= i < self.config.vocab_size]
         if outside:
             raise InputError(f"token id {outside[0]} is outside the {self.config.vocab_size} ids")
@@ -795,6 +809,12 @@ def read_config(path: Path) -> tuple[LlamaConfig, dict[str, Any]]:
         return LlamaConfig.from_dict(values), values
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def _has_padding(T: int, lengths: Tensor | None, mask: Tensor | None) -> bool:
+    if mask is not None:
+        return not bool(mask.all())
+    return lengths is not None and bool((lengths < T).any())
 
 
 def _real_tokens(lengths: Tensor, B: int, T: int) -> Rows:

@@ -82,10 +82,7 @@ def passes(
 
     Raises InputError for negative `samples` or an unknown `design`.
     """
-    if samples < 0:
-        raise InputError(f"samples must not be negative, and is {samples}")
-    if first + samples > FIRST_TRAINING_DRAW:
-        raise InputError(f"samples must be at most {FIRST_TRAINING_DRAW}, and are {samples}")
+    _check_samples(samples, first)
     if design not in DESIGNS:
         raise InputError(f"design must be one of {', '.join(DESIGNS)}, not {design!r}")
     random = [adapter for adapter in adapters(model).values() if adapter.random]
@@ -93,10 +90,17 @@ def passes(
         yield None, 1
         return
     joint = all(adapter.joint for adapter in random)
-    at_once = max(1, TOKENS_AT_ONCE // tokens) if joint else 1
+    at_once = max(1, TOKENS_AT_ONCE // max(1, tokens)) if joint else 1
     number = {"independent": INDEPENDENT, "antithetic": ANTITHETIC, "latin": samples}[design]
     for done in range(0, samples, at_once):
         yield Noise(seed, first + done, number), min(at_once, samples - done)
+
+
+def _check_samples(samples: int, first: int = 0) -> None:
+    if samples < 0:
+        raise InputError(f"samples must not be negative, and is {samples}")
+    if first + samples > FIRST_TRAINING_DRAW:
+        raise InputError(f"samples must be at most {FIRST_TRAINING_DRAW}, and are {samples}")
 
 
 @torch.no_grad()
@@ -118,6 +122,7 @@ def predict(
 
     Raises InputError for negative `samples`, an unknown `design`, or one with a posterior.
     """
+    _check_samples(samples)
     if posterior is not None:
         if design != "independent":
             raise InputError(f"draws of {type(posterior).__name__} are independent, not {design}")

@@ -35,7 +35,8 @@ def predict_exact(model: Llama, batch: Batch) -> Prediction:
     standard deviation above 2; beyond that the softmax is too steep for so many nodes, and draws
     (which cost little here) are the better way.
 
-    Raises InputError unless lm_head alone is adapted, by scalabl, and there are at most 4 classes.
+    Raises InputError unless lm_head alone is adapted, by scalabl, and there are at most 4 classes,
+    or its rank is at most 3.
     """
     mean, factor = head_gaussian(model, batch)
     return integrate(mean, factor)
@@ -70,8 +71,11 @@ def integrate(mean: Tensor, factor: Tensor, counts: Sequence[int] = NODES) -> Pr
     moved = factor - factor.mean(1, keepdim=True)  # the softmax sees no more than this
     U, S, _ = torch.linalg.svd(moved, full_matrices=False)
     directions = min(factor.shape[2], factor.shape[1] - 1)
+    if directions == 0:  # of one class the softmax is 1
+        return predictive(torch.log_softmax(mean, -1)[None])
     if directions > len(NODES):
-        raise InputError(f"exact prediction takes at most {len(NODES) + 1} classes")
+        most = len(NODES)
+        raise InputError(f"exact prediction takes at most {most + 1} classes, or rank {most}")
     axes = (U * S[:, None])[..., :directions]  # (B, C, directions)
     nodes, weights = gauss_hermite(counts[directions - 1])
     grid = torch.cartesian_prod(*[nodes] * directions).view(-1, directions).to(mean)

@@ -7,12 +7,14 @@ import re
 
 import pytest
 
-from scalabl_ref import cli
+from scalabl_ref import adapters, cli
 from scalabl_ref.data import TEMPLATES
+from scalabl_ref.elbo import kl_divergence
 from scalabl_ref.study import Study
 from scalabl_ref.vectors import vectors
 
 from .conftest import ROOT
+from .models import tiny_model
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -65,6 +67,14 @@ def test_the_prompts_are_those_of_the_code():
     table = text.split("| format | prompt |")[1].split("\n\n")[0]
     rows = [[cell.strip(" `") for cell in row.split("|")[1:3]] for row in table.splitlines()[2:]]
     assert {name: prompt.replace("\\n", "\n") for name, prompt in rows} == TEMPLATES
+
+
+def test_the_kl_starts_where_the_method_says():
+    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    (said,) = re.findall(r"the forward KL is about (\S+) nats per dimension", text)
+    model = tiny_model(rank=8, layers=12, trim=False, wake=False)
+    start = kl_divergence(model).item() / (8 * len(adapters(model)))
+    assert f"{start:.1f}" == said
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import threading
 from types import SimpleNamespace
@@ -15,9 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from scalabl_ref import AdapterConfig, InputError, Noise, adapters, hf
 from scalabl_ref.adapters import TARGETS
+from scalabl_ref.checkpoint import load_tensors, save_tensors
 from scalabl_ref.data import Batch
 from scalabl_ref.elbo import kl_divergence
 from scalabl_ref.ops import subspace_lora_linear
+from scalabl_ref.train import adapter_state
 
 from .models import fill
 from .tolerances import rounding
@@ -522,10 +525,56 @@ def test_broken_folders_are_named(tmp_path):
         torch.manual_seed(0)
         with pytest.raises(InputError, match=message):
             hf.load(Net(), tmp_path)
-    del record["base"]
-    path.write_text(json.dumps(record))
-    with pytest.raises(InputError, match="adapter.json: key 'base' is missing"):
+    path.write_text(json.dumps({key: record[key] for key in ("adapter", "targets")}))
+    with pytest.raises(InputError, match="adapter.json: key 'classes' is missing"):
         hf.load(Net(), tmp_path)
+    path.write_text(json.dumps(record))
+    tensors, _ = load_tensors(file := tmp_path / "adapter.safetensors")
+    del tensors["lm_head.base"]
+    save_tensors(file, tensors.items())
+    with pytest.raises(InputError, match="adapter.safetensors: tensor lm_head.base is missing"):
+        hf.load(Net(), tmp_path)
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def base_in(dtype, published=torch.float32, factor=1.0) -> Net:
+    """A Net loaded in `dtype`, with weights down to 1e-9 times the usual."""
+    torch.manual_seed(0)
+    model = Net().eval()
+    for block in model.blocks:
+        block.q_proj.weight.data *= factor * torch.logspace(0, -9, D)
+    return model.to(published).to(dtype)
+
+
+@pytest.mark.parametrize("published", DTYPES)
+@pytest.mark.parametrize("then", DTYPES)
+@pytest.mark.parametrize("now", DTYPES)
+def test_a_base_is_known_in_whatever_dtype_it_is_loaded(tmp_path, published, then, now):
+    attached = hf.attach(base_in(then, published), AdapterConfig(rank=3, targets=("q_proj",)))
+    wake(attached)
+    hf.save(attached, tmp_path)
+    back = hf.load(base_in(now, published), tmp_path)
+    for name, adapter in adapters(back.model).items():
+        assert torch.equal(adapter.B, adapters(attached.model)[name].B)
+    with pytest.raises(InputError, match="was trained on another base model"):
+        hf.load(base_in(now, published, factor=1.02), tmp_path)
+
+
+@pytest.mark.parametrize("now", DTYPES[:2])
+def test_folders_with_a_digest_can_be_read(tmp_path, now):
+    attached = hf.attach(base_in(torch.float32), AdapterConfig(rank=3, targets=("q_proj",)))
+    hf.save(attached, tmp_path)
+    save_tensors(tmp_path / "adapter.safetensors", adapter_state(attached.model).items())
+    path = tmp_path / "adapter.json"
+    rows = [[name, attached.model.get_submodule(name).weight[0].bfloat16().tolist()]
+            for name in adapters(attached.model)]  # fmt: skip
+    digest = hashlib.sha256("".join(map(json.dumps, rows)).encode()).hexdigest()
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base": digest}))
+    hf.load(base_in(now), tmp_path)
+    with pytest.raises(InputError, match="was trained on another base model"):
+        hf.load(base_in(now, factor=1.02), tmp_path)
 
 
 def test_targets_of_a_llama_are_the_defaults():

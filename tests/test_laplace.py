@@ -119,6 +119,19 @@ def test_the_query_of_the_last_block_is_exact_for_longer_prompts():
         close(dense(block), ggn(logits, J[name]))
 
 
+@pytest.mark.parametrize("layers", ["all", "last"])
+def test_a_frozen_model_has_the_same_curvature(layers):
+    model, batch = plain(), tiny_batch()
+    laplace = Laplace.fit(model, [batch], layers)
+    covariance = laplace.logits(model, batch)[1]
+    frozen = Laplace.fit(model.requires_grad_(False), [batch], layers)
+    for name, block in laplace.curvature.items():
+        close(dense(frozen.curvature[name]), dense(block))
+    assert covariance.abs().max() > 0
+    close(frozen.logits(model, batch)[1], covariance)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
 def test_several_examples_give_the_product_of_their_means():
     """N E[g g^T] x E[a a^T] of the last tokens, from a layer's input and a shift of its output."""
     model, batch = plain(), tiny_batch(5)

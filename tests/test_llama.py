@@ -200,6 +200,31 @@ def test_a_mask_may_pad_on_the_right_or_in_the_middle():
         assert close(model(spread, mask=mask, last_only=True)[0], expected[-1])
 
 
+@pytest.mark.parametrize("by", ["lengths", "mask"])
+@torch.no_grad()
+def test_what_comes_after_padding_in_a_cache_needs_a_mask(by):
+    """With it, rows go on as they would alone; without it, they would see the padding."""
+    model, rows = Llama(TINY).init_random_(0, std=0.3), [random_tokens(1, n + 2) for n in (5, 3)]
+    first, lengths = torch.zeros(2, 5, dtype=torch.long), torch.tensor([5, 3])
+    for i, row in enumerate(rows):
+        first[i, : lengths[i]] = row[0, :-2]
+    mask = torch.arange(5) < lengths[:, None]
+    cache, more = KVCache(2), torch.cat([row[:, -2:] for row in rows])
+    model(first, cache=cache, **{by: {"lengths": lengths, "mask": mask}[by]})
+    with pytest.raises(InputError, match="the cache holds padding"):
+        model(more[:, :1], cache=cache)
+    for i in range(2):
+        mask = torch.cat((mask, torch.ones(2, 1, dtype=torch.bool)), dim=1)
+        got = model(more[:, i : i + 1], cache=cache, mask=mask)
+        for b, row in enumerate(rows):
+            assert close(got[b, 0], model(row)[0, i - 2])
+        with pytest.raises(InputError, match="the cache holds padding"):
+            model(more[:, :1], cache=cache, lengths=torch.tensor([1, 1]))
+    none, full = {"lengths": torch.tensor([5, 5]), "mask": torch.ones(2, 5).bool()}, KVCache(2)
+    model(first, cache=full, **{by: none[by]})
+    assert close(model(more, cache=full), model(torch.cat((first, more), dim=1))[:, 5:])
+
+
 @pytest.mark.parametrize("sampling", ["batch", "example", "token"])
 @torch.no_grad()
 def test_a_draw_does_not_see_cache_or_padding(sampling):
@@ -318,6 +343,11 @@ def test_trimmed_head_is_rows_of_the_full_one():
             model.trim_head(CLASSES)
     with pytest.raises(InputError, match="token id 40 is outside the 40 ids"):
         Llama(TINY).init_random_().trim_head([1, 40])
+    adapted = tiny_model(trim=False)
+    with pytest.raises(InputError, match="trim_head comes before add_adapters"):
+        adapted.trim_head(CLASSES)
+    assert "lm_head" in adapters(adapted)
+    tiny_model(trim=False, targets=("q_proj",)).trim_head(CLASSES)  # which takes nothing away
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch.distributions import kl_divergence as torch_kl
 
 from scalabl_ref import AdapterConfig, InputError, Noise, adapters, elbo, kl_forward, predict
 from scalabl_ref.adapters import ADAPTERS, Linear, add_adapters
+from scalabl_ref.checkpoint import load_tensors, save_tensors
 from scalabl_ref.elbo import kl_divergence
 from scalabl_ref.methods import Ensemble, Swag
 from scalabl_ref.train import adapter_state
@@ -293,6 +294,31 @@ def test_swag_draws_the_same_once_it_is_loaded(tmp_path):
     drawn, again = (s.draw(Noise(0, 0)) for s in (swag, Swag.load(tmp_path / "swag")))
     assert drawn.keys() == again.keys()
     assert all(torch.equal(drawn[name], again[name]) for name in drawn)
+
+
+def test_swag_keeps_a_width_far_below_its_mean(tmp_path):
+    """Of 3e-5 of it, whose square float32 would round away; a float32 file can still be read."""
+    model, swag, seen = tiny_model(method="mle", targets=("q_proj",)), Swag(), []
+    generator = torch.Generator().manual_seed(0)
+    [*_, (layer, adapter)] = adapters(model).items()
+    for _ in range(5):
+        adapter.A.data = 3 + 1e-4 * torch.randn(adapter.A.shape, generator=generator)
+        swag.collect(model)
+        seen.append(adapter.A.detach().double())
+    swag.save(tmp_path)
+    expected, name = torch.stack(seen).std(0, correction=0), f"{layer}.A"
+    z = Noise(7, 0).normal(2**31 + sorted(swag.mean).index(name), 1, expected.numel())
+    z = z.view(expected.shape).double()
+    for made in (swag, Swag.load(tmp_path)):
+        width = (made.draw(Noise(7, 0))[name] - made.mean[name]) / z
+        bound = rounding(torch.float64, 64) * 9 / expected + rounding(torch.float64, 9) / z.abs()
+        assert ((width - expected).abs() <= bound).all()
+    tensors, metadata = load_tensors(file := tmp_path / "swag.safetensors")
+    save_tensors(file, ((n, tensor.float()) for n, tensor in tensors.items()), metadata)
+    old = Swag.load(tmp_path)
+    old.collect(model)
+    drawn = old.draw(Noise(7, 0))
+    assert old.count == 6 and {value.dtype for value in drawn.values()} == {torch.float64}
 
 
 def test_swag_is_a_gaussian_through_the_iterates():

@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scalabl_ref import InputError, Noise, adapters, predict, reference, subspace_lora_linear
+from scalabl_ref.adapters import TARGETS
 from scalabl_ref.elbo import class_logits
-from scalabl_ref.methods.ensemble import Swag
+from scalabl_ref.methods.ensemble import Ensemble, Swag
 from scalabl_ref.predict import generate, predict_all, predictive
+from scalabl_ref.sequential import predict_auto
 
 from .models import tiny_batch, tiny_model
 from .stats import ZTest
@@ -151,8 +153,21 @@ def test_a_wrong_design_is_refused():
 
 
 def test_negative_samples_are_refused():
-    with pytest.raises(InputError, match="samples must not be negative"):
-        predict(tiny_model(), tiny_batch(), samples=-1)
+    model, batch = tiny_model(method="mle"), tiny_batch()
+    swag = Swag()
+    swag.collect(model)
+    for posterior in (None, swag, Ensemble([swag.mean])):
+        with pytest.raises(InputError, match="samples must not be negative"):
+            predict(model, batch, samples=-1, posterior=posterior)
+
+
+@pytest.mark.parametrize("targets", [TARGETS, ("lm_head",)])
+def test_no_examples_have_no_predictions(targets):
+    model, batch = tiny_model(targets=targets), tiny_batch()
+    parts = (batch.tokens, batch.lengths, batch.labels, batch.ids)
+    empty = type(batch)(*(part[:0] for part in parts), batch.classes)
+    for result in (predict(model, empty), predict(model, empty, 0), predict_auto(model, empty)[0]):
+        assert [tuple(tensor.shape) for tensor in result] == [(0, 3), (0,), (0,), (0,)]
 
 
 @pytest.mark.parametrize("sampling", ["batch", "example", "token"])

@@ -111,3 +111,12 @@ def test_what_is_not_the_heads_alone_is_refused():
             predict_exact(model, tiny_batch())
     with pytest.raises(InputError, match="at most 4 classes"):
         integrate(torch.zeros(1, 6), torch.ones(1, 6, 8))
+
+
+@pytest.mark.parametrize("classes, rank", [(1, 3), (6, 3)])
+def test_one_class_is_certain_and_a_small_rank_may_have_many(classes, rank):
+    g = torch.Generator().manual_seed(0)
+    mean = torch.randn(2, classes, generator=g).double()
+    got = integrate(mean, torch.randn(2, classes, rank, generator=g).double())
+    assert (got.probs.sum(-1) - 1).abs().max() <= rounding(torch.float64, 2**16)
+    assert bool((got.mutual_information > 0).all()) == (classes > 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
@@ -18,6 +19,7 @@ from .models import TINY, tiny_batch, tiny_model
 from .test_train import trainer
 from .tolerances import logits_bound, rounding
 
+tfb_module = importlib.import_module("scalabl_ref.methods.tfb")
 SAMPLES, RESOLUTION = 3, 0.01
 
 
@@ -171,6 +173,29 @@ def test_a_model_that_cannot_be_widened_stays_as_it_was():
         tfb(model, [tiny_batch()], samples=0)
     with pytest.raises(InputError, match="q_proj: tfb starts from mle or map, not scalabl"):
         tfb(tiny_model(), [tiny_batch()])
+    with pytest.raises(InputError, match="no examples to find the width by"):
+        tfb(model, [])
+    with pytest.raises(InputError, match="the model has no adapters"):
+        tfb(Llama(TINY).init_random_(), [tiny_batch()])
+    assert all(adapters(model)[name] is adapter for name, adapter in before.items())
+
+
+@pytest.mark.parametrize("passes", [0, 1, 3])
+def test_a_model_whose_search_is_cut_short_stays_as_it_was(passes, monkeypatch):
+    """Whatever the error, and however far it came."""
+    model, left = tiny_model(method="mle"), [None] * passes
+
+    def interrupted(*arguments):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return class_logits(*arguments)
+
+    before = adapters(model)
+    monkeypatch.setattr(tfb_module, "class_logits", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tfb(model, [tiny_batch()], samples=SAMPLES)
+    assert not left and all(adapters(model)[name] is adapter for name, adapter in before.items())
 
 
 def test_a_run_comes_back_as_it_was(tmp_path):

@@ -65,17 +65,23 @@ class Swag:
     """SWAG-diagonal (Maddox et al. 2019): a Gaussian through the iterates of the last steps.
 
     `collect` after a step adds the adapters' state as it is; count, mean and square are running
-    averages, by name. A draw is one setting of all weights, shared by all examples.
+    averages, by name, in float64: the width is what a difference of squares leaves. A draw is one
+    setting of all weights, shared by all examples.
     """
 
     count: int = 0
     mean: State = field(default_factory=dict)
     square: State = field(default_factory=dict)
 
+    def __post_init__(self) -> None:  # they may come of a file that has them in float32
+        self.mean = {name: value.double() for name, value in self.mean.items()}
+        self.square = {name: value.double() for name, value in self.square.items()}
+
     @torch.no_grad()
     def collect(self, model: Llama) -> None:
         self.count += 1
         for name, value in _state(model).items():
+            value = value.double()
             for kept, new in ((self.mean, value), (self.square, value.square())):
                 old = kept.get(name, torch.zeros_like(new))
                 kept[name] = old + (new - old) / self.count

@@ -286,7 +286,8 @@ def _forward(model: Llama, batch: Batch, chosen: dict[str, Adapter]) -> tuple[Te
 
     def watch(name: str) -> RemovableHandle:
         def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            passes[name] = inputs[0].detach(), output
+            # Gradients of outputs need no parameter that is trained: a frozen model has them too.
+            passes[name] = inputs[0].detach(), output.requires_grad_()
 
         return model.get_submodule(name).register_forward_hook(keep)
 

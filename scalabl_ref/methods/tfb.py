@@ -70,10 +70,13 @@ def tfb(
 
     The same draws serve every sigma_q; they are training's, so that none is one of prediction's.
 
-    Raises InputError, and leaves the model as it was, if an adapter is not a point estimate (method
-    "mle" or "map") or if the lower of `bounds` does not satisfy the tolerance.
+    Raises InputError, and leaves the model as it was, as after any other error, if there is no
+    adapter or no example, if an adapter is not a point estimate (method "mle" or "map") or if the
+    lower of `bounds` does not satisfy the tolerance.
     """
     points = adapters(model)
+    if not points:
+        raise InputError("the model has no adapters to widen")
     for name, point in points.items():
         if point.config.method not in ("mle", "map"):
             raise InputError(f"{name}: tfb starts from mle or map, not {point.config.method}")
@@ -81,6 +84,8 @@ def tfb(
         raise InputError(f"samples must be at least 1, not {samples}")
     device = model.device
     batches = [batch.to(device) for batch in batches]
+    if not any(len(batch.labels) for batch in batches):
+        raise InputError("no examples to find the width by")
     draws = [Noise(seed, FIRST_TRAINING_DRAW + i) for i in range(samples)]
 
     def nll(log_probs: Tensor) -> float:
@@ -97,16 +102,16 @@ def tfb(
         change = nll(_log_mixture(model, batches, draws)) - nll(mean)
         return abs(change) <= tolerance * nll(mean)
 
-    _attach(model, {name: adapter for name, (adapter, _) in rotated.items()})
-    # Of the rotated model, whose rounding the draws share: in bfloat16 it is near the tolerance.
-    mean = _log_mixture(model, batches, [None])
-    answers = mean.argmax(-1, keepdim=True)
     try:
+        _attach(model, {name: adapter for name, (adapter, _) in rotated.items()})
+        # Of the rotated model, whose rounding the draws share: of bfloat16 it nears the tolerance.
+        mean = _log_mixture(model, batches, [None])
+        answers = mean.argmax(-1, keepdim=True)
         found = largest(fits, *bounds, resolution)
-    except InputError:
+        widen(found)
+    except BaseException:
         _attach(model, points)
         raise
-    widen(found)
     return found
 
 
