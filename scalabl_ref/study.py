@@ -704,6 +704,8 @@ def _workers(jobs: int) -> Iterator[Callable[[Sequence[Fit | Job]], Iterator[Non
 
     with concurrent.futures.ProcessPoolExecutor(jobs, context, _begin, (theirs,)) as pool:
         try:
+            # The pool watches those processes that were there at its last answer: here, all.
+            list(pool.map(abs, range(jobs)))
             yield run
         except BaseException as error:
             ours.close()  # what they are at can wait

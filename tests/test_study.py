@@ -526,7 +526,7 @@ def test_processes_give_the_same_numbers(tmp_path):
 def test_a_bad_run_stops_those_beside_it(tmp_path):
     """One of two processes trains, the other fails at its first step; six more runs wait."""
     knobs = {"mle": [1.0], "map": [1e-200, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]}
-    settings = {**FEW, "steps": 2000}
+    settings = {**FEW, "steps": 20_000}
     path = config(
         tmp_path, methods=["mle", "map"], lr=[0.01], knobs=knobs, settings=settings, seeds=[0]
     )
@@ -545,7 +545,7 @@ def both_train(out, patience=60):
         time.sleep(0.02)
 
 
-LONG = {**FEW, "steps": 4000, "checkpoint_every": 4000}  # some ten seconds
+LONG = {**FEW, "steps": 40_000, "checkpoint_every": 40_000}  # a minute, but for what ends it
 
 
 @pytest.mark.parametrize(
