@@ -161,6 +161,7 @@ def pretrain(folder: Path, seed: int) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_pretraining_is_reproducible(tmp_path):
     first = pretrain(tmp_path / "a", 1)
     assert first == pretrain(tmp_path / "b", 1) != pretrain(tmp_path / "c", 2)
