@@ -86,9 +86,11 @@ def subspace_lora_linear(
     t = Inputs(x, weight, bias, A, B, s, sigma, float(scaling))
     _check_shapes(t)
     draws = _draws(x.shape[:-1], noise, layer, sampling, groups)
-    if torch.compiler.is_compiling() and isinstance(weight, Tensor):  # and not in codes
-        return torch.ops.scalabl_ref.subspace_lora_linear(*t, *draws)
-    core = None if torch.compiler.is_compiling() else _core_for(t, draws)
+    if torch.compiler.is_compiling():
+        if isinstance(weight, Tensor):
+            return torch.ops.scalabl_ref.subspace_lora_linear(*t, *draws)
+        return _composition(t, draws)  # codes are no argument of an operator
+    core = _core_for(t, draws)
     if core is None:
         return _composition(t, draws)
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in t[:7]):
