@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import scalabl_ref  # noqa: F401  before torch, whose warning about a missing NumPy it keeps away
 
 # isort: split
 import pytest
+import torch
 from hypothesis import Phase, settings
 
 from . import models
@@ -30,6 +32,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     models.DEVICE = config.getoption("--device")
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets how many threads PyTorch has, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -33,12 +33,9 @@ STEPS, RATE = 9, 1e-2
 
 
 @pytest.fixture(autouse=True)
-def _as_many_threads_as_a_rank():
+def _as_many_threads_as_a_rank(threads):
     """One: how products are shared out over threads decides, on some processors, their rounding."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    threads(1)
 
 
 def trainer(**config) -> Trainer:

@@ -355,13 +355,6 @@ def test_large_shapes_are_as_accurate(dtype, rank):
         assert error <= allowed, name
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @needs_core
 def test_result_does_not_depend_on_the_threads(threads):
     """Bit for bit, what the core adds: y starts from zero, grad_x too, for W = 0."""
