@@ -38,7 +38,6 @@ from typing import Any, Literal, get_type_hints
 
 import torch
 
-from . import savepoints
 from .adapters import AdapterConfig, adapters, add_adapters
 from .checkpoint import Weights, load_tensors, read_json, save_tensors, sha256
 from .comparison import row, scores, summary, table, write_page
@@ -312,7 +311,7 @@ class Fit:
         model = _base_model(self.study, self.device)
         add_adapters(model.trim_head(data.classes), self.adapter, self.train.seed)
         trainer = Trainer(model, data, self.train)
-        fit(trainer, self.folder, resume=savepoints.exists(self.folder))
+        fit(trainer, self.folder, resume=True)
         if self.train.swag:
             trainer.swag.save(self.folder)
         info = {
