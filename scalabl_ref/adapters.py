@@ -460,6 +460,11 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     }
 
 
+def random_adapters(model: nn.Module) -> list[Adapter]:
+    """Those of the model's adapters whose draws differ, in model order."""
+    return [adapter for adapter in adapters(model).values() if adapter.random]
+
+
 def layer_id(name: str, target: str) -> int:
     """Noise id of the layer `name`, whose last part is `target`; see `add_adapters`."""
     block = next((int(part) for part in name.split(".") if part.isdigit()), 0)

@@ -32,6 +32,7 @@ from .adapters import (
     Linear,
     adapters,
     add_adapters,
+    random_adapters,
 )
 from .card import Card
 from .checkpoint import (
@@ -139,7 +140,7 @@ class Trained:
             raise InputError(
                 f"{self.run}: a draw of {name} is of logits and no LoRA: export its mean"
             )
-        if not any(adapter.random for adapter in adapters(self.model).values()):
+        if not random_adapters(self.model):
             raise InputError(f"{self.run}: method {self.config.method} has no draws but its mean")
         if self.config.sampling == "token":
             raise InputError(

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .adapters import Device, Linear, adapters
+from .adapters import Device, Linear, random_adapters
 from .checkpoint import FLOATS, FORMAT, Weights, hf_to_ours, is_finite, read_json
 from .errors import InputError
 from .noise import Noise, later, token_groups
@@ -633,7 +633,7 @@ class Llama(nn.Module):
 
     def shared_blocks(self) -> int:
         """How many of the first blocks give the same under every draw."""
-        random = [any(a.random for a in adapters(block).values()) for block in self.layers]
+        random = [bool(random_adapters(block)) for block in self.layers]
         return random.index(True) if True in random else len(random)
 
     def _context(

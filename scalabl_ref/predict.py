@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapters import adapters
+from .adapters import random_adapters
 from .elbo import class_logits
 from .errors import InputError
 from .llama import KVCache, Llama
@@ -85,7 +85,7 @@ def passes(
     _check_samples(samples, first)
     if design not in DESIGNS:
         raise InputError(f"design must be one of {', '.join(DESIGNS)}, not {design!r}")
-    random = [adapter for adapter in adapters(model).values() if adapter.random]
+    random = random_adapters(model)
     if not random or samples == 0:
         yield None, 1
         return

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import distributed
-from .adapters import adapters
+from .adapters import random_adapters
 from .data import Batch
 from .errors import InputError
 from .llama import Llama
@@ -102,7 +102,7 @@ def predict_auto(
     auto = auto or Auto()
     B = len(batch.labels)
     taken = torch.zeros(B, dtype=torch.int64)
-    if not B or not any(adapter.random for adapter in adapters(model).values()):
+    if not B or not random_adapters(model):
         return predictive(log_probs(model, batch, 0, seed).cpu()), taken
     parts: list[list[Tensor]] = [[] for _ in range(B)]  # of each example, (S, C)
     race, open_rows, done = None, torch.arange(B), 0
