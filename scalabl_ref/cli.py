@@ -429,7 +429,8 @@ def _made(
     Without --data, laplace and tfb see what the run was trained on, its hold-out left out.
     """
     from .checkpoint import load_tensors
-    from .data import encode, evaluation_batches, load
+    from .data import evaluation_batches, load
+    from .evaluate import encode_for
     from .methods import Ensemble, Laplace, Swag, tfb
 
     if args.method == "ensemble":
@@ -440,10 +441,7 @@ def _made(
         examples = load(args.data, args.format, args.limit, info["prompt_template"])
     else:
         examples, _ = _own_data(args.run, info, "--data")
-    head, longest = model.config.head_tokens, model.config.max_position_embeddings
-    classes = None if head is None else len(head)
-    data = encode(examples, tokenizer, classes=classes, max_length=longest)
-    batches = evaluation_batches(data, args.batch)
+    batches = evaluation_batches(encode_for(model, tokenizer, examples), args.batch)
     if args.method == "tfb":
         sigma = tfb(model, batches, args.tolerance, samples=args.samples, seed=args.seed)
         return None, {"sigma": sigma}
@@ -462,17 +460,16 @@ def _check_plain(runs: list[Path], method: str) -> None:
 
     if (len(runs) > 1) != (method == "ensemble"):
         raise InputError(f"{method} takes {'more' if len(runs) == 1 else 'no more'} than a run")
-    first = run_facts(runs[0])
+    facts = [run_facts(run) for run in runs]
     by_weights: dict[str, Path] = {}
-    for run in runs:
-        info = run_facts(run)
+    for run, info in zip(runs, facts, strict=True):
         trained, posterior = info["adapter"]["method"], info["posterior"]
         if posterior is not None:
             raise InputError(f"{run}: has a posterior already, {posterior}")
         if trained not in ("mle", "map"):
             raise InputError(f"{run}: {method} is made of runs of mle or map, not of {trained}")
         for key in ("fingerprint", "adapter", "head_tokens", "prompt_template"):
-            if info[key] != first[key]:
+            if info[key] != facts[0][key]:
                 raise InputError(f"{run}: differs from {runs[0]} in {key}: no ensemble")
         same = by_weights.setdefault(sha256(run / "adapter.safetensors"), run)
         if same is not run:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from . import distributed, metrics
-from .adapters import ADAPTERS, adapters
-from .data import Batch, Example, encode, evaluation_batches
+from .adapters import ADAPTERS, random_adapters
+from .data import Batch, Encoded, Example, encode, evaluation_batches
 from .errors import InputError, atomic_write_text
 from .llama import Llama
 from .methods import Ensemble, Posterior
@@ -40,6 +40,29 @@ class Answers:
     draws: Tensor | None = None  # (N,) int64, how many each took, where that differs
 
 
+def encode_for(
+    model: Llama, tokenizer: Tokenizer, examples: list[Example], answerable: bool = True
+) -> Encoded:
+    """The examples as `model` takes them: `data.encode` with its classes and its longest prompt.
+
+    Raises InputError as that does, or for another tokenizer's classes.
+    """
+    head = model.config.head_tokens
+    encoded = encode(
+        examples,
+        tokenizer,
+        classes=None if head is None else len(head),
+        max_length=model.config.max_position_embeddings,
+        answerable=answerable,
+    )
+    if head is not None and tuple(encoded.classes) != head:
+        raise InputError(
+            f"the tokenizer gives the class tokens {encoded.classes}, but the head was cut down to "
+            f"{list(head)}"
+        )
+    return encoded
+
+
 def answer(
     model: Llama,
     tokenizer: Tokenizer,
@@ -61,27 +84,14 @@ def answer(
     drawn, if it is not what the adapters themselves have. design: as in `predict`. answerable: the
     head must have every label, see `data.encode`.
 
-    Raises InputError for a combination that cannot be had, for another tokenizer's classes, or as
-    `data.encode` does.
+    Raises InputError for a combination that cannot be had, or as `encode_for` does.
     """
     if not isinstance(samples, int) and design != "independent":
         raise InputError(f"samples auto and exact know independent draws, not design {design!r}")
     if not isinstance(samples, int) and posterior is not None:
         name = type(posterior).__name__
         raise InputError(f"samples auto and exact are of the adapters' own draws, not of a {name}")
-    head = model.config.head_tokens
-    encoded = encode(
-        examples,
-        tokenizer,
-        classes=None if head is None else len(head),
-        max_length=model.config.max_position_embeddings,
-        answerable=answerable,
-    )
-    if head is not None and tuple(encoded.classes) != head:
-        raise InputError(
-            f"the tokenizer gives the class tokens {encoded.classes}, but the head was cut down to "
-            f"{list(head)}"
-        )
+    encoded = encode_for(model, tokenizer, examples, answerable)
     batches = list(evaluation_batches(encoded, batch))
     table = torch.zeros(len(examples), len(encoded.classes) + 4, dtype=torch.float64)
     by_draws = isinstance(samples, int) and posterior is None
@@ -110,8 +120,7 @@ def _taken(model: Llama, samples: Samples, posterior: Posterior | None) -> Sampl
         return samples
     if isinstance(posterior, Ensemble):
         return len(posterior.members)
-    random = any(adapter.random for adapter in adapters(model).values())
-    return samples if random or posterior is not None else 0
+    return samples if posterior is not None or random_adapters(model) else 0
 
 
 @torch.no_grad()

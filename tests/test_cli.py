@@ -372,6 +372,23 @@ def test_a_run_that_ended_early_can_be_done_again(work, capsys):
     assert losses[0] == losses[1] and len(losses[0]) == whole["steps"] == 6
 
 
+def test_a_tokenizer_with_other_letters_is_refused(work, capsys):
+    """The head has kept the rows of the letters' tokens, by which nothing else can be answered."""
+    ok(f"{TRAIN} --method mle", capsys)
+    path = work / "model" / "tokenizer.json"
+    record = json.loads(path.read_text())
+    record["model"]["vocab"] = {k: 255 - i for k, i in record["model"]["vocab"].items()}
+    path.write_text(json.dumps(record))
+    for command in (
+        "evaluate --data test.jsonl",
+        "posterior laplace --out x",
+        "posterior tfb --out x",
+    ):
+        said = refused(f"{command} --run run", capsys)
+        assert "the tokenizer gives the class tokens" in said
+    assert not (work / "x").exists()
+
+
 def test_temperature_needs_held_out_rows(work, capsys):
     ok(TRAIN, capsys)
     command = "evaluate --run run --data test.jsonl --temperature"
