@@ -15,6 +15,7 @@ from scalabl_ref.data import (
     Encoded,
     Example,
     TrainingOrder,
+    batches,
     collate,
     encode,
     evaluation_batches,
@@ -560,7 +561,7 @@ def test_bucketing_reduces_padding(seed, size):
     """Against the same shuffle cut into batches unsorted; on 64 batches, to a third or less."""
     lengths = [1 + (37 * i) % (64 * size) for i in range(64 * size)]
     order = TrainingOrder(lengths, size, seed)
-    shuffled = data._permutation(len(lengths), seed, data._EXAMPLES)
+    shuffled = batches._permutation(len(lengths), seed, batches._EXAMPLES)
     plain = [shuffled[i : i + size] for i in range(0, len(shuffled), size)]
     assert padding(lengths, epoch_of(order, 0)) * 3 <= padding(lengths, plain)
 

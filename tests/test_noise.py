@@ -18,8 +18,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from scalabl_ref import InputError, Noise, data, native_status, noise, ops, philox, philox4x32
-from scalabl_ref.data import Encoded, evaluation_batches, split
+from scalabl_ref import InputError, Noise, native_status, noise, ops, philox, philox4x32
+from scalabl_ref.data import Encoded, batches, evaluation_batches, split
 from scalabl_ref.native import core
 from scalabl_ref.noise import later
 from scalabl_ref.predict import predict_all
@@ -421,7 +421,7 @@ def one_layer_id(monkeypatch):
 
 
 def one_stream(monkeypatch):
-    monkeypatch.setattr("scalabl_ref.data._EXAMPLES", data._BATCHES)
+    monkeypatch.setattr("scalabl_ref.data.batches._EXAMPLES", batches._BATCHES)
 
 
 def examples_share(monkeypatch):

@@ -1,0 +1,44 @@
+"""Data sets as questions with lettered answers; their encoding; batches in a reproducible order.
+
+Every example is a prompt and the index of its answer: class 0 is the token "A", class 1 "B", and so
+on, directly after the prompt's last character.
+"""
+
+from .batches import (
+    Batch,
+    Encoded,
+    TrainingOrder,
+    collate,
+    encode,
+    evaluation_batches,
+    split,
+)
+from .formats import files, load
+from .prompts import (
+    FIXED_CHOICES,
+    FORMATS,
+    TEMPLATES,
+    Example,
+    num_classes,
+    question,
+    read_template,
+)
+
+__all__ = [
+    "FIXED_CHOICES",
+    "FORMATS",
+    "TEMPLATES",
+    "Batch",
+    "Encoded",
+    "Example",
+    "TrainingOrder",
+    "collate",
+    "encode",
+    "evaluation_batches",
+    "files",
+    "load",
+    "num_classes",
+    "question",
+    "read_template",
+    "split",
+]

@@ -1,0 +1,44 @@
+"""Texts of files and rows, checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+
+def read_text(path: Path, latin_1: bool = False) -> str:
+    """The text of a UTF-8 file; latin_1: or of a Latin-1 one, if it is not valid UTF-8."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if latin_1:
+            return data.decode("latin-1")
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}, line {line}: expected UTF-8 text") from None
+
+
+def checked_text(value: Any, what: str) -> str:
+    """`value`, which must be a text with something in it that can be written as UTF-8."""
+    if not isinstance(value, str):
+        raise InputError(f"{what} must be a text, not {value!r}")
+    if not value.strip():
+        raise InputError(f"{what} is empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{what} holds half of a surrogate pair") from None
+    return value
+
+
+def one_of(names: tuple[str, ...], name: str, what: str) -> int:
+    if name not in names:
+        raise InputError(f"{what} must be one of {', '.join(names)}, not {name!r}")
+    return names.index(name)
