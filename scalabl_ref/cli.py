@@ -712,9 +712,8 @@ def _generate(args: argparse.Namespace) -> Result:
     else:
         raise InputError("give --run or --model")
     prompt = tokenizer.encode(args.prompt)
-    tokens = list(
-        generate(model, prompt, args.max_new_tokens, args.samples, args.seed, stop=tokenizer.eos_id)
-    )
+    stop = tokenizer.eos_ids
+    tokens = list(generate(model, prompt, args.max_new_tokens, args.samples, args.seed, stop=stop))
     text = tokenizer.decode(prompt + [token.id for token in tokens])
     _say(args, text)
     if tokens:

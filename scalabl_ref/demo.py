@@ -340,12 +340,6 @@ def smollm2(say: Any = print) -> Path:
     folder = cache / "smollm2-135m"
     if folder.exists():
         return folder
-    try:
-        import tokenizers  # noqa: F401
-    except ImportError:
-        raise InputError(
-            "SmolLM2 needs the tokenizers package: pip install 'scalabl_ref[hf]'"
-        ) from None
     tool = Path(__file__).resolve().parent.parent / "tools" / "convert_gguf.py"
     if not tool.exists():
         raise InputError(f"{tool}: not there; install from a clone with pip install -e .")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -206,13 +206,14 @@ def generate(
     max_new_tokens: int,
     samples: int = 0,
     seed: int = 0,
-    stop: int | None = None,
+    stop: Collection[int] = (),
 ) -> Iterable[Token]:
     """Greedy decoding from the predictive mixture of `samples` draws (0: the mean model).
 
-    Yields tokens until `stop` (not yielded), the model's last position, or `max_new_tokens`. Draw i
-    is Noise(seed, i) with a cache of its own, so that each draw is one function from the first
-    token to the last; the next token is the argmax of the averaged probabilities.
+    Yields tokens until an id of `stop` (not yielded), the model's last position, or
+    `max_new_tokens`. Draw i is Noise(seed, i) with a cache of its own, so that each draw is one
+    function from the first token to the last; the next token is the argmax of the averaged
+    probabilities.
 
     Raises InputError if the prompt is empty or longer than the model's positions, if
     `max_new_tokens` is negative, or if the head was cut down to class tokens.
@@ -241,7 +242,7 @@ def generate(
         ]  # (draws, V) each
         mixture = predictive(torch.log_softmax(torch.cat(logits).double(), dim=-1)[:, None])
         chosen = int(mixture.probs[0].argmax())
-        if chosen == stop:
+        if chosen in stop:
             return
         yield Token(
             chosen,

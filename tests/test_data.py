@@ -35,6 +35,9 @@ class Characters(Tokenizer):
 
     bos_id, eos_id, files, _prefix = 0, None, {}, [0]
 
+    def token_id(self, piece):
+        return ord(piece) if len(piece) == 1 else None
+
     def _encode(self, text):
         tokens = text.replace(" A", "\ue000").replace(" B", "\ue001")
         return [ord(character) for character in tokens]

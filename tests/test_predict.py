@@ -191,7 +191,13 @@ def test_generation_equals_uncached_decoding(sampling):
 def test_generation_stops():
     model = tiny_model(trim=False)
     first = next(iter(generate(model, [1], 5))).id
-    assert list(generate(model, [1], 5, stop=first)) == []
+    assert list(generate(model, [1], 5, stop=(first,))) == []
+    written = [token.id for token in generate(model, [1], 12)]
+    other = next(i for i in written if i != first)
+    assert [t.id for t in generate(model, [1], 12, stop=(other, first + 99))] == (
+        written[: written.index(other)]
+    )
+    assert list(generate(model, [1], 12, stop=(other, first))) == []
     limit = model.config.max_position_embeddings
     assert len(list(generate(model, [1] * (limit - 2), 50))) == 3
     with pytest.raises(InputError, match="prompt is empty"):

@@ -2,9 +2,9 @@
 
 import io
 import json
-import sys
 
 import pytest
+import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -56,7 +56,6 @@ def model(model_file):
 
 def byte_level(bos=None):
     """A byte-level BPE as SmolLM2's or, with BOS from its post-processor, Llama 3's; as JSON."""
-    tokenizers = pytest.importorskip("tokenizers", reason="needs the extra hf")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -100,7 +99,6 @@ def test_sentencepiece_ids(model):
 
 def as_tokenizer_json(model_file):
     """The same tokenizer in the layout of Meta's published tokenizer.json."""
-    tokenizers = pytest.importorskip("tokenizers", reason="needs the extra hf")
     model = import_sentencepiece().SentencePieceProcessor(model_file=str(model_file))
     score = {model.id_to_piece(i): model.get_score(i) for i in range(model.vocab_size())}
     vocab = {piece: i for i, piece in enumerate(score)}
@@ -192,28 +190,43 @@ def test_bos_comes_from_the_post_processor_and_once(tmp_path, without_bos):
 
 
 @pytest.mark.parametrize(
-    "config, eos",
+    "name, config, eos",
     [
-        ({"eos_token": "</s>"}, 2),
-        ({"eos_token": {"content": "</s>", "lstrip": False}}, 2),
-        ({"eos_token_id": 7}, 7),
-        ({"eos_token_id": [5, 6]}, 5),
-        ({"eos_token": None, "eos_token_id": None}, None),
-        ({}, None),
+        ("tokenizer_config.json", {"eos_token": "</s>"}, (2,)),
+        ("tokenizer_config.json", {"eos_token": {"content": "</s>", "lstrip": False}}, (2,)),
+        ("special_tokens_map.json", {"eos_token": {"content": "</s>", "lstrip": False}}, (2,)),
+        ("tokenizer_config.json", {"eos_token": None, "eos_token_id": None}, ()),
+        ("tokenizer_config.json", {}, ()),
+        ("config.json", {"eos_token_id": 7}, (7,)),
+        ("config.json", {"eos_token_id": [5, 6, 5]}, (5, 6)),
+        ("config.json", {"eos_token_id": 5, "hf_config": {"eos_token_id": [5, 6]}}, (5, 6)),
+        ("generation_config.json", {"eos_token_id": [5, 6]}, (5, 6)),
     ],
 )
-@pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json"])
-def test_eos(tmp_path, config, eos, name):
+def test_eos(tmp_path, name, config, eos):
     (tmp_path / "tokenizer.json").write_text(byte_level())
     (tmp_path / name).write_text(json.dumps(config))
-    assert load_tokenizer(tmp_path).eos_id == eos
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_ids == eos and tokenizer.eos_id == next(iter(eos), None)
 
 
-@pytest.mark.parametrize("named, eos", [({"bos_token": "<s>"}, 7), ({"eos_token": "</s>"}, 2)])
-def test_eos_from_several_files(tmp_path, named, eos):
-    """A name in the tokenizer's own configuration goes before an id in the model's."""
+@pytest.mark.parametrize(
+    "named, eos", [({"bos_token": "<s>"}, (8, 7)), ({"eos_token": "</s>"}, (2, 8, 7))]
+)
+@pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model"])
+def test_eos_from_several_files(tmp_path, model_file, kind, named, eos):
+    """A name in the tokenizer's own configuration goes before ids, and any of them ends a text.
+
+    (A sentencepiece model has a name for its own, </s>.)
+    """
     (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
-    assert load_tokenizer(folder(tmp_path, byte_level(), **named)).eos_id == eos
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [8, 7]}')
+    if kind == "tokenizer.json":
+        tokenizer = load_tokenizer(folder(tmp_path, byte_level(), **named))
+    else:
+        tokenizer = load_tokenizer(added_folder(tmp_path, model_file, {"tokenizer_config": named}))
+        eos = (2, 8, 7)
+    assert tokenizer.eos_ids == eos
 
 
 def test_truncation_and_padding_stored_in_the_file_are_off(tmp_path, without_bos):
@@ -236,21 +249,14 @@ def test_truncation_and_padding_stored_in_the_file_are_off(tmp_path, without_bos
     assert tokenizer.encode(CORPUS[0]) == without_bos.encode(CORPUS[0])
 
 
-def test_without_the_extra(tmp_path, monkeypatch):
-    (tmp_path / "tokenizer.json").write_text("{}")
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(InputError, match=r"tokenizer\.json.*pip install 'scalabl_ref\[hf\]'"):
-        load_tokenizer(tmp_path)
-
-
 # --- folders -----------------------------------------------------------------------------------
 
 
-def test_a_folder_prefers_sentencepiece_and_names_its_files(tmp_path, model_file):
+def test_a_folder_prefers_the_json_and_names_its_files(tmp_path, model_file, without_bos):
     (tmp_path / "tokenizer.model").write_bytes(model_file.read_bytes())
     folder(tmp_path, byte_level())
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.encode(CORPUS[0]) == load_tokenizer(model_file).encode(CORPUS[0])
+    assert tokenizer.encode(CORPUS[0]) == without_bos.encode(CORPUS[0])
     names = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json"]
     assert tokenizer.files == {name: tmp_path / name for name in names}
 
@@ -272,6 +278,146 @@ def test_add_bos_token_false(tmp_path, model_file):
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode("x") == load_tokenizer(model_file).encode("x", bos=False)
+
+
+# --- added tokens ------------------------------------------------------------------------------
+
+
+def added(content, **flags):
+    """An added token as transformers writes it."""
+    off = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized", "special"), False)
+    return {"content": content, **off, **flags}
+
+
+def added_folder(path, model_file, files):
+    """A sentencepiece model, and JSON files beside it; those of `files` by name."""
+    (path / "tokenizer.model").write_bytes(model_file.read_bytes())
+    for name, content in files.items():
+        (path / f"{name}.json").write_text(json.dumps(content))
+    return path
+
+
+# The same two tokens, special <|end|> and plain <note>, as each file says it.
+LISTED = {"400": added("<|end|>", special=True), "401": added("<note>")}
+BY = {
+    "tokenizer_config": {
+        "tokenizer_config": {"eos_token": "<|end|>", "legacy": True, "added_tokens_decoder": LISTED}
+    },
+    "added_tokens": {
+        "added_tokens": {"<note>": 401, "<|end|>": 400},
+        "special_tokens_map": {"eos_token": added("<|end|>")},
+    },
+    "special_tokens_map": {  # which gives no ids: they follow the model's
+        "special_tokens_map": {"eos_token": "<|end|>", "additional_special_tokens": ["<note>"]}
+    },
+}
+
+
+@pytest.mark.parametrize("by", BY)
+def test_added_tokens_are_one_id_each(tmp_path, model_file, model, by):
+    tokenizer = load_tokenizer(added_folder(tmp_path, model_file, BY[by]))
+
+    def plain(text):
+        return model.encode(text, bos=False)
+
+    assert model.vocab_size == 400
+    assert tokenizer.encode("A red ball<|end|>Type<note><note> C") == [
+        *[1, *plain("A red ball"), 400, *plain("Type"), 401, 401, *plain(" C")]
+    ]
+    assert tokenizer.vocab_size == 402
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_ids) == (1, 400, (400,))
+    assert tokenizer.special.items() >= {("bos_token", "<s>"), ("eos_token", "<|end|>")}
+    ids = tokenizer.encode("A<note>B<|end|>")
+    assert tokenizer.decode(ids) == ("A B" if by == "special_tokens_map" else "A<note> B")
+
+
+def test_added_tokens_of_a_file_that_lists_them_all(tmp_path, model_file):
+    """What tokenizer_config.json lists is all: older files beside it do not count."""
+    older = {"added_tokens": {"<old>": 450}, "special_tokens_map": {"eos_token": "<old>"}}
+    tokenizer = load_tokenizer(added_folder(tmp_path, model_file, BY["tokenizer_config"] | older))
+    assert tokenizer.token_id("<old>") is None and tokenizer.eos_id == 400
+
+
+@pytest.mark.parametrize(
+    "flags, text, parts",
+    [
+        ({}, "a <x> b", ["a ", 400, " b"]),
+        ({"lstrip": True}, "a  <x> b", ["a", 400, " b"]),
+        ({"rstrip": True}, "a <x>  b", ["a ", 400, "b"]),
+        ({"single_word": True}, "a<x>b", ["a<x>b"]),
+        ({"single_word": True}, "a <x> b", ["a ", 400, " b"]),
+        ({"normalized": True}, "a<x>b", ["a", 400, "b"]),
+    ],
+)
+def test_flags_of_added_tokens(tmp_path, model_file, model, flags, text, parts):
+    config = {"added_tokens_decoder": {"400": added("<x>", **flags)}}
+    tokenizer = load_tokenizer(added_folder(tmp_path, model_file, {"tokenizer_config": config}))
+    expected = [[p] if isinstance(p, int) else model.encode(p, bos=False) for p in parts]
+    assert tokenizer.encode(text, bos=False) == sum(expected, [])
+
+
+@pytest.mark.parametrize(
+    "config, model_type, legacy",
+    [
+        ({}, "llama", True),
+        ({"legacy": True, "tokenizer_class": "LlamaTokenizer"}, "llama", True),
+        ({"legacy": False}, "llama", False),
+        ({"tokenizer_class": "LlamaTokenizer"}, "llama", False),
+        ({"tokenizer_class": "LlamaTokenizerFast"}, "llama", False),
+        ({"tokenizer_class": "LlamaTokenizer"}, "mistral", True),
+    ],
+)
+def test_the_space_behind_an_added_token(tmp_path, model_file, model, config, model_type, legacy):
+    """Sentencepiece puts a space before a text: before every part of it, or before the first."""
+    config = {"added_tokens_decoder": LISTED, **config}
+    files = {"tokenizer_config": config, "config": {"model_type": model_type}}
+    tokenizer = load_tokenizer(added_folder(tmp_path, model_file, files))
+    word, bare = model.token_id("▁Type"), model.token_id("Type")
+    assert model.encode("Type", bos=False) == [word]
+    assert tokenizer.encode("Type<note>", bos=False) == [word, 401]
+    behind = tokenizer.encode("<note>Type", bos=False)[1:]
+    assert (behind == [word]) is legacy
+    assert tokenizer.encode(" Type", bos=False)[-1] == word
+    assert (len(tokenizer.encode(" Type", bos=False)) == 1) is not legacy
+    if not legacy:
+        assert "".join(model._model.id_to_piece(i) for i in behind) == "Type" and bare is None
+    for text in ("Type<note> Type", "<note>Type"):
+        # Only the space that was put there is taken away again.
+        once = tokenizer.decode(tokenizer.encode(text))
+        assert once == (text.replace(">", "> ") if legacy else text)
+
+
+def test_tokens_that_a_folder_adds_to_a_tokenizer_json(tmp_path, without_bos):
+    """Named roles and the list in tokenizer_config.json count where the file itself lacks them."""
+    first = without_bos.vocab_size
+    listed = {"1": added("<s>", special=True), str(first): added("<|end|>", special=True)}
+    config = {"added_tokens_decoder": listed, "eos_token": "<|end|>", "pad_token": "<pad>"}
+    tokenizer = load_tokenizer(folder(tmp_path, byte_level(), **config))
+    ids = tokenizer.encode("A<|end|><pad>B")
+    assert ids == [*without_bos.encode("A"), first, first + 1, *without_bos.encode("B")]
+    assert tokenizer.eos_ids == (first,) and tokenizer.vocab_size == first + 2
+    assert tokenizer.decode(ids) == "AB"
+    assert tokenizer.special == {"eos_token": "<|end|>", "pad_token": "<pad>"}
+
+
+def test_ids_without_text(tmp_path, model_file, without_bos):
+    """Rows of the embedding that no token has, behind the vocabulary or within it, are no text."""
+    config = {"added_tokens_decoder": {"410": added("<x>")}}
+    spaced = load_tokenizer(added_folder(tmp_path, model_file, {"tokenizer_config": config}))
+    for tokenizer in (spaced, without_bos):
+        ids = tokenizer.encode("A red")
+        assert tokenizer.decode([*ids, 405, 5000, 10**12]) == "A red"
+    assert spaced.decode([410, 405]) == "<x>"
+
+
+@pytest.mark.parametrize("fixture", ["model", "twin"])
+def test_token_id_is_of_exactly_this_entry(request, fixture):
+    tokenizer = request.getfixturevalue(fixture)
+    within, begins = tokenizer.token_id("A"), tokenizer.token_id("▁A")
+    assert tokenizer.encode("A", bos=False) == [begins] != [within]
+    assert tokenizer.encode("(A", bos=False)[-1] == within
+    assert [tokenizer.token_id(piece) for piece in ("<unk>", "<s>", "</s>")] == [0, 1, 2]
+    assert tokenizer.token_id(" A") is tokenizer.token_id("") is tokenizer.token_id("日本") is None
 
 
 # --- class tokens ------------------------------------------------------------------------------
@@ -305,7 +451,6 @@ def test_class_tokens_that_cannot_be(model, classes, context, message):
 
 def test_unknown_letters_that_share_a_token(tmp_path):
     """Without byte fallback every unknown character is the same <unk>: not a choice."""
-    tokenizers = pytest.importorskip("tokenizers", reason="needs the extra hf")
     vocab = {"<unk>": 0, "Answer:": 1}
     bpe = tokenizers.models.WordLevel(vocab, unk_token="<unk>")
     tokenizer = tokenizers.Tokenizer(bpe)
@@ -317,7 +462,6 @@ def test_unknown_letters_that_share_a_token(tmp_path):
 
 def test_a_letter_that_changes_the_token_before_it(tmp_path):
     """ "xyA" is two tokens and "xy" one, but "y" has gone over to the letter: not a choice."""
-    tokenizers = pytest.importorskip("tokenizers", reason="needs the extra hf")
     vocab = {piece: i for i, piece in enumerate(["x", "y", "A", "yA", "xy"])}
     bpe = tokenizers.models.BPE(vocab, [("y", "A"), ("x", "y")])
     tokenizer = load_tokenizer(folder(tmp_path, tokenizers.Tokenizer(bpe).to_str()))
@@ -363,6 +507,24 @@ def test_bad_configuration(tmp_path, model_file, content):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("tokenizer_config", {"added_tokens_decoder": ["<x>"]}),
+        ("tokenizer_config", {"added_tokens_decoder": {"x": {"content": "<x>"}}}),
+        ("tokenizer_config", {"added_tokens_decoder": {"400": "<x>"}}),
+        ("tokenizer_config", {"added_tokens_decoder": {"400": {"lstrip": True}}}),
+        ("tokenizer_config", {"added_tokens_decoder": {"-1": {"content": "<x>"}}}),
+        ("tokenizer_config", {"added_tokens_decoder": {"400": {"content": 3}}}),
+        ("added_tokens", {"<x>": "four hundred"}),
+        ("added_tokens", {"<x>": None}),
+    ],
+)
+def test_bad_added_tokens(tmp_path, model_file, name, value):
+    with pytest.raises(InputError, match=rf"{name}\.json: lists added tokens in another form"):
+        load_tokenizer(added_folder(tmp_path, model_file, {name: value}))
+
+
 @pytest.mark.parametrize("name", ["absent", "absent.json", "absent.model"])
 def test_absent(tmp_path, name):
     with pytest.raises(InputError, match=f"{name}: no such file"):
@@ -380,9 +542,8 @@ def test_bad_text_and_ids(request, fixture):
     tokenizer = request.getfixturevalue(fixture)
     with pytest.raises(InputError, match="half of a surrogate pair"):
         tokenizer.encode("\ud800")
-    for i in (-1, tokenizer.vocab_size):
-        with pytest.raises(InputError, match=f"token id {i} is outside the tokenizer's"):
-            tokenizer.decode([i])
+    with pytest.raises(InputError, match="token id -3 is negative"):
+        tokenizer.decode([5, -3])
 
 
 # --- against transformers ------------------------------------------------------------------------
