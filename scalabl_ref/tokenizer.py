@@ -26,9 +26,9 @@ LETTERS = string.ascii_uppercase  # the answer classes, in order
 # What a model folder may hold of its tokenizer. All that is there travels with a model.
 _SENTENCEPIECE, _HUGGING_FACE = "tokenizer.model", "tokenizer.json"
 _CONFIG, _SPECIAL, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
-_FILES = (_SENTENCEPIECE, _HUGGING_FACE, _CONFIG, _SPECIAL, _ADDED)
+_FILES = (_SENTENCEPIECE, _HUGGING_FACE, _CONFIG, _SPECIAL, _ADDED, "chat_template.jinja")
 # What it may hold beside those and its weights.
-_COMPANIONS = ("generation_config.json", "chat_template.jinja", "vocab.json", "merges.txt")
+_COMPANIONS = ("generation_config.json", "vocab.json", "merges.txt")
 
 
 class Tokenizer(ABC):

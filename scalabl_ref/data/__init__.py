@@ -13,6 +13,7 @@ from .batches import (
     evaluation_batches,
     split,
 )
+from .chat import ChatTemplate
 from .formats import files, load
 from .prompts import (
     FIXED_CHOICES,
@@ -29,6 +30,7 @@ __all__ = [
     "FORMATS",
     "TEMPLATES",
     "Batch",
+    "ChatTemplate",
     "Encoded",
     "Example",
     "TrainingOrder",
