@@ -313,7 +313,7 @@ def test_bad_arguments_end_in_one_line(work, capsys, change, message):
 def test_a_bad_row_is_named(work, capsys):
     with open(work / "train.jsonl", "a") as file:
         file.write('{"prompt": "x", "choices": ["a", "b"], "label": 2}\n')
-    assert "train.jsonl, line 25: 'label' must be in [0, 2)" in refused(TRAIN, capsys)
+    assert "train.jsonl, line 25: label must be the place in choices" in refused(TRAIN, capsys)
 
 
 def test_a_prompt_that_is_too_long_is_named(work, capsys):

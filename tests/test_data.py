@@ -1,6 +1,7 @@
 """Data: every format, every malformed row, encoding, and orders that are functions of the seed."""
 
 import csv
+import io
 import json
 from collections import Counter
 
@@ -51,6 +52,10 @@ def arc_row(key, names, texts=None, id="q1"):
     texts = texts or [f"text {name}" for name in names]
     choices = [{"text": t, "label": n} for t, n in zip(texts, names, strict=True)]
     return {"id": id, "question": {"stem": "Why?", "choices": choices}, "answerKey": key}
+
+
+def without(row, key):
+    return {k: v for k, v in row.items() if k != key}
 
 
 GAP = {"qID": "w-1", "sentence": "The _ is big.", "option1": "cup", "option2": "tree"}
@@ -145,6 +150,14 @@ FIXTURES = [
             for label in range(6)
         ],
     ),
+    (
+        "csv",
+        '\ufeffid,Text,note,label\r\nr1,"a, ""b""\r\nc",,pos\r\n\r\n,d,x, neg \r\n',
+        [
+            Example('a, "b"\r\nc\nA. neg\nB. pos\nAnswer:', 1, "r1", ("neg", "pos")),
+            Example("d\nA. neg\nB. pos\nAnswer:", 0, "1", ("neg", "pos")),
+        ],
+    ),
 ]
 
 
@@ -159,6 +172,111 @@ def test_format(tmp_path, format, content, expected):
 
 def test_every_format_has_a_fixture():
     assert list(dict.fromkeys(fixture[0] for fixture in FIXTURES)) == list(FORMATS)
+
+
+def numpy_text(value):
+    """A column's value as pandas' to_csv writes it: lists are NumPy's arrays there."""
+    if isinstance(value, dict):
+        arrays = (
+            f"{k!r}: array([{', '.join(map(repr, v))}], dtype=object)" for k, v in value.items()
+        )
+        return "{" + ", ".join(arrays).replace("', '", "',\n       '") + "}"
+    return "[" + "\n ".join(map(repr, value)) + "]" if isinstance(value, list) else value
+
+
+def written(rows, how):
+    """The rows as the Hub's library writes them: to_json, to_csv; or otherwise, as people do."""
+    if how == "lines":
+        return lines(*rows)
+    if how in ("array", "indented"):
+        return json.dumps(rows, indent=None if how == "array" else 2, ensure_ascii=False)
+    out = io.StringIO(newline="")
+    table = csv.DictWriter(out, rows[0], delimiter={"csv": ",", "tsv": "\t"}[how])
+    table.writeheader()
+    table.writerows({k: numpy_text(v) for k, v in row.items()} for row in rows)
+    return out.getvalue()
+
+
+TWO_LISTS = {"text": ["it's \\ hot", "süß"], "label": ["A", "B"]}
+FOUR = ("1", 'a "b"', "it's", "4")
+HUB_GAP = without(GAP, "qID")
+
+# format, a row as the Hub has it, its example
+HUB = [
+    (
+        "arc",
+        {"id": "q", "question": "Why?", "choices": TWO_LISTS, "answerKey": "B"},
+        Example("Why?\nA. it's \\ hot\nB. süß\nAnswer:", 1, "q", ("it's \\ hot", "süß")),
+    ),
+    (
+        "obqa",
+        {"id": "q", "question_stem": "The", "choices": TWO_LISTS, "answerKey": "A"},
+        Example("The\nA. it's \\ hot\nB. süß\nAnswer:", 0, "q", ("it's \\ hot", "süß")),
+    ),
+    (
+        "winogrande",
+        HUB_GAP | {"answer": "2"},
+        Example("The _ is big.\nA. cup\nB. tree\nAnswer:", 1, "0", ("cup", "tree")),
+    ),
+    (
+        "mmlu",
+        {"question": "1+1?", "subject": "maths", "choices": [*FOUR], "answer": 2},
+        Example('1+1?\nA. 1\nB. a "b"\nC. it\'s\nD. 4\nAnswer:', 2, "0", FOUR),
+    ),
+    (
+        "boolq",
+        {"question": "is it", "passage": "It\nis.", "answer": True},
+        Example("It\nis.\nis it?\nA. No\nB. Yes\nAnswer:", 1, "0", ("No", "Yes")),
+    ),
+    (
+        "boolq",  # as SuperGLUE has it
+        {"question": "is it", "passage": "It is.", "idx": 5, "label": 0},
+        Example("It is.\nis it?\nA. No\nB. Yes\nAnswer:", 0, "0", ("No", "Yes")),
+    ),
+    (
+        "sst2",
+        {"idx": 0, "sentence": "a , fine film ", "label": 1},
+        Example("a , fine film\nSentiment:", 1, "0", ("negative", "positive")),
+    ),
+    (
+        "trec",
+        {"text": "Who ?", "coarse_label": 1, "fine_label": 7},
+        Example("Who ?\nType:", 2, "0", data.FIXED_CHOICES["trec"]),
+    ),
+]
+
+
+@pytest.mark.parametrize("how", ["lines", "array", "indented", "csv", "tsv"])
+@pytest.mark.parametrize("format, row, example", HUB, ids=[f[0] for f in HUB])
+def test_the_hubs_columns(tmp_path, format, row, example, how):
+    path = tmp_path / f"file.{how}"
+    path.write_text(written([row, row], how), newline="", encoding="utf-8")
+    first, second = load(path, format)
+    assert first == example and second.prompt == example.prompt and second.label == example.label
+    key = list(row)[-1 if format != "trec" else 1]
+    path.write_text(written([row | {key: "" if key == "answerKey" else -1}], how), newline="")
+    with pytest.raises(InputError, match=rf"[1-4]: {key!r} is .*: this split has no labels"):
+        load(path, format)
+
+
+def test_the_hubs_order_of_question_types(tmp_path):
+    """It counts ABBR, ENTY, DESC, HUM, LOC, NUM, where the published names are sorted here."""
+    path = tmp_path / "file"
+    path.write_text(lines(*({"text": "Who ?", "coarse_label": i} for i in (*range(6), "ENTY"))))
+    assert [e.label for e in load(path, "trec")] == [0, 2, 1, 3, 4, 5, 2]
+
+
+def test_glue_s_own_files(tmp_path):
+    path = tmp_path / "train.tsv"
+    path.write_text('sentence\tlabel\n"a , fine film \t1\nso "bad" \t0\na " b"\t1\n')
+    assert [(e.prompt, e.label) for e in load(path, "sst2")] == [
+        ('"a , fine film\nSentiment:', 1),
+        ('so "bad"\nSentiment:', 0),
+        ('a " b"\nSentiment:', 1),
+    ]
+    path.write_text("index\tsentence\n0\ta fine film\n")
+    with pytest.raises(InputError, match=r"line 2: key 'label' is missing: .*'index', 'sentence'"):
+        load(path, "sst2")
 
 
 @pytest.mark.parametrize(
@@ -184,7 +302,7 @@ def test_winogrande_labels_beside_the_file(tmp_path):
     [
         ("2\n1\n", GAP, r"set-labels\.lst: 2 labels for the 1 rows of .*set\.jsonl"),
         ("2\n", GAP | {"answer": "1"}, r"set\.jsonl, line 1: set-labels\.lst gives another answer"),
-        ("3\n", GAP, r"set\.jsonl, line 1: the answer must be one of 1, 2, not '3'"),
+        ("3\n", GAP, r"set\.jsonl, line 1: 'answer' must be one of 1, 2, not '3'"),
         (None, GAP, r"set\.jsonl, line 1: key 'answer' is missing"),
     ],
 )
@@ -235,6 +353,53 @@ def test_real_files(assets, name, format, rows, classes):
         assert len(encoded.tokens) == rows and len(set(encoded.classes)) == classes
 
 
+def as_on_the_hub(path, format):
+    """The rows of a published file in the Hub's columns."""
+    text = path.read_bytes().decode("utf-8" if format != "trec" else "latin-1")
+    rows = [line for line in text.split("\n") if line.strip()]
+    if format == "mmlu":
+        for row in csv.DictReader(io.StringIO(text, newline="")):
+            choices = [row[f"choice{i}"] for i in range(4)]
+            yield {"question": row["question"], "choices": choices, "answer": int(row["answer"])}
+    elif format == "sst2":
+        for row in rows:
+            yield {"sentence": row[2:].strip() + " ", "label": int(row[0])}
+    elif format == "trec":
+        order = ["ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"]
+        for row in rows:
+            kind, text = row.split(" ", 1)
+            yield {"text": text.strip(), "coarse_label": order.index(kind.split(":")[0])}
+    elif format == "winogrande":
+        labels = path.with_name(f"{path.stem}-labels.lst").read_text().split()
+        for row, answer in zip(map(json.loads, rows), labels, strict=True):
+            yield without(row, "qID") | {"answer": answer}
+    elif format == "boolq":
+        for row in map(json.loads, rows):
+            kept = {key: row[key] for key in ("question", "passage")}
+            yield kept | {"label": int(row["answer"])}
+    else:
+        stem = "question" if format == "arc" else "question_stem"
+        for row in map(json.loads, rows):
+            of = row["question"]
+            lists = {key: [choice[key] for choice in of["choices"]] for key in ("text", "label")}
+            yield {"id": row["id"], stem: of["stem"], "choices": lists,
+                   "answerKey": row["answerKey"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["lines", "array", "csv", "tsv"])
+@pytest.mark.parametrize("name, format", [r[:2] for r in REAL], ids=[r[0] for r in REAL])
+def test_real_rows_in_the_hubs_columns(assets, tmp_path, name, format, how):
+    """The same questions and answers come out of either layout."""
+    published = load(assets / "data" / name, format)
+    path = tmp_path / f"file.{how}"
+    rows = list(as_on_the_hub(assets / "data" / name, format))
+    path.write_text(written(rows, how), newline="", encoding="utf-8")
+    found = load(path, format)
+    assert [(e.prompt, e.label, e.choices) for e in found] == [
+        (e.prompt, e.label, e.choices) for e in published
+    ]
+
+
 def test_real_text_is_decoded_right(assets):
     sst2 = load(assets / "data/sst2/stsa.binary.test", "sst2", 2)
     assert "crème brûlée" in sst2[1].prompt
@@ -253,10 +418,7 @@ def test_majority_classes(assets):
 # --- malformed files -----------------------------------------------------------------------------
 
 ROW = {"prompt": "p", "choices": ["x", "y"], "label": 1}
-
-
-def without(row, key):
-    return {k: v for k, v in row.items() if k != key}
+PLACE = r"label must be the place in choices, from 0 \(here {}\), or one of their names"
 
 
 # format, a whole file, what the message must say after the file's name
@@ -265,11 +427,15 @@ MALFORMED = [
     ("jsonl", b"\n \n", ": holds no examples"),
     ("jsonl", lines(ROW) + "{", ", line 2: not JSON"),
     ("jsonl", lines(ROW) + "\n[1]\n", ", line 3: expected a JSON object, found .1"),
-    ("jsonl", "[" * 100_000, ", line 1: not JSON"),
-    ("jsonl", '{"label": ' + "1" * 5000 + "}", ", line 1: (not JSON|key 'choices' is missing)"),
+    ("jsonl", "[" * 100_000, ", entry 1: not JSON"),
+    ("jsonl", '{"label": ' + "1" * 5000 + "}", "(, line 1: not JSON|different labels)"),
     ("jsonl", lines(ROW).encode() + b'{"prompt": "\xff"}', ", line 2: expected UTF-8 text"),
     ("jsonl", lines(without(ROW, "prompt")), ", line 1: key 'prompt' is missing"),
-    ("jsonl", lines(without(ROW, "choices")), ", line 1: key 'choices' is missing"),
+    (
+        "jsonl",
+        lines(without(ROW, "choices")),
+        ": expected 2 to 26 different labels in 'label', as no row has 'choices', found 1: .'1'",
+    ),
     ("jsonl", lines(without(ROW, "label")), ", line 1: key 'label' is missing"),
     ("jsonl", lines(ROW | {"prompt": 3}), ", line 1: 'prompt' must be a text, not 3"),
     ("jsonl", lines(ROW | {"prompt": " "}), ", line 1: 'prompt' is empty"),
@@ -278,19 +444,27 @@ MALFORMED = [
     ("jsonl", lines(ROW | {"choices": ["x", 1]}), ", line 1: a choice must be a text, not 1"),
     ("jsonl", lines(ROW | {"choices": ["x", ""]}), ", line 1: a choice is empty"),
     ("jsonl", lines(ROW | {"choices": ["x"], "label": 0}), "expected 2 to 26 choices, found 1"),
-    ("jsonl", lines(ROW | {"choices": [], "label": 0}), "label' must be in .0, 0"),
+    ("jsonl", lines(ROW | {"choices": [], "label": 0}), ", line 1: 'choices' is empty"),
     ("jsonl", lines(ROW | {"choices": ["x"] * 27}), ", line 1: expected 2 to 26 choices, found 27"),
-    ("jsonl", lines(ROW | {"label": 2}), r", line 1: 'label' must be in \[0, 2\).* and is 2"),
-    ("jsonl", lines(ROW | {"label": -1}), r", line 1: 'label' must be in \[0, 2\).* and is -1"),
-    ("jsonl", lines(ROW | {"label": "1"}), ", line 1: 'label' must be a whole number, not '1'"),
-    ("jsonl", lines(ROW | {"label": 1.0}), ", line 1: 'label' must be a whole number, not 1.0"),
-    ("jsonl", lines(ROW | {"label": True}), ", line 1: 'label' must be a whole number, not True"),
+    ("jsonl", lines(ROW | {"label": 2}), f", line 1: {PLACE.format('0 to 1')}, not 2$"),
+    ("jsonl", lines(ROW | {"label": -1}), f", line 1: {PLACE.format('0 to 1')}, not -1$"),
+    ("jsonl", lines(ROW | {"label": "1"}), f", line 1: {PLACE.format('1')}, not '1'$"),
+    ("jsonl", lines(ROW | {"label": "2"}), f", line 1: {PLACE.format('0 to 1')}, not '2'$"),
+    ("jsonl", lines(ROW | {"label": 1.0}), f", line 1: {PLACE.format('0 to 1')}, not 1.0$"),
+    ("jsonl", lines(ROW | {"label": True}), f", line 1: {PLACE.format('0 to 1')}, not True$"),
+    ("jsonl", lines(ROW | {"label": "Y"}), rf"{PLACE.format('1')}, not 'Y': did you mean 'y'\?$"),
+    ("jsonl", lines(ROW | {"choices": ["x", "x"], "label": "x"}), "choices, .*, not 'x'$"),
+    (
+        "jsonl",
+        lines(ROW | {"prompt": ["x" * 999]}),
+        "'prompt' must be a text, not .'x{50,60}[.]{3}$",
+    ),
     ("jsonl", lines(ROW | {"id": [1]}), r", line 1: 'id' must be a text or a number, not \[1\]"),
-    ("arc", lines(arc_row("F", "ABCD")), "'answerKey' must be one of the labels A, B, C, D, not"),
-    ("arc", lines(arc_row("A", "ABA")), "'answerKey' must be one of the labels A, B, A, not 'A'"),
+    ("arc", lines(arc_row("F", "ABCD")), "'answerKey' must be one of A, B, C, D, not 'F'"),
+    ("arc", lines(arc_row("A", "ABA")), "'answerKey' must be one of A, B, A, not 'A'"),
     ("arc", lines(arc_row("A", "A")), ", line 1: expected 2 to 26 choices, found 1"),
-    ("arc", lines(arc_row(1, "AB")), ", line 1: 'answerKey' must be a text, not 1"),
-    ("arc", lines({"id": "1", "question": "Why?"}), "'question' must be an object, not 'Why"),
+    ("arc", lines(arc_row(1, "AB")), ", line 1: 'answerKey' must be one of A, B, not 1"),
+    ("arc", lines({"id": "1", "question": "Why?"}), "key 'choices' is missing: there are ."),
     ("arc", lines(arc_row("A", "AB", ["", "v"])), ", line 1: 'text' is empty"),
     (
         "obqa",
@@ -298,16 +472,24 @@ MALFORMED = [
         ", line 1: expected an object with the key 'label', found 'u'",
     ),
     ("winogrande", lines(without(GAP, "option2") | {"answer": "1"}), "key 'option2' is missing"),
-    ("winogrande", lines(GAP | {"answer": "0"}), "the answer must be one of 1, 2, not '0'"),
-    ("boolq", lines({"question": "q", "answer": "yes", "passage": "p"}), "must be true or false"),
-    ("boolq", lines({"question": "q", "answer": 1, "passage": "p"}), "must be true or false, not"),
+    ("winogrande", lines(GAP | {"answer": "0"}), "'answer' must be one of 1, 2, not '0'"),
+    (
+        "boolq",
+        lines({"question": "q", "answer": "yes", "passage": "p"}),
+        "must be one of false, true",
+    ),
+    (
+        "boolq",
+        lines({"question": "q", "answer": 1, "passage": "p"}),
+        "must be one of false, true, not 1",
+    ),
     ("mmlu", "a,b\n", ", line 1: expected 6 columns, found 2"),
     ("mmlu", "", ": holds no examples"),
-    ("mmlu", "q,a,b,c,d,A\n" + HEADER, ", line 2: the answer must be one of A, .*not 'answer'"),
+    ("mmlu", "q,a,b,c,d,A\n" + HEADER, ", line 2: 'answer' must be one of A, .*not 'answer'"),
     ("mmlu", HEADER, ": holds no examples"),
     ("mmlu", HEADER + "q,a,b,c,d,1\nq,a,b,c,1\n", ", line 3: expected 6 columns, found 5"),
-    ("mmlu", HEADER + "q,a,b,c,d,E\n", ", line 2: the answer must be one of A, B, .* not 'E'"),
-    ("mmlu", HEADER + " ,a,b,c,d,1\n", ", line 2: the question is empty"),
+    ("mmlu", HEADER + "q,a,b,c,d,E\n", ", line 2: 'answer' must be one of A, B, .* not 'E'"),
+    ("mmlu", HEADER + " ,a,b,c,d,1\n", ", line 2: 'question' is empty"),
     ("mmlu", HEADER + 'q,a,b,"c,d,1\n', ", line 2: not CSV: unexpected end of data"),
     ("sst2", "2 text\n", ", line 1: the label before the text must be one of 0, 1, not '2'"),
     ("sst2", "1 text\n0\n", ", line 2: the text is empty"),

@@ -13,7 +13,7 @@ from .batches import (
     evaluation_batches,
     split,
 )
-from .formats import files, load
+from .formats import Columns, files, format_of, label_names, load
 from .prompts import (
     FIXED_CHOICES,
     FORMATS,
@@ -29,6 +29,7 @@ __all__ = [
     "FORMATS",
     "TEMPLATES",
     "Batch",
+    "Columns",
     "Encoded",
     "Example",
     "TrainingOrder",
@@ -36,6 +37,8 @@ __all__ = [
     "encode",
     "evaluation_batches",
     "files",
+    "format_of",
+    "label_names",
     "load",
     "num_classes",
     "question",
