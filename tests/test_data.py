@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import time
 from collections import Counter
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from scalabl_ref import data
 from scalabl_ref.data import (
     FORMATS,
+    Columns,
     Encoded,
     Example,
     TrainingOrder,
@@ -20,12 +22,15 @@ from scalabl_ref.data import (
     collate,
     encode,
     evaluation_batches,
+    format_of,
+    label_names,
     load,
     num_classes,
     question,
     read_template,
     split,
 )
+from scalabl_ref.data.rows import nested
 from scalabl_ref.errors import InputError
 from scalabl_ref.philox import philox4x32
 from scalabl_ref.tokenizer import Tokenizer, load_tokenizer
@@ -421,6 +426,10 @@ ROW = {"prompt": "p", "choices": ["x", "y"], "label": 1}
 PLACE = r"label must be the place in choices, from 0 \(here {}\), or one of their names"
 
 
+LONE = without(ROW, "choices")
+HUB_ROW = {"id": "q", "question": "Why?", "choices": TWO_LISTS, "answerKey": "A"}
+SCORES = "text,label\n" + "".join(f"a,{i}\n" for i in range(27))
+
 # format, a whole file, what the message must say after the file's name
 MALFORMED = [
     ("jsonl", b"", ": holds no examples"),
@@ -495,6 +504,86 @@ MALFORMED = [
     ("sst2", "1 text\n0\n", ", line 2: the text is empty"),
     ("trec", "HUM:ind Who ?\nWho ?\n", ", line 2: the type before the question must be one of"),
     ("trec", "HUM:ind\n", ", line 1: the question is empty"),
+    ("jsonl", lines(ROW).encode("utf-16"), ": is UTF-16 text: save it as UTF-8$"),
+    ("jsonl", "[]", ": holds no examples"),
+    ("jsonl", json.dumps([ROW, ROW, 3]), ", entry 3: expected a JSON object, found 3"),
+    ("jsonl", json.dumps([ROW, ROW | {"label": 3}], indent=2), ", entry 2: label must be"),
+    ("jsonl", json.dumps([ROW])[:-1], ": not JSON: expected , or . and no more after entry 1"),
+    ("jsonl", json.dumps([ROW]) + "{}", ": not JSON: expected , or . and no more after entry 1"),
+    ("jsonl", json.dumps([ROW])[:-1] + " x", ": not JSON: expected , or . .* after entry 1"),
+    ("jsonl", json.dumps([ROW])[:-1] + ",]", ", entry 2: not JSON"),
+    ("jsonl", lines(ROW) + json.dumps(ROW, indent=2)[:-2], ", line 2: not JSON"),
+    ("jsonl", json.dumps(ROW, indent=2) + "\n\n{}", ", line 10: key 'prompt' is missing"),
+    (
+        "jsonl",
+        lines({"question": "p", "choices": ["x", "y"], "answer": 1}),
+        r", line 1: key 'prompt' is missing \(--text-column names another\): there are .'question'",
+    ),
+    (
+        "jsonl",
+        lines(without(ROW, "label") | {"answer": 1}),
+        r"key 'label' is missing \(--label-column names another\): .*'choices', 'answer'",
+    ),
+    ("jsonl", lines(LONE, ROW), ", line 2: has 'choices', and the rows before have none"),
+    ("jsonl", lines(ROW, LONE), ", line 2: key 'choices' is missing"),
+    ("jsonl", lines(LONE, LONE | {"label": 0.5}), ", line 2: 'label' must be a text, not 0.5"),
+    ("jsonl", lines(LONE, LONE | {"label": True}), ", line 2: 'label' must be a text, not True"),
+    ("arc", lines(HUB_ROW | {"choices": {"text": ["u"], "label": [*"AB"]}}), "has 2 labels for 1"),
+    ("arc", lines(HUB_ROW | {"choices": ["u", "v"]}), "'choices' must be an object, not .'u'"),
+    ("arc", lines(HUB_ROW | {"choices": {"text": [1, "v"], "label": [*"AB"]}}), "must be a text"),
+    ("arc", "id,question,choices,answerKey\nq,Why?,\"['u' 'v\",A\n", ", line 2: 'choices' must be"),
+    ("arc", "id,question,answerKey\nq,Why?,A\n", ", line 2: key 'choices' is missing"),
+    (
+        "mmlu",
+        lines({"question": "?", "choices": [*"abc"], "answer": 1}),
+        "expected 4 choices, found",
+    ),
+    (
+        "mmlu",
+        lines({"question": "?", "choices": [*"abcd"], "answer": 4}),
+        "'answer' must be one of",
+    ),
+    ("mmlu", lines({"question": "?", "choices": [*"abcd"], "answer": 1.0}), "'answer' must be one"),
+    ("sst2", lines({"sentence": "a", "label": True}), "'label' must be one of 0, 1, not True"),
+    ("sst2", "sentence\tlabel\na\t2\n", ", line 2: 'label' must be one of 0, 1, not '2'"),
+    (
+        "trec",
+        lines({"text": "Who ?", "coarse_label": 6}),
+        "'coarse_label' must be one of ABBR, ENTY",
+    ),
+    ("winogrande", lines(GAP | {"answer": ""}), "'answer' is '': this split has no labels"),
+    ("winogrande", lines(GAP | {"answer": None}), "'answer' is None: this split has no labels"),
+    ("csv", "", ": holds no examples"),
+    ("csv", "text,label\n", ": holds no examples"),
+    ("csv", "text,label\na,x\nb,\n", ", line 3: 'label' is empty"),
+    ("csv", 'text,label\n"a\nb",x\n ,y\n', ", line 4: 'text' is empty"),
+    (
+        "csv",
+        "text,label\na,x\nb, c,y\n",
+        ", line 3: expected 2 columns, found 3: a text with a com",
+    ),
+    ("csv", "text;label\na;x\nb\n", ", line 3: expected 2 columns, found 1$"),
+    ("csv", 'text,label\na,x\n"b,y\nc,x\n', ", line 3: not CSV: unexpected end of data"),
+    ("csv", "body,label\na,x\n", ": no column is called text, .*: give --text-column one of .'bod"),
+    ("csv", "text,y\na,x\n", ": no column is called label, labels, class, .*: give --label-column"),
+    (
+        "csv",
+        "text,Sentence,label\na,b,x\n",
+        ": 2 columns are called text, sentence, .*--text-column",
+    ),
+    ("csv", "text,label,label\na,x,y\n", ": 2 columns are called label, .*'label', 'label'"),
+    (
+        "csv",
+        "text,label\na,x\nb,x\n",
+        ": expected 2 to 26 different labels in 'label', found 1: .'x'",
+    ),
+    (
+        "csv",
+        SCORES,
+        ": expected 2 to 26 different labels in 'label', found 27: .'0', '1', '2', '3'.",
+    ),
+    ("csv", "text,label\na,0.25\nb,1e0\n", ": 'label' must have names or whole numbers, not 0.25"),
+    ("csv", b"text,label\ncaf\xe9,x\n", ", line 2: expected UTF-8 text"),
 ]
 
 
@@ -512,6 +601,139 @@ def test_a_field_too_long_for_csv(tmp_path):
     path.write_text(HEADER + "x" * (csv.field_size_limit() + 1) + ",a,b,c,d,1\n")
     with pytest.raises(InputError, match=r"file\.csv, line 2: not CSV: field larger than"):
         load(path, "mmlu")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" + lines(ROW, ROW).replace("}\n{", "},{") + "]", json.dumps(ROW, indent=2) * 2]
+)
+def test_json_over_several_lines(tmp_path, text):
+    (tmp_path / "file").write_text("\ufeff\n" + text + "\n")
+    assert [e.id for e in load(tmp_path / "file", "jsonl")] == ["0", "1"]
+    assert len(load(tmp_path / "file", "jsonl", limit=1)) == 1
+
+
+def test_a_label_by_name(tmp_path):
+    """A name that looks like a place is still a name; a place is a number."""
+    rows = [{"prompt": "p", "choices": ["2", "0", "y"], "label": k} for k in ("0", "y", "2", 0)]
+    (tmp_path / "file").write_text(lines(*rows))
+    assert [e.label for e in load(tmp_path / "file", "jsonl")] == [1, 2, 0, 0]
+
+
+def labels(path, format="csv", **options):
+    """Labels and choices, which all examples share."""
+    examples = load(path, format, **options)
+    assert [label_names(examples)] == list({e.choices for e in examples})
+    return [e.label for e in examples], label_names(examples)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.csv", "text,label\nu,b\nv,a\nw,b\n"),
+        ("a.tsv", "text\tlabel\nu\tb\nv\ta\nw\tb\n"),
+        ("a.txt", "text\tlabel\nu\tb\nv\ta\nw\tb\n"),
+        ("a.csv", "text;label\nu;b\nv;a\nw;b\n"),
+        ("a.csv", ",Target,n,Sentence\r\n0,b,,u\r\n1,a,,v\r\n2,b,,w\r\n"),
+        ("a.jsonl", lines(*({"prompt": t, "label": k} for t, k in ("ub", "va", "wb")))),
+    ],
+)
+def test_labels_of_the_file_are_the_choices(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(content, newline="")
+    format = "jsonl" if name == "a.jsonl" else "csv"
+    assert labels(path, format) == ([1, 0, 1], ("a", "b"))
+    assert [e.prompt for e in load(path, format, limit=1)] == ["u\nA. a\nB. b\nAnswer:"]
+    # What a model was trained on: other labels, in another order.
+    assert labels(path, format, names=["b", "c", "a"]) == ([0, 2, 0], ("b", "c", "a"))
+    with pytest.raises(
+        InputError, match=f"{name}, line [23]: label 'a' is not one of .'b', 'aa'.: "
+    ):
+        load(path, format, names=["b", "aa"])
+
+
+def test_numbers_as_labels_are_sorted_as_numbers(tmp_path):
+    path = tmp_path / "file.csv"
+    path.write_text("text,label\na,10\nb,9\nc,-1\n")
+    assert labels(path) == ([2, 1, 0], ("-1", "9", "10"))
+    path.write_text(lines(*({"prompt": "p", "label": i} for i in (10, 9, -1))))
+    assert labels(path, "jsonl") == ([2, 1, 0], ("-1", "9", "10"))
+
+
+def test_labels_that_are_letters_are_choices(tmp_path):
+    (tmp_path / "grades.csv").write_text("text,label\nessay,A\nother,B\n")
+    prompts = [e.prompt for e in load(tmp_path / "grades.csv", "csv")]
+    assert prompts == [f"{text}\nA. A\nB. B\nAnswer:" for text in ("essay", "other")]
+
+
+def test_an_unknown_label_is_named_with_a_near_one(tmp_path):
+    path = tmp_path / "file.csv"
+    path.write_text("text,label\na,Sports\nb,Sport\n")
+    message = "line 3: label 'Sport' is not one of .'News', 'Sports'.: did you mean 'Sports'"
+    with pytest.raises(InputError, match=message):
+        load(path, "csv", names=["News", "Sports"])
+
+
+def test_columns_by_name(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("text,body,label,sort\nu,x,1,b\nu,y,1,a\n")
+    assert labels(path, columns=Columns("body", "sort")) == ([1, 0], ("a", "b"))
+    assert load(path, "csv", columns=Columns("body", "sort"))[1].prompt.startswith("y\n")
+    for columns, option in ((Columns("Body"), "--text-"), (Columns("body", "x"), "--label-")):
+        with pytest.raises(
+            InputError, match=f"file: no column is called '.*': give {option}column"
+        ):
+            load(path, "csv", columns=columns)
+    path.write_text(lines({"text": "u", "sort": "b", "choices": ["a", "b"]}))
+    (example,) = load(path, "jsonl", columns=Columns("text", "sort"))
+    assert example.prompt.startswith("u\n") and example.label == 1
+    with pytest.raises(InputError, match="are for formats csv and jsonl, not for arc"):
+        load(path, "arc", columns=Columns("text"))
+
+
+def test_a_tsv_file_with_lone_quotes(tmp_path):
+    """A quote that begins a cell could close rows later, and the rows between would be lost."""
+    path = tmp_path / "file.tsv"
+    path.write_text('text\tlabel\n"u\tx\nv\ty\nw"\tx\n')
+    assert labels(path) == ([0, 1, 0], ("x", "y"))
+    path.write_text('text\tlabel\n"u ""1""\n2"\tx\nv\ty\n')
+    assert load(path, "csv")[0].prompt.startswith('u "1"\n2\nA. x')
+
+
+def test_label_names_of_examples_with_choices_of_their_own():
+    assert label_names([question("q", "xyz"[:n], "arc") for n in (2, 3)]) is None
+    assert label_names([question("q", "xy", "arc")] * 2) == ("x", "y")
+
+
+def test_the_format_follows_from_the_name():
+    names = ("a.csv", "b/a.TSV", "a.json", "a.jsonl", "a", "csv")
+    assert [format_of(name) for name in names] == ["csv", "csv", *["jsonl"] * 4]
+
+
+@pytest.mark.parametrize(
+    "cell, value",
+    [
+        ('["a", 1]', ["a", 1]),
+        ("['a' 'b']", ["a", "b"]),
+        ("['a',\n 'b', \"c's\"]", ["a", "b", "c's"]),
+        ("{'t': array(['x) array(', 'y'], dtype=object)}", {"t": ["x) array(", "y"]}),
+        (
+            r"['\\ \n \' \" \x41 \u00fc \U0001f600 \q \xzz']",
+            ["\\ \n ' \" A ü \U0001f600 \\q \\xzz"],
+        ),
+        ("['a", "['a"),
+        ("plain", "plain"),
+        ("[" * 100_000, "[" * 100_000),
+    ],
+)
+def test_lists_in_a_cell(cell, value):
+    assert nested(cell) == value
+
+
+def test_a_cell_of_quotes_takes_no_long_time():
+    cell = "['" + "\\'" * 60_000  # every quote could begin a text that never ends
+    start = time.process_time()
+    assert nested(cell) == cell
+    assert time.process_time() - start < 5  # 0.03 s; looked at once for each quote: an hour
 
 
 def test_arguments(tmp_path):

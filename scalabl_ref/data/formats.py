@@ -234,8 +234,7 @@ def _known(label: str, names: Sequence[str]) -> int:
         return list(names).index(label)
     near = _near(label, names)
     hint = f": did you mean {shown(near)}?" if near else ""
-    known = shown(", ".join(names), 80)
-    raise InputError(f"label {shown(label)} is not one of the {len(names)} known, {known}{hint}")
+    raise InputError(f"label {shown(label)} is not one of {shown(list(names), 80)}{hint}")
 
 
 def _place(label: Any, choices: list[str]) -> int:
