@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import InputError, Interrupted, RankLost
 
 if TYPE_CHECKING:
-    from .data import Example
+    from .data import Columns, Example
     from .evaluate import Answers, Samples
     from .llama import Llama
     from .methods import Posterior
@@ -90,12 +90,30 @@ def _say(args: argparse.Namespace, text: str) -> None:
         print(text, file=sys.stderr if args.json else sys.stdout)
 
 
+_BY_ENDING = "(default: csv if its name ends in .csv or .tsv, otherwise jsonl)"
+
+
 def _add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
     from .data import FORMATS
 
     parser.add_argument("--data", type=Path, required=required, help="file of examples")
-    parser.add_argument("--format", choices=FORMATS, default="jsonl", help="of --data")
-    parser.add_argument("--limit", type=int, help="use only the first so many examples")
+    add = parser.add_argument
+    add("--format", choices=FORMATS, help=f"of --data {_BY_ENDING}")
+    add("--text-column", metavar="NAME", help="of the texts, in csv and jsonl (default: the usual)")
+    add("--label-column", metavar="NAME", help="of the labels, in csv and jsonl, likewise")
+    add("--limit", type=int, help="use only the first so many examples")
+
+
+def _format(args: argparse.Namespace) -> str:
+    from .data import format_of
+
+    return args.format or format_of(args.data)
+
+
+def _columns(args: argparse.Namespace) -> Columns:
+    from .data import Columns
+
+    return Columns(args.text_column, args.label_column)
 
 
 def _add_template(parser: argparse.ArgumentParser, default: str) -> None:
@@ -305,7 +323,7 @@ def _train(args: argparse.Namespace) -> Result:
         raise InputError("--compile does not work with --shard or --offload-weights yet: give one")
     _check_out(args)
     template = _template(args, {"prompt_template": None})
-    examples = load(args.data, args.format, args.limit, template)
+    examples = load(args.data, _format(args), args.limit, template, _columns(args))
     classes = num_classes(examples)
     examples, _ = split(examples, args.holdout, args.seed)
     model = Llama.from_pretrained(args.model, _dtype(args), _load_on(args), args.quantize)
@@ -328,7 +346,7 @@ def _train(args: argparse.Namespace) -> Result:
         "data": str(args.data.resolve()),
         "data_sha256": sha256(args.data),
         "examples": len(examples),
-        "format": args.format,
+        "format": _format(args),
         "limit": args.limit,
         "holdout": args.holdout,
         "prompt_template": template,
@@ -438,7 +456,8 @@ def _made(
     if args.method == "swag":
         return Swag.load(args.run), {}
     if args.data:
-        examples = load(args.data, args.format, args.limit, info["prompt_template"])
+        template = info["prompt_template"]
+        examples = load(args.data, _format(args), args.limit, template, _columns(args))
     else:
         examples, _ = _own_data(args.run, info, "--data")
     batches = evaluation_batches(encode_for(model, tokenizer, examples), args.batch)
@@ -487,7 +506,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", type=Path, help="folder of the base model, if it has moved")
     _add_data(parser)
     add("--ood", type=Path, help="file of examples out of distribution")
-    add("--ood-format", choices=FORMATS, default="jsonl", help="of --ood")
+    add("--ood-format", choices=FORMATS, help=f"of --ood {_BY_ENDING}")
     _add_samples(parser)
     add("--bins", type=int, default=15, help="of the expected calibration error")
     add("--batch", type=int, default=32, help="examples computed at a time")
@@ -536,7 +555,7 @@ def _samples(args: argparse.Namespace) -> Samples:
 
 
 def _evaluate(args: argparse.Namespace) -> Result:
-    from .data import load
+    from .data import format_of, load
     from .evaluate import answer, evaluate
 
     samples = _samples(args)
@@ -549,12 +568,14 @@ def _evaluate(args: argparse.Namespace) -> Result:
             design=args.design, answerable=title != "ood",
         )  # fmt: skip
 
-    examples = load(args.data, args.format, args.limit, template)
+    examples = load(args.data, _format(args), args.limit, template, _columns(args))
     calibration = ood = None
     if args.temperature or args.calibrate:
         calibration = ask(_held_out(args, info), "calibrate")
     if args.ood:
-        ood = ask(load(args.ood, args.ood_format, args.limit, template), "ood")
+        ood_format = args.ood_format or format_of(args.ood)
+        columns = _columns(args) if ood_format in ("csv", "jsonl") else None
+        ood = ask(load(args.ood, ood_format, args.limit, template, columns), "ood")
     result = evaluate(
         args.run,
         {**info, "data": str(args.data)},
@@ -599,7 +620,8 @@ def _held_out(args: argparse.Namespace, info: dict[str, Any]) -> list[Example]:
     from .data import load
 
     if args.calibrate:
-        return load(args.calibrate, args.format, template=info["prompt_template"])
+        template = info["prompt_template"]
+        return load(args.calibrate, _format(args), template=template, columns=_columns(args))
     if not info["holdout"]:
         raise InputError(f"{args.run}: was trained without --holdout: give --calibrate")
     return _own_data(args.run, info, "--calibrate")[1]

@@ -243,18 +243,51 @@ def read_llama2c(path: Path) -> None:
 
 _ARC = {"id": "q", "answerKey": "B", "question": {"stem": "Why?", "choices": [
     {"text": "this", "label": "A"}, {"text": "that", "label": "B"}]}}  # fmt: skip
-_ROWS: dict[str, Any] = {
-    "jsonl": {"prompt": "Why?", "choices": ["this", "that"], "label": 1},
-    "arc": _ARC,
-    "obqa": _ARC,
-    "winogrande": {"qID": "q", "sentence": "A _ b.", "option1": "x", "option2": "y", "answer": "2"},
-    "boolq": {"question": "is it", "passage": "It is.", "answer": True},
+_LISTS = {"text": ["this", "that"], "label": ["A", "B"]}
+_ROWS: dict[str, list[Any]] = {  # as published, and as the Hub has them
+    "jsonl": [
+        {"prompt": "Why?", "choices": ["this", "that"], "label": 1},
+        {"prompt": "Why?", "choices": ["this", "that"], "label": "that"},
+    ],
+    "arc": [_ARC, {"id": "q", "question": "Why?", "choices": _LISTS, "answerKey": "B"}],
+    "obqa": [_ARC, {"id": "q", "question_stem": "Why?", "choices": _LISTS, "answerKey": "B"}],
+    "winogrande": [
+        {"qID": "q", "sentence": "A _ b.", "option1": "x", "option2": "y", "answer": "2"}
+    ],
+    "boolq": [
+        {"question": "is it", "passage": "It is.", "answer": True},
+        {"question": "is it", "passage": "It is.", "idx": 0, "label": 1},
+    ],
+    "mmlu": [
+        {"question": "Why?", "subject": "maths", "choices": ["a", "b", "c", "d"], "answer": 2}
+    ],
+    "sst2": [{"idx": 0, "sentence": "a fine film ", "label": 1}],
+    "trec": [{"text": "What is it ?", "coarse_label": 1, "fine_label": 2}],
 }
 _TEXTS = {
-    "mmlu": b"question,choice0,choice1,choice2,choice3,answer\n"
-    b'"Why, so?",a,b,c,d,2\nHow?,a,b,c,d,0\n',
-    "sst2": b"1 a fine film\n0 a poor one\n",
-    "trec": b"ABBR:exp What is it ?\nNUM:count How many ?\n",
+    "jsonl": [b'{"prompt": "a", "label": "x"}\n{"prompt": "b", "label": "y"}\n'],
+    "arc": [
+        b"id,question,choices,answerKey\n"
+        b"q,Why?,\"{'text': array(['this', 'that'], dtype=object),\n"
+        b" 'label': array(['A', 'B'], dtype=object)}\",B\n"
+    ],
+    "mmlu": [
+        b'question,choice0,choice1,choice2,choice3,answer\n"Why, so?",a,b,c,d,2\nHow?,a,b,c,d,0\n',
+        b"question,subject,choices,answer\nWhy?,maths,\"['a' 'b'\n 'c' 'd']\",2\n",
+    ],
+    "sst2": [
+        b"1 a fine film\n0 a poor one\n",
+        b"sentence\tlabel\na fine film \t1\na poor one \t0\n",
+    ],
+    "trec": [
+        b"ABBR:exp What is it ?\nNUM:count How many ?\n",
+        b"text,coarse_label,fine_label\nWhat is it ?,1,2\n",
+    ],
+    "csv": [
+        b'text,label\n"a, ""b""",x\n"c\nd",y\n',
+        b"id\tsentence\tclass\n1\ta b\t1\n2\tc d\t0\n",
+        b"text;target\na;x\nb;y\n",
+    ],
 }
 
 
@@ -262,14 +295,17 @@ def make_examples(rng: Random, large: bool, folder: Path) -> bytes:
     """Rows of the format that the first byte of the file's seed chooses: see read_examples."""
     format = FORMATS[rng.randrange(len(FORMATS))]
     (folder / "format").write_text(format)
-    if format in _TEXTS:
-        return damaged_bytes(rng, _TEXTS[format]) + _TEXTS[format] * (50_000 if large else 1)
-    row = _ROWS[format]
+    if format not in _ROWS or format in _TEXTS and rng.random() < 0.5:
+        text = rng.choice(_TEXTS[format])
+        return damaged_bytes(rng, text) + text * (50_000 if large else 1)
+    row = rng.choice(_ROWS[format])
     lines = [json.dumps(row).encode()] * rng.randint(0, 3)
     lines.insert(rng.randint(0, len(lines)), written(rng, damaged_value(rng, row)))
     if large:
         lines += [json.dumps(row).encode()] * 50_000
     data = b"\n".join(lines) + rng.choice((b"\n", b"", b"\r\n"))
+    if rng.random() < 0.3:
+        data = b"[" + b",\n".join(lines) + b"]"
     return data if rng.random() < 0.7 else damaged_bytes(rng, data)
 
 

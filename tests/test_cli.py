@@ -319,7 +319,36 @@ def test_bad_arguments_end_in_one_line(work, capsys, change, message):
 def test_a_bad_row_is_named(work, capsys):
     with open(work / "train.jsonl", "a") as file:
         file.write('{"prompt": "x", "choices": ["a", "b"], "label": 2}\n')
-    assert "train.jsonl, line 25: 'label' must be in [0, 2)" in refused(TRAIN, capsys)
+    assert "train.jsonl, line 25: label must be the place in choices" in refused(TRAIN, capsys)
+
+
+def test_a_table_of_texts_and_labels(work, capsys):
+    """Its format follows from its name, its columns from two options."""
+    rows = "".join(f"text {i},{'ab'[i % 2]},x\n" for i in range(8))
+    for name in ("set.csv", "set.txt"):
+        (work / name).write_text("body,label,sort\n" + rows)
+    (work / "sst2").write_text("0 poor\n1 fine\n")
+    train = TRAIN.replace("train.jsonl", "set.csv --text-column body")
+    unnamed = train.replace(" --text-column body", "")
+    assert "set.csv: no column is called text, " in refused(unnamed, capsys)
+    assert "2 to 26 different labels in 'sort', found 1" in refused(
+        f"{train} --label-column sort", capsys
+    )
+    assert ok(train, capsys)["examples"] == 8
+    assert json.loads((work / "run" / "run.json").read_text())["format"] == "csv"
+    evaluate = "evaluate --run run --text-column body --samples 2 --data"
+    metrics = ok(f"{evaluate} set.csv --ood set.csv", capsys)
+    assert metrics["n"] == metrics["ood"]["n"] == 8
+    assert ok(f"{evaluate} set.txt --format csv", capsys)["acc"] == metrics["acc"]
+    assert "set.txt, line 1: not JSON" in refused(f"{evaluate} set.txt", capsys)
+    assert ok(f"{evaluate} set.csv --ood sst2 --ood-format sst2", capsys)["ood"]["n"] == 2
+
+
+def test_columns_are_not_for_a_format_that_has_its_own(work, capsys):
+    command = f"{TRAIN} --format arc --text-column body"
+    assert "--text-column and --label-column are for formats csv and jsonl, not for arc" in refused(
+        command, capsys
+    )
 
 
 def test_a_prompt_that_is_too_long_is_named(work, capsys):

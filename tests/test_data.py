@@ -1,7 +1,9 @@
 """Data: every format, every malformed row, encoding, and orders that are functions of the seed."""
 
 import csv
+import io
 import json
+import time
 from collections import Counter
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from scalabl_ref import data
 from scalabl_ref.data import (
     FORMATS,
+    Columns,
     Encoded,
     Example,
     TrainingOrder,
@@ -19,12 +22,15 @@ from scalabl_ref.data import (
     collate,
     encode,
     evaluation_batches,
+    format_of,
+    label_names,
     load,
     num_classes,
     question,
     read_template,
     split,
 )
+from scalabl_ref.data.rows import nested
 from scalabl_ref.errors import InputError
 from scalabl_ref.philox import philox4x32
 from scalabl_ref.tokenizer import Tokenizer, load_tokenizer
@@ -54,6 +60,10 @@ def arc_row(key, names, texts=None, id="q1"):
     texts = texts or [f"text {name}" for name in names]
     choices = [{"text": t, "label": n} for t, n in zip(texts, names, strict=True)]
     return {"id": id, "question": {"stem": "Why?", "choices": choices}, "answerKey": key}
+
+
+def without(row, key):
+    return {k: v for k, v in row.items() if k != key}
 
 
 GAP = {"qID": "w-1", "sentence": "The _ is big.", "option1": "cup", "option2": "tree"}
@@ -148,6 +158,14 @@ FIXTURES = [
             for label in range(6)
         ],
     ),
+    (
+        "csv",
+        '\ufeffid,Text,note, label\r\nr1,"a, ""b""\r\nc",,pos\r\n\r\n,d,x, neg \r\n',
+        [
+            Example('a, "b"\r\nc\nA. neg\nB. pos\nAnswer:', 1, "r1", ("neg", "pos")),
+            Example("d\nA. neg\nB. pos\nAnswer:", 0, "1", ("neg", "pos")),
+        ],
+    ),
 ]
 
 
@@ -162,6 +180,111 @@ def test_format(tmp_path, format, content, expected):
 
 def test_every_format_has_a_fixture():
     assert list(dict.fromkeys(fixture[0] for fixture in FIXTURES)) == list(FORMATS)
+
+
+def numpy_text(value):
+    """A column's value as pandas' to_csv writes it: lists are NumPy's arrays there."""
+    if isinstance(value, dict):
+        arrays = (
+            f"{k!r}: array([{', '.join(map(repr, v))}], dtype=object)" for k, v in value.items()
+        )
+        return "{" + ", ".join(arrays).replace("', '", "',\n       '") + "}"
+    return "[" + "\n ".join(map(repr, value)) + "]" if isinstance(value, list) else value
+
+
+def written(rows, how):
+    """The rows as the Hub's library writes them: to_json, to_csv; or otherwise, as people do."""
+    if how == "lines":
+        return lines(*rows)
+    if how in ("array", "indented"):
+        return json.dumps(rows, indent=None if how == "array" else 2, ensure_ascii=False)
+    out = io.StringIO(newline="")
+    table = csv.DictWriter(out, rows[0], delimiter={"csv": ",", "tsv": "\t"}[how])
+    table.writeheader()
+    table.writerows({k: numpy_text(v) for k, v in row.items()} for row in rows)
+    return out.getvalue()
+
+
+TWO_LISTS = {"text": ["it's \\ hot", "süß"], "label": ["A", "B"]}
+FOUR = ("1", 'a "b"', "it's", "4")
+HUB_GAP = without(GAP, "qID")
+
+# format, a row as the Hub has it, its example
+HUB = [
+    (
+        "arc",
+        {"id": "q", "question": "Why?", "choices": TWO_LISTS, "answerKey": "B"},
+        Example("Why?\nA. it's \\ hot\nB. süß\nAnswer:", 1, "q", ("it's \\ hot", "süß")),
+    ),
+    (
+        "obqa",
+        {"id": "q", "question_stem": "The", "choices": TWO_LISTS, "answerKey": "A"},
+        Example("The\nA. it's \\ hot\nB. süß\nAnswer:", 0, "q", ("it's \\ hot", "süß")),
+    ),
+    (
+        "winogrande",
+        HUB_GAP | {"answer": "2"},
+        Example("The _ is big.\nA. cup\nB. tree\nAnswer:", 1, "0", ("cup", "tree")),
+    ),
+    (
+        "mmlu",
+        {"question": "1+1?", "subject": "maths", "choices": [*FOUR], "answer": 2},
+        Example('1+1?\nA. 1\nB. a "b"\nC. it\'s\nD. 4\nAnswer:', 2, "0", FOUR),
+    ),
+    (
+        "boolq",
+        {"question": "is it", "passage": "It\nis.", "answer": True},
+        Example("It\nis.\nis it?\nA. No\nB. Yes\nAnswer:", 1, "0", ("No", "Yes")),
+    ),
+    (
+        "boolq",  # as SuperGLUE has it
+        {"question": "is it", "passage": "It is.", "idx": 5, "label": 0},
+        Example("It is.\nis it?\nA. No\nB. Yes\nAnswer:", 0, "0", ("No", "Yes")),
+    ),
+    (
+        "sst2",
+        {"idx": 0, "sentence": "a , fine film ", "label": 1},
+        Example("a , fine film\nSentiment:", 1, "0", ("negative", "positive")),
+    ),
+    (
+        "trec",
+        {"text": "Who ?", "coarse_label": 1, "fine_label": 7},
+        Example("Who ?\nType:", 2, "0", data.FIXED_CHOICES["trec"]),
+    ),
+]
+
+
+@pytest.mark.parametrize("how", ["lines", "array", "indented", "csv", "tsv"])
+@pytest.mark.parametrize("format, row, example", HUB, ids=[f[0] for f in HUB])
+def test_the_hubs_columns(tmp_path, format, row, example, how):
+    path = tmp_path / f"file.{how}"
+    path.write_text(written([row, row], how), newline="", encoding="utf-8")
+    first, second = load(path, format)
+    assert first == example and second.prompt == example.prompt and second.label == example.label
+    key = list(row)[-1 if format != "trec" else 1]
+    path.write_text(written([row | {key: "" if key == "answerKey" else -1}], how), newline="")
+    with pytest.raises(InputError, match=rf"[1-4]: {key!r} is .*: this split has no labels"):
+        load(path, format)
+
+
+def test_the_hubs_order_of_question_types(tmp_path):
+    """It counts ABBR, ENTY, DESC, HUM, LOC, NUM, where the published names are sorted here."""
+    path = tmp_path / "file"
+    path.write_text(lines(*({"text": "Who ?", "coarse_label": i} for i in (*range(6), "ENTY"))))
+    assert [e.label for e in load(path, "trec")] == [0, 2, 1, 3, 4, 5, 2]
+
+
+def test_glue_s_own_files(tmp_path):
+    path = tmp_path / "train.tsv"
+    path.write_text('sentence\tlabel\n"a , fine film \t1\nso "bad" \t0\na " b"\t1\n')
+    assert [(e.prompt, e.label) for e in load(path, "sst2")] == [
+        ('"a , fine film\nSentiment:', 1),
+        ('so "bad"\nSentiment:', 0),
+        ('a " b"\nSentiment:', 1),
+    ]
+    path.write_text("index\tsentence\n0\ta fine film\n")
+    with pytest.raises(InputError, match=r"line 2: key 'label' is missing: .*'index', 'sentence'"):
+        load(path, "sst2")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +310,7 @@ def test_winogrande_labels_beside_the_file(tmp_path):
     [
         ("2\n1\n", GAP, r"set-labels\.lst: 2 labels for the 1 rows of .*set\.jsonl"),
         ("2\n", GAP | {"answer": "1"}, r"set\.jsonl, line 1: set-labels\.lst gives another answer"),
-        ("3\n", GAP, r"set\.jsonl, line 1: the answer must be one of 1, 2, not '3'"),
+        ("3\n", GAP, r"set\.jsonl, line 1: 'answer' must be one of 1, 2, not '3'"),
         (None, GAP, r"set\.jsonl, line 1: key 'answer' is missing"),
     ],
 )
@@ -238,6 +361,53 @@ def test_real_files(assets, name, format, rows, classes):
         assert len(encoded.tokens) == rows and len(set(encoded.classes)) == classes
 
 
+def as_on_the_hub(path, format):
+    """The rows of a published file in the Hub's columns."""
+    text = path.read_bytes().decode("utf-8" if format != "trec" else "latin-1")
+    rows = [line for line in text.split("\n") if line.strip()]
+    if format == "mmlu":
+        for row in csv.DictReader(io.StringIO(text, newline="")):
+            choices = [row[f"choice{i}"] for i in range(4)]
+            yield {"question": row["question"], "choices": choices, "answer": int(row["answer"])}
+    elif format == "sst2":
+        for row in rows:
+            yield {"sentence": row[2:].strip() + " ", "label": int(row[0])}
+    elif format == "trec":
+        order = ["ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"]
+        for row in rows:
+            kind, text = row.split(" ", 1)
+            yield {"text": text.strip(), "coarse_label": order.index(kind.split(":")[0])}
+    elif format == "winogrande":
+        labels = path.with_name(f"{path.stem}-labels.lst").read_text().split()
+        for row, answer in zip(map(json.loads, rows), labels, strict=True):
+            yield without(row, "qID") | {"answer": answer}
+    elif format == "boolq":
+        for row in map(json.loads, rows):
+            kept = {key: row[key] for key in ("question", "passage")}
+            yield kept | {"label": int(row["answer"])}
+    else:
+        stem = "question" if format == "arc" else "question_stem"
+        for row in map(json.loads, rows):
+            of = row["question"]
+            lists = {key: [choice[key] for choice in of["choices"]] for key in ("text", "label")}
+            yield {"id": row["id"], stem: of["stem"], "choices": lists,
+                   "answerKey": row["answerKey"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["lines", "array", "csv", "tsv"])
+@pytest.mark.parametrize("name, format", [r[:2] for r in REAL], ids=[r[0] for r in REAL])
+def test_real_rows_in_the_hubs_columns(assets, tmp_path, name, format, how):
+    """The same questions and answers come out of either layout."""
+    published = load(assets / "data" / name, format)
+    path = tmp_path / f"file.{how}"
+    rows = list(as_on_the_hub(assets / "data" / name, format))
+    path.write_text(written(rows, how), newline="", encoding="utf-8")
+    found = load(path, format)
+    assert [(e.prompt, e.label, e.choices) for e in found] == [
+        (e.prompt, e.label, e.choices) for e in published
+    ]
+
+
 def test_real_text_is_decoded_right(assets):
     sst2 = load(assets / "data/sst2/stsa.binary.test", "sst2", 2)
     assert "crème brûlée" in sst2[1].prompt
@@ -256,11 +426,12 @@ def test_majority_classes(assets):
 # --- malformed files -----------------------------------------------------------------------------
 
 ROW = {"prompt": "p", "choices": ["x", "y"], "label": 1}
+PLACE = r"label must be the place in choices, from 0 \(here {}\), or one of their names"
 
 
-def without(row, key):
-    return {k: v for k, v in row.items() if k != key}
-
+LONE = without(ROW, "choices")
+HUB_ROW = {"id": "q", "question": "Why?", "choices": TWO_LISTS, "answerKey": "A"}
+SCORES = "text,label\n" + "".join(f"a,{i}\n" for i in range(27))
 
 # format, a whole file, what the message must say after the file's name
 MALFORMED = [
@@ -268,11 +439,15 @@ MALFORMED = [
     ("jsonl", b"\n \n", ": holds no examples"),
     ("jsonl", lines(ROW) + "{", ", line 2: not JSON"),
     ("jsonl", lines(ROW) + "\n[1]\n", ", line 3: expected a JSON object, found .1"),
-    ("jsonl", "[" * 100_000, ", line 1: not JSON"),
-    ("jsonl", '{"label": ' + "1" * 5000 + "}", ", line 1: (not JSON|key 'choices' is missing)"),
+    ("jsonl", "[" * 100_000, ", entry 1: not JSON"),
+    ("jsonl", '{"label": ' + "1" * 5000 + "}", "(, line 1: not JSON|different labels)"),
     ("jsonl", lines(ROW).encode() + b'{"prompt": "\xff"}', ", line 2: expected UTF-8 text"),
     ("jsonl", lines(without(ROW, "prompt")), ", line 1: key 'prompt' is missing"),
-    ("jsonl", lines(without(ROW, "choices")), ", line 1: key 'choices' is missing"),
+    (
+        "jsonl",
+        lines(without(ROW, "choices")),
+        ": expected 2 to 26 different labels in 'label', as no row has 'choices', found 1: .'1'",
+    ),
     ("jsonl", lines(without(ROW, "label")), ", line 1: key 'label' is missing"),
     ("jsonl", lines(ROW | {"prompt": 3}), ", line 1: 'prompt' must be a text, not 3"),
     ("jsonl", lines(ROW | {"prompt": " "}), ", line 1: 'prompt' is empty"),
@@ -281,19 +456,27 @@ MALFORMED = [
     ("jsonl", lines(ROW | {"choices": ["x", 1]}), ", line 1: a choice must be a text, not 1"),
     ("jsonl", lines(ROW | {"choices": ["x", ""]}), ", line 1: a choice is empty"),
     ("jsonl", lines(ROW | {"choices": ["x"], "label": 0}), "expected 2 to 26 choices, found 1"),
-    ("jsonl", lines(ROW | {"choices": [], "label": 0}), "label' must be in .0, 0"),
+    ("jsonl", lines(ROW | {"choices": [], "label": 0}), ", line 1: 'choices' is empty"),
     ("jsonl", lines(ROW | {"choices": ["x"] * 27}), ", line 1: expected 2 to 26 choices, found 27"),
-    ("jsonl", lines(ROW | {"label": 2}), r", line 1: 'label' must be in \[0, 2\).* and is 2"),
-    ("jsonl", lines(ROW | {"label": -1}), r", line 1: 'label' must be in \[0, 2\).* and is -1"),
-    ("jsonl", lines(ROW | {"label": "1"}), ", line 1: 'label' must be a whole number, not '1'"),
-    ("jsonl", lines(ROW | {"label": 1.0}), ", line 1: 'label' must be a whole number, not 1.0"),
-    ("jsonl", lines(ROW | {"label": True}), ", line 1: 'label' must be a whole number, not True"),
+    ("jsonl", lines(ROW | {"label": 2}), f", line 1: {PLACE.format('0 to 1')}, not 2$"),
+    ("jsonl", lines(ROW | {"label": -1}), f", line 1: {PLACE.format('0 to 1')}, not -1$"),
+    ("jsonl", lines(ROW | {"label": "1"}), f", line 1: {PLACE.format('1')}, not '1'$"),
+    ("jsonl", lines(ROW | {"label": "2"}), f", line 1: {PLACE.format('0 to 1')}, not '2'$"),
+    ("jsonl", lines(ROW | {"label": 1.0}), f", line 1: {PLACE.format('0 to 1')}, not 1.0$"),
+    ("jsonl", lines(ROW | {"label": True}), f", line 1: {PLACE.format('0 to 1')}, not True$"),
+    ("jsonl", lines(ROW | {"label": "Y"}), rf"{PLACE.format('1')}, not 'Y': did you mean 'y'\?$"),
+    ("jsonl", lines(ROW | {"choices": ["x", "x"], "label": "x"}), "choices, .*, not 'x'$"),
+    (
+        "jsonl",
+        lines(ROW | {"prompt": ["x" * 999]}),
+        "'prompt' must be a text, not .'x{50,60}[.]{3}$",
+    ),
     ("jsonl", lines(ROW | {"id": [1]}), r", line 1: 'id' must be a text or a number, not \[1\]"),
-    ("arc", lines(arc_row("F", "ABCD")), "'answerKey' must be one of the labels A, B, C, D, not"),
-    ("arc", lines(arc_row("A", "ABA")), "'answerKey' must be one of the labels A, B, A, not 'A'"),
+    ("arc", lines(arc_row("F", "ABCD")), "'answerKey' must be one of A, B, C, D, not 'F'"),
+    ("arc", lines(arc_row("A", "ABA")), "'answerKey' must be one of A, B, A, not 'A'"),
     ("arc", lines(arc_row("A", "A")), ", line 1: expected 2 to 26 choices, found 1"),
-    ("arc", lines(arc_row(1, "AB")), ", line 1: 'answerKey' must be a text, not 1"),
-    ("arc", lines({"id": "1", "question": "Why?"}), "'question' must be an object, not 'Why"),
+    ("arc", lines(arc_row(1, "AB")), ", line 1: 'answerKey' must be one of A, B, not 1"),
+    ("arc", lines({"id": "1", "question": "Why?"}), "key 'choices' is missing: there are ."),
     ("arc", lines(arc_row("A", "AB", ["", "v"])), ", line 1: 'text' is empty"),
     (
         "obqa",
@@ -301,21 +484,109 @@ MALFORMED = [
         ", line 1: expected an object with the key 'label', found 'u'",
     ),
     ("winogrande", lines(without(GAP, "option2") | {"answer": "1"}), "key 'option2' is missing"),
-    ("winogrande", lines(GAP | {"answer": "0"}), "the answer must be one of 1, 2, not '0'"),
-    ("boolq", lines({"question": "q", "answer": "yes", "passage": "p"}), "must be true or false"),
-    ("boolq", lines({"question": "q", "answer": 1, "passage": "p"}), "must be true or false, not"),
+    ("winogrande", lines(GAP | {"answer": "0"}), "'answer' must be one of 1, 2, not '0'"),
+    (
+        "boolq",
+        lines({"question": "q", "answer": "yes", "passage": "p"}),
+        "must be one of false, true",
+    ),
+    (
+        "boolq",
+        lines({"question": "q", "answer": 1, "passage": "p"}),
+        "must be one of false, true, not 1",
+    ),
     ("mmlu", "a,b\n", ", line 1: expected 6 columns, found 2"),
     ("mmlu", "", ": holds no examples"),
-    ("mmlu", "q,a,b,c,d,A\n" + HEADER, ", line 2: the answer must be one of A, .*not 'answer'"),
+    ("mmlu", "q,a,b,c,d,A\n" + HEADER, ", line 2: 'answer' must be one of A, .*not 'answer'"),
     ("mmlu", HEADER, ": holds no examples"),
     ("mmlu", HEADER + "q,a,b,c,d,1\nq,a,b,c,1\n", ", line 3: expected 6 columns, found 5"),
-    ("mmlu", HEADER + "q,a,b,c,d,E\n", ", line 2: the answer must be one of A, B, .* not 'E'"),
-    ("mmlu", HEADER + " ,a,b,c,d,1\n", ", line 2: the question is empty"),
+    ("mmlu", HEADER + "q,a,b,c,d,E\n", ", line 2: 'answer' must be one of A, B, .* not 'E'"),
+    ("mmlu", HEADER + " ,a,b,c,d,1\n", ", line 2: 'question' is empty"),
     ("mmlu", HEADER + 'q,a,b,"c,d,1\n', ", line 2: not CSV: unexpected end of data"),
     ("sst2", "2 text\n", ", line 1: the label before the text must be one of 0, 1, not '2'"),
     ("sst2", "1 text\n0\n", ", line 2: the text is empty"),
     ("trec", "HUM:ind Who ?\nWho ?\n", ", line 2: the type before the question must be one of"),
     ("trec", "HUM:ind\n", ", line 1: the question is empty"),
+    ("jsonl", lines(ROW).encode("utf-16"), ": is UTF-16 text: save it as UTF-8$"),
+    ("jsonl", "[]", ": holds no examples"),
+    ("jsonl", json.dumps([ROW, ROW, 3]), ", entry 3: expected a JSON object, found 3"),
+    ("jsonl", json.dumps([ROW, ROW | {"label": 3}], indent=2), ", entry 2: label must be"),
+    ("jsonl", json.dumps([ROW])[:-1], ": not JSON: expected , or . and no more after entry 1"),
+    ("jsonl", json.dumps([ROW]) + "{}", ": not JSON: expected , or . and no more after entry 1"),
+    ("jsonl", json.dumps([ROW])[:-1] + " x", ": not JSON: expected , or . .* after entry 1"),
+    ("jsonl", json.dumps([ROW])[:-1] + ",]", ", entry 2: not JSON"),
+    ("jsonl", lines(ROW) + json.dumps(ROW, indent=2)[:-2], ", line 2: not JSON"),
+    ("jsonl", json.dumps(ROW, indent=2) + "\n\n{}", ", line 10: key 'prompt' is missing"),
+    (
+        "jsonl",
+        lines({"question": "p", "choices": ["x", "y"], "answer": 1}),
+        r", line 1: key 'prompt' is missing \(--text-column names another\): there are .'question'",
+    ),
+    (
+        "jsonl",
+        lines(without(ROW, "label") | {"answer": 1}),
+        r"key 'label' is missing \(--label-column names another\): .*'choices', 'answer'",
+    ),
+    ("jsonl", lines(LONE, ROW), ", line 2: has 'choices', and the rows before have none"),
+    ("jsonl", lines(ROW, LONE), ", line 2: key 'choices' is missing"),
+    ("jsonl", lines(LONE, LONE | {"label": 0.5}), ", line 2: 'label' must be a text, not 0.5"),
+    ("jsonl", lines(LONE, LONE | {"label": True}), ", line 2: 'label' must be a text, not True"),
+    ("arc", lines(HUB_ROW | {"choices": {"text": ["u"], "label": [*"AB"]}}), "has 2 labels for 1"),
+    ("arc", lines(HUB_ROW | {"choices": ["u", "v"]}), "'choices' must be an object, not .'u'"),
+    ("arc", lines(HUB_ROW | {"choices": {"text": [1, "v"], "label": [*"AB"]}}), "must be a text"),
+    ("arc", "id,question,choices,answerKey\nq,Why?,\"['u' 'v\",A\n", ", line 2: 'choices' must be"),
+    ("arc", "id,question,answerKey\nq,Why?,A\n", ", line 2: key 'choices' is missing"),
+    (
+        "mmlu",
+        lines({"question": "?", "choices": [*"abc"], "answer": 1}),
+        "expected 4 choices, found",
+    ),
+    (
+        "mmlu",
+        lines({"question": "?", "choices": [*"abcd"], "answer": 4}),
+        "'answer' must be one of",
+    ),
+    ("mmlu", lines({"question": "?", "choices": [*"abcd"], "answer": 1.0}), "'answer' must be one"),
+    ("sst2", lines({"sentence": "a", "label": True}), "'label' must be one of 0, 1, not True"),
+    ("sst2", "sentence\tlabel\na\t2\n", ", line 2: 'label' must be one of 0, 1, not '2'"),
+    (
+        "trec",
+        lines({"text": "Who ?", "coarse_label": 6}),
+        "'coarse_label' must be one of ABBR, ENTY",
+    ),
+    ("winogrande", lines(GAP | {"answer": ""}), "'answer' is '': this split has no labels"),
+    ("winogrande", lines(GAP | {"answer": None}), "'answer' is None: this split has no labels"),
+    ("csv", "", ": holds no examples"),
+    ("csv", "text,label\n", ": holds no examples"),
+    ("csv", "text,label\na,x\nb,\n", ", line 3: 'label' is empty"),
+    ("csv", 'text,label\n"a\nb",x\n ,y\n', ", line 4: 'text' is empty"),
+    (
+        "csv",
+        "text,label\na,x\nb, c,y\n",
+        ", line 3: expected 2 columns, found 3: a text with a com",
+    ),
+    ("csv", "text;label\na;x\nb\n", ", line 3: expected 2 columns, found 1$"),
+    ("csv", 'text,label\na,x\n"b,y\nc,x\n', ", line 3: not CSV: unexpected end of data"),
+    ("csv", "body,label\na,x\n", ": no column is called text, .*: give --text-column one of .'bod"),
+    ("csv", "text,y\na,x\n", ": no column is called label, labels, class, .*: give --label-column"),
+    (
+        "csv",
+        "text,Sentence,label\na,b,x\n",
+        ": 2 columns are called text, sentence, .*--text-column",
+    ),
+    ("csv", "text,label,label\na,x,y\n", ": 2 columns are called label, .*'label', 'label'"),
+    (
+        "csv",
+        "text,label\na,x\nb,x\n",
+        ": expected 2 to 26 different labels in 'label', found 1: .'x'",
+    ),
+    (
+        "csv",
+        SCORES,
+        ": expected 2 to 26 different labels in 'label', found 27: .'0', '1', '2', '3'.",
+    ),
+    ("csv", "text,label\na,0.25\nb,1e0\n", ": 'label' must have names or whole numbers, not 0.25"),
+    ("csv", b"text,label\ncaf\xe9,x\n", ", line 2: expected UTF-8 text"),
 ]
 
 
@@ -333,6 +604,139 @@ def test_a_field_too_long_for_csv(tmp_path):
     path.write_text(HEADER + "x" * (csv.field_size_limit() + 1) + ",a,b,c,d,1\n")
     with pytest.raises(InputError, match=r"file\.csv, line 2: not CSV: field larger than"):
         load(path, "mmlu")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" + lines(ROW, ROW).replace("}\n{", "},{") + "]", json.dumps(ROW, indent=2) * 2]
+)
+def test_json_over_several_lines(tmp_path, text):
+    (tmp_path / "file").write_text("\ufeff\n" + text + "\n")
+    assert [e.id for e in load(tmp_path / "file", "jsonl")] == ["0", "1"]
+    assert len(load(tmp_path / "file", "jsonl", limit=1)) == 1
+
+
+def test_a_label_by_name(tmp_path):
+    """A name that looks like a place is still a name; a place is a number."""
+    rows = [{"prompt": "p", "choices": ["2", "0", "y"], "label": k} for k in ("0", "y", "2", 0)]
+    (tmp_path / "file").write_text(lines(*rows))
+    assert [e.label for e in load(tmp_path / "file", "jsonl")] == [1, 2, 0, 0]
+
+
+def labels(path, format="csv", **options):
+    """Labels and choices, which all examples share."""
+    examples = load(path, format, **options)
+    assert [label_names(examples)] == list({e.choices for e in examples})
+    return [e.label for e in examples], label_names(examples)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.csv", "text,label\nu,b\nv,a\nw,b\n"),
+        ("a.tsv", "text\tlabel\nu\tb\nv\ta\nw\tb\n"),
+        ("a.txt", "text\tlabel\nu\tb\nv\ta\nw\tb\n"),
+        ("a.csv", "text;label\nu;b\nv;a\nw;b\n"),
+        ("a.csv", ",Target,n,Sentence\r\n0,b,,u\r\n1,a,,v\r\n2,b,,w\r\n"),
+        ("a.jsonl", lines(*({"prompt": t, "label": k} for t, k in ("ub", "va", "wb")))),
+    ],
+)
+def test_labels_of_the_file_are_the_choices(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(content, newline="")
+    format = "jsonl" if name == "a.jsonl" else "csv"
+    assert labels(path, format) == ([1, 0, 1], ("a", "b"))
+    assert [e.prompt for e in load(path, format, limit=1)] == ["u\nA. a\nB. b\nAnswer:"]
+    # What a model was trained on: other labels, in another order.
+    assert labels(path, format, names=["b", "c", "a"]) == ([0, 2, 0], ("b", "c", "a"))
+    with pytest.raises(
+        InputError, match=f"{name}, line [23]: label 'a' is not one of .'b', 'aa'.: "
+    ):
+        load(path, format, names=["b", "aa"])
+
+
+def test_numbers_as_labels_are_sorted_as_numbers(tmp_path):
+    path = tmp_path / "file.csv"
+    path.write_text("text,label\na,10\nb,9\nc,-1\n")
+    assert labels(path) == ([2, 1, 0], ("-1", "9", "10"))
+    path.write_text(lines(*({"prompt": "p", "label": i} for i in (10, 9, -1))))
+    assert labels(path, "jsonl") == ([2, 1, 0], ("-1", "9", "10"))
+
+
+def test_labels_that_are_letters_are_choices(tmp_path):
+    (tmp_path / "grades.csv").write_text("text,label\nessay,A\nother,B\n")
+    prompts = [e.prompt for e in load(tmp_path / "grades.csv", "csv")]
+    assert prompts == [f"{text}\nA. A\nB. B\nAnswer:" for text in ("essay", "other")]
+
+
+def test_an_unknown_label_is_named_with_a_near_one(tmp_path):
+    path = tmp_path / "file.csv"
+    path.write_text("text,label\na,Sports\nb,Sport\n")
+    message = "line 3: label 'Sport' is not one of .'News', 'Sports'.: did you mean 'Sports'"
+    with pytest.raises(InputError, match=message):
+        load(path, "csv", names=["News", "Sports"])
+
+
+def test_columns_by_name(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("text,body,label,sort\nu,x,1,b\nu,y,1,a\n")
+    assert labels(path, columns=Columns("body", "sort")) == ([1, 0], ("a", "b"))
+    assert load(path, "csv", columns=Columns("body", "sort"))[1].prompt.startswith("y\n")
+    for columns, option in ((Columns("Body"), "--text-"), (Columns("body", "x"), "--label-")):
+        with pytest.raises(
+            InputError, match=f"file: no column is called '.*': give {option}column"
+        ):
+            load(path, "csv", columns=columns)
+    path.write_text(lines({"text": "u", "sort": "b", "choices": ["a", "b"]}))
+    (example,) = load(path, "jsonl", columns=Columns("text", "sort"))
+    assert example.prompt.startswith("u\n") and example.label == 1
+    with pytest.raises(InputError, match="are for formats csv and jsonl, not for arc"):
+        load(path, "arc", columns=Columns("text"))
+
+
+def test_a_tsv_file_with_lone_quotes(tmp_path):
+    """A quote that begins a cell could close rows later, and the rows between would be lost."""
+    path = tmp_path / "file.tsv"
+    path.write_text('text\tlabel\n"u\tx\nv\ty\nw"\tx\n')
+    assert labels(path) == ([0, 1, 0], ("x", "y"))
+    path.write_text('text\tlabel\n"u ""1""\n2"\tx\nv\ty\n')
+    assert load(path, "csv")[0].prompt.startswith('u "1"\n2\nA. x')
+
+
+def test_label_names_of_examples_with_choices_of_their_own():
+    assert label_names([question("q", "xyz"[:n], "arc") for n in (2, 3)]) is None
+    assert label_names([question("q", "xy", "arc")] * 2) == ("x", "y")
+
+
+def test_the_format_follows_from_the_name():
+    names = ("a.csv", "b/a.TSV", "a.json", "a.jsonl", "a", "csv")
+    assert [format_of(name) for name in names] == ["csv", "csv", *["jsonl"] * 4]
+
+
+@pytest.mark.parametrize(
+    "cell, value",
+    [
+        ('["a", 1]', ["a", 1]),
+        ("['a' 'b']", ["a", "b"]),
+        ("['a',\n 'b', \"c's\"]", ["a", "b", "c's"]),
+        ("{'t': array(['x) array(', 'y'], dtype=object)}", {"t": ["x) array(", "y"]}),
+        (
+            r"['\\ \n \' \" \x41 \u00fc \U0001f600 \q \xzz']",
+            ["\\ \n ' \" A ü \U0001f600 \\q \\xzz"],
+        ),
+        ("['a", "['a"),
+        ("plain", "plain"),
+        ("[" * 100_000, "[" * 100_000),
+    ],
+)
+def test_lists_in_a_cell(cell, value):
+    assert nested(cell) == value
+
+
+def test_a_cell_of_quotes_takes_no_long_time():
+    cell = "['" + "\\'" * 30_000  # every quote could begin a text that never ends
+    start = time.process_time()
+    assert nested(cell) == cell
+    assert time.process_time() - start < 5  # under 0.1 s; looked at from each quote on: some 20 s
 
 
 def test_arguments(tmp_path):

@@ -14,7 +14,7 @@ from .batches import (
     split,
 )
 from .chat import ChatTemplate
-from .formats import files, load
+from .formats import Columns, files, format_of, label_names, load
 from .prompts import (
     FIXED_CHOICES,
     FORMATS,
@@ -31,6 +31,7 @@ __all__ = [
     "TEMPLATES",
     "Batch",
     "ChatTemplate",
+    "Columns",
     "Encoded",
     "Example",
     "TrainingOrder",
@@ -38,6 +39,8 @@ __all__ = [
     "encode",
     "evaluation_batches",
     "files",
+    "format_of",
+    "label_names",
     "load",
     "num_classes",
     "question",

@@ -2,36 +2,69 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Callable, Iterator, Sequence
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..tokenizer import LETTERS
 from .prompts import FIXED_CHOICES, FORMATS, Example, question
-from .text import checked_text, one_of, read_text
+from .rows import Rows, is_json, json_rows, nested, records, table, text_rows
+from .text import checked_text, one_of, read_text, shown
 
 TREC_CLASSES = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")  # as its files write them
+TREC_HUB = ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM")  # 0 to 5 in the Hub's coarse_label
 MMLU_HEADER = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
+
+# The columns of a CSV file that are read if no others are named, in any case of letters.
+TEXT_COLUMNS = ("text", "sentence", "prompt", "question")
+LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where formats csv and jsonl have a row's text and its label.
+
+    None: the one of TEXT_COLUMNS and of LABEL_COLUMNS that a table has; "prompt" and "label" in
+    jsonl.
+    """
+
+    text: str | None = None
+    label: str | None = None
+
+
+def format_of(path: Path | str) -> str:
+    """The format that the ending of a file's name says: csv for .csv and .tsv, otherwise jsonl."""
+    return "csv" if Path(path).suffix.lower() in (".csv", ".tsv") else "jsonl"
 
 
 def load(
-    path: Path | str, format: str, limit: int | None = None, template: str | None = None
+    path: Path | str,
+    format: str,
+    limit: int | None = None,
+    template: str | None = None,
+    columns: Columns | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[Example]:
     """The examples of a file, in its order; only the first `limit` if that is given.
 
-    format: one of FORMATS. template: as in `question`. Raises InputError naming the file,
-    the line and what was expected there if the file is absent, empty or not of this format.
+    format: one of FORMATS. template: as in `question`. names: the labels, in order, which are the
+    choices of every row of a csv file, or of a jsonl file whose rows have no "choices": those that
+    the model was trained on; None: all that the whole file has, sorted. columns: of these two
+    formats. Raises InputError naming the file, the line and what was expected there if the file
+    is absent, empty or not of this format.
     """
     path = Path(path)
     one_of(FORMATS, format, "the format")
     if limit is not None and limit < 1:
         raise InputError(f"the limit must be at least 1 example, and is {limit}")
-    rows, parse = _READERS[format]
+    rows, parse = _reader(path, format, columns or Columns(), names)
     examples: list[Example] = []
-    for line, row in rows(path):
+    for place, row in rows:
         if len(examples) == limit:
             break
         try:
@@ -39,10 +72,16 @@ def load(
             id = id or str(len(examples))
             examples.append(question(text, choices, format, label, id, template))
         except InputError as error:
-            raise InputError(f"{path}, line {line}: {error}") from None
+            raise InputError(f"{path}, {place}: {error}") from None
     if not examples:
         raise InputError(f"{path}: holds no examples")
     return examples
+
+
+def label_names(examples: Sequence[Example]) -> tuple[str, ...] | None:
+    """The choices that all the examples have, for `load` of a further file; None if they differ."""
+    found = {example.choices for example in examples}
+    return found.pop() if len(found) == 1 else None
 
 
 def files(path: Path | str, format: str) -> list[Path]:
@@ -52,143 +91,298 @@ def files(path: Path | str, format: str) -> list[Path]:
     return [path, beside] if format == "winogrande" and beside.exists() else [path]
 
 
-Rows = Iterator[tuple[int, Any]]  # line number, counted from 1, and what stands there
 Parsed = tuple[str, Sequence[str], int, str]  # text, choices, label, id or ""
 
 
-def _json_rows(path: Path) -> Rows:
-    for line, text in _text_rows(path):
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {line}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {line}: expected a JSON object, found {text[:40]}")
-        yield line, row
+def _reader(
+    path: Path, format: str, columns: Columns, names: Sequence[str] | None
+) -> tuple[Rows, Callable[[Any], Parsed]]:
+    if format in ("csv", "jsonl"):
+        return _own(path, format, columns, names)
+    if columns != Columns():
+        raise InputError(
+            f"--text-column and --label-column are for formats csv and jsonl, not for {format}"
+        )
+    parse, header, other = _READERS[format]
+    text = read_text(path, latin_1=other is text_rows)
+    if is_json(text):
+        rows = json_rows(path, text)
+    else:
+        found, rows = table(path, text)
+        if not header & set(found):
+            rows = other(path, text)
+    return _with_labels_beside(path, rows) if format == "winogrande" else rows, parse
 
 
-def _winogrande_rows(path: Path) -> Rows:
-    """Rows with "answer", from the second of their files where there is such a file."""
-    rows = list(_json_rows(path))
+def _with_labels_beside(path: Path, rows: Rows) -> Rows:
+    """Rows with "answer", from the second of Winogrande's files where there is such a file."""
+    kept = list(rows)
     for beside in files(path, "winogrande")[1:]:
-        labels = [label for _, label in _text_rows(beside)]
-        if len(labels) != len(rows):
-            raise InputError(f"{beside}: {len(labels)} labels for the {len(rows)} rows of {path}")
-        for (line, row), label in zip(rows, labels, strict=True):
+        labels = [label for _, label in text_rows(beside, read_text(beside))]
+        if len(labels) != len(kept):
+            raise InputError(f"{beside}: {len(labels)} labels for the {len(kept)} rows of {path}")
+        for (place, row), label in zip(kept, labels, strict=True):
             if row.setdefault("answer", label) != label:
-                raise InputError(f"{path}, line {line}: {beside.name} gives another answer")
-    return iter(rows)
+                raise InputError(f"{path}, {place}: {beside.name} gives another answer")
+    return iter(kept)
 
 
-def _csv_rows(path: Path) -> Rows:
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-    try:
-        for row in reader:
-            if reader.line_num > 1 or row != MMLU_HEADER:
-                yield reader.line_num, row
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: not CSV: {error}") from None
+def _mmlu_records(path: Path, text: str) -> Rows:
+    found = enumerate(records(path, text, ","))
+    return (record for i, record in found if i or record[1] != MMLU_HEADER)
 
 
-def _text_rows(path: Path, latin_1: bool = False) -> Rows:
-    """The lines that are not blank."""
-    for line, text in enumerate(read_text(path, latin_1).split("\n"), start=1):
-        if text.strip():
-            yield line, text.strip()
+# --- one's own files: the labels of all rows are the choices of each ------------------------------
 
 
-def _old_text_rows(path: Path) -> Rows:
-    return _text_rows(path, latin_1=True)
+def _own(
+    path: Path, format: str, columns: Columns, names: Sequence[str] | None
+) -> tuple[Rows, Callable[[Any], Parsed]]:
+    text = read_text(path)
+    if format == "jsonl":
+        keys = columns.text or "prompt", columns.label or "label"
+    else:
+        header = table(path, text)[0]
+        if not header:
+            raise InputError(f"{path}: holds no examples")
+        keys = (
+            _column(path, header, columns.text, TEXT_COLUMNS, "--text-column"),
+            _column(path, header, columns.label, LABEL_COLUMNS, "--label-column"),
+        )
+
+    def rows() -> Rows:
+        return json_rows(path, text) if format == "jsonl" else table(path, text)[1]
+
+    if names is None:
+        names = _names(path, rows(), keys[1], format)
+    if format == "jsonl":
+        return rows(), partial(_jsonl, keys=keys, names=names)
+    return rows(), partial(_csv, keys=keys, names=names or ())
 
 
-# --- rows: each function takes one apart, or raises InputError saying what was expected -----------
+def _column(
+    path: Path, header: list[str], asked: str | None, usual: tuple[str, ...], option: str
+) -> str:
+    """The column of this name, or else the only one with a usual name."""
+    found = [name for name in header if (name == asked if asked else name.lower() in usual)]
+    if len(found) != 1:
+        kind = repr(asked) if asked else ", ".join(usual)
+        count = f"{len(found)} columns are" if found else "no column is"
+        have = shown(header, 100)
+        raise InputError(f"{path}: {count} called {kind}: give {option} one of {have}")
+    return found[0]
 
 
-def _jsonl(row: dict[str, Any]) -> Parsed:
-    choices = [checked_text(choice, "a choice") for choice in _get(row, "choices", list)]
+def _names(path: Path, rows: Rows, key: str, format: str) -> Sequence[str] | None:
+    """All labels of these rows, sorted; None if the rows have choices of their own."""
+    found: set[str] = set()
+    for place, row in rows:
+        try:
+            if format == "jsonl" and "choices" in row:
+                if not found:
+                    return None
+                raise InputError("has 'choices', and the rows before have none")
+            found.add(_name(row, key, format))
+        except InputError as error:
+            raise InputError(f"{path}, {place}: {error}") from None
+    names: list[str] = sorted(found)
+    if found and all(map(_NUMBER.fullmatch, found)):
+        names.sort(key=float)
+        parts = [name for name in names if float(name) % 1]
+        if parts:
+            raise InputError(f"{path}: {key!r} must have names or whole numbers, not {parts[0]}")
+    if found and not 2 <= len(names) <= len(LETTERS):
+        some = shown(names[:4], 100)
+        expected = f"expected 2 to {len(LETTERS)} different labels in {key!r}"
+        without = ", as no row has 'choices'" if format == "jsonl" else ""
+        raise InputError(f"{path}: {expected}{without}, found {len(names)}: {some}")
+    return names
+
+
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", re.ASCII)
+
+
+def _name(row: Any, key: str, format: str) -> str:
+    """The label of a row: a text, or a whole number as its digits."""
+    value = _get(row, key, None, "--label-column" if format == "jsonl" else "")
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    return checked_text(value, repr(key)).strip()
+
+
+def _csv(row: dict[str, Any], keys: tuple[str, str], names: Sequence[str]) -> Parsed:
+    label = _known(_name(row, keys[1], "csv"), names)
+    return _get(row, keys[0], str), names, label, row.get("id", "")
+
+
+def _jsonl(row: dict[str, Any], keys: tuple[str, str], names: Sequence[str] | None) -> Parsed:
+    text = _get(row, keys[0], str, "--text-column")
     id = row.get("id", "")
     if not isinstance(id, (str, int)):
-        raise InputError(f"'id' must be a text or a number, not {id!r}")
-    return _get(row, "prompt", str), choices, _index(_get(row, "label", int), choices), str(id)
+        raise InputError(f"'id' must be a text or a number, not {shown(id)}")
+    if names is not None and "choices" not in row:
+        return text, names, _known(_name(row, keys[1], "jsonl"), names), str(id)
+    choices = [checked_text(choice, "a choice") for choice in _get(row, "choices", list)]
+    if not choices:
+        raise InputError("'choices' is empty")
+    label = _place(_get(row, keys[1], None, "--label-column"), choices)
+    return text, choices, label, str(id)
+
+
+def _known(label: str, names: Sequence[str]) -> int:
+    if label in names:
+        return list(names).index(label)
+    near = _near(label, names)
+    hint = f": did you mean {shown(near)}?" if near else ""
+    raise InputError(f"label {shown(label)} is not one of {shown(list(names), 80)}{hint}")
+
+
+def _place(label: Any, choices: list[str]) -> int:
+    """The place in `choices` that a label says, by its number or its name."""
+    places = f"0 to {len(choices) - 1}"
+    hint = ""
+    if isinstance(label, str):
+        if choices.count(label) == 1:
+            return choices.index(label)
+        near = _near(label, choices)
+        if label.strip() in map(str, range(len(choices))):
+            places = label.strip()
+        elif near and choices.count(near) == 1:
+            places, hint = str(choices.index(near)), f": did you mean {shown(near)}?"
+    elif isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(choices):
+        return label
+    raise InputError(
+        f"label must be the place in choices, from 0 (here {places}), or one of their names, "
+        f"not {shown(label)}{hint}"
+    )
+
+
+def _near(name: str, names: Sequence[str]) -> str | None:
+    """The one of `names` that is most like it, if one is, by their first hundred letters."""
+    starts = {other.lower()[:100]: other for other in names}
+    found = difflib.get_close_matches(name.lower()[:100], starts, n=1)
+    return starts[found[0]] if found else None
+
+
+# --- public sets: each function takes a row apart, as published or as the Hub's datasets has it,
+# or raises InputError saying what was expected ----------------------------------------------------
 
 
 def _arc(row: dict[str, Any]) -> Parsed:
-    """ARC and OpenBookQA: the choices carry labels, A to E or 1 to 5; answerKey names one."""
-    stem = _get(row, "question", dict)
-    choices = _get(stem, "choices", list)
-    names = [_get(choice, "label", str) for choice in choices]
-    key = _get(row, "answerKey", str)
-    if names.count(key) != 1:
-        raise InputError(f"'answerKey' must be one of the labels {', '.join(names)}, not {key!r}")
-    texts = [_get(choice, "text", str) for choice in choices]
-    return _get(stem, "stem", str), texts, names.index(key), _get(row, "id", str)
+    """ARC and OpenBookQA: the choices carry labels, A to E or 1 to 5; answerKey names one.
+
+    As published, they are a list of {"text", "label"} under "question"; on the Hub, two lists.
+    """
+    id = _get(row, "id", str)
+    if isinstance(row.get("question"), dict):
+        row = row["question"] | {"answerKey": _get(row, "answerKey")}
+        stem, choices = _get(row, "stem", str), _get(row, "choices", list)
+        names = [_get(choice, "label", str) for choice in choices]
+        texts = [_get(choice, "text", str) for choice in choices]
+    else:
+        stem = _get(row, "question_stem" if "question_stem" in row else "question", str)
+        choices = _get(_unnested(row), "choices", dict)
+        names, texts = (
+            [checked_text(item, f"{key!r} of a choice") for item in _get(choices, key, list)]
+            for key in ("label", "text")
+        )
+        if len(names) != len(texts):
+            raise InputError(f"'choices' has {len(names)} labels for {len(texts)} texts")
+    return stem, texts, _answer(row, "answerKey", names), id
 
 
 def _winogrande(row: dict[str, Any]) -> Parsed:
     choices = [_get(row, name, str) for name in ("option1", "option2")]
-    label = one_of(("1", "2"), _get(row, "answer", str), "the answer")
-    return _get(row, "sentence", str), choices, label, _get(row, "qID", str)
+    id = _get(row, "qID", str) if "qID" in row else ""
+    return _get(row, "sentence", str), choices, _answer(row, "answer", ("1", "2")), id
 
 
 def _boolq(row: dict[str, Any]) -> Parsed:
+    """BoolQ: "answer" is true or false, or "label" 0 or 1, as SuperGLUE has it."""
     text = f"{_get(row, 'passage', str)}\n{_get(row, 'question', str)}?"
-    return text, FIXED_CHOICES["boolq"], int(_get(row, "answer", bool)), ""
+    if "label" in row and "answer" not in row:
+        label = _answer(row, "label", ("0", "1"))
+    else:
+        label = _answer(row, "answer", ("false", "true"))
+    return text, FIXED_CHOICES["boolq"], label, ""
 
 
-def _mmlu(row: list[str]) -> Parsed:
+def _mmlu(row: list[str] | dict[str, Any]) -> Parsed:
     """MMLU: its authors' files answer A to D and have no header; those with one answer 0 to 3."""
-    if len(row) != len(MMLU_HEADER):
-        raise InputError(f"expected {len(MMLU_HEADER)} columns, found {len(row)}")
-    text, *choices, answer = row
-    label = one_of(("A", "B", "C", "D", "0", "1", "2", "3"), answer, "the answer") % len(choices)
-    return checked_text(text, "the question"), choices, label, ""
+    if isinstance(row, list):
+        if len(row) != len(MMLU_HEADER):
+            raise InputError(f"expected {len(MMLU_HEADER)} columns, found {len(row)}")
+        row = {"question": row[0], "choices": row[1:5], "answer": row[5]}
+    text, choices = _get(row, "question", str), _get(_unnested(row), "choices", list)
+    choices = [checked_text(choice, "a choice") for choice in choices]
+    if len(choices) != 4:
+        raise InputError(f"expected 4 choices, found {len(choices)}")
+    label = _answer(row, "answer", ("A", "B", "C", "D", "0", "1", "2", "3")) % 4
+    return text, choices, label, ""
 
 
-def _sst2(row: str) -> Parsed:
+def _sst2(row: str | dict[str, Any]) -> Parsed:
+    if isinstance(row, dict):
+        text = _get(row, "sentence" if "sentence" in row else "text", str)
+        return text.strip(), FIXED_CHOICES["sst2"], _answer(row, "label", ("0", "1")), ""
     label, _, text = row.partition(" ")
     index = one_of(("0", "1"), label, "the label before the text")
     return checked_text(text, "the text"), FIXED_CHOICES["sst2"], index, ""
 
 
-def _trec(row: str) -> Parsed:
-    name, _, text = row.partition(" ")
-    index = one_of(TREC_CLASSES, name.partition(":")[0], "the type before the question")
+def _trec(row: str | dict[str, Any]) -> Parsed:
+    if isinstance(row, dict):
+        text = _get(row, "text", str).strip()
+        place = _answer(row, "coarse_label", (*TREC_HUB, *"012345"))
+        name = TREC_HUB[place % len(TREC_HUB)]
+    else:
+        name, _, text = row.partition(" ")
+        name = name.partition(":")[0]
+    index = one_of(TREC_CLASSES, name, "the type before the question")
     return checked_text(text, "the question"), FIXED_CHOICES["trec"], index, ""
 
 
-_READERS: dict[str, tuple[Callable[[Path], Rows], Callable[[Any], Parsed]]] = {
-    "jsonl": (_json_rows, _jsonl),
-    "arc": (_json_rows, _arc),
-    "obqa": (_json_rows, _arc),
-    "winogrande": (_winogrande_rows, _winogrande),
-    "boolq": (_json_rows, _boolq),
-    "mmlu": (_csv_rows, _mmlu),
-    "sst2": (_old_text_rows, _sst2),
-    "trec": (_old_text_rows, _trec),
+# How a row is taken apart; a column of which a table has one, or it is none; how the rows of a file
+# that is neither JSON nor such a table are read.
+_READERS: dict[str, tuple[Callable[[Any], Parsed], set[str], Callable[[Path, str], Rows]]] = {
+    "arc": (_arc, {"answerKey"}, json_rows),
+    "obqa": (_arc, {"answerKey"}, json_rows),
+    "winogrande": (_winogrande, {"option1"}, json_rows),
+    "boolq": (_boolq, {"passage"}, json_rows),
+    "mmlu": (_mmlu, {"choices"}, _mmlu_records),
+    "sst2": (_sst2, {"sentence", "label"}, text_rows),
+    "trec": (_trec, {"coarse_label"}, text_rows),
 }
 
-_KINDS = {
-    str: "a text",
-    int: "a whole number",
-    bool: "true or false",
-    list: "a list",
-    dict: "an object",
-}
+_KINDS = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}
 
 
-def _get(row: Any, key: str, kind: type) -> Any:
-    """row[key], which must be there and be of this kind."""
+def _get(row: Any, key: str, kind: type | None = None, option: str = "") -> Any:
+    """row[key], which must be there and be of this kind. option: that which names another key."""
     if not isinstance(row, dict):
-        raise InputError(f"expected an object with the key {key!r}, found {row!r}")
+        raise InputError(f"expected an object with the key {key!r}, found {shown(row)}")
     if key not in row:
-        raise InputError(f"key {key!r} is missing")
+        other = f" ({option} names another)" if option else ""
+        raise InputError(f"key {key!r} is missing{other}: there are {shown(list(row), 100)}")
     value = row[key]
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise InputError(f"{key!r} must be {_KINDS[kind]}, not {value!r}")
+    if kind and not isinstance(value, kind):
+        raise InputError(f"{key!r} must be {_KINDS[kind]}, not {shown(value)}")
     return checked_text(value, repr(key)) if kind is str else value
 
 
-def _index(label: int, choices: Sequence[str]) -> int:
-    if not 0 <= label < len(choices):
-        raise InputError(f"'label' must be in [0, {len(choices)}), the choices, and is {label}")
-    return label
+def _unnested(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its choices read, if they are a cell of a table."""
+    choices = row.get("choices")
+    return row | {"choices": nested(choices)} if isinstance(choices, str) else row
+
+
+def _answer(row: dict[str, Any], key: str, names: Sequence[str]) -> int:
+    """The index in `names` of row[key]: a text, or a number, true or false written as one."""
+    value = _get(row, key)
+    if value in (None, "", -1, "-1"):
+        raise InputError(f"{key!r} is {value!r}: this split has no labels, take another")
+    text = str(value)
+    text = text.lower() if text in ("True", "False", "TRUE", "FALSE") else text
+    if isinstance(value, (list, dict)) or list(names).count(text) != 1:
+        raise InputError(f"{key!r} must be one of {', '.join(names)}, not {shown(value)}")
+    return list(names).index(text)

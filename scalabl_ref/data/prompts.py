@@ -25,6 +25,7 @@ TEMPLATES = {
     "mmlu": _MULTIPLE_CHOICE,
     "sst2": "{question}\nSentiment:",
     "trec": "{question}\nType:",
+    "csv": _MULTIPLE_CHOICE,
 }
 FORMATS = tuple(TEMPLATES)
 _PLACE = re.compile(r"\{(\w+)\}")
@@ -73,8 +74,8 @@ def question(
     """The example that a row of `format` with this text and these choices becomes.
 
     template: in place of the format's; see `read_template`. Choices that are the letters A, B, ...
-    themselves mean that `text` is a whole prompt, and is left as it is. Raises InputError for
-    choices that the format cannot have.
+    themselves mean that `text` is a whole prompt, and is left as it is; not so in format csv, where
+    labels may have such names. Raises InputError for choices that the format cannot have.
     """
     one_of(FORMATS, format, "the format")
     checked_text(text, "the question")
@@ -83,7 +84,7 @@ def question(
     fixed = FIXED_CHOICES.get(format)
     if fixed and len(choices) != len(fixed):
         raise InputError(f"format {format} has {len(fixed)} choices, not {len(choices)}")
-    if list(choices) == list(LETTERS[: len(choices)]):
+    if format != "csv" and list(choices) == list(LETTERS[: len(choices)]):
         prompt = text
     else:
         pairs = zip(LETTERS, choices, strict=False)  # as many letters as there are choices

@@ -16,6 +16,8 @@ def read_text(path: Path, latin_1: bool = False) -> str:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise InputError(f"{path}: is UTF-16 text: save it as UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -25,10 +27,16 @@ def read_text(path: Path, latin_1: bool = False) -> str:
         raise InputError(f"{path}, line {line}: expected UTF-8 text") from None
 
 
+def shown(value: Any, most: int = 60) -> str:
+    """`value` as a message shows it: its repr, or an error's text, cut to `most` characters."""
+    text = str(value) if isinstance(value, Exception) else repr(value)
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def checked_text(value: Any, what: str) -> str:
     """`value`, which must be a text with something in it that can be written as UTF-8."""
     if not isinstance(value, str):
-        raise InputError(f"{what} must be a text, not {value!r}")
+        raise InputError(f"{what} must be a text, not {shown(value)}")
     if not value.strip():
         raise InputError(f"{what} is empty")
     try:
@@ -40,5 +48,5 @@ def checked_text(value: Any, what: str) -> str:
 
 def one_of(names: tuple[str, ...], name: str, what: str) -> int:
     if name not in names:
-        raise InputError(f"{what} must be one of {', '.join(names)}, not {name!r}")
+        raise InputError(f"{what} must be one of {', '.join(names)}, not {shown(name)}")
     return names.index(name)

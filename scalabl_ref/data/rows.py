@@ -1,0 +1,156 @@
+"""Rows of files: lines, JSON objects, CSV and TSV; each with its place, for messages."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .text import shown
+
+Rows = Iterator[tuple[str, Any]]  # "line 3" or, in a JSON array, "entry 3"; and the row there
+
+_BLANK = re.compile(r"\s*")
+_OBJECT = re.compile(r'\s*(\[\s*)?\{\s*"')
+# The text of a list or a dictionary in Python, with or without NumPy's arrays: a text in quotes
+# and, before the next one, white space; the beginning and the end of an array. A quote without its
+# pair goes to the end, so that none is looked at twice.
+_PYTHON = re.compile(
+    r"""(?P<text>'(?:[^'\\]|\\.)*(?:'|\Z)|"(?:[^"\\]|\\.)*(?:"|\Z))(?P<next>\s+(?=['"]))?|"""
+    r"""array\(|(?:,\s*dtype=\w+)?\)""",
+    re.DOTALL,
+)
+_ESCAPE = re.compile(r"\\(?:x(..)|u(.{4})|U(.{8})|(.))", re.DOTALL)
+_ESCAPED = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", "'": "'", '"': '"'}
+
+
+def text_rows(path: Path, text: str) -> Rows:
+    """The lines that are not blank. path: of all readers here, what messages name."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"line {number}", line.strip()
+
+
+def is_json(text: str) -> bool:
+    """Whether it begins like a JSON object, or an array of them."""
+    return _OBJECT.match(text) is not None
+
+
+def json_rows(path: Path, text: str) -> Rows:
+    """JSON objects, one after another on lines of their own, or all in one array."""
+    decode = json.JSONDecoder().raw_decode
+    at = _after_blank(text, 0)
+    array = text.startswith("[", at)
+    at = _after_blank(text, at + array)
+    line, counted, entry = 1, 0, 0
+    while at < len(text) and not (array and entry == 0 and text[at] == "]"):
+        entry, line, counted = entry + 1, line + text.count("\n", counted, at), at
+        place = f"entry {entry}" if array else f"line {line}"
+        try:
+            row, end = decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, {place}: not JSON: {shown(error)}") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, {place}: expected a JSON object, found {shown(row)}")
+        yield place, row
+        at = _after_blank(text, end)
+        if array and text[at : at + 1] != ",":
+            break
+        at = _after_blank(text, at + array)
+    if array and text[at:].rstrip() != "]":
+        raise InputError(f"{path}: not JSON: expected , or ] and no more after entry {entry}")
+
+
+def _after_blank(text: str, at: int) -> int:
+    found = _BLANK.match(text, at)
+    return found.end() if found else at
+
+
+def table(path: Path, text: str) -> tuple[list[str], Rows]:
+    """The header of a CSV or TSV file, and the rows below it as {column: cell}.
+
+    Columns are parted by tabs in a file whose name ends in .tsv, else by that of comma, tab and
+    semicolon that the header has most often.
+    """
+    first = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]
+    delimiter = "\t" if path.suffix == ".tsv" else max(",", "\t", ";", key=first.count)
+    quotes = delimiter != "\t" or _quotes_pair(text)
+    found = records(path, text, delimiter, quotes)
+    header = [name.strip() for name in next(found, ("", []))[1]]
+
+    def rows() -> Rows:
+        for place, cells in found:
+            if len(cells) != len(header):
+                raise InputError(
+                    f"{path}, {place}: expected {len(header)} columns, found {len(cells)}"
+                    + (": a text with a comma must be in quotes" if delimiter == "," else "")
+                )
+            yield place, dict(zip(header, cells, strict=True))
+
+    return header, rows()
+
+
+def records(path: Path, text: str, delimiter: str, quotes: bool = True) -> Rows:
+    """The cells of each row of a CSV file that is not blank; the place is the row's first line."""
+    line = 1
+    reader = _reader(text, delimiter, quotes)
+    try:
+        for cells in reader:
+            if len(cells) > 1 or "".join(cells).strip():
+                yield f"line {line}", cells
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{path}, line {line}: not CSV: {error}") from None
+
+
+def _reader(text: str, delimiter: str, quotes: bool) -> Any:
+    class Dialect(csv.excel):
+        strict = True
+        quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+
+    return csv.reader(io.StringIO(text, newline=""), Dialect, delimiter=delimiter)
+
+
+def _quotes_pair(text: str) -> bool:
+    """Whether the quotes of a TSV file are CSV's. In many, GLUE's too, a quote is only a letter.
+
+    There, one that begins a cell may seem to end rows later, with tabs and line breaks between.
+    """
+    try:
+        cells = (cell for row in _reader(text, "\t", True) for cell in row)
+        return not any("\t" in cell and "\n" in cell for cell in cells)
+    except csv.Error:
+        return False
+
+
+def nested(cell: str) -> Any:
+    """A list or an object in a cell of a table, as JSON or as pandas writes it (its repr).
+
+    Returns the cell itself if it is neither.
+    """
+    for text in (cell, _PYTHON.sub(_as_json, cell)):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+    return cell
+
+
+def _as_json(found: re.Match[str]) -> str:
+    if not found["text"]:
+        return ""
+    text = _ESCAPE.sub(_unescaped, found["text"][1:-1])
+    return json.dumps(text) + (", " if found["next"] else "")
+
+
+def _unescaped(found: re.Match[str]) -> str:
+    code = found[1] or found[2] or found[3]
+    try:
+        return chr(int(code, 16)) if code else _ESCAPED.get(found[4], found[0])
+    except (ValueError, OverflowError):
+        return found[0]
