@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import InputError, Interrupted, RankLost
 
 if TYPE_CHECKING:
-    from .data import Columns, Example
+    from .data import Columns, Encoded, Example, Wording
     from .evaluate import Answers, Samples
     from .llama import Llama
     from .methods import Posterior
@@ -116,20 +116,77 @@ def _columns(args: argparse.Namespace) -> Columns:
     return Columns(args.text_column, args.label_column)
 
 
-def _add_template(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument(
-        "--prompt-template",
-        type=Path,
-        metavar="FILE",
-        help=f"text with {{question}} and {{choices}} in it (default: {default})",
-    )
+def _examples(
+    args: argparse.Namespace, info: dict[str, Any], data: Path | None = None
+) -> list[Example]:
+    """What is in --data, or in `data`, as the run whose facts these are reads it."""
+    from .data import Columns, format_of, load
+
+    path = data or args.data
+    format = args.format or format_of(path)
+    columns = _columns(args)
+    if format == info["format"]:
+        text, label = info["text_column"], info["label_column"]
+        columns = Columns(columns.text or text, columns.label or label)
+    return load(path, format, args.limit, columns=columns, names=info["label_names"])
 
 
-def _template(args: argparse.Namespace, info: dict[str, Any]) -> str | None:
-    """The prompt template of --prompt-template, or else the run's; None: each format's own."""
+def _add_prompts(parser: argparse.ArgumentParser, default: str) -> None:
+    """How prompts are made. default: whose choice it is without an option."""
+    from .data import STYLES
+
+    add = parser.add_argument
+    add("--prompt-template", type=Path, metavar="FILE",
+        help=f"text with {{question}} and {{choices}} in it (default: {default})")  # fmt: skip
+    add("--prompt-style", choices=STYLES,
+        help=f"chat: inside the model's own chat template (default: {default}, plain)")  # fmt: skip
+
+
+def _add_wording(parser: argparse.ArgumentParser, default: str) -> None:
+    """How prompts are made and answers chosen."""
+    from .data import LABELS
+
+    add = parser.add_argument
+    _add_prompts(parser, default)
+    add("--labels", choices=LABELS,
+        help="answers are letters, or the choices' words where every row has the same choices "
+        f"(default: {default}, auto)")  # fmt: skip
+    add("--answer-tokens", choices=("auto", "space", "bare"),
+        help=f"' A' or 'A' (default: {default}, auto: what the tokenizer allows)")  # fmt: skip
+    add("--max-length", type=int, metavar="TOKENS",
+        help="cut longer prompts, on the left (default: too long is an error)")  # fmt: skip
+    add("--drop-long", action="store_true", default=None,
+        help="leave out what is longer than --max-length")  # fmt: skip
+
+
+def _with_prompts(args: argparse.Namespace, before: Wording) -> Wording:
+    """`before`, with what `_add_prompts`' options say in its place."""
     from .data import read_template
 
-    return read_template(args.prompt_template) if args.prompt_template else info["prompt_template"]
+    template = read_template(args.prompt_template) if args.prompt_template else before.template
+    return dataclasses.replace(before, template=template, style=args.prompt_style or before.style)
+
+
+def _wording(args: argparse.Namespace, before: Wording) -> Wording:
+    """`before`, with what `_add_wording`'s options say in its place."""
+    given = {k: getattr(args, k) for k in ("labels", "answer_tokens", "max_length", "drop_long")}
+    given = {k: v for k, v in given.items() if v is not None}
+    return dataclasses.replace(_with_prompts(args, before), **given)
+
+
+def _say_wording(args: argparse.Namespace, data: Encoded) -> None:
+    """What the answers' tokens are, and what became of prompts that are too long."""
+    from .tokenizer import LETTERS
+
+    names = data.wording.words or LETTERS[: len(data.classes)]
+    behind = " behind a space" if data.wording.answer_tokens == "space" else ""
+    shown = ", ".join(f"{n!r} {i}" for n, i in zip(names, data.classes, strict=True))
+    _say(args, f"answers are the tokens of {shown}{behind}")
+    if data.notice:
+        _say(args, f"note: {data.notice}")
+    if data.cut or data.left_out:
+        _say(args, f"{data.cut} prompts were cut, and {data.left_out} left out, at "
+             f"{data.wording.max_length} tokens")  # fmt: skip
 
 
 def _add_dtype(
@@ -253,7 +310,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_adapter(parser, f"default: {adapter.method}")
     add("--head", choices=("classes", "full"), default="classes", help="rows of lm_head to keep")
-    _add_template(parser, "of --format")
+    _add_wording(parser, "of --format")
     add("--holdout", type=float, default=0.0, help="fraction kept from training, for temperature")
     add("--checkpoint-every", type=int, default=train.checkpoint_every, help="steps")
     add(
@@ -304,7 +361,7 @@ def _given(cls: type, args: argparse.Namespace) -> dict[str, Any]:
 def _train(args: argparse.Namespace) -> Result:
     from .adapters import AdapterConfig, add_adapters
     from .checkpoint import sha256
-    from .data import encode, load, num_classes, split
+    from .data import Wording, encode, load, num_classes, split
     from .distributed import shard
     from .interop import read_run, start_from
     from .llama import Llama
@@ -322,14 +379,15 @@ def _train(args: argparse.Namespace) -> Result:
     if args.compile and _shards(args):
         raise InputError("--compile does not work with --shard or --offload-weights yet: give one")
     _check_out(args)
-    template = _template(args, {"prompt_template": None})
-    examples = load(args.data, _format(args), args.limit, template, _columns(args))
+    wording = _wording(args, Wording())
+    columns = _columns(args)
+    examples = load(args.data, _format(args), args.limit, columns=columns)
     classes = num_classes(examples)
     examples, _ = split(examples, args.holdout, args.seed)
     model = Llama.from_pretrained(args.model, _dtype(args), _load_on(args), args.quantize)
     tokenizer = load_tokenizer(args.model)
     data = encode(
-        examples, tokenizer, classes=classes, max_length=model.config.max_position_embeddings
+        examples, tokenizer, classes, model.config.max_position_embeddings, wording=wording
     )
     if args.head == "classes":
         model.trim_head(data.classes)
@@ -345,11 +403,13 @@ def _train(args: argparse.Namespace) -> Result:
         "model": str(args.model.resolve()),
         "data": str(args.data.resolve()),
         "data_sha256": sha256(args.data),
-        "examples": len(examples),
+        "examples": len(data.labels),
         "format": _format(args),
+        "text_column": columns.text,
+        "label_column": columns.label,
         "limit": args.limit,
         "holdout": args.holdout,
-        "prompt_template": template,
+        **data.wording.facts(),
         "dtype": args.dtype,
         "quantize": args.quantize,
         "init": init,
@@ -357,8 +417,12 @@ def _train(args: argparse.Namespace) -> Result:
     }
     try:
         with progress_bar(config.steps, "train", "step") as bar:
+            said: list[bool] = []
 
             def show(record: dict[str, float]) -> None:
+                if not said:  # it begins: nothing was refused
+                    said.append(True)
+                    _say_wording(args, data)
                 shown = {key: record[key] for key in ("loss", "kl", "sigma")}
                 bar.set_postfix(shown, refresh=False)
                 bar.update(int(record["step"]) + 1 - bar.n)
@@ -376,8 +440,8 @@ def _train(args: argparse.Namespace) -> Result:
         last = json.loads(log.read_bytes().splitlines()[-1])
     except (ValueError, IndexError):  # of a run that was finished already
         raise InputError(f"{log}: its last line is not a record of a step") from None
-    _say(args, f"trained {trainer.done} steps on {len(examples)} examples: {args.out}")
-    return {"run": str(args.out), "steps": trainer.done, "examples": len(examples), "last": last}
+    _say(args, f"trained {trainer.done} steps on {len(data.labels)} examples: {args.out}")
+    return {"run": str(args.out), "steps": trainer.done, "examples": len(data.labels), "last": last}
 
 
 def _check_out(args: argparse.Namespace) -> None:
@@ -447,7 +511,7 @@ def _made(
     Without --data, laplace and tfb see what the run was trained on, its hold-out left out.
     """
     from .checkpoint import load_tensors
-    from .data import evaluation_batches, load
+    from .data import Wording, evaluation_batches
     from .evaluate import encode_for
     from .methods import Ensemble, Laplace, Swag, tfb
 
@@ -456,11 +520,11 @@ def _made(
     if args.method == "swag":
         return Swag.load(args.run), {}
     if args.data:
-        template = info["prompt_template"]
-        examples = load(args.data, _format(args), args.limit, template, _columns(args))
+        examples = _examples(args, info)
     else:
         examples, _ = _own_data(args.run, info, "--data")
-    batches = evaluation_batches(encode_for(model, tokenizer, examples), args.batch)
+    encoded = encode_for(model, tokenizer, examples, Wording.of_run(info))
+    batches = evaluation_batches(encoded, args.batch)
     if args.method == "tfb":
         sigma = tfb(model, batches, args.tolerance, samples=args.samples, seed=args.seed)
         return None, {"sigma": sigma}
@@ -475,6 +539,7 @@ def _check_plain(runs: list[Path], method: str) -> None:
     alike, and no two the same.
     """
     from .checkpoint import sha256
+    from .data import Wording
     from .train import run_facts
 
     if (len(runs) > 1) != (method == "ensemble"):
@@ -487,8 +552,13 @@ def _check_plain(runs: list[Path], method: str) -> None:
             raise InputError(f"{run}: has a posterior already, {posterior}")
         if trained not in ("mle", "map"):
             raise InputError(f"{run}: {method} is made of runs of mle or map, not of {trained}")
-        for key in ("fingerprint", "adapter", "head_tokens", "prompt_template"):
-            if info[key] != facts[0][key]:
+        alike, first = (
+            {key: of[key] for key in ("fingerprint", "adapter", "head_tokens")}
+            | Wording.of_run(of).facts()
+            for of in (info, facts[0])
+        )
+        for key in alike:
+            if alike[key] != first[key]:
                 raise InputError(f"{run}: differs from {runs[0]} in {key}: no ensemble")
         same = by_weights.setdefault(sha256(run / "adapter.safetensors"), run)
         if same is not run:
@@ -516,7 +586,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="also fit a temperature on the run's --holdout, or on --calibrate",
     )
     add("--calibrate", type=Path, help="file of held-out examples, in --format, for --temperature")
-    _add_template(parser, "the run's")
+    _add_wording(parser, "the run's")
     _add_ranks(parser)
 
 
@@ -555,27 +625,28 @@ def _samples(args: argparse.Namespace) -> Samples:
 
 
 def _evaluate(args: argparse.Namespace) -> Result:
-    from .data import format_of, load
+    from .data import Wording, format_of, load
     from .evaluate import answer, evaluate
 
     samples = _samples(args)
     model, tokenizer, info, posterior = _open_run(args)
-    info["prompt_template"] = template = _template(args, info)
+    wording = _wording(args, Wording.of_run(info))
+    info |= wording.facts()
 
     def ask(examples: list[Example], title: str) -> Answers:
         return answer(
             model, tokenizer, examples, samples, args.seed, args.batch, title, posterior,
-            design=args.design, answerable=title != "ood",
+            design=args.design, answerable=title != "ood", wording=wording,
         )  # fmt: skip
 
-    examples = load(args.data, _format(args), args.limit, template, _columns(args))
+    examples = _examples(args, info)
     calibration = ood = None
     if args.temperature or args.calibrate:
         calibration = ask(_held_out(args, info), "calibrate")
     if args.ood:
         ood_format = args.ood_format or format_of(args.ood)
         columns = _columns(args) if ood_format in ("csv", "jsonl") else None
-        ood = ask(load(args.ood, ood_format, args.limit, template, columns), "ood")
+        ood = ask(load(args.ood, ood_format, args.limit, columns=columns), "ood")
     result = evaluate(
         args.run,
         {**info, "data": str(args.data)},
@@ -617,11 +688,9 @@ def _open_run(
 
 
 def _held_out(args: argparse.Namespace, info: dict[str, Any]) -> list[Example]:
-    from .data import load
 
     if args.calibrate:
-        template = info["prompt_template"]
-        return load(args.calibrate, _format(args), template=template, columns=_columns(args))
+        return _examples(args, info, args.calibrate)
     if not info["holdout"]:
         raise InputError(f"{args.run}: was trained without --holdout: give --calibrate")
     return _own_data(args.run, info, "--calibrate")[1]
@@ -633,7 +702,7 @@ def _own_data(run: Path, info: dict[str, Any], instead: str) -> tuple[list[Examp
     Raises InputError, which asks for the option `instead`, if that file is not known, or another.
     """
     from .checkpoint import sha256
-    from .data import load, split
+    from .data import Columns, load, split
 
     data, seed = info["data"], info["train"]["seed"]
     if None in (data, info["data_sha256"], seed):
@@ -642,7 +711,8 @@ def _own_data(run: Path, info: dict[str, Any], instead: str) -> tuple[list[Examp
         )
     if sha256(Path(data)) != info["data_sha256"]:
         raise InputError(f"{data}: has changed since {run} was trained on it: give {instead}")
-    examples = load(data, info["format"], info["limit"], info["prompt_template"])
+    columns = Columns(info["text_column"], info["label_column"])
+    examples = load(data, info["format"], info["limit"], columns=columns)
     return split(examples, info["holdout"], seed)
 
 
@@ -675,31 +745,40 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     add("--run", type=Path, required=True, help="run folder that `scalabl train` wrote")
     add("--model", type=Path, help="folder of the base model, if it has moved")
     add("--prompt", required=True, help="the question")
-    add("--choices", nargs="+", required=True, metavar="TEXT", help="the answers to choose from")
+    add("--choices", nargs="+", metavar="TEXT",
+        help="the answers to choose from (default: the run's labels, if words)")  # fmt: skip
     _add_samples(parser)
-    _add_template(parser, "the run's")
+    _add_wording(parser, "the run's")
     _add_ranks(parser)
 
 
 def _predict(args: argparse.Namespace) -> Result:
-    from .data import question
+    from .data import Wording, question
     from .evaluate import answer
 
     samples = _samples(args)
     model, tokenizer, info, posterior = _open_run(args)
-    template = _template(args, info)
-    example = question(args.prompt, args.choices, info["format"], template=template)
+    wording = _wording(args, Wording.of_run(info))
+    choices = args.choices or list(wording.names or ())
+    if not choices:
+        raise InputError(f"{args.run}: its rows had choices of their own: give --choices")
+    example = question(args.prompt, choices, info["format"])
     head = model.config.head_tokens
-    if head is not None and len(head) < len(args.choices):
-        raise InputError(f"{args.run}: answers {len(head)} choices, not {len(args.choices)}")
+    if head is not None and len(head) < len(choices):
+        raise InputError(f"{args.run}: answers {len(head)} choices, not {len(choices)}")
+    if wording.words is not None and sorted(choices) != sorted(wording.words):
+        known = " ".join(map(repr, wording.words))
+        raise InputError(f"{args.run}: --choices must be its labels, or left out: {known}")
+    choices = list(wording.words or choices)
     answers = answer(
-        model, tokenizer, [example], samples, args.seed, posterior=posterior, design=args.design
-    )
+        model, tokenizer, [example], samples, args.seed, posterior=posterior, design=args.design,
+        wording=wording,
+    )  # fmt: skip
     p, draws = answers.prediction, answers.draws
-    probs, others = p.probs[0, : len(args.choices)], p.probs[0, len(args.choices) :]
-    for choice, value in zip(args.choices, probs.tolist(), strict=True):
+    probs, others = p.probs[0, : len(choices)], p.probs[0, len(choices) :]
+    for choice, value in zip(choices, probs.tolist(), strict=True):
         _say(args, f"{value:.4f}  {choice}")
-    result: Result = {"choices": args.choices, "probs": probs.tolist()}
+    result: Result = {"choices": choices, "probs": probs.tolist()}
     if len(others):
         result["others"] = others.sum().item()
         _say(args, f"{result['others']:.4f}  other classes of the run")
@@ -797,18 +876,26 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
     add("--labels", nargs="+", metavar="TEXT",
         help="bayesadapt: the answers of its head's rows (default: A B ...)")  # fmt: skip
     add("--format", choices=FORMATS, default="jsonl", help="of the questions to `predict`")
-    _add_template(parser, "of --format")
+    _add_prompts(parser, "of --format")
     _add_dtype(parser)
 
 
 def _import(args: argparse.Namespace) -> Result:
     from .adapters import AdapterConfig
+    from .data import Wording
     from .interop import import_adapter
 
+    wording = Wording()
+    if args.kind == "bayesadapt":  # its answers are what its head's rows are
+        names = tuple(args.labels) if args.labels else None
+        wording = Wording(
+            labels="words" if names else "letters", answer_tokens="alone", names=names
+        )
+    wording = _with_prompts(args, wording)
     info = {
         "model": str(args.model.resolve()),
         "format": args.format,
-        "prompt_template": _template(args, {"prompt_template": None}),
+        **wording.facts(),
         "dtype": args.dtype,
     }
     options = _given(AdapterConfig, args)

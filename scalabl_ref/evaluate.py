@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import distributed, metrics
 from .adapters import ADAPTERS, random_adapters
-from .data import Batch, Encoded, Example, encode, evaluation_batches
+from .data import Batch, Encoded, Example, Wording, encode, evaluation_batches
 from .errors import InputError, atomic_write_text
 from .llama import Llama
 from .methods import Ensemble, Posterior
@@ -38,10 +38,15 @@ class Answers:
     prediction: Prediction
     samples: Samples  # how many each took: 0 of what does not draw, an ensemble's members
     draws: Tensor | None = None  # (N,) int64, how many each took, where that differs
+    encoded: Encoded | None = None  # what the model read
 
 
 def encode_for(
-    model: Llama, tokenizer: Tokenizer, examples: list[Example], answerable: bool = True
+    model: Llama,
+    tokenizer: Tokenizer,
+    examples: list[Example],
+    wording: Wording | None = None,
+    answerable: bool = True,
 ) -> Encoded:
     """The examples as `model` takes them: `data.encode` with its classes and its longest prompt.
 
@@ -54,6 +59,7 @@ def encode_for(
         classes=None if head is None else len(head),
         max_length=model.config.max_position_embeddings,
         answerable=answerable,
+        wording=wording,
     )
     if head is not None and tuple(encoded.classes) != head:
         raise InputError(
@@ -74,6 +80,7 @@ def answer(
     posterior: Posterior | None = None,
     design: Design = "independent",
     answerable: bool = True,
+    wording: Wording | None = None,
 ) -> Answers:
     """Predict every example with `samples` draws (0: the mean model); nothing is dropped.
 
@@ -82,7 +89,7 @@ def answer(
     all of them then. samples: or as many as each example needs, see
     `sequential.predict_auto`, or their limit, see `quadrature.predict_exact`. posterior: what is
     drawn, if it is not what the adapters themselves have. design: as in `predict`. answerable: the
-    head must have every label, see `data.encode`.
+    head must have every label, see `data.encode`. wording: as there.
 
     Raises InputError for a combination that cannot be had, or as `encode_for` does.
     """
@@ -91,9 +98,9 @@ def answer(
     if not isinstance(samples, int) and posterior is not None:
         name = type(posterior).__name__
         raise InputError(f"samples auto and exact are of the adapters' own draws, not of a {name}")
-    encoded = encode_for(model, tokenizer, examples, answerable)
+    encoded = encode_for(model, tokenizer, examples, wording, answerable)
     batches = list(evaluation_batches(encoded, batch))
-    table = torch.zeros(len(examples), len(encoded.classes) + 4, dtype=torch.float64)
+    table = torch.zeros(len(encoded.labels), len(encoded.classes) + 4, dtype=torch.float64)
     by_draws = isinstance(samples, int) and posterior is None
     spread = not by_draws and not distributed.sharded(model)  # else all ranks have all batches
     mine = batches[distributed.rank() :: distributed.world()] if spread else batches
@@ -111,7 +118,7 @@ def answer(
     prediction = Prediction(table[:, :-4].contiguous(), *table[:, -4:-1].T.contiguous())
     draws = table[:, -1].long() if isinstance(samples, Auto) else None
     labels, taken = torch.tensor(encoded.labels), _taken(model, samples, posterior)
-    return Answers(examples, labels, prediction, taken, draws)
+    return Answers(encoded.examples, labels, prediction, taken, draws, encoded)
 
 
 def _taken(model: Llama, samples: Samples, posterior: Posterior | None) -> Samples:

@@ -50,6 +50,7 @@ from .checkpoint import (
     write_model,
     write_tensors,
 )
+from .data.answers import answer_tokens, letters
 from .elbo import KL, kl_divergence
 from .errors import InputError, atomic_write_text
 from .llama import Llama, check_model, read_config
@@ -624,6 +625,8 @@ def _cut_head(
     if rows == model.config.vocab_size:
         return
     try:
-        model.trim_head(load_tokenizer(base).class_token_ids(labels or rows, "\nAnswer:"))
+        names = labels or letters(rows)
+        # The official code takes the vocabulary's own entries, whatever comes before them.
+        model.trim_head(answer_tokens(load_tokenizer(base), [], names, "alone").ids)
     except InputError as error:
         raise InputError(f"{file}: the {rows} rows of its head: {error}") from None

@@ -43,13 +43,18 @@ from .checkpoint import Weights, load_tensors, read_json, save_tensors, sha256
 from .comparison import row, scores, summary, table, write_page
 from .data import (
     FORMATS,
+    Columns,
     Encoded,
     Example,
+    Labels,
+    Style,
+    Wording,
     encode,
     evaluation_batches,
     files,
     load,
     num_classes,
+    read_template,
     split,
 )
 from .errors import (
@@ -143,6 +148,9 @@ OURS = tuple(name for name, method in METHODS.items() if method.settings["method
 class Study:
     """model: folder. train, test: files, in `format`; the limits cut them. dtype: of the base.
 
+    prompt_template (a file), prompt_style, labels, answer_tokens: how prompts are made and answers
+    chosen, see `data.Wording`. max_length: in tokens, where longer prompts are cut on the left.
+    text_column, label_column: of formats csv and jsonl, see `data.Columns`.
     ood: sets out of distribution, by name, each {"path": file} with "format" and "limit" if wanted.
     validation: share of the training examples set apart. lr: rates that every method tries.
     settings: of AdapterConfig and TrainConfig, for all methods but those that have their own in
@@ -158,6 +166,13 @@ class Study:
     train: str
     test: str
     format: str = "jsonl"
+    prompt_template: str | None = None
+    prompt_style: Style = "plain"
+    labels: Labels = "auto"
+    answer_tokens: Literal["auto", "space", "bare"] = "auto"
+    max_length: int | None = None
+    text_column: str | None = None
+    label_column: str | None = None
     ood: dict[str, dict[str, Any]] = field(default_factory=dict)
     limit: int | None = None
     test_limit: int | None = None
@@ -247,6 +262,14 @@ class Study:
         return {name: _content(self, name) for name in ("train", "test", *self.ood)}
 
     @functools.cached_property
+    def wording(self) -> Wording:
+        """How prompts are made; raises InputError if the template's file cannot be read."""
+        template = read_template(self.prompt_template) if self.prompt_template else None
+        return Wording(
+            template, self.prompt_style, self.labels, self.answer_tokens, None, self.max_length
+        )
+
+    @functools.cached_property
     def base(self) -> str:
         """A digest of the base model: configuration, tokenizer, some values of every tensor.
 
@@ -320,6 +343,9 @@ class Fit:
             "format": self.study.format,
             "limit": self.study.limit,
             "holdout": self.study.validation,
+            "text_column": self.study.text_column,
+            "label_column": self.study.label_column,
+            **data.wording.facts(),
             "dtype": self.study.dtype,
             "train": dataclasses.asdict(self.train),
             "seconds": time.perf_counter() - started,
@@ -435,7 +461,8 @@ def _config(cls: type, values: dict[str, Any]) -> Any:
 
 def _data(study: Study, name: str) -> list[Any]:
     """What decides a set and its tokens; of the training set, how much is set apart as well."""
-    about = [study.contents[name], *_source(study, name)[1:]]
+    columns = [study.text_column, study.label_column]
+    about = [study.contents[name], *_source(study, name)[1:], columns, study.wording.facts()]
     return [*about, study.validation, study.dtype] if name == "train" else about
 
 
@@ -454,11 +481,15 @@ def _content(study: Study, name: str) -> list[str]:
     return [sha256(file) for file in files(path, format)]
 
 
-def _load(study: Study, name: str) -> list[Example]:
-    """A set. Raises InputError if it is no longer what the names of runs and answers say it is."""
-    examples = load(*_source(study, name))
+def _load(study: Study, name: str, names: Sequence[str] | None = None) -> list[Example]:
+    """A set; names: its labels, where they are known. Raises InputError if it is no longer what the
+    names of runs and answers say it is."""
+    path, format, limit = _source(study, name)
+    own = format == study.format and name not in study.ood
+    columns = Columns(study.text_column, study.label_column) if own else None
+    examples = load(path, format, limit, columns=columns, names=names)
     if _content(study, name) != study.contents[name]:
-        raise InputError(f"{_source(study, name)[0]}: was changed while the study ran")
+        raise InputError(f"{path}: was changed while the study ran")
     return examples
 
 
@@ -478,15 +509,27 @@ def _encoded(study: Study, names: Iterable[str]) -> dict[str, Encoded]:
     length = read_config(model / "config.json")[0].max_position_embeddings
     train = _load(study, "train")
     classes, (rest, held) = num_classes(train), split(train, study.validation, 0)
-    known, sets = {"train": rest, "validation": held}, {}
-    for name in names:
-        examples = known[name] if name in known else _load(study, name)
-        answerable = name not in study.ood
+
+    def encoded(name: str, examples: list[Example], wording: Wording) -> Encoded:
         try:
-            sets[name] = encode(examples, tokenizer, classes, length, answerable=answerable)
+            return encode(
+                examples, tokenizer, classes, length, answerable=name not in study.ood,
+                wording=wording,
+            )  # fmt: skip
         except InputError as error:
-            file = _source(study, "train" if name in known else name)[0]
+            known = name in ("train", "validation")
+            file = _source(study, "train" if known else name)[0]
             raise InputError(f"{file}: {error}") from None
+
+    # What "auto" comes to is settled by the training set, for all sets.
+    sets = {"train": encoded("train", rest, study.wording)}
+    wording = sets["train"].wording
+    for name in names:
+        if name == "validation":
+            sets[name] = encoded(name, held, wording)
+        elif name != "train":
+            labels = None if name in study.ood else wording.names
+            sets[name] = encoded(name, _load(study, name, labels), wording)
     return sets
 
 

@@ -27,7 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from . import distributed, savepoints
 from .adapters import Adapter, AdapterConfig, Device, adapters, add_adapters
 from .checkpoint import load_tensors, read_json, save_tensors
-from .data import FORMATS, Encoded, TrainingOrder, collate
+from .data import FORMATS, AnswerTokens, Encoded, Labels, Style, TrainingOrder, collate
 from .elbo import KL, KLS, class_logits, kl_divergence
 from .errors import (
     InputError,
@@ -426,6 +426,14 @@ _FACTS: dict[str, Any] = {
     "posterior": str | None,
     "format": str,
     "prompt_template": str | None,
+    "text_column": str | None,
+    "label_column": str | None,
+    "prompt_style": Style | None,
+    "labels": Labels | None,
+    "answer_tokens": AnswerTokens | None,
+    "label_names": list[str] | None,
+    "max_length": int | None,
+    "drop_long": bool | None,
     "data": str | None,
     "data_sha256": str | None,
     "limit": int | None,

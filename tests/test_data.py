@@ -18,6 +18,7 @@ from scalabl_ref.data import (
     Encoded,
     Example,
     TrainingOrder,
+    Wording,
     batches,
     collate,
     encode,
@@ -808,31 +809,23 @@ def prompts(*texts, label=0):
 def test_encode():
     examples = prompts("ab:", "c:", label=1)
     encoded = encode(examples, Characters())
-    assert encoded == Encoded([[0, 97, 98, 58], [0, 99, 58]], [1, 1], [65, 66])
-    assert encode(examples, Characters(), classes=4).classes == [65, 66, 67, 68]
+    assert encoded.tokens == [[0, 97, 98, 58], [0, 99, 58]] and encoded.labels == [1, 1]
+    assert encoded.classes == [0xE000, 0xE001] and encoded.examples == examples
+    assert encode(examples, Characters(), classes=4, wording=BARE).classes == [65, 66, 67, 68]
     with pytest.raises(InputError, match=r"example 0 \(id id0\): its answer is B.*1 classes, to A"):
         encode(examples, Characters(), classes=1)
     assert encode(examples, Characters(), classes=1, answerable=False).labels == [1, 1]
+    with pytest.raises(InputError, match="27 answer classes: there are letters for 26"):
+        encode(examples, Characters(), classes=27)
 
 
-def test_a_letter_is_checked_at_every_kind_of_end():
-    with pytest.raises(InputError, match="choice 'A' is not one token of its own after 'b: '"):
-        encode(prompts("a:", "c:", "b: "), Characters())
-
-
-def test_letters_that_are_other_tokens_at_another_end():
-    class Fickle(Characters):
-        def _encode(self, text):
-            return super()._encode(text.replace("!A", "!\ue002"))
-
-    with pytest.raises(InputError, match="other tokens at the end of example id1.*than.*id0"):
-        encode(prompts("a:", "b!"), Fickle())
+BARE = Wording(labels="letters", answer_tokens="bare")
 
 
 def test_prompts_that_are_too_long():
     examples = prompts("abcd:", "abcdefg:")
     assert len(encode(examples, Characters(), max_length=9).tokens[1]) == 9
-    with pytest.raises(InputError, match=r"example 1 \(id id1\): its prompt has 9 tokens.*most 8"):
+    with pytest.raises(InputError, match=r"id1\).* 9 tokens.*at most 8: --max-length 8"):
         encode(examples, Characters(), max_length=8)
     cut = encode(examples, Characters(), max_length=8, truncate=True)
     assert cut.tokens[0] == [0, *map(ord, "abcd:")] and cut.tokens[1] == [0, *map(ord, "bcdefg:")]

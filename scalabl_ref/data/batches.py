@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from torch import Tensor
 from ..errors import InputError
 from ..noise import philox_words
 from ..tokenizer import LETTERS, Tokenizer
-from .prompts import Example, num_classes
+from .answers import Answers, answer_tokens, letters
+from .chat import ChatTemplate
+from .prompts import Example, Wording, num_classes
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,19 @@ class Encoded:
     """A data set in token ids; example i is the one with `Batch.ids` i, whatever batch it is in.
 
     tokens: ids of each prompt. labels: class of each. classes: token id of each class.
+    examples: what the rows are, with the prompts that were encoded. wording: how these were made,
+    with nothing left to choose. notice: what a person should know of the answers' tokens.
+    cut, left_out: how many prompts were longer than wording.max_length, and what became of them.
     """
 
     tokens: list[list[int]]
     labels: list[int]
     classes: list[int]
+    examples: list[Example] = field(default_factory=list)
+    wording: Wording = field(default_factory=Wording)
+    notice: str | None = None
+    cut: int = 0
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,59 +66,125 @@ def encode(
     max_length: int | None = None,
     truncate: bool = False,
     answerable: bool = True,
+    wording: Wording | None = None,
 ) -> Encoded:
-    """Prompts and answer letters as token ids.
+    """Prompts and answers as token ids.
 
     classes: how many letters, by default num_classes(examples). max_length: longest prompt in
     tokens that the model takes. truncate: cut longer ones on the left, behind BOS. answerable:
     every label must be one of the classes; those of a set out of distribution, which may have more
-    choices than the head that meets it, stay as they are.
+    choices than the head that meets it, stay as they are. wording: how prompts are made and answers
+    chosen; None takes the examples' own prompts and letters.
 
-    Raises InputError if there are no examples, if a letter is not one token after a prompt, or
-    naming the row whose label is no class or whose prompt is too long.
+    Raises InputError if there are no examples, if an answer has no token after a prompt, or naming
+    the row whose label is no class or whose prompt is too long.
     """
     if not examples:
         raise InputError("there are no examples")
-    count = classes or num_classes(examples)
-    for i, example in enumerate(examples):
-        if answerable and example.label >= count:
+    asked = _ask(examples, tokenizer, wording, classes)
+    for i, example in enumerate(asked.examples):
+        if answerable and example.label >= len(asked.names):
             raise InputError(
-                f"example {i} (id {example.id}): its answer is {LETTERS[example.label]}, and there "
-                f"are {count} classes, to {LETTERS[count - 1]}"
+                f"example {i} (id {example.id}): its answer is {asked.answer(examples[i])}, and "
+                f"there are {len(asked.names)} classes, to {asked.names[-1]}"
             )
-    ids = _class_ids(examples, tokenizer, count)
-    start = len(tokenizer.encode("")) - len(tokenizer.encode("", bos=False))  # 1 if there is a BOS
-    tokens = []
-    for i, example in enumerate(examples):
-        row = tokenizer.encode(example.prompt)
-        if max_length is not None and len(row) > max_length:
-            if not truncate:
+    rows, cut = _rows(asked, tokenizer, max_length, truncate)
+    kept = [asked.examples[i] for i in rows]
+    return Encoded(
+        list(rows.values()),
+        [example.label for example in kept],
+        asked.answers.ids,
+        kept,
+        asked.wording,
+        asked.answers.notice,
+        cut,
+        len(asked.examples) - len(kept),
+    )
+
+
+class _Asked(NamedTuple):
+    """Examples with their prompts, the classes' names, their tokens, and how it was all made."""
+
+    examples: list[Example]
+    names: Sequence[str]
+    answers: Answers
+    wording: Wording
+
+    def answer(self, example: Example) -> str:
+        """The name of an example's answer, class or not; the example as its file has it."""
+        in_words = self.wording.words is not None
+        return repr(example.choices[example.label]) if in_words else LETTERS[example.label]
+
+
+def _ask(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    wording: Wording | None,
+    classes: int | None,
+) -> _Asked:
+    """The examples in words or letters; what "auto" takes, `Wording` says."""
+    wanted = wording or Wording(labels="letters")
+    chat = ChatTemplate.load(tokenizer.files, tokenizer.special) if wanted.style == "chat" else None
+    notice = None
+    if wanted.could_be_words(examples):
+        try:
+            words = wanted.in_words(examples)
+            worded = [words.word(example, chat) for example in examples]
+            return _answered(worded, tokenizer, words, words.words or (), None)
+        except InputError as error:
+            if wanted.labels == "words":
+                raise
+            notice = f"labels are letters, not words: {error}"
+    lettered = wanted.in_letters(examples)
+    # Without a wording the examples' prompts are taken as they are.
+    worded = [lettered.word(e, chat) for e in examples] if wording else list(examples)
+    return _answered(worded, tokenizer, lettered, letters(classes or num_classes(examples)), notice)
+
+
+def _answered(
+    examples: list[Example],
+    tokenizer: Tokenizer,
+    wording: Wording,
+    names: Sequence[str],
+    notice: str | None,
+) -> _Asked:
+    prompts = (example.prompt for example in examples)
+    words = wording.words is not None
+    answers = answer_tokens(tokenizer, prompts, names, wording.answer_tokens, words)
+    wording = replace(wording, answer_tokens=answers.kind)
+    return _Asked(examples, names, answers._replace(notice=notice or answers.notice), wording)
+
+
+def _rows(
+    asked: _Asked, tokenizer: Tokenizer, max_length: int | None, truncate: bool
+) -> tuple[dict[int, list[int]], int]:
+    """Token ids by the example's place, but for those left out; and how many were cut.
+
+    max_length: the model's, beside the wording's own.
+    """
+    wording = asked.wording
+    limits = (n for n in (max_length, wording.max_length) if n is not None)
+    limit = min(limits, default=None)
+    bos = wording.style == "plain"  # a chat template writes its own
+    start = len(tokenizer.encode("", bos)) - len(tokenizer.encode("", bos=False))  # 1 if any
+    rows: dict[int, list[int]] = {}
+    cut = 0
+    for i, example in enumerate(asked.examples):
+        row = tokenizer.encode(example.prompt, bos)
+        if limit is not None and len(row) > limit:
+            if wording.drop_long:
+                continue
+            if not truncate and wording.max_length is None:
                 raise InputError(
                     f"example {i} (id {example.id}): its prompt has {len(row)} tokens, and the "
-                    f"model takes at most {max_length}"
+                    f"model takes at most {limit}: --max-length {limit} cuts it, and with "
+                    "--drop-long leaves it out"
                 )
-            row = row[:start] + row[len(row) - (max_length - start) :]
-        tokens.append(row)
-    return Encoded(tokens, [example.label for example in examples], ids)
-
-
-def _class_ids(examples: Sequence[Example], tokenizer: Tokenizer, classes: int) -> list[int]:
-    """Token ids of the letters, checked once for every way in which the prompts end."""
-    ends: dict[tuple[str, str], Example] = {}
-    for example in examples:
-        stripped = example.prompt.rstrip()
-        word = stripped[-40:].split()[-1:]
-        ends.setdefault(("".join(word), example.prompt[len(stripped) :]), example)
-    found: list[int] = []
-    for example in ends.values():
-        ids = tokenizer.class_token_ids(classes, example.prompt)
-        if found and ids != found:
-            raise InputError(
-                f"the letters are other tokens at the end of example {example.id} "
-                f"({example.prompt[-20:]!r}) than at the end of example {examples[0].id}"
-            )
-        found = ids
-    return found
+            row, cut = row[:start] + row[len(row) - (limit - start) :], cut + 1
+        rows[i] = row
+    if not rows:
+        raise InputError(f"all {len(asked.examples)} prompts are longer than {limit} tokens")
+    return rows, cut
 
 
 def collate(data: Encoded, indices: Sequence[int]) -> Batch:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 # For questions: Qwen3 answers without a draft, and Llama's day is its template's own, not today.
-FIXED = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+FIXED: dict[str, Any] = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
 _LONGEST = 10_000_000  # characters; a template can loop for as long as it likes
 

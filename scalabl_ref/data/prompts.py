@@ -1,14 +1,21 @@
-"""Questions as prompts: what the model reads before it answers with a letter."""
+"""Questions as prompts: what the model reads before it answers.
+
+A row's question and choices fill a template. The answer is a letter, "A" for the first choice, or
+the choice's own words; the prompt is given as it is, or as a user's message in the model's chat
+template. `Wording` holds these settings. A run stores them, and is evaluated with the same ones.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from ..errors import InputError
 from ..tokenizer import LETTERS
+from .chat import FIXED, ChatTemplate
 from .text import checked_text, one_of, read_text
 
 # What the model reads, by format. {question} is the row's text, {choices} is "A. ...", "B. ...",
@@ -28,6 +35,13 @@ TEMPLATES = {
     "csv": _MULTIPLE_CHOICE,
 }
 FORMATS = tuple(TEMPLATES)
+# In a chat the model is asked in words. With labels as words, {choices} is "one, two, three".
+_CHAT_TEMPLATES = {
+    "letters": "{question}\n{choices}\nAnswer with the letter of the right choice alone.",
+    "words": "{question}\nAnswer with one of: {choices}.",
+}
+# Formats whose labels can be words without being asked to: those of the user's own data.
+_OWN_DATA = ("jsonl", "csv")
 _PLACE = re.compile(r"\{(\w+)\}")
 
 # Choices that belong to the format and not to the row, in the order of the letters.
@@ -37,20 +51,175 @@ FIXED_CHOICES = {
     "trec": ("abbreviation", "description", "entity", "human", "location", "number"),
 }
 
+Style = Literal["plain", "chat"]
+Labels = Literal["auto", "letters", "words"]
+AnswerTokens = Literal["auto", "space", "bare", "alone"]
+STYLES: tuple[Style, ...] = ("plain", "chat")
+LABELS: tuple[Labels, ...] = ("auto", "letters", "words")
+
 
 @dataclass(frozen=True)
 class Example:
-    """A question. prompt: all that the model reads. label: index of the answer among `choices`."""
+    """A question. prompt: all that the model reads. label: index of the answer among `choices`.
+
+    question, format: the row's own text and its format, of which another prompt can be made.
+    """
 
     prompt: str
     label: int
     id: str
     choices: tuple[str, ...]
+    question: str = field(default="", compare=False)
+    format: str = field(default="jsonl", compare=False)
+
+    @property
+    def lettered(self) -> bool:
+        """Whether the choices are the letters themselves: the question is a whole prompt then."""
+        letters = tuple(LETTERS[: len(self.choices)])
+        return self.format != "csv" and self.choices == letters
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How questions become prompts, and which tokens are their answers.
+
+    template: text with {question} and {choices} in it; None is the format's own.
+    style: "plain", or "chat": the prompt is a user's message in the model's chat template.
+    labels: "letters", "words" (the choices' own words, the same for every row), or "auto": words
+        for rows of jsonl and csv that all have the same choices, if each begins with another token;
+        else letters.
+    answer_tokens: "space", "bare", "alone" or "auto", see `answers.answer_tokens`.
+    names: the choices that every row has, in the order of the classes; None where rows differ.
+    max_length: longest prompt in tokens; longer ones are cut on the left behind BOS, or with
+        drop_long are left out. None: a prompt that the model cannot take is an error.
+
+    Raises InputError for a value that it cannot have.
+    """
+
+    template: str | None = None
+    style: Style = "plain"
+    labels: Labels = "auto"
+    answer_tokens: AnswerTokens = "auto"
+    names: tuple[str, ...] | None = None
+    max_length: int | None = None
+    drop_long: bool = False
+
+    def __post_init__(self) -> None:
+        one_of(STYLES, self.style, "the prompt style")
+        one_of(LABELS, self.labels, "the kind of labels")
+        one_of(("auto", "space", "bare", "alone"), self.answer_tokens, "the answer tokens")
+        if self.max_length is not None and self.max_length < 1:
+            raise InputError(f"max_length must be at least 1 token, and is {self.max_length}")
+        if self.drop_long and self.max_length is None:
+            raise InputError("drop_long needs a max_length (--drop-long needs --max-length)")
+
+    @staticmethod
+    def of_run(info: dict[str, Any]) -> Wording:
+        """From the facts of a run; one that does not say so has plain prompts and bare letters."""
+        names = info.get("label_names")
+        return Wording(
+            info.get("prompt_template"),
+            info.get("prompt_style") or "plain",
+            info.get("labels") or "letters",
+            info.get("answer_tokens") or "bare",
+            None if names is None else tuple(names),
+            info.get("max_length"),
+            bool(info.get("drop_long")),
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What a run stores; `of_run` reads it back."""
+        facts = asdict(self)
+        names = {"template": "prompt_template", "style": "prompt_style", "names": "label_names"}
+        return {names.get(key, key): value for key, value in facts.items()}
+
+    def in_letters(self, examples: Sequence[Example]) -> Wording:
+        """The same with letters, and with the examples' choices if all have the same ones."""
+        found = {example.choices for example in examples}
+        same = found.pop() if len(found) == 1 and not examples[0].lettered else None
+        return replace(self, labels="letters", names=self.names or same)
+
+    def in_words(self, examples: Sequence[Example]) -> Wording:
+        """The same with the examples' own labels. Raises InputError if these are not all the same.
+
+        Which order they have does not matter: the first example's is taken, or `names`.
+        """
+        if self.names is not None:
+            return replace(self, labels="words")
+        first = examples[0]
+        for example in examples:
+            if set(example.choices) != set(first.choices):
+                raise InputError(
+                    f"labels as words need the same choices in every row: row {example.id} has "
+                    f"{_few(example.choices)}, row {first.id} has {_few(first.choices)}"
+                )
+        if first.lettered:
+            raise InputError("the choices are letters, A, B, ...: they cannot be labels as words")
+        return replace(self, labels="words", names=first.choices)
+
+    def could_be_words(self, examples: Sequence[Example]) -> bool:
+        """Whether `labels` "auto" should try words: see the class."""
+        if self.labels != "auto":
+            return self.labels == "words"
+        names, first = self.names, examples[0]
+        return names is not None or all(
+            e.format in _OWN_DATA and set(e.choices) == set(first.choices) and not e.lettered
+            for e in examples
+        )
+
+    @property
+    def words(self) -> tuple[str, ...] | None:
+        """The labels where they are words."""
+        return self.names if self.labels == "words" else None
+
+    def word(self, example: Example, chat: ChatTemplate | None) -> Example:
+        """The example with its prompt, and with its label among `names` where labels are words.
+
+        A label that is not among them becomes len(names). Raises InputError where a chat is wanted
+        and the model has no template.
+        """
+        text, names = self._text(example), self.words
+        if self.style == "chat":
+            if chat is None:
+                raise InputError("this model has no chat template: use --prompt-style plain")
+            text = chat.render([{"role": "user", "content": text}], **FIXED)
+        if names is None:
+            return replace(example, prompt=text)
+        answer = example.choices[example.label]
+        label = names.index(answer) if answer in names else len(names)
+        return replace(example, prompt=text, choices=names, label=label)
+
+    def _text(self, example: Example) -> str:
+        if example.lettered or not example.question:
+            return example.question or example.prompt
+        names, template = self.words, self.template
+        if template is None and self.style == "chat":
+            template = _CHAT_TEMPLATES["letters" if names is None else "words"]
+        elif template is None:
+            template = TEMPLATES[example.format]
+            if names is not None:  # what the labels are is learnt: no row need say it
+                template = template.replace("{choices}\n", "")
+        return _filled(template, example.question, example.choices, names)
+
+
+def _filled(
+    template: str, question: str, choices: Sequence[str], names: Sequence[str] | None = None
+) -> str:
+    """The template with its places filled; what a row says is not looked at for places again."""
+    pairs = zip(LETTERS, choices, strict=False)  # as many letters as there are choices
+    lettered = "\n".join(f"{letter}. {choice}" for letter, choice in pairs)
+    places = {"question": question, "choices": lettered if names is None else ", ".join(names)}
+    return _PLACE.sub(lambda place: places[place[1]], template)
+
+
+def _few(choices: Sequence[str]) -> str:
+    return ", ".join(repr(choice[:20]) for choice in choices[:3]) + ", ..." * (len(choices) > 3)
 
 
 def read_template(path: Path | str) -> str:
-    """The prompt template in a text file, without the line break at its end.
+    """The prompt template in a text file.
 
+    The line break that an editor puts at the end of a file is not part of it; a further one is.
     It must hold {question} and may hold {choices}; braces around anything but a word are only
     braces. Raises InputError naming the file if it cannot be read or holds another {word}.
     """
@@ -73,9 +242,10 @@ def question(
 ) -> Example:
     """The example that a row of `format` with this text and these choices becomes.
 
-    template: in place of the format's; see `read_template`. Choices that are the letters A, B, ...
-    themselves mean that `text` is a whole prompt, and is left as it is; not so in format csv, where
-    labels may have such names. Raises InputError for choices that the format cannot have.
+    Its prompt is plain, with lettered choices: `encode` words it otherwise. template: in place of
+    the format's; see `read_template`. Choices that are the letters A, B, ... themselves mean that
+    `text` is a whole prompt, and is left as it is; not so in format csv, where labels may have such
+    names. Raises InputError for choices that the format cannot have.
     """
     one_of(FORMATS, format, "the format")
     checked_text(text, "the question")
@@ -84,14 +254,10 @@ def question(
     fixed = FIXED_CHOICES.get(format)
     if fixed and len(choices) != len(fixed):
         raise InputError(f"format {format} has {len(fixed)} choices, not {len(choices)}")
-    if format != "csv" and list(choices) == list(LETTERS[: len(choices)]):
-        prompt = text
-    else:
-        pairs = zip(LETTERS, choices, strict=False)  # as many letters as there are choices
-        lines = "\n".join(f"{letter}. {choice}" for letter, choice in pairs)
-        places = {"question": text, "choices": lines}
-        prompt = _PLACE.sub(lambda place: places[place[1]], template or TEMPLATES[format])
-    return Example(prompt, label, id, tuple(choices))
+    example = Example(text, label, id, tuple(choices), text, format)
+    if example.lettered:
+        return example
+    return replace(example, prompt=_filled(template or TEMPLATES[format], text, choices))
 
 
 def num_classes(examples: Sequence[Example]) -> int:
