@@ -235,7 +235,14 @@ class _HuggingFace(Tokenizer):
             raise InputError(f"{path}: not a tokenizer.json: {reason}") from None
         self._model.no_truncation()  # both can be stored in the file
         self._model.no_padding()
-        self._model.add_tokens([token for _, token in settings.added])
+        known = {token.content for token in self._model.get_added_tokens_decoder().values()}
+        self._model.add_tokens(
+            [
+                token
+                for i, token in settings.added
+                if token.content not in known or (settings.complete and i is not None)
+            ]
+        )
         self.vocab_size = 1 + max(self._model.get_vocab().values(), default=-1)
         self.special = settings.special
         # Whether texts begin with BOS is for the file's post-processor to say, as in transformers:
@@ -312,14 +319,16 @@ class _Settings:
     """What the smaller files of a folder say of its tokenizer.
 
     special: as of Tokenizer. added: tokens that are one id each wherever they are in a text, in the
-    order in which they get their ids, each with its id where the files say it. ids: ids of "bos"
-    and "eos" that are given by number. add_bos, legacy: of sentencepiece models alone. legacy:
+    order in which they get their ids, each with its id where the files say it. complete: what they
+    say of these goes before what a tokenizer.json says. ids: ids of "bos" and "eos" that are given
+    by number. add_bos, legacy: of sentencepiece models alone. legacy:
     every part of a text between added tokens gets the space that sentencepiece puts before a text;
     else the first one alone does, if it begins without a space.
     """
 
     special: dict[str, str] = field(default_factory=dict)
     added: list[tuple[int | None, AddedToken]] = field(default_factory=list)
+    complete: bool = False
     ids: dict[str, list[int]] = field(default_factory=lambda: {"bos": [], "eos": []})
     add_bos: bool = True
     legacy: bool = True
@@ -349,9 +358,8 @@ def _read_settings(folder: Path) -> _Settings:
     if complete:
         listed = own["added_tokens_decoder"]
     else:
-        texts = {_text(value) for value in named}
         numbers = _json_object(folder / _ADDED)
-        listed = {i: {"content": t, "special": t in texts} for t, i in numbers.items()}
+        listed = {i: {"content": text} for text, i in numbers.items()}
     ids: dict[str, list[int]] = {}
     for end in ("bos", "eos"):
         values = (file.get(f"{end}_token_id") for file in (own, generation, model))
@@ -369,7 +377,8 @@ def _read_settings(folder: Path) -> _Settings:
         raise InputError(
             f"{folder / name}: lists added tokens in another form than id and token"
         ) from None
-    return _Settings(special, added, ids, own.get("add_bos_token") is not False, bool(legacy))
+    add_bos = own.get("add_bos_token") is not False
+    return _Settings(special, added, complete, ids, add_bos, bool(legacy))
 
 
 def _added(listed: dict[Any, Any], named: Iterable[Any]) -> list[tuple[int | None, AddedToken]]:

@@ -347,13 +347,15 @@ def test_added_tokens_of_a_file_that_lists_them_all(tmp_path, model_file):
         ({"single_word": True}, "a<x>b", ["a<x>b"]),
         ({"single_word": True}, "a <x> b", ["a ", 400, " b"]),
         ({"normalized": True}, "a<x>b", ["a", 400, "b"]),
+        ({"__type": "AddedToken", "of a later version": 1}, "a<x>b", ["a", 400, "b"]),
     ],
 )
-def test_flags_of_added_tokens(tmp_path, model_file, model, flags, text, parts):
+def test_flags_of_added_tokens(tmp_path, model_file, model, capfd, flags, text, parts):
     config = {"added_tokens_decoder": {"400": added("<x>", **flags)}}
     tokenizer = load_tokenizer(added_folder(tmp_path, model_file, {"tokenizer_config": config}))
     expected = [[p] if isinstance(p, int) else model.encode(p, bos=False) for p in parts]
     assert tokenizer.encode(text, bos=False) == sum(expected, [])
+    assert capfd.readouterr() == ("", "")  # what --json writes is JSON
 
 
 @pytest.mark.parametrize(
@@ -387,6 +389,16 @@ def test_the_space_behind_an_added_token(tmp_path, model_file, model, config, mo
         assert once == (text.replace(">", "> ") if legacy else text)
 
 
+def test_flags_of_the_models_own_tokens_and_of_ends(tmp_path, model_file, model):
+    """The list has flags for control tokens too; what ends a text is special, listed so or not."""
+    listed = {"1": added("<s>", rstrip=True, special=True), "400": added("<|end|>")}
+    config = {"eos_token": "<|end|>", "added_tokens_decoder": listed}
+    tokenizer = load_tokenizer(added_folder(tmp_path, model_file, {"tokenizer_config": config}))
+    ids = tokenizer.encode("<s>  Type<|end|>", bos=False)
+    assert ids == [1, model.token_id("▁Type"), 400]
+    assert tokenizer.decode(ids) == "Type"
+
+
 def test_tokens_that_a_folder_adds_to_a_tokenizer_json(tmp_path, without_bos):
     """Named roles and the list in tokenizer_config.json count where the file itself lacks them."""
     first = without_bos.vocab_size
@@ -398,6 +410,19 @@ def test_tokens_that_a_folder_adds_to_a_tokenizer_json(tmp_path, without_bos):
     assert tokenizer.eos_ids == (first,) and tokenizer.vocab_size == first + 2
     assert tokenizer.decode(ids) == "AB"
     assert tokenizer.special == {"eos_token": "<|end|>", "pad_token": "<pad>"}
+
+
+def test_what_says_the_flags_of_a_token(tmp_path):
+    """A tokenizer.json, unless tokenizer_config.json lists all tokens; a name alone has none."""
+    file = tokenizers.Tokenizer.from_str(byte_level())
+    file.add_tokens([tokenizers.AddedToken("<x>", lstrip=True, normalized=False)])
+    i = file.token_to_id("<x>")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<x>": i}))
+    tokenizer = load_tokenizer(folder(tmp_path, file.to_str(), eos_token="<x>"))
+    assert tokenizer.encode("  <x>") == [i] and tokenizer.eos_id == i
+    listed = {str(i): added("<x>")}
+    folder(tmp_path, file.to_str(), eos_token="<x>", added_tokens_decoder=listed)
+    assert len(load_tokenizer(tmp_path).encode("  <x>")) > 1
 
 
 def test_ids_without_text(tmp_path, model_file, without_bos):

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from scalabl_ref import Llama
+from scalabl_ref.data import ChatTemplate
 from scalabl_ref.predict import generate
 from scalabl_ref.tokenizer import load_tokenizer
 
 from ..test_convert import convert_hf
 from ..tolerances import rounding
+from .test_chat import assert_same_chats
 from .test_gguf import convert_gguf
 from .test_tokenizers import assert_same, strings
 
@@ -40,6 +42,18 @@ def test_ids_equal_transformers_on_a_thousand_strings(smollm2):
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(smollm2 / "tokenizer.json"))
     texts = strings(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
     assert_same(load_tokenizer(smollm2).encode, theirs.encode, texts)
+
+
+def test_two_hundred_conversations(smollm2):
+    """With the template that the GGUF holds."""
+    import gguf
+
+    file = next(smollm2.parent.rglob("*.gguf"))
+    source = gguf.GGUFReader(file).fields["tokenizer.chat_template"].contents()
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(smollm2 / "tokenizer.json"), chat_template=source
+    )
+    assert_same_chats(ChatTemplate(source, file, theirs.special_tokens_map), theirs)
 
 
 @torch.no_grad()

@@ -138,8 +138,8 @@ NAMES = (*CONTROL, *(token["content"] for token in ADDED), " <|left|>", "<|right
 def saved_by_4(path, model, legacy, layout="complete"):
     """A sentencepiece model with ADDED, in the files that transformers 4 writes.
 
-    layout: "complete", "older" (before 4.34: without the list in tokenizer_config.json), or "json"
-    (complete, with a tokenizer.json).
+    layout: "complete", "older" (before 4.34: without the list in tokenizer_config.json), or either
+    with a tokenizer.json, "json" and "older json".
     """
     first = import_sentencepiece().SentencePieceProcessor(model_file=str(model)).vocab_size()
     control = [added(name, special=True) for name in ("<unk>", "<s>", "</s>")]
@@ -147,7 +147,7 @@ def saved_by_4(path, model, legacy, layout="complete"):
     roles = {"bos_token": "<s>", "eos_token": "<|im_end|>", "unk_token": "<unk>"}
     config = {**roles, "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": legacy}
     special = [t["content"] for t in ADDED if t["special"]]
-    if layout == "older":
+    if layout.startswith("older"):
         files = {"tokenizer_config": config}
     else:
         files = {"tokenizer_config": {**config, "added_tokens_decoder": ids}}
@@ -156,7 +156,7 @@ def saved_by_4(path, model, legacy, layout="complete"):
     files["config"] = {"model_type": "llama", "eos_token_id": 2}
     path.mkdir()
     added_folder(path, model, files)
-    if layout == "json":
+    if layout.endswith("json"):
         twin = tokenizers.Tokenizer.from_str(as_tokenizer_json(model))
         twin.add_tokens([tokenizers.AddedToken(**token) for token in ADDED])
         twin.save(str(path / "tokenizer.json"))
@@ -182,7 +182,7 @@ def assert_same_tokenizer(folder, theirs, texts, decoded=True) -> None:
 
 @pytest.mark.parametrize("name", ["tokenizers/llama2_tokenizer.model", "built"])
 @pytest.mark.parametrize("legacy", [True, False])
-@pytest.mark.parametrize("layout", ["complete", "older", "json"])
+@pytest.mark.parametrize("layout", ["complete", "older", "json", "older json"])
 def test_folders_that_transformers_4_saved(request, tmp_path, model_file, name, legacy, layout):  # noqa: F811
     """As transformers' class for any tokenizer reads them, which follows the files; see above.
 

