@@ -59,6 +59,20 @@ def ours_to_hf(name: str) -> str:
     return ".".join(prefix + parts)
 
 
+_POINTER = b"version https://git-lfs.github.com/"
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise InputError if a file holds not its contents but git-lfs's note of where they are."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(_POINTER))
+    except OSError:
+        return  # whoever reads it says so
+    if start == _POINTER:
+        raise InputError(f"{path}: is a git-lfs pointer: fetch the file itself with git lfs pull")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises InputError if it is absent or is not an object."""
     try:
@@ -68,6 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # of the text, of a long number, of a deep nest
+        refuse_pointer(path)
         raise InputError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -188,6 +203,7 @@ def _named_errors(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
+        refuse_pointer(path)
         raise InputError(f"{path}: not a valid safetensors file: {error}") from None
 
 
@@ -206,11 +222,13 @@ def load_pickle(path: Path, mmap: bool = False) -> Any:
     except InputError:
         raise
     except pickle.UnpicklingError as error:
+        refuse_pointer(path)
         reason = str(error).splitlines()[0] if str(error) else "unreadable"
         raise InputError(
             f"{path}: refused: a pickle may hold only tensors and plain containers ({reason})"
         ) from None
     except Exception as error:  # a damaged stream makes the reader raise almost anything
+        refuse_pointer(path)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a file written by torch.save: {reason}") from None
 

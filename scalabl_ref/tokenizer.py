@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .checkpoint import refuse_pointer
 from .errors import InputError
 
 LETTERS = string.ascii_uppercase  # the answer classes, in order
@@ -248,6 +249,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> bytes:
+    refuse_pointer(path)
     try:
         return path.read_bytes()
     except FileNotFoundError:

@@ -27,6 +27,7 @@ from scalabl_ref.checkpoint import (
     save_tensors,
     write_tensors,
 )
+from scalabl_ref.tokenizer import load_tokenizer
 
 from .conftest import ROOT
 from .models import TINY
@@ -283,6 +284,20 @@ def test_other_broken_pickles_are_named(tmp_path, content):
     (tmp_path / "x.bin").write_bytes(content)
     with pytest.raises(InputError, match=r"x\.bin: "):
         load_pickle(tmp_path / "x.bin")
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 5\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json"])
+@pytest.mark.parametrize("read", [Llama.from_pretrained, load_tokenizer])
+def test_a_git_lfs_pointer_is_told_from_the_file(tmp_path, name, read):
+    if read is load_tokenizer:
+        name = "tokenizer.model" if name.endswith("bin") else "tokenizer.json"
+    write_config(tmp_path)
+    (tmp_path / name).write_text(POINTER)
+    with pytest.raises(InputError, match=f"{name}: is a git-lfs pointer: fetch the file itself"):
+        read(tmp_path)
 
 
 def test_a_pickle_of_something_else_is_named(tmp_path):

@@ -7,6 +7,7 @@ The tokenizer and the chat template in it come along.
 
 Tensors may be F32, F16, BF16, or any quantised type that the `gguf` package can expand. It is in
 the extra `gguf` and brings NumPy, which nothing else here needs: use an environment of its own.
+Of a split file, name any part: all of them are read.
 --quantize packs the expanded weights of the blocks anew (docs/large.md). DST must not exist: it
 appears whole, or not at all.
 """
@@ -29,9 +30,9 @@ import scalabl_ref  # noqa: F401  before torch, whose warning about a missing Nu
 import torch
 from torch import Tensor
 
-from scalabl_ref.checkpoint import Stored, new_folder, write_model
+from scalabl_ref.checkpoint import Stored, new_folder, refuse_pointer, write_model
 from scalabl_ref.errors import InputError
-from scalabl_ref.llama import LlamaConfig, RopeConfig, check_model
+from scalabl_ref.llama import Llama, LlamaConfig, RopeConfig, check_model
 from scalabl_ref.quantize import KINDS as CODES
 from scalabl_ref.quantize import Kind
 from scalabl_ref.tokenizer import load_tokenizer
@@ -125,13 +126,15 @@ def convert(
     quantize: write the codes that `Llama.from_pretrained` would make of those weights.
     Raises InputError naming the file, and the key or tensor, for anything missing or not supported.
     """
-    reader = _open(source)
+    parts = _parts(source)
     try:
-        fields = dict(_contents(reader))
+        fields = dict(_contents(parts[0]))
+        tensors = {tensor.name: tensor for part in parts for tensor in part.tensors}
         architecture = _architecture(fields)
-        dtype = dtype or _stored_dtype(reader)
-        weights = dict(_weights(reader, architecture, fields, dtype))
-        config = _config(architecture, fields, weights, _rope_factors(reader))
+        dtype = dtype or _stored_dtype(tensors)
+        weights = dict(_weights(tensors, architecture, fields, dtype))
+        config = _config(architecture, fields, weights, tensors.get(ROPE_FACTORS))
+        _check_shapes(config, weights)
         with new_folder(target) as folder:
             if quantize:
                 weights = packed(weights, config, quantize)
@@ -141,6 +144,44 @@ def convert(
             load_tokenizer(folder)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
+
+
+def _parts(source: Path) -> list[Any]:
+    """The readers of a file, or of all parts of the one that `source` is a part of, in order."""
+    reader = _open(source)
+    number, count = _part_of(source, reader)
+    if count == 1:
+        return [reader]
+    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", source.name)
+    if match is None or (int(match[2]), int(match[3])) != (number, count):
+        raise InputError(
+            f"{source}: is part {number} of {count}, and is not named so: expected a name that "
+            f"ends in -{number:05d}-of-{count:05d}.gguf"
+        )
+    readers = []
+    for i in range(1, count + 1):
+        path = source.with_name(f"{match[1]}-{i:05d}-of-{count:05d}.gguf")
+        if not path.exists():
+            raise InputError(f"{source}: part {i} of {count} is missing: {path.name}")
+        readers.append(reader if i == number else _open(path))
+        if _part_of(path, readers[-1]) != (i, count):
+            raise InputError(f"{path}: says that it is another part than its name says")
+    return readers
+
+
+def _part_of(source: Path, reader: Any) -> tuple[int, int]:
+    """Which part a file is, from 1, and of how many: 1 of 1 if it is not split."""
+    fields = {key: f.contents() for key, f in reader.fields.items() if key.startswith("split.")}
+    try:
+        count = _get(fields, "split.count", int, 1)
+        number = _get(fields, "split.no", int, 0) + 1
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    if count < 2:  # llama.cpp writes 0, too
+        return 1, 1
+    if not 1 <= number <= count:
+        raise InputError(f"{source}: key split.no is {number - 1}, and split.count {count}")
+    return number, count
 
 
 def _open(source: Path) -> Any:
@@ -156,7 +197,10 @@ def _open(source: Path) -> Any:
         _check_lengths(source)
         return GGUFReader(source)
     except Exception as error:  # the package raises many kinds for a damaged file
+        refuse_pointer(source)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if unknown := re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", reason):
+            reason = f"the gguf package that is installed knows no tensors of type {unknown[1]}"
         raise InputError(f"{source}: not a valid GGUF file: {reason}") from None
 
 
@@ -280,7 +324,7 @@ def _architecture(fields: dict[str, Any]) -> str:
 
 
 def _config(
-    architecture: str, fields: dict[str, Any], weights: dict[str, Stored], factors: Tensor | None
+    architecture: str, fields: dict[str, Any], weights: dict[str, Stored], factors: Any
 ) -> LlamaConfig:
     def size(key: str, default: int | None = None) -> int:
         return _size(fields, f"{architecture}.{key}", default)
@@ -313,7 +357,7 @@ def _config(
         head_dim=head_dim,
         max_position_embeddings=positions,
         rms_norm_eps=float(f"{eps:.6g}"),  # stored as a float32: 1e-5 and not 9.99999974e-06
-        rope=_rope(architecture, fields, factors, head_dim),
+        rope=_rope(architecture, fields, None if factors is None else _expanded(factors), head_dim),
         tie_word_embeddings="lm_head.weight" not in weights,
         qkv_bias="layers.0.attn.q_proj.bias" in weights,
         output_bias="layers.0.attn.o_proj.bias" in weights,
@@ -367,52 +411,68 @@ def _rope(
     return guess
 
 
-def _stored_dtype(reader: Any) -> torch.dtype:
-    kinds = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
+def _stored_dtype(tensors: dict[str, Any]) -> torch.dtype:
+    kinds = {tensor.tensor_type.name for tensor in tensors.values() if len(tensor.shape) > 1}
     half = {"F16": torch.float16, "BF16": torch.bfloat16}
     return half.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
 
 
-def _expanded(tensor: Any) -> Tensor:
-    """A tensor of the file in float32."""
+def _expanded(tensor: Any, rows: int | None = None) -> Tensor:
+    """A tensor of the file, or its first rows alone, in float32."""
     import numpy
     from gguf import dequantize
 
     try:
-        values = dequantize(tensor.data, tensor.tensor_type)
+        with numpy.errstate(all="ignore"):  # a NaN is refused later, by its tensor's name
+            values = dequantize(tensor.data[:rows], tensor.tensor_type)
     except (NotImplementedError, ValueError) as error:
         raise InputError(f"tensor {tensor.name}: cannot be expanded: {error}") from None
-    return torch.from_numpy(numpy.array(values, numpy.float32)).view(_shape(tensor))
+    expanded = torch.from_numpy(numpy.array(values, numpy.float32))
+    return expanded if rows else expanded.view(_shape(tensor))
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:
     return tuple(int(size) for size in reversed(tensor.shape))
 
 
-def _rope_factors(reader: Any) -> Tensor | None:
-    return next((_expanded(t) for t in reader.tensors if t.name == ROPE_FACTORS), None)
-
-
 def _weights(
-    reader: Any, architecture: str, fields: dict[str, Any], dtype: torch.dtype
+    tensors: dict[str, Any], architecture: str, fields: dict[str, Any], dtype: torch.dtype
 ) -> Iterator[tuple[str, Stored]]:
     """Our name of each tensor, and the tensor, which is expanded when it is read."""
     interleaved = ARCHITECTURES[architecture]
     heads = {"attn_q": _size(fields, f"{architecture}.attention.head_count")}
     heads["attn_k"] = _size(fields, f"{architecture}.attention.head_count_kv", heads["attn_q"])
-    for tensor in reader.tensors:
-        if tensor.name == ROPE_FACTORS:
+    for name, tensor in tensors.items():
+        if name == ROPE_FACTORS:
             continue
-        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", tensor.name)
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
         if match is None or match[2] not in NAMES:
-            raise InputError(f"tensor {tensor.name} is not part of a {architecture} model")
+            raise InputError(f"tensor {name} is not part of a {architecture} model")
         block, part, kind = match.groups()
         prefix = "" if block is None else f"layers.{block}."
         shape, rotated = _shape(tensor), heads.get(part, 0)
         if rotated and shape[0] % (2 * rotated):
-            raise InputError(f"tensor {tensor.name}: {shape[0]} rows for {rotated} heads")
+            raise InputError(f"tensor {name}: {shape[0]} rows for {rotated} heads")
+        _expanded(tensor, 1)  # that it can be, before anything is written
         read = partial(_read, tensor, rotated if interleaved else 0, dtype)
         yield f"{prefix}{NAMES[part]}.{kind}", Stored(dtype, shape, read)
+
+
+def _check_shapes(config: LlamaConfig, weights: dict[str, Stored]) -> None:
+    """Raise InputError, which has the GGUF's name, for a tensor that is missing or misshapen."""
+    theirs = {ours: name for name, ours in NAMES.items()}
+    for name, empty in Llama(config, device="meta").state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        stem, _, kind = name.removeprefix("layers.").rpartition(".")
+        block, _, part = stem.partition(".") if name.startswith("layers.") else ("", "", stem)
+        tensor = f"blk.{block}.{theirs[part]}.{kind}" if block else f"{theirs[part]}.{kind}"
+        if name not in weights:
+            raise InputError(f"tensor {tensor} is missing")
+        if weights[name].shape != empty.shape:
+            raise InputError(
+                f"tensor {tensor} has shape {weights[name].shape}, expected {tuple(empty.shape)}"
+            )
 
 
 def _read(tensor: Any, heads: int, dtype: torch.dtype) -> Tensor:

@@ -42,6 +42,7 @@ from scalabl_ref.checkpoint import (
     new_folder,
     ours_to_hf,
     read_json,
+    refuse_pointer,
     sha256,
     stored_weights,
     with_dtype,
@@ -223,6 +224,7 @@ def _open(
 ) -> Source:
     path = Path(source)
     if path.is_file():
+        refuse_pointer(path)
         config, tensors = read_llama2c(path)
         config = _cut(config, positions)
         return Source("llama2c", path.name, config, tensors, [path])
