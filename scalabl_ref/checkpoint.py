@@ -89,14 +89,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+# How tensors are called that only folders have whose weights were quantised, and by what.
+_CODES = {
+    ".absmax": "bitsandbytes",
+    ".quant_map": "bitsandbytes",
+    ".SCB": "bitsandbytes",
+    ".qweight": "GPTQ or AWQ",
+    ".qzeros": "GPTQ or AWQ",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale": "compressed-tensors or in FP8",
+    ".weight_scale_inv": "an FP8 method",
+    ".scales": "MLX, or another method",
+}
+
+
 class Weights(Mapping[str, Tensor]):
     """The tensors of a model folder by name, each read from its file when it is asked for.
 
     Finds model.safetensors, model.safetensors.index.json, pytorch_model.bin or
     pytorch_model.bin.index.json, in this order; `files` are those that hold tensors. once: memory
     that a tensor took is given back with it, where else a file's pages stay as long as this object.
-    Raises InputError naming the file for a missing shard, a broken header, or a pickle that holds
-    anything but tensors.
+    Raises InputError naming the file for a missing shard, a broken header, a pickle that holds
+    anything but tensors, or the codes of weights that were quantised elsewhere.
     """
 
     def __init__(self, folder: Path | str, once: bool = False) -> None:
@@ -114,6 +128,13 @@ class Weights(Mapping[str, Tensor]):
                     f"{file}: tensor {absent[0]} is missing, though the index names it"
                 )
             self._readers.update(found)
+        for name in self._readers:
+            by = next((by for end, by in _CODES.items() if name.endswith(end)), None)
+            if by:
+                raise InputError(
+                    f"{self.folder}: tensor {name} is of weights that were quantised elsewhere, by "
+                    f"{by}: take the same model in 16 bits or more"
+                )
 
     def _files(self) -> Iterator[tuple[Path, list[str] | None]]:
         """Each weight file with the tensors that the index expects in it (None: no index)."""

@@ -52,7 +52,7 @@ from .checkpoint import (
 )
 from .elbo import KL, kl_divergence
 from .errors import InputError, atomic_write_text
-from .llama import Llama, check_model, read_config
+from .llama import Llama, as_stored, check_model, read_config
 from .methods import Ensemble, Posterior, Swag
 from .noise import Noise
 from .tokenizer import Tokenizer, companion_files, load_tokenizer
@@ -250,6 +250,9 @@ def _write_merged(folder: Path, lora: Lora, trained: Trained, dtype: torch.dtype
     hf = values.get("hf_config") if values.get("format") == FORMAT else values
     hf = with_dtype(hf or config.to_hf(), dtype)
     _, tensors = stored_weights(trained.base)
+    config = as_stored(config, tensors, lambda tensor: tensor.read())
+    if not config.tie_word_embeddings:
+        hf = {**hf, "tie_word_embeddings": False}
     if config.tie_word_embeddings and "lm_head" in lora:
         tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
         hf = {**hf, "tie_word_embeddings": False}

@@ -49,7 +49,7 @@ from scalabl_ref.checkpoint import (
     write_model,
 )
 from scalabl_ref.errors import InputError, atomic_write_text, make_folder
-from scalabl_ref.llama import Llama, LlamaConfig, check_model
+from scalabl_ref.llama import Llama, LlamaConfig, as_stored, check_model
 from scalabl_ref.progress import progress_bar
 from scalabl_ref.quantize import KINDS, Kind
 from scalabl_ref.tokenizer import companion_files, tokenizer_files
@@ -253,6 +253,7 @@ def _open_folder(path: Path, name: str, positions: int | None) -> Source:
     except InputError as error:
         raise InputError(f"{path / 'config.json'}: {error}") from None
     weights, tensors = stored_weights(path)
+    config = as_stored(config, tensors, lambda tensor: tensor.read())
     return Source(
         layout="ours" if converted else "hf",
         name=name,
