@@ -52,6 +52,7 @@ from .checkpoint import (
 )
 from .elbo import KL, kl_divergence
 from .errors import InputError, atomic_write_text
+from .hub import hub_name
 from .llama import Llama, as_stored, check_model, read_config
 from .methods import Ensemble, Posterior, Swag
 from .noise import Noise
@@ -76,7 +77,7 @@ class Trained:
     """A finished run to export.
 
     model, info: `load_run`'s. posterior: `methods.load_posterior`'s. base: the folder of the base
-    model. name: what the base is called, as on the Hub; None is the folder's name.
+    model. name: what the base is called, as on the Hub; None is the folder's name there, or here.
     """
 
     run: Path
@@ -88,7 +89,8 @@ class Trained:
 
     @property
     def base_name(self) -> str:
-        return self.name or self.base.resolve().name
+        folder = self.base.resolve()
+        return self.name or hub_name(folder) or folder.name
 
     @torch.no_grad()
     def card(self, tokenizer: Tokenizer | None) -> Card:

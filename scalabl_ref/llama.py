@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from .adapters import Device, Linear, random_adapters
 from .checkpoint import FLOATS, FORMAT, Weights, hf_to_ours, is_finite, read_json
 from .errors import InputError
+from .hub import model_folder
 from .noise import Noise, later, token_groups
 from .quantize import Kind
 from .quantize import quantize as pack
@@ -811,6 +812,8 @@ class Llama(nn.Module):
     ) -> Llama:
         """The model in a folder of Hugging Face's layout or of the converted one.
 
+        folder: or a model's name on the Hub, OWNER/NAME, see `hub.model_folder`.
+
         dtype: of the loaded weights, but for scales of codes; None keeps what the file has, and its
         weights are then mapped, not copied: their pages are read when they are first used, and may
         be dropped and read again where memory is short. Weights of several dtypes become those of
@@ -820,6 +823,7 @@ class Llama(nn.Module):
         tie_word_embeddings says. Returns the model frozen, in evaluation mode. Raises InputError
         naming the file or tensor for anything missing, misshapen, unexpected or not finite.
         """
+        folder = model_folder(folder)
         model, tensors = _open_model(folder)
         if quantize == model.quantized:
             quantize = None
@@ -837,7 +841,7 @@ class Llama(nn.Module):
                 state[name] = tensor.to(dtype=dtype if cast else None, device=device)
         if quantize:
             model.quantize_(quantize)
-        _to_one_dtype(Path(folder), state)
+        _to_one_dtype(folder, state)
         if model.tied:
             state["lm_head.weight"] = state["embed_tokens.weight"]
         model.load_state_dict(state, assign=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 from .checkpoint import refuse_pointer
 from .errors import InputError
+from .hub import model_folder
 
 LETTERS = string.ascii_uppercase  # the answer classes, in order
 
@@ -192,12 +193,12 @@ def companion_files(folder: Path) -> dict[str, Path]:
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """The tokenizer of a model folder, or of one file of either kind.
+    """The tokenizer of a model folder (or name on the Hub), or of one file of either kind.
 
     In a folder, tokenizer.model is preferred where it is a sentencepiece model (Llama 3's is not).
     Raises InputError naming the file if it is absent or damaged, or if a package is missing.
     """
-    path = Path(path)
+    path = model_folder(path)
     if path.is_dir():
         file = _choose(path)
         files = tokenizer_files(path)
