@@ -59,6 +59,20 @@ def ours_to_hf(name: str) -> str:
     return ".".join(prefix + parts)
 
 
+_POINTER = b"version https://git-lfs.github.com/"
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise InputError if a file holds not its contents but git-lfs's note of where they are."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(_POINTER))
+    except OSError:
+        return  # whoever reads it says so
+    if start == _POINTER:
+        raise InputError(f"{path}: is a git-lfs pointer: fetch the file itself with git lfs pull")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises InputError if it is absent or is not an object."""
     try:
@@ -68,10 +82,25 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # of the text, of a long number, of a deep nest
+        refuse_pointer(path)
         raise InputError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+# How tensors are called that only folders have whose weights were quantised, and by what.
+_CODES = {
+    ".absmax": "bitsandbytes",
+    ".quant_map": "bitsandbytes",
+    ".SCB": "bitsandbytes",
+    ".qweight": "GPTQ or AWQ",
+    ".qzeros": "GPTQ or AWQ",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale": "compressed-tensors or in FP8",
+    ".weight_scale_inv": "an FP8 method",
+    ".scales": "MLX, or another method",
+}
 
 
 class Weights(Mapping[str, Tensor]):
@@ -80,8 +109,8 @@ class Weights(Mapping[str, Tensor]):
     Finds model.safetensors, model.safetensors.index.json, pytorch_model.bin or
     pytorch_model.bin.index.json, in this order; `files` are those that hold tensors. once: memory
     that a tensor took is given back with it, where else a file's pages stay as long as this object.
-    Raises InputError naming the file for a missing shard, a broken header, or a pickle that holds
-    anything but tensors.
+    Raises InputError naming the file for a missing shard, a broken header, a pickle that holds
+    anything but tensors, or the codes of weights that were quantised elsewhere.
     """
 
     def __init__(self, folder: Path | str, once: bool = False) -> None:
@@ -99,6 +128,13 @@ class Weights(Mapping[str, Tensor]):
                     f"{file}: tensor {absent[0]} is missing, though the index names it"
                 )
             self._readers.update(found)
+        for name in self._readers:
+            by = next((by for end, by in _CODES.items() if name.endswith(end)), None)
+            if by:
+                raise InputError(
+                    f"{self.folder}: tensor {name} is of weights that were quantised elsewhere, by "
+                    f"{by}: take the same model in 16 bits or more"
+                )
 
     def _files(self) -> Iterator[tuple[Path, list[str] | None]]:
         """Each weight file with the tensors that the index expects in it (None: no index)."""
@@ -188,6 +224,7 @@ def _named_errors(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
+        refuse_pointer(path)
         raise InputError(f"{path}: not a valid safetensors file: {error}") from None
 
 
@@ -206,11 +243,13 @@ def load_pickle(path: Path, mmap: bool = False) -> Any:
     except InputError:
         raise
     except pickle.UnpicklingError as error:
+        refuse_pointer(path)
         reason = str(error).splitlines()[0] if str(error) else "unreadable"
         raise InputError(
             f"{path}: refused: a pickle may hold only tensors and plain containers ({reason})"
         ) from None
     except Exception as error:  # a damaged stream makes the reader raise almost anything
+        refuse_pointer(path)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a file written by torch.save: {reason}") from None
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError, Interrupted, RankLost
+from .hub import model_folder
 
 if TYPE_CHECKING:
     from .data import Columns, Encoded, Example, Wording
@@ -32,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     args = _parser(next(iter(arguments), "")).parse_args(arguments)
     try:
+        if getattr(args, "model", None):
+            args.model = model_folder(args.model)  # so that a run keeps a folder, not a name
         result = args.command(args)
         if args.json and not args.process:
             print(json.dumps(result, indent=2), flush=True)
@@ -270,7 +273,12 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
     adapter, train = AdapterConfig(), TrainConfig()
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="folder of the base model")
+    add(
+        "--model",
+        type=Path,
+        required=True,
+        help="the base model: a folder, or OWNER/NAME on the Hub",
+    )
     _add_data(parser)
     add("--out", type=Path, required=True, help="run folder to write")
     add("--init", type=Path, metavar="RUN",
@@ -792,7 +800,7 @@ def _predict(args: argparse.Namespace) -> Result:
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--run", type=Path, help="run folder, trained with --head full")
-    add("--model", type=Path, help="folder of a model (needed without --run)")
+    add("--model", type=Path, help="a folder, or OWNER/NAME on the Hub (needed without --run)")
     add("--prompt", default="", help="text to continue")
     add("--max-new-tokens", type=int, default=100, help="tokens to write at most")
     add("--samples", type=int, default=0, help="draws of the posterior; 0 is the mean model")
@@ -869,7 +877,12 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
     add("source", type=Path, metavar="SRC",
         help="PEFT's folder; the official code's state_dict.pt, or its folder")  # fmt: skip
     add("--from", dest="kind", choices=FROM, required=True, help="who wrote SRC")
-    add("--model", type=Path, required=True, help="folder of the base model")
+    add(
+        "--model",
+        type=Path,
+        required=True,
+        help="the base model: a folder, or OWNER/NAME on the Hub",
+    )
     add("--out", type=Path, required=True, help="run folder to write")
     _add_adapter(parser, "default: SRC's if it has a distribution, else scalabl")
     add("--alpha", type=float, help="bayesadapt: scaling is alpha / rank (default: 2 * rank)")

@@ -53,7 +53,8 @@ from .checkpoint import (
 from .data.answers import answer_tokens, letters
 from .elbo import KL, kl_divergence
 from .errors import InputError, atomic_write_text
-from .llama import Llama, check_model, read_config
+from .hub import hub_name
+from .llama import Llama, as_stored, check_model, read_config
 from .methods import Ensemble, Posterior, Swag
 from .noise import Noise
 from .tokenizer import Tokenizer, companion_files, load_tokenizer
@@ -77,7 +78,7 @@ class Trained:
     """A finished run to export.
 
     model, info: `load_run`'s. posterior: `methods.load_posterior`'s. base: the folder of the base
-    model. name: what the base is called, as on the Hub; None is the folder's name.
+    model. name: what the base is called, as on the Hub; None is the folder's name there, or here.
     """
 
     run: Path
@@ -89,7 +90,8 @@ class Trained:
 
     @property
     def base_name(self) -> str:
-        return self.name or self.base.resolve().name
+        folder = self.base.resolve()
+        return self.name or hub_name(folder) or folder.name
 
     @torch.no_grad()
     def card(self, tokenizer: Tokenizer | None) -> Card:
@@ -251,6 +253,9 @@ def _write_merged(folder: Path, lora: Lora, trained: Trained, dtype: torch.dtype
     hf = values.get("hf_config") if values.get("format") == FORMAT else values
     hf = with_dtype(hf or config.to_hf(), dtype)
     _, tensors = stored_weights(trained.base)
+    config = as_stored(config, tensors, lambda tensor: tensor.read())
+    if not config.tie_word_embeddings:
+        hf = {**hf, "tie_word_embeddings": False}
     if config.tie_word_embeddings and "lm_head" in lora:
         tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
         hf = {**hf, "tie_word_embeddings": False}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,12 @@ from torch.utils.checkpoint import checkpoint
 from .adapters import Device, Linear, random_adapters
 from .checkpoint import FLOATS, FORMAT, Weights, hf_to_ours, is_finite, read_json
 from .errors import InputError
+from .hub import model_folder
 from .noise import Noise, later, token_groups
 from .quantize import Kind
 from .quantize import quantize as pack
+
+Item = TypeVar("Item")
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -80,19 +83,53 @@ class RopeConfig:
 
     @staticmethod
     def from_hf(config: dict[str, Any]) -> RopeConfig:
-        """From a Hugging Face config: rope_theta and rope_scaling, or the newer rope_parameters."""
-        given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        """From a Hugging Face config: rope_theta and rope_scaling, or the newer rope_parameters.
+
+        As transformers 5 reads them: of both, rope_scaling counts. Raises InputError naming the key
+        for another kind of scaling, and for a value that is missing or has another type.
+        """
+        key, given = _rope_values(config)
         kind = given.get("rope_type") or given.get("type") or "default"
         if kind not in ("default", "linear", "llama3"):
             raise InputError(
                 f"RoPE scaling {kind!r} is not known: expected default, linear, llama3"
             )
-        known = {field.name for field in dataclasses.fields(RopeConfig)} - {"kind", "theta"}
-        if given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)) != 1:
+        if given.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1):
             raise InputError("RoPE on a part of each head is not implemented")
         theta = given.get("rope_theta", config.get("rope_theta", 10000.0))
-        scaling = {key: value for key, value in given.items() if key in known}
-        return RopeConfig(kind=kind, theta=theta, **(scaling if kind != "default" else {}))
+        if kind == "default":
+            return RopeConfig(theta=theta)
+        needed, original = ["factor"], "original_max_position_embeddings"
+        if kind == "llama3":
+            needed += ["low_freq_factor", "high_freq_factor"]
+            length = config.get(
+                original, given.get(original, config.get("max_position_embeddings"))
+            )
+            given = {**given, original: 2048 if length is None else length}
+            needed += [original]
+        for name in needed:
+            if name not in given:
+                raise InputError(f"{key}: {name} is missing, which RoPE scaling {kind!r} needs")
+        return RopeConfig(kind, theta, **{name: given[name] for name in needed})
+
+
+def _rope_values(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What a config.json says of RoPE, and under which key."""
+    found = {key: config.get(key) for key in ("rope_scaling", "rope_parameters")}
+    for key, value in found.items():
+        if not isinstance(value, dict | None):
+            raise InputError(f"{key} must be an object or null, not {value!r:.40}")
+        if any(isinstance(inner, dict) for inner in (value or {}).values()):
+            raise InputError(f"{key}: RoPE that differs from layer to layer is not implemented")
+    key = "rope_scaling" if found["rope_scaling"] else "rope_parameters"
+    given, newer = found[key] or {}, found["rope_parameters"] or {}
+    theta = given.get("rope_theta", config.get("rope_theta", 10000.0))
+    if newer.get("rope_theta", theta) != theta:  # transformers 5 takes the default
+        raise InputError(
+            f"rope_parameters has rope_theta {newer['rope_theta']}, and rope_scaling, which counts "
+            "where both are there, has none: put rope_theta there"
+        )
+    return key, given
 
 
 @dataclass(frozen=True)
@@ -147,6 +184,7 @@ class LlamaConfig:
         kind = config.get("model_type", "llama")
         if kind not in MODEL_TYPES:
             raise InputError(f"model_type {kind!r} is not known: expected {', '.join(MODEL_TYPES)}")
+        _refuse_codes(config)
         if config.get("hidden_act", "silu") != "silu":
             raise InputError(f"hidden_act {config['hidden_act']!r} is not known: expected 'silu'")
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
@@ -231,6 +269,27 @@ class LlamaConfig:
     def to_dict(self) -> dict[str, Any]:
         """The converted layout's config.json; `from_dict` reads it back."""
         return {"format": FORMAT, **dataclasses.asdict(self)}
+
+
+def _refuse_codes(config: dict[str, Any]) -> None:
+    """Raise InputError if a config.json says that the weights were quantised, and by what."""
+    for key in ("quantization_config", "compression_config", "quantization"):
+        values = config.get(key)
+        if not values:
+            continue
+        values = values if isinstance(values, dict) else {}
+        method = (
+            values.get("quant_method")
+            or {
+                "quantization_config": "bitsandbytes",  # whose old files do not say
+                "compression_config": "compressed-tensors",
+                "quantization": "MLX",
+            }[key]
+        )
+        raise InputError(
+            f"{key}: the weights were quantised elsewhere, by {method!s:.40}: take the same model "
+            "in 16 bits or more"
+        )
 
 
 def _sliding_window(kind: str, config: dict[str, Any]) -> int | None:
@@ -753,13 +812,18 @@ class Llama(nn.Module):
     ) -> Llama:
         """The model in a folder of Hugging Face's layout or of the converted one.
 
+        folder: or a model's name on the Hub, OWNER/NAME, see `hub.model_folder`.
+
         dtype: of the loaded weights, but for scales of codes; None keeps what the file has, and its
         weights are then mapped, not copied: their pages are read when they are first used, and may
-        be dropped and read again where memory is short. quantize: as in `quantize_`, tensor by
-        tensor as they are read; a folder whose config.json says "quantize" is read as it is.
-        Returns the model frozen, in evaluation mode. Raises InputError naming the file or tensor
-        for anything missing, misshapen, unexpected or not finite.
+        be dropped and read again where memory is short. Weights of several dtypes become those of
+        the one that config.json says (dtype or torch_dtype), else of the embedding's. quantize: as
+        in `quantize_`, tensor by tensor as they are read; a folder whose config.json says
+        "quantize" is read as it is. A head that differs from the embedding counts, whatever
+        tie_word_embeddings says. Returns the model frozen, in evaluation mode. Raises InputError
+        naming the file or tensor for anything missing, misshapen, unexpected or not finite.
         """
+        folder = model_folder(folder)
         model, tensors = _open_model(folder)
         if quantize == model.quantized:
             quantize = None
@@ -777,12 +841,53 @@ class Llama(nn.Module):
                 state[name] = tensor.to(dtype=dtype if cast else None, device=device)
         if quantize:
             model.quantize_(quantize)
+        _to_one_dtype(folder, state)
         if model.tied:
             state["lm_head.weight"] = state["embed_tokens.weight"]
         model.load_state_dict(state, assign=True)
         if model.tied:
             model._tie_head()
         return model.requires_grad_(False).eval()
+
+
+def _to_one_dtype(folder: Path, state: dict[str, Tensor]) -> None:
+    """Cast weights of several dtypes to the one that config.json says, else the embedding's.
+
+    Raises InputError for a tensor that has a value too large for it.
+    """
+    floats = [n for n, t in state.items() if t.is_floating_point() and not n.endswith(".scale")]
+    if len({state[name].dtype for name in floats}) < 2:
+        return
+    values = read_json(folder / "config.json")
+    values = values.get("hf_config") or values
+    stated = str(values.get("dtype") or values.get("torch_dtype")).removeprefix("torch.")
+    names = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+    dtype = names.get(stated, state["embed_tokens.weight"].dtype)
+    for name in floats:
+        if state[name].dtype != dtype:
+            state[name] = state[name].to(dtype)
+            if not is_finite(state[name]):
+                raise InputError(f"{folder}: tensor {name} has values too large for {dtype}")
+
+
+def as_stored(
+    config: LlamaConfig, tensors: dict[str, Item], read: Callable[[Item], Tensor]
+) -> LlamaConfig:
+    """The configuration that the tensors, by our names, have: is their head the embedding?
+
+    As in transformers 5, a head that differs from the embedding is the model's, whatever
+    tie_word_embeddings says. A tied head that is there alone is the embedding, and gets its name.
+    """
+    head, embedding = "lm_head.weight", "embed_tokens.weight"
+    if not config.tie_word_embeddings or config.head_tokens is not None or head not in tensors:
+        return config
+    if embedding not in tensors:
+        tensors[embedding] = tensors.pop(head)
+        return config
+    ours, theirs = read(tensors[embedding]), read(tensors[head])
+    if ours.shape == theirs.shape and torch.equal(ours, theirs.to(ours.dtype)):
+        return config
+    return dataclasses.replace(config, tie_word_embeddings=False)
 
 
 def _call(block: nn.Module, *arguments: Any) -> Any:
@@ -842,7 +947,7 @@ def _open_model(
         raise InputError(
             f"{weights.folder}: has tensors of {layers} layers, expected {config.num_hidden_layers}"
         )
-    model = Llama(config, device="meta")
+    model = Llama(as_stored(config, names, weights.__getitem__), device="meta")
     if converted and values.get("quantize") is not None:
         model.quantize_(values["quantize"])
     return model, _checked(model, weights, names)

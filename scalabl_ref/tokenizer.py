@@ -16,7 +16,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from .checkpoint import refuse_pointer
 from .errors import InputError
+from .hub import model_folder
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -275,12 +277,12 @@ def companion_files(folder: Path) -> dict[str, Path]:
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """The tokenizer of a model folder, or of one file of either kind.
+    """The tokenizer of a model folder (or name on the Hub), or of one file of either kind.
 
     In a folder, tokenizer.json goes before tokenizer.model, as in transformers. Raises InputError
     naming the file if it is absent or damaged.
     """
-    path = Path(path)
+    path = model_folder(path)
     if path.is_dir():
         file = _choose(path)
         files = tokenizer_files(path)
@@ -427,6 +429,7 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> bytes:
+    refuse_pointer(path)
     try:
         return path.read_bytes()
     except FileNotFoundError:

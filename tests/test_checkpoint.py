@@ -27,6 +27,7 @@ from scalabl_ref.checkpoint import (
     save_tensors,
     write_tensors,
 )
+from scalabl_ref.tokenizer import load_tokenizer
 
 from .conftest import ROOT
 from .models import TINY
@@ -86,16 +87,6 @@ def test_a_lying_layer_count_is_refused_at_once(tmp_path):
     write_config(tmp_path, num_hidden_layers=10**6)
     with pytest.raises(InputError, match="has tensors of 2 layers, expected 1000000"):
         Llama.from_pretrained(tmp_path)
-
-
-def test_tied_heads_are_one_tensor(tmp_path):
-    state = hf_state()
-    write_config(tmp_path, tie_word_embeddings=True)
-    for extra in ([], [("lm_head.weight", state["lm_head.weight"])]):
-        rest = [(name, t) for name, t in state.items() if name != "lm_head.weight"]
-        save_tensors(tmp_path / "model.safetensors", rest + extra)
-        model = Llama.from_pretrained(tmp_path)
-        assert model.lm_head.weight is model.embed_tokens.weight
 
 
 def test_old_rope_buffers_are_passed_over(tmp_path):
@@ -245,6 +236,114 @@ def test_wrong_tensors_are_named(tmp_path, spoil, message):
         Llama.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "method"),
+    [
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}, "gptq"),
+        ("quantization_config", {"quant_method": "fp8"}, "fp8"),
+        ("quantization_config", {"load_in_4bit": True}, "bitsandbytes"),
+        ("compression_config", {"format": "pack-quantized"}, "compressed-tensors"),
+        ("quantization", {"bits": 4, "group_size": 64}, "MLX"),
+    ],
+)
+def test_a_folder_that_was_quantised_elsewhere_is_refused_by_its_method(
+    tmp_path, key, value, method
+):
+    """Before any tensor is looked at: there is none here."""
+    write_config(tmp_path, **{key: value})
+    with pytest.raises(
+        InputError, match=f"config.json: {key}: .* quantised elsewhere, by {method}:"
+    ):
+        Llama.from_pretrained(tmp_path)
+    write_config(tmp_path, **{key: None})
+    single(tmp_path)
+    Llama.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("weight.absmax", "bitsandbytes"),
+        ("SCB", "bitsandbytes"),
+        ("qweight", "GPTQ or AWQ"),
+        ("weight_packed", "compressed-tensors"),
+        ("weight_scale", "compressed-tensors or in FP8"),
+        ("scales", "MLX, or another method"),
+    ],
+)
+def test_codes_that_no_configuration_tells_of_are_known_by_their_names(tmp_path, name, method):
+    full = f"model.layers.0.self_attn.q_proj.{name}"
+    state = {**hf_state(), full: torch.zeros(3, dtype=torch.uint8)}
+    state["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(8, 1, dtype=torch.uint8)
+    write_config(tmp_path)
+    save_tensors(tmp_path / "model.safetensors", state.items())
+    with pytest.raises(InputError, match=f"tensor {full} is of weights that were .* by {method}:"):
+        Llama.from_pretrained(tmp_path)
+
+
+TOKENS = torch.tensor([[3, 1, 4, 1, 5]])
+
+
+@torch.no_grad()
+def test_a_head_that_differs_counts_whatever_the_configuration_says(tmp_path):
+    write_config(tmp_path, tie_word_embeddings=True)
+    single(tmp_path)
+    model = Llama.from_pretrained(tmp_path)
+    assert not model.config.tie_word_embeddings and model.config == TINY
+    assert torch.equal(model(TOKENS), base()(TOKENS))
+    head = base().lm_head.weight
+    assert torch.equal(model.lm_head.weight, head) and not torch.equal(
+        head, base().embed_tokens.weight
+    )
+
+
+@pytest.mark.parametrize("stored", ["both", "head"])
+def test_a_head_that_is_the_embedding_is_tied(tmp_path, stored):
+    state = hf_state()
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    if stored == "head":
+        del state["model.embed_tokens.weight"]
+    write_config(tmp_path, tie_word_embeddings=True)
+    save_tensors(tmp_path / "model.safetensors", state.items())
+    model = Llama.from_pretrained(tmp_path)
+    assert model.tied and model.lm_head.weight is model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, base().embed_tokens.weight)
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype", None])
+@pytest.mark.parametrize("wide", ["norm", "lm_head"])
+@torch.no_grad()
+def test_weights_of_several_dtypes_become_one(tmp_path, key, wide):
+    """As k-bit training leaves them: that of config.json, else the embedding's."""
+    state = {n: t if wide in n else t.bfloat16() for n, t in hf_state().items()}
+    for tensor in state.values():
+        tensor += torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1))
+    save_tensors(tmp_path / "model.safetensors", state.items())
+    write_config(tmp_path, **({key: "bfloat16"} if key else {}))
+    model = Llama.from_pretrained(tmp_path)
+    assert all(
+        torch.equal(tensor, state[ours_to_hf(name)].bfloat16())
+        for name, tensor in model.state_dict().items()
+    )
+    assert model(TOKENS).dtype == torch.bfloat16
+    write_config(tmp_path, dtype="float32")
+    wider = Llama.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(t, state[ours_to_hf(name)].float()) for name, t in wider.items())
+    asked = Llama.from_pretrained(tmp_path, dtype=torch.float64).state_dict()
+    assert all(tensor.dtype == torch.float64 for tensor in asked.values())
+
+
+def test_a_value_too_large_for_the_common_dtype_is_named(tmp_path):
+    state = {n: t if "norm" in n else t.half() for n, t in hf_state().items()}
+    state["model.norm.weight"][0] = 1e6
+    save_tensors(tmp_path / "model.safetensors", state.items())
+    write_config(tmp_path, dtype="float16")
+    with pytest.raises(
+        InputError, match="tensor norm.weight has values too large for torch.float16"
+    ):
+        Llama.from_pretrained(tmp_path)
+
+
 def test_missing_shards_and_lying_indices_are_named(tmp_path):
     write_config(tmp_path)
     sharded(tmp_path)
@@ -283,6 +382,20 @@ def test_other_broken_pickles_are_named(tmp_path, content):
     (tmp_path / "x.bin").write_bytes(content)
     with pytest.raises(InputError, match=r"x\.bin: "):
         load_pickle(tmp_path / "x.bin")
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 5\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json"])
+@pytest.mark.parametrize("read", [Llama.from_pretrained, load_tokenizer])
+def test_a_git_lfs_pointer_is_told_from_the_file(tmp_path, name, read):
+    if read is load_tokenizer:
+        name = "tokenizer.model" if name.endswith("bin") else "tokenizer.json"
+    write_config(tmp_path)
+    (tmp_path / name).write_text(POINTER)
+    with pytest.raises(InputError, match=f"{name}: is a git-lfs pointer: fetch the file itself"):
+        read(tmp_path)
 
 
 def test_a_pickle_of_something_else_is_named(tmp_path):

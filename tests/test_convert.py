@@ -121,6 +121,41 @@ def test_a_tied_head_that_was_stored_survives(tmp_path, layout):
         assert torch.equal(back[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
+@torch.no_grad()
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to(tmp_path):
+    """What PEFT's merge leaves: the file's head goes there and back, and into a llama2.c file."""
+    change = {"intermediate_size": 32, "rms_norm_eps": 1e-5}
+    source = hf_folder(tmp_path / "hf", dataclasses.replace(TINY, **change))
+    values = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**values, "tie_word_embeddings": True}))
+    expected = Llama.from_pretrained(source)(torch.arange(5)[None])
+    convert_hf.convert(source, tmp_path / "ours")
+    convert_hf.convert(tmp_path / "ours", tmp_path / "back", to_hf=True)
+    convert_hf.convert(source, tmp_path / "m.bin", to_llama2c=True)
+    convert_hf.convert(tmp_path / "m.bin", tmp_path / "again")
+    for name in ("ours", "back", "again"):
+        model = Llama.from_pretrained(tmp_path / name)
+        assert not model.tied and torch.equal(model(torch.arange(5)[None]), expected)
+    before, back = Weights(source), Weights(tmp_path / "back")
+    assert before.keys() == back.keys()
+    assert all(torch.equal(before[name], back[name]) for name in before)
+
+
+def test_a_folder_of_several_dtypes_keeps_its_bytes(tmp_path):
+    source = hf_folder(tmp_path / "hf", TINY)
+    tensors, _ = load_tensors(source / "model.safetensors")
+    tensors = {n: t if "norm" in n else t.bfloat16() for n, t in tensors.items()}
+    save_tensors(source / "model.safetensors", tensors.items())
+    convert_hf.convert(source, tmp_path / "ours")
+    before, after = Weights(source), Weights(tmp_path / "ours")
+    assert all(torch.equal(before[ours_to_hf(name)], after[name]) for name in after)
+    assert before["model.norm.weight"].dtype == after["norm.weight"].dtype == torch.float32
+    expected = Llama.from_pretrained(source).state_dict()  # whose config.json says float32
+    ours = Llama.from_pretrained(tmp_path / "ours").state_dict()
+    assert all(torch.equal(ours[name], t) for name, t in expected.items())
+    assert {t.dtype for t in (*ours.values(), *expected.values())} == {torch.float32}
+
+
 def test_the_command_says_what_is_wrong(tmp_path, capsys):
     source = hf_folder(tmp_path / "hf", TINY)
 

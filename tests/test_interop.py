@@ -225,6 +225,19 @@ def test_a_tied_head_that_is_not_adapted_stays_tied(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("targets", [("q_proj",), ("lm_head",)])
+def test_a_head_that_differs_though_it_is_said_to_be_tied_goes_out_untied(tmp_path, targets):
+    base = tiny_folder(tmp_path / "base")
+    values = read_json(base / "config.json")
+    assert not values["tie_word_embeddings"]
+    (base / "config.json").write_text(json.dumps({**values, "tie_word_embeddings": True}))
+    model = a_run(base, tmp_path / "run", targets=targets)
+    export(trained(base, tmp_path / "run"), tmp_path / "out", "hf")
+    assert not read_json(tmp_path / "out/config.json")["tie_word_embeddings"]
+    assert_equal_logits(model, model(TOKENS), Llama.from_pretrained(tmp_path / "out")(TOKENS))
+
+
+@torch.no_grad()
 def test_merged_weights_are_rounded_once_to_the_dtype_asked_for(tmp_path):
     """A bfloat16 base: its own dtype, or float32, where the update is not rounded away."""
     base = tiny_folder(tmp_path / "base")

@@ -403,7 +403,7 @@ def test_configurations_survive_both_layouts(config):
 def test_defaults_of_old_and_new_files():
     old = LlamaConfig.from_hf(HF)
     assert (old.num_key_value_heads, old.head_dim, old.rope) == (4, 4, RopeConfig())
-    scaling = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5, "low_freq_factor": 1.0}
+    scaling = {**LLAMA3, "rope_theta": 5e5}
     new = LlamaConfig.from_hf({**HF, "rope_parameters": scaling, "eos_token_id": [7, 8]})
     assert (new.rope.kind, new.rope.theta, new.rope.factor) == ("llama3", 5e5, 8.0)
     assert new.eos_token_id == 7
@@ -411,9 +411,73 @@ def test_defaults_of_old_and_new_files():
     assert LlamaConfig.from_hf({**HF, "model_type": "qwen3"}).qk_norm
 
 
+LINEAR = {"type": "linear", "factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ORIGINAL = "original_max_position_embeddings"
+
+
+WHOLE = {"rope_scaling": {**LINEAR, "partial_rotary_factor": None}}, RopeConfig("linear", 1e4, 4.0)
+ROPES_IN_FILES = [
+    (
+        {
+            "rope_scaling": LINEAR,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        RopeConfig("linear", 1e4, 4.0),
+    ),
+    (
+        {"rope_scaling": {**LINEAR, "rope_theta": 5.0}, "rope_parameters": {"rope_theta": 5.0}},
+        RopeConfig("linear", 5.0, 4.0),
+    ),
+    ({"rope_scaling": {}, "rope_parameters": LINEAR}, RopeConfig("linear", 1e4, 4.0)),
+    ({"rope_scaling": LLAMA3}, RopeConfig("llama3", 1e4, 8.0, 1.0, 4.0, 512)),
+    ({"rope_scaling": {**LLAMA3, ORIGINAL: 64}}, RopeConfig("llama3", 1e4, 8.0, 1.0, 4.0, 64)),
+    (
+        {"rope_scaling": {**LLAMA3, ORIGINAL: 64}, ORIGINAL: 32},
+        RopeConfig("llama3", 1e4, 8.0, 1.0, 4.0, 32),
+    ),
+    ({"partial_rotary_factor": None}, RopeConfig()),
+    ({"partial_rotary_factor": 1.0}, RopeConfig()),
+]
+
+
+@pytest.mark.parametrize(("change", "expected"), [*ROPES_IN_FILES, WHOLE])
+def test_rope_is_read_as_transformers_reads_it(change, expected):
+    """tests/peer/test_transformers.py compares the same files with transformers itself."""
+    assert LlamaConfig.from_hf({**HF, "max_position_embeddings": 512, **change}).rope == expected
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"rope_scaling": 4.0}, "rope_scaling must be an object or null, not 4.0"),
+        ({"rope_parameters": [LINEAR]}, "rope_parameters must be an object or null, not "),
+        (
+            {"rope_scaling": {"type": "linear"}},
+            "rope_scaling: factor is missing, which RoPE scaling",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}},
+            "rope_parameters: low_freq_factor is missing, which RoPE scaling 'llama3' needs",
+        ),
+        ({"rope_scaling": {**LLAMA3, ORIGINAL: "x"}}, f"{ORIGINAL} must be a number above 0"),
+        ({"rope_theta": None}, "RoPE's theta must be a number above 0, not None"),
+        ({"partial_rotary_factor": 0.5}, "RoPE on a part of each head is not implemented"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "rope_parameters: RoPE that differs from layer to layer is not implemented",
+        ),
+        (
+            {"rope_scaling": LINEAR, "rope_parameters": {"rope_theta": 1e6}},
+            "rope_parameters has rope_theta 1000000.0, and rope_scaling, which counts where both",
+        ),
+        *(
+            (
+                {"rope_scaling": {"rope_type": kind, "factor": 2}},
+                f"RoPE scaling '{kind}' is not known",
+            )
+            for kind in ("dynamic", "longrope", "yarn", "proportional")
+        ),
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not known"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not known"),
         ({"hidden_size": None}, "hidden_size must be a positive whole number, not None"),

@@ -1,10 +1,13 @@
-"""A llama-architecture GGUF into this package's layout, tokenizer included.
+"""A GGUF of architecture llama, mistral, qwen2 or qwen3 into this package's layout.
+
+The tokenizer and the chat template in it come along.
 
     python tools/convert_gguf.py FILE.gguf DST [--dtype float32|bfloat16|float16|keep]
                                                [--quantize int8|nf4]
 
 Tensors may be F32, F16, BF16, or any quantised type that the `gguf` package can expand. It is in
 the extra `gguf` and brings NumPy, which nothing else here needs: use an environment of its own.
+Of a split file, name any part: all of them are read.
 --quantize packs the expanded weights of the blocks anew (docs/large.md). DST must not exist: it
 appears whole, or not at all.
 """
@@ -17,6 +20,7 @@ import re
 import struct
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +30,9 @@ import scalabl_ref  # noqa: F401  before torch, whose warning about a missing Nu
 import torch
 from torch import Tensor
 
-from scalabl_ref.checkpoint import Stored, new_folder, write_model
+from scalabl_ref.checkpoint import Stored, new_folder, refuse_pointer, write_model
 from scalabl_ref.errors import InputError
-from scalabl_ref.llama import LlamaConfig, RopeConfig, check_model
+from scalabl_ref.llama import Llama, LlamaConfig, RopeConfig, check_model
 from scalabl_ref.quantize import KINDS as CODES
 from scalabl_ref.quantize import Kind
 from scalabl_ref.tokenizer import load_tokenizer
@@ -37,6 +41,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from llama2c import half_split
 from packing import packed
 
+# Architectures, and whether the rows of q and k are stored for interleaved RoPE pairs. (No file of
+# llama.cpp says mistral: Mistral's say llama. One that does is taken for the same layout.)
+ARCHITECTURES = {"llama": True, "mistral": True, "qwen2": False, "qwen3": False}
 DTYPES = ("float32", "bfloat16", "float16", "keep")
 
 # Parts of a tensor's name in a GGUF and in ours.
@@ -49,6 +56,8 @@ NAMES = {
     "attn_k": "attn.k_proj",
     "attn_v": "attn.v_proj",
     "attn_output": "attn.o_proj",
+    "attn_q_norm": "attn.q_norm",
+    "attn_k_norm": "attn.k_norm",
     "ffn_norm": "mlp_norm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
@@ -58,17 +67,29 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 # How a byte-level BPE vocabulary splits text before merging, by tokenizer.ggml.pre: a pattern, or
 # "digits" for single digits before GPT-2's own pattern.
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_START, _UPPER, _LOWER = r"[^\r\n\p{L}\p{N}]?", r"\p{Lu}\p{Lt}", r"\p{Ll}"
+_BOTH = r"\p{Lm}\p{Lo}\p{M}"
+_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|" + _START + r"\p{L}+|\p{N}{1,3}" + _REST
+_TEKKEN = (
+    f"{_START}[{_UPPER}{_BOTH}]*[{_LOWER}{_BOTH}]+|{_START}[{_UPPER}{_BOTH}]+[{_LOWER}{_BOTH}]*"
+    r"|\p{N}" + _REST.replace(r"[\r\n]*", r"[\r\n/]*")
 )
 LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+QWEN2_NAMES = ("qwen2", "deepseek-r1-qwen")
 PRE_TOKENIZERS = {
     "smollm": "digits",
     **dict.fromkeys(LLAMA3_NAMES, _LLAMA3),
-    "qwen2": _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),
+    **dict.fromkeys(QWEN2_NAMES, _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")),
+    "tekken": _TEKKEN,
     "gpt-2": "",
 }
+# Those whose merges do not reach all of their tokens, which are taken whole; their texts begin with
+# BOS unless the file says otherwise.
+WHOLE_NAMES = (*LLAMA3_NAMES, "tekken")
+# Control tokens that end a text or a turn beside the file's eos, by name, as in llama.cpp.
+ENDS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>")
+CONTROL, USER_DEFINED = 3, 4  # types of tokens, sentencepiece's own
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -105,13 +126,16 @@ def convert(
     quantize: write the codes that `Llama.from_pretrained` would make of those weights.
     Raises InputError naming the file, and the key or tensor, for anything missing or not supported.
     """
-    reader = _open(source)
+    parts = _parts(source)
     try:
-        fields = dict(_contents(reader))
-        tensors = dict(_tensors(reader, fields, dtype or _stored_dtype(reader)))
-        config = _config(fields, tensors)
+        fields = dict(_contents(parts[0]))
+        tensors = {tensor.name: tensor for part in parts for tensor in part.tensors}
+        architecture = _architecture(fields)
+        dtype = dtype or _stored_dtype(tensors)
+        weights = dict(_weights(tensors, architecture, fields, dtype))
+        config = _config(architecture, fields, weights, tensors.get(ROPE_FACTORS))
+        _check_shapes(config, weights)
         with new_folder(target) as folder:
-            weights = {n: Stored.held(t) for n, t in tensors.items() if n != ROPE_FACTORS}
             if quantize:
                 weights = packed(weights, config, quantize)
             write_model(folder, {**config.to_dict(), "quantize": quantize}, weights, {})
@@ -120,6 +144,44 @@ def convert(
             load_tokenizer(folder)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
+
+
+def _parts(source: Path) -> list[Any]:
+    """The readers of a file, or of all parts of the one that `source` is a part of, in order."""
+    reader = _open(source)
+    number, count = _part_of(source, reader)
+    if count == 1:
+        return [reader]
+    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", source.name)
+    if match is None or (int(match[2]), int(match[3])) != (number, count):
+        raise InputError(
+            f"{source}: is part {number} of {count}, and is not named so: expected a name that "
+            f"ends in -{number:05d}-of-{count:05d}.gguf"
+        )
+    readers = []
+    for i in range(1, count + 1):
+        path = source.with_name(f"{match[1]}-{i:05d}-of-{count:05d}.gguf")
+        if not path.exists():
+            raise InputError(f"{source}: part {i} of {count} is missing: {path.name}")
+        readers.append(reader if i == number else _open(path))
+        if _part_of(path, readers[-1]) != (i, count):
+            raise InputError(f"{path}: says that it is another part than its name says")
+    return readers
+
+
+def _part_of(source: Path, reader: Any) -> tuple[int, int]:
+    """Which part a file is, from 1, and of how many: 1 of 1 if it is not split."""
+    fields = {key: f.contents() for key, f in reader.fields.items() if key.startswith("split.")}
+    try:
+        count = _get(fields, "split.count", int, 1)
+        number = _get(fields, "split.no", int, 0) + 1
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    if count < 2:  # llama.cpp writes 0, too
+        return 1, 1
+    if not 1 <= number <= count:
+        raise InputError(f"{source}: key split.no is {number - 1}, and split.count {count}")
+    return number, count
 
 
 def _open(source: Path) -> Any:
@@ -135,7 +197,10 @@ def _open(source: Path) -> Any:
         _check_lengths(source)
         return GGUFReader(source)
     except Exception as error:  # the package raises many kinds for a damaged file
+        refuse_pointer(source)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if unknown := re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", reason):
+            reason = f"the gguf package that is installed knows no tensors of type {unknown[1]}"
         raise InputError(f"{source}: not a valid GGUF file: {reason}") from None
 
 
@@ -248,49 +313,87 @@ def _token_id(fields: dict[str, Any], name: str) -> int | None:
 # --- weights -----------------------------------------------------------------------------------
 
 
-def _config(fields: dict[str, Any], tensors: dict[str, Tensor]) -> LlamaConfig:
-    def size(key: str, default: int | None = None) -> int:
-        return _size(fields, f"llama.{key}", default)
+def _architecture(fields: dict[str, Any]) -> str:
+    architecture: str = _get(fields, "general.architecture", str)
+    if architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise InputError(f"architecture {architecture!r} is not known: expected one of {known}")
+    if _get(fields, f"{architecture}.expert_count", int, 0):
+        raise InputError("a mixture of experts is not implemented")
+    return architecture
 
-    heads, hidden, layers = size("attention.head_count"), size("embedding_length"), _layers(tensors)
+
+def _config(
+    architecture: str, fields: dict[str, Any], weights: dict[str, Stored], factors: Any
+) -> LlamaConfig:
+    def size(key: str, default: int | None = None) -> int:
+        return _size(fields, f"{architecture}.{key}", default)
+
+    heads, hidden, layers = size("attention.head_count"), size("embedding_length"), _layers(weights)
     head_dim = size("attention.key_length", max(1, hidden // heads))
+    if size("attention.value_length", head_dim) != head_dim:
+        raise InputError("heads whose values have another length than their keys")
     if size("rope.dimension_count", head_dim) != head_dim:
         raise InputError("RoPE on a part of each head is not implemented")
     if size("block_count") != layers:
-        raise InputError(f"key llama.block_count is {size('block_count')}, tensors say {layers}")
+        raise InputError(
+            f"key {architecture}.block_count is {size('block_count')}, tensors say {layers}"
+        )
+    positions = size("context_length")
+    window = size("attention.sliding_window", positions)
+    if window < positions:
+        raise InputError(
+            f"sliding-window attention ({window} tokens) is not implemented: it would matter "
+            f"within the model's {positions} positions"
+        )
+    eps = _get(fields, f"{architecture}.attention.layer_norm_rms_epsilon", float)
     return LlamaConfig(
-        vocab_size=len(_tokens(fields)),
+        vocab_size=_vocab_size(fields, weights),
         hidden_size=hidden,
         intermediate_size=size("feed_forward_length"),
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=size("attention.head_count_kv", heads),
         head_dim=head_dim,
-        max_position_embeddings=size("context_length"),
-        # Stored as a float32: 1e-5 and not 9.99999974e-06 was meant.
-        rms_norm_eps=float(f"{_get(fields, 'llama.attention.layer_norm_rms_epsilon', float):.6g}"),
-        rope=_rope(fields, tensors.get(ROPE_FACTORS), head_dim),
-        tie_word_embeddings="lm_head.weight" not in tensors,
-        qkv_bias="layers.0.attn.q_proj.bias" in tensors,
-        output_bias="layers.0.attn.o_proj.bias" in tensors,
-        mlp_bias="layers.0.mlp.up_proj.bias" in tensors,
+        max_position_embeddings=positions,
+        rms_norm_eps=float(f"{eps:.6g}"),  # stored as a float32: 1e-5 and not 9.99999974e-06
+        rope=_rope(architecture, fields, None if factors is None else _expanded(factors), head_dim),
+        tie_word_embeddings="lm_head.weight" not in weights,
+        qkv_bias="layers.0.attn.q_proj.bias" in weights,
+        output_bias="layers.0.attn.o_proj.bias" in weights,
+        mlp_bias="layers.0.mlp.up_proj.bias" in weights,
+        qk_norm="layers.0.attn.q_norm.weight" in weights,
         bos_token_id=_token_id(fields, "bos"),
         eos_token_id=_token_id(fields, "eos"),
     )
 
 
-def _layers(tensors: dict[str, Tensor]) -> int:
-    return len({name.split(".")[1] for name in tensors if name.startswith("layers.")})
+def _layers(weights: dict[str, Stored]) -> int:
+    return len({name.split(".")[1] for name in weights if name.startswith("layers.")})
 
 
-def _rope(fields: dict[str, Any], factors: Tensor | None, head_dim: int) -> RopeConfig:
+def _vocab_size(fields: dict[str, Any], weights: dict[str, Stored]) -> int:
+    """Rows of the embedding: at least as many as tokens; more are padding."""
+    tokens = len(_tokens(fields))
+    if "embed_tokens.weight" not in weights:
+        raise InputError("tensor token_embd.weight is missing")
+    rows = weights["embed_tokens.weight"].shape[0]
+    if rows < tokens:
+        raise InputError(f"tensor token_embd.weight has {rows} rows, and there are {tokens} tokens")
+    return rows
+
+
+def _rope(
+    architecture: str, fields: dict[str, Any], factors: Tensor | None, head_dim: int
+) -> RopeConfig:
     """llama.cpp's rules: a factor without a type scales linearly, and 0 means none."""
-    theta = float(_get(fields, "llama.rope.freq_base", float, 10000.0))
-    kind = _get(fields, "llama.rope.scaling.type", str, "linear")
+    rope = f"{architecture}.rope"
+    theta = float(_get(fields, f"{rope}.freq_base", float, 10000.0))
+    kind = _get(fields, f"{rope}.scaling.type", str, "linear")
     if kind not in ("none", "linear"):
         raise InputError(f"RoPE scaling {kind!r} is not known: expected none or linear")
-    old = _get(fields, "llama.rope.scale_linear", float, 1.0)
-    factor = float(_get(fields, "llama.rope.scaling.factor", float, old))
+    old = _get(fields, f"{rope}.scale_linear", float, 1.0)
+    factor = float(_get(fields, f"{rope}.scaling.factor", float, old))
     if kind == "linear" and factor not in (0.0, 1.0):
         if factors is not None:
             raise InputError(f"RoPE scaled both linearly and by tensor {ROPE_FACTORS}")
@@ -308,48 +411,77 @@ def _rope(fields: dict[str, Any], factors: Tensor | None, head_dim: int) -> Rope
     return guess
 
 
-def _stored_dtype(reader: Any) -> torch.dtype:
-    kinds = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
+def _stored_dtype(tensors: dict[str, Any]) -> torch.dtype:
+    kinds = {tensor.tensor_type.name for tensor in tensors.values() if len(tensor.shape) > 1}
     half = {"F16": torch.float16, "BF16": torch.bfloat16}
     return half.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
 
 
-def _tensors(
-    reader: Any, fields: dict[str, Any], dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    """Our name and the expanded tensor of each in the file, q and k rows back in half-split order.
-
-    llama.cpp stores the rows of q and k for interleaved RoPE pairs.
-    """
+def _expanded(tensor: Any, rows: int | None = None) -> Tensor:
+    """A tensor of the file, or its first rows alone, in float32."""
     import numpy
     from gguf import dequantize
 
-    architecture = _get(fields, "general.architecture", str)
-    if architecture != "llama":
-        raise InputError(f"architecture {architecture!r} is not known: expected 'llama'")
-    heads = {"attn_q": _size(fields, "llama.attention.head_count")}
-    heads["attn_k"] = _size(fields, "llama.attention.head_count_kv", heads["attn_q"])
-    for tensor in reader.tensors:
-        try:
-            values = dequantize(tensor.data, tensor.tensor_type)
-        except (NotImplementedError, ValueError) as error:
-            raise InputError(f"tensor {tensor.name}: cannot be expanded: {error}") from None
-        shape = tuple(int(size) for size in reversed(tensor.shape))
-        weight = torch.from_numpy(numpy.array(values, numpy.float32)).view(shape)
-        if tensor.name == ROPE_FACTORS:
-            yield ROPE_FACTORS, weight
+    try:
+        with numpy.errstate(all="ignore"):  # a NaN is refused later, by its tensor's name
+            values = dequantize(tensor.data[:rows], tensor.tensor_type)
+    except (NotImplementedError, ValueError) as error:
+        raise InputError(f"tensor {tensor.name}: cannot be expanded: {error}") from None
+    expanded = torch.from_numpy(numpy.array(values, numpy.float32))
+    return expanded if rows else expanded.view(_shape(tensor))
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(int(size) for size in reversed(tensor.shape))
+
+
+def _weights(
+    tensors: dict[str, Any], architecture: str, fields: dict[str, Any], dtype: torch.dtype
+) -> Iterator[tuple[str, Stored]]:
+    """Our name of each tensor, and the tensor, which is expanded when it is read."""
+    interleaved = ARCHITECTURES[architecture]
+    heads = {"attn_q": _size(fields, f"{architecture}.attention.head_count")}
+    heads["attn_k"] = _size(fields, f"{architecture}.attention.head_count_kv", heads["attn_q"])
+    for name, tensor in tensors.items():
+        if name == ROPE_FACTORS:
             continue
-        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", tensor.name)
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
         if match is None or match[2] not in NAMES:
-            raise InputError(f"tensor {tensor.name} is not part of a llama")
+            raise InputError(f"tensor {name} is not part of a {architecture} model")
         block, part, kind = match.groups()
         prefix = "" if block is None else f"layers.{block}."
-        if part in heads:
-            if shape[0] % (2 * heads[part]):
-                raise InputError(f"tensor {tensor.name}: {shape[0]} rows for {heads[part]} heads")
-            matrix = weight if kind == "weight" else weight[:, None]
-            weight = half_split(matrix, heads[part]).view(shape)
-        yield f"{prefix}{NAMES[part]}.{kind}", weight.to(dtype)
+        shape, rotated = _shape(tensor), heads.get(part, 0)
+        if rotated and shape[0] % (2 * rotated):
+            raise InputError(f"tensor {name}: {shape[0]} rows for {rotated} heads")
+        _expanded(tensor, 1)  # that it can be, before anything is written
+        read = partial(_read, tensor, rotated if interleaved else 0, dtype)
+        yield f"{prefix}{NAMES[part]}.{kind}", Stored(dtype, shape, read)
+
+
+def _check_shapes(config: LlamaConfig, weights: dict[str, Stored]) -> None:
+    """Raise InputError, which has the GGUF's name, for a tensor that is missing or misshapen."""
+    theirs = {ours: name for name, ours in NAMES.items()}
+    for name, empty in Llama(config, device="meta").state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        stem, _, kind = name.removeprefix("layers.").rpartition(".")
+        block, _, part = stem.partition(".") if name.startswith("layers.") else ("", "", stem)
+        tensor = f"blk.{block}.{theirs[part]}.{kind}" if block else f"{theirs[part]}.{kind}"
+        if name not in weights:
+            raise InputError(f"tensor {tensor} is missing")
+        if weights[name].shape != empty.shape:
+            raise InputError(
+                f"tensor {tensor} has shape {weights[name].shape}, expected {tuple(empty.shape)}"
+            )
+
+
+def _read(tensor: Any, heads: int, dtype: torch.dtype) -> Tensor:
+    """A tensor expanded; with `heads`, its interleaved rows back in half-split order."""
+    weight = _expanded(tensor)
+    if heads:
+        matrix = weight if weight.dim() > 1 else weight[:, None]
+        weight = half_split(matrix, heads).view(weight.shape)
+    return weight.to(dtype)
 
 
 # --- tokenizer ---------------------------------------------------------------------------------
@@ -365,30 +497,46 @@ def _write_tokenizer(folder: Path, fields: dict[str, Any]) -> None:
         raise InputError(f"tokenizer {kind!r} is not known: expected 'llama' or 'gpt2'")
     tokens = _tokens(fields)
     config: dict[str, Any] = {"add_bos_token": _adds_bos(fields)}
-    for name in ("bos", "eos"):
-        index = _token_id(fields, name)
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        index = _token_id(fields, key)
         if index is not None:
             config[f"{name}_token"] = tokens[index]
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False) + "\n")
+    if kind == "gpt2":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    _write_json(folder / "tokenizer_config.json", config)
+    ends = _ends(fields)
+    if len(ends) > 1:
+        begin = _token_id(fields, "bos")
+        _write_json(
+            folder / "generation_config.json", {"bos_token_id": begin, "eos_token_id": ends}
+        )
+    if "tokenizer.chat_template" in fields:
+        template = _get(fields, "tokenizer.chat_template", str)
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _ends(fields: dict[str, Any]) -> list[int]:
+    """Ids of the tokens that end a text or a turn, the file's eos first."""
+    stated = [_token_id(fields, name) for name in ("eos", "eot", "eom")]
+    tokens, key = _tokens(fields), "tokenizer.ggml.token_type"
+    kinds = _per_token(fields, key, int) if key in fields else []
+    named = [i for i, kind in enumerate(kinds) if kind == CONTROL and tokens[i] in ENDS]
+    return list(dict.fromkeys(i for i in (*stated, *named) if i is not None))
 
 
 def _adds_bos(fields: dict[str, Any]) -> bool:
-    """Whether texts begin with BOS; by llama.cpp's default those of Llama, 1 to 3, do."""
+    """Whether texts begin with BOS; by llama.cpp's default those of Llama and Mistral do."""
     is_sentencepiece = _get(fields, "tokenizer.ggml.model", str) == "llama"
-    default = is_sentencepiece or fields.get("tokenizer.ggml.pre") in LLAMA3_NAMES
+    default = is_sentencepiece or fields.get("tokenizer.ggml.pre") in WHOLE_NAMES
     return _get(fields, "tokenizer.ggml.add_bos_token", bool, default)
 
 
 def _byte_level_bpe(fields: dict[str, Any]) -> Any:
-    from tokenizers import (
-        AddedToken,
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        pre_tokenizers,
-        processors,
-    )
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     pre = _get(fields, "tokenizer.ggml.pre", str)
     if pre not in PRE_TOKENIZERS:
@@ -402,11 +550,12 @@ def _byte_level_bpe(fields: dict[str, Any]) -> Any:
     if any(len(pair) != 2 for pair in merges):
         raise InputError(f"an entry of {key} is not two parts with a space between")
     try:
-        # Llama 3's merges do not reach all of its tokens: those are taken whole.
-        bpe = models.BPE(vocabulary, [(a, b) for a, b in merges], ignore_merges=pre in LLAMA3_NAMES)
+        bpe = models.BPE(vocabulary, [(a, b) for a, b in merges], ignore_merges=pre in WHOLE_NAMES)
     except Exception as error:  # the package raises nothing narrower
         raise InputError(f"key {key}: {error}") from None
     tokenizer = Tokenizer(bpe)
+    if pre in QWEN2_NAMES:
+        tokenizer.normalizer = normalizers.NFC()
     plain = pattern in ("", "digits")
     steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=plain)]
     if pattern == "digits":
@@ -415,12 +564,26 @@ def _byte_level_bpe(fields: dict[str, Any]) -> Any:
         steps.insert(0, pre_tokenizers.Split(Regex(pattern), "isolated"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
+    _add_tokens(tokenizer, fields)
+    return tokenizer
+
+
+def _add_tokens(tokenizer: Any, fields: dict[str, Any]) -> None:
+    """Tokens that are never spelled by others, and BOS before every text."""
+    from tokenizers import AddedToken, processors
+
+    tokens = _tokens(fields)
     kinds = _per_token(fields, "tokenizer.ggml.token_type", int)
-    added = [(token, kind) for token, kind in zip(tokens, kinds, strict=True) if kind in (3, 4)]
-    tokenizer.add_special_tokens(
-        [AddedToken(t, normalized=False) for t, kind in added if kind == 3]
-    )
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t, kind in added if kind == 4])
+    added = {
+        wanted: [
+            AddedToken(tokens[i], normalized=False)
+            for i, kind in enumerate(kinds)
+            if kind == wanted
+        ]
+        for wanted in (CONTROL, USER_DEFINED)
+    }
+    tokenizer.add_special_tokens(added[CONTROL])
+    tokenizer.add_tokens(added[USER_DEFINED])
     if _adds_bos(fields):
         index = _token_id(fields, "bos")
         if index is None:
@@ -429,7 +592,6 @@ def _byte_level_bpe(fields: dict[str, Any]) -> Any:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, index)]
         )
-    return tokenizer
 
 
 def _sentencepiece(fields: dict[str, Any]) -> bytes:

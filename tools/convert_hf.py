@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 import signal
 import sys
 import tempfile
@@ -42,13 +41,15 @@ from scalabl_ref.checkpoint import (
     new_folder,
     ours_to_hf,
     read_json,
+    refuse_pointer,
     sha256,
     stored_weights,
     with_dtype,
     write_model,
 )
 from scalabl_ref.errors import InputError, atomic_write_text, make_folder
-from scalabl_ref.llama import Llama, LlamaConfig, check_model
+from scalabl_ref.hub import hub_name, model_folder
+from scalabl_ref.llama import Llama, LlamaConfig, as_stored, check_model
 from scalabl_ref.progress import progress_bar
 from scalabl_ref.quantize import KINDS, Kind
 from scalabl_ref.tokenizer import companion_files, tokenizer_files
@@ -60,8 +61,6 @@ from packing import packed
 
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 MANIFEST = "manifest.json"
-
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -223,6 +222,7 @@ def _open(
 ) -> Source:
     path = Path(source)
     if path.is_file():
+        refuse_pointer(path)
         config, tensors = read_llama2c(path)
         config = _cut(config, positions)
         return Source("llama2c", path.name, config, tensors, [path])
@@ -230,11 +230,11 @@ def _open(
         config, tensors, read = read_meta(path, family)
         config = _cut(config, positions)
         return Source("meta", path.name, config, tensors, read, tokenizer_files(path))
+    folder = model_folder(source, revision)
     name = path.name
-    if not path.exists() and _HUB_NAME.fullmatch(str(source)):
-        path = _download(str(source), revision)
-        name = f"{source}@{path.name}"  # a snapshot's folder is called by its commit
-    return _open_folder(path, name, positions)
+    if folder != path:
+        name = f"{hub_name(folder)}@{folder.name}"  # a snapshot's folder is called by its commit
+    return _open_folder(folder, name, positions)
 
 
 def _open_folder(path: Path, name: str, positions: int | None) -> Source:
@@ -251,6 +251,7 @@ def _open_folder(path: Path, name: str, positions: int | None) -> Source:
     except InputError as error:
         raise InputError(f"{path / 'config.json'}: {error}") from None
     weights, tensors = stored_weights(path)
+    config = as_stored(config, tensors, lambda tensor: tensor.read())
     return Source(
         layout="ours" if converted else "hf",
         name=name,
@@ -272,30 +273,6 @@ def _cut(config: LlamaConfig, positions: int | None) -> LlamaConfig:
             f"--positions must be in [1, {config.max_position_embeddings}], and is {positions}"
         )
     return dataclasses.replace(config, max_position_embeddings=positions)
-
-
-def _download(name: str, revision: str | None) -> Path:
-    """Folder of a model's files from the Hub, in its cache; safetensors if it has them."""
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise InputError(
-            f"{name}: no such folder, and the Hub needs a package: pip install 'scalabl_ref[hf]'"
-        ) from None
-    try:
-        for weights in ("model*.safetensors", "pytorch_model*.bin"):
-            patterns = ["*.json", "*.jinja", "*.txt", "tokenizer.model", weights]
-            folder = Path(
-                snapshot_download(
-                    name, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"
-                )
-            )
-            if any(folder.glob(weights)):
-                break
-    except Exception as error:  # the package and its transport raise many kinds
-        reason = " ".join(str(error).split())
-        raise InputError(f"{name}: no such folder, nor to be had from the Hub: {reason}") from None
-    return folder
 
 
 # --- manifest ----------------------------------------------------------------------------------

@@ -42,9 +42,10 @@ def gguf_name(name: str) -> str:
 
 
 def write(path, model: Llama, kind=None, vocabulary=None, factors=None, **change) -> Path:
-    """A llama GGUF with these weights, matrices quantised to `kind`, q and k rows interleaved."""
-    c = model.config
-    writer = gguf.GGUFWriter(str(path), change.pop("architecture", "llama"))
+    """A GGUF with these weights, matrices quantised to `kind`, q and k of llama interleaved."""
+    c, embedding = model.config, change.pop("embedding", None)
+    architecture = change.pop("architecture", "llama")
+    writer = gguf.GGUFWriter(str(path), architecture, split_max_tensors=change.pop("parts_of", 0))
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
     writer.add_block_count(c.num_hidden_layers)
@@ -63,12 +64,17 @@ def write(path, model: Llama, kind=None, vocabulary=None, factors=None, **change
     for key, value in change.items():
         edit(writer, key.replace("__", "."), value)
     heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}
+    heads = heads if architecture in ("llama", "mistral") else {}
     for name, tensor in model.state_dict().items():
         if c.tie_word_embeddings and name == "lm_head.weight":
             continue
         rotated = heads.get(name.split(".")[-2])
-        array = (interleave(tensor, rotated) if rotated else tensor).numpy()
-        if kind is None or array.ndim == 1:
+        if rotated:
+            tensor = interleave(tensor.view(len(tensor), -1), rotated).view_as(tensor)
+        array = tensor.numpy()
+        if embedding is not None and name == "embed_tokens.weight":
+            embedding(writer, gguf_name(name))
+        elif kind is None or array.ndim == 1:
             writer.add_tensor(gguf_name(name), array)
         else:
             writer.add_tensor(gguf_name(name), gguf.quantize(array, kind), raw_dtype=kind)
@@ -147,11 +153,23 @@ def random_model(**change) -> Llama:
         {"tie_word_embeddings": True},
         {"rope": RopeConfig("linear", 500.0, 4.0)},
         {"head_dim": 4},
+        {"architecture": "mistral"},
+        {"qkv_bias": True},
+        {"qkv_bias": True, "architecture": "qwen2"},
+        {"qk_norm": True, "head_dim": 16, "architecture": "qwen3"},
     ],
 )
 def test_float32_files_give_the_same_model(tmp_path, change):
+    """Of every architecture, biases and norms with values of their own."""
+    change = dict(change)
+    architecture = change.pop("architecture", "llama")
     model = random_model(**change)
-    convert_gguf.convert(write(tmp_path / "m.gguf", model), tmp_path / "out")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(torch.arange(len(parameter)) / 8 + len(name))
+    path = write(tmp_path / "m.gguf", model, architecture=architecture)
+    convert_gguf.convert(path, tmp_path / "out")
     loaded = Llama.from_pretrained(tmp_path / "out")
     expected = dataclasses.replace(model.config, bos_token_id=1, eos_token_id=2)
     assert loaded.config == expected
@@ -199,6 +217,160 @@ def test_quantised_files_give_the_expanded_numbers(tmp_path, kind):
         assert not torch.equal(loaded[name], tensor)
 
 
+def dequantize(data, kind):
+    """What the package makes of these bytes, None if it cannot expand that type."""
+    try:
+        with numpy.errstate(all="ignore"):
+            return torch.from_numpy(gguf.dequantize(data, kind).astype(numpy.float32))
+    except NotImplementedError:
+        return None
+
+
+def random_rows(kind, rows: int, columns: int):
+    """Bytes of a matrix of that type, at random, whose numbers are finite and below 1e30."""
+    numbers = numpy.random.default_rng(0)
+    if kind.name in ("F32", "F16", "BF16"):
+        return gguf.quantize(numbers.standard_normal((rows, columns), numpy.float32), kind)
+    size = gguf.quants.quant_shape_to_byte_shape((rows, columns), kind)
+    data = numbers.integers(0, 256, size, numpy.uint8)
+    while (expanded := dequantize(data, kind)) is not None:
+        wrong = ~(expanded.abs() < 1e30).all(1).numpy()
+        if not wrong.any():
+            break
+        data[wrong] = numbers.integers(0, 256, (wrong.sum(), size[1]), numpy.uint8)
+    return data
+
+
+PLAIN = {"F64": "float64", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
+
+
+@pytest.mark.parametrize("kind", list(gguf.GGMLQuantizationType), ids=lambda kind: kind.name)
+def test_every_type_is_expanded_as_the_package_does_or_named(tmp_path, capsys, kind):
+    model = random_model(hidden_size=256)
+    path, rows = tmp_path / "m.gguf", SHAPE.vocab_size
+    if kind.name in PLAIN:
+        data = numpy.ones((rows, 256), PLAIN[kind.name])
+    else:
+        data = random_rows(kind, rows, 256)
+    raw = None if kind.name in PLAIN else kind
+    write(path, model, embedding=lambda writer, name: writer.add_tensor(name, data, raw_dtype=raw))
+    expected = dequantize(data, kind)
+    assert convert_gguf.main([str(path), str(tmp_path / "out")]) == (2 if expected is None else 0)
+    if expected is None:
+        err = capsys.readouterr().err
+        assert "tensor token_embd.weight: cannot be expanded: " in err and kind.name in err
+        assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
+    else:
+        ours = Llama.from_pretrained(tmp_path / "out").embed_tokens.weight
+        assert torch.equal(ours, expected) and len(expected.unique()) > 1
+
+
+def test_a_type_that_the_package_does_not_know_is_named(tmp_path, capsys):
+    path = write(tmp_path / "m.gguf", random_model())
+    name = b"blk.0.attn_q.weight" + struct.pack("<IQQ", 2, 32, 32)
+    data = path.read_bytes()
+    at = data.index(name) + len(name)
+    path.write_bytes(data[:at] + struct.pack("<I", 99) + data[at + 4 :])
+    assert convert_gguf.main([str(path), str(tmp_path / "out")]) == 2
+    assert (
+        "the gguf package that is installed knows no tensors of type 99" in capsys.readouterr().err
+    )
+
+
+def split(tmp_path, model) -> list[Path]:
+    """A GGUF in several parts; beside them stands whole.gguf."""
+    write(tmp_path / "whole.gguf", model)
+    write(tmp_path / "m.gguf", model, parts_of=9)
+    return sorted(tmp_path.glob("m-*.gguf"))
+
+
+def test_a_split_file_is_read_by_any_of_its_parts(tmp_path):
+    parts = split(tmp_path, random_model())
+    assert [p.name for p in parts] == [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    convert_gguf.convert(tmp_path / "whole.gguf", tmp_path / "whole")
+    for part in parts:
+        convert_gguf.convert(part, tmp_path / part.stem)
+        for name in ("model.safetensors", "config.json", "tokenizer.model"):
+            assert (tmp_path / part.stem / name).read_bytes() == (
+                tmp_path / "whole" / name
+            ).read_bytes()
+
+
+def test_parts_that_are_missing_or_another_are_named(tmp_path, capsys):
+    parts = split(tmp_path, random_model())
+
+    def refused(source, message):
+        assert convert_gguf.main([str(source), str(tmp_path / "out")]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and message in err
+        assert not (tmp_path / "out").exists()
+
+    other = parts[1].rename(tmp_path / "other.gguf")
+    refused(parts[0], f"part 2 of 3 is missing: {parts[1].name}")
+    refused(parts[2], f"part 2 of 3 is missing: {parts[1].name}")
+    refused(other, "is part 2 of 3, and is not named so: expected a name that ends in -00002-of-")
+    parts[1].write_bytes(parts[2].read_bytes())
+    refused(parts[0], f"{parts[1]}: says that it is another part than its name says")
+    parts[1].write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    refused(parts[0], f"{parts[1]}: is a git-lfs pointer: fetch the file itself with git lfs pull")
+
+
+def test_tensors_that_are_missing_or_misshapen_have_the_files_names(tmp_path):
+    model = random_model()
+    wide = dataclasses.replace(SHAPE, intermediate_size=96)
+    path = write(tmp_path / "m.gguf", Llama(wide).init_random_(0), llama__feed_forward_length=64)
+    with pytest.raises(
+        InputError, match=r"tensor blk\.0\.ffn_gate\.weight has shape \(96, 32\), ex"
+    ):
+        convert_gguf.convert(path, tmp_path / "out")
+    model.layers[1].attn_norm = torch.nn.Identity()
+    with pytest.raises(InputError, match=r"tensor blk\.1\.attn_norm\.weight is missing"):
+        convert_gguf.convert(write(tmp_path / "less.gguf", model), tmp_path / "out")
+
+
+def test_rows_of_the_embedding_beyond_the_tokens_are_kept(tmp_path):
+    def fewer(writer, size):
+        sentencepiece_vocabulary(writer, size - 4)
+
+    model = random_model()
+    convert_gguf.convert(write(tmp_path / "m.gguf", model, vocabulary=fewer), tmp_path / "out")
+    assert Llama.from_pretrained(tmp_path / "out").config.vocab_size == 300
+    assert load_tokenizer(tmp_path / "out").vocab_size == 296
+    small = random_model(vocab_size=290)
+
+    def more(writer, size):
+        sentencepiece_vocabulary(writer, 300)
+
+    path = write(tmp_path / "small.gguf", small, vocabulary=more)
+    with pytest.raises(InputError, match=r"token_embd\.weight has 290 rows, and there are 300 tok"):
+        convert_gguf.convert(path, tmp_path / "small")
+
+
+def test_template_and_ends_of_a_turn_come_along(tmp_path):
+    """The file's eos first, then its eot, then control tokens of a known name, others not."""
+
+    def vocabulary(writer, size):
+        byte_level_vocabulary("qwen2")(writer, size)
+        tokens, kinds = (
+            writer.kv_data[0][f"tokenizer.ggml.{key}"].value for key in ("tokens", "token_type")
+        )
+        for i, (token, kind) in enumerate([("<|im_end|>", 3), ("<|eot_id|>", 1), ("<tool>", 4)]):
+            tokens[size - 1 - i], kinds[size - 1 - i] = token, kind
+        writer.add_eot_token_id(270)
+        writer.add_chat_template("{{ messages }}\r\né")
+
+    convert_gguf.convert(
+        write(tmp_path / "m.gguf", random_model(), vocabulary=vocabulary), tmp_path / "out"
+    )
+    template = (tmp_path / "out" / "chat_template.jinja").read_bytes()
+    assert template.decode() == "{{ messages }}\r\né"
+    values = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert values == {"bos_token_id": 0, "eos_token_id": [0, 270, 299]}
+    tokenizer = load_tokenizer(tmp_path / "out")
+    assert tokenizer.encode("<tool><|im_end|>") == [297, 299]
+    assert tokenizer.encode("e\u0301") == tokenizer.encode("\u00e9")  # as Qwen's own composes them
+
+
 def test_llama3_rope_is_found_again(tmp_path):
     rope = RopeConfig("llama3", 500000.0, 8.0, 1.0, 4.0, 8192)
     plain = RopeConfig(theta=rope.theta)
@@ -238,7 +410,7 @@ def test_byte_level_vocabularies_are_read_back(tmp_path, pre):
 
 
 @pytest.mark.parametrize("stated", [None, True, False])
-@pytest.mark.parametrize("pre", ["smollm", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("pre", ["smollm", "llama-bpe", "tekken", "qwen2"])
 def test_texts_begin_with_bos_where_llama_cpp_has_it(tmp_path, pre, stated):
     """The file's word, else llama.cpp's default; Llama 3's files seldom say that theirs do."""
     change = {} if stated is None else {"tokenizer__ggml__add_bos_token": stated}
@@ -246,7 +418,7 @@ def test_texts_begin_with_bos_where_llama_cpp_has_it(tmp_path, pre, stated):
         tmp_path / "m.gguf", random_model(), vocabulary=byte_level_vocabulary(pre), **change
     )
     convert_gguf.convert(path, tmp_path / "out")
-    expected = pre == "llama-bpe" if stated is None else stated
+    expected = pre in ("llama-bpe", "tekken") if stated is None else stated
     ids = load_tokenizer(tmp_path / "out").encode("hello")
     assert (ids[0] == 0) == expected and len(ids) == 1 + expected
     config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
@@ -259,6 +431,7 @@ def test_texts_begin_with_bos_where_llama_cpp_has_it(tmp_path, pre, stated):
         ("smollm", ["I", "'ll", " DON", "'", "T", " x", "1", "2", "3", "4", "!", "\n\n", " end"]),
         ("llama-bpe", ["I", "'ll", " DON", "'T", " x", "123", "4", "!\n\n", " end"]),
         ("qwen2", ["I", "'ll", " DON", "'T", " x", "1", "2", "3", "4", "!\n\n", " end"]),
+        ("tekken", ["I", "'ll", " DON", "'T", " x", "1", "2", "3", "4", "!\n\n", " end"]),
         ("gpt-2", ["I", "'ll", " DON", "'", "T", " x", "1234", "!", "\n\n", " end"]),
     ],
 )
@@ -307,6 +480,9 @@ def test_the_dtype_can_be_kept(tmp_path, kind, dtype):
     ("change", "message"),
     [
         ({"architecture": "gpt2"}, "architecture 'gpt2' is not known"),
+        ({"llama__expert_count": 8}, "a mixture of experts is not implemented"),
+        ({"llama__attention__value_length": 4}, "heads whose values have another length"),
+        ({"llama__attention__sliding_window": 3}, r"sliding-window attention \(3 tokens\)"),
         ({"vocabulary": byte_level_vocabulary("odd")}, "pre-tokenizer 'odd' is not known"),
         ({"llama__rope__scaling__type": "yarn"}, "RoPE scaling 'yarn' is not known"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalabl_ref import Llama
+from scalabl_ref import Llama, LlamaConfig
+from scalabl_ref.checkpoint import ours_to_hf, save_tensors
 
+from ..test_llama import HF, ROPES_IN_FILES
 from ..tolerances import logits_bound
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("default")]
@@ -115,6 +118,24 @@ def test_greedy_text_equals_transformers(theirs, seed):
     options = {"attention_mask": everything, "max_new_tokens": 12, "do_sample": False}
     expected = theirs.generate(prompt, **options)[0, 5:].tolist()
     assert [token.id for token in generate(ours, prompt[0].tolist(), 12)] == expected
+
+
+@pytest.mark.parametrize("change", [change for change, _ in ROPES_IN_FILES])
+@torch.no_grad()
+def test_keys_of_rope_mean_what_they_mean_to_transformers(tmp_path, change):
+    """On the files of tests/test_llama.py, which says what we make of them."""
+    config = {**HF, "max_position_embeddings": 512}
+    model = Llama(LlamaConfig.from_hf(config)).init_random_(0, std=0.3)
+    state = {ours_to_hf(name): tensor for name, tensor in model.state_dict().items()}
+    save_tensors(tmp_path / "model.safetensors", state.items())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    tokens = torch.randint(0, 40, (2, 300), generator=torch.Generator().manual_seed(0))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()(tokens).logits
+    ours = Llama.from_pretrained(tmp_path)
+    bound = logits_bound(ours.config, theirs.abs().max().item())
+    assert (ours(tokens) - theirs).abs().max() <= bound
+    if ours.config.rope.kind != "default":
+        assert (model(tokens) - theirs).abs().max() > 10 * bound
 
 
 @given(models())

@@ -1,0 +1,57 @@
+"""Models by their names on the Hugging Face Hub: OWNER/NAME, or OWNER/NAME@REVISION."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .errors import InputError
+
+_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*?)(?:@([\w./-]+))?")
+_FILES = (".json", ".model", ".bin", ".gguf", ".pth", ".pt", ".safetensors")
+
+
+def model_folder(model: Path | str, revision: str | None = None) -> Path:
+    """`model` as a path, or the folder of its files from the Hub if it is a name there.
+
+    What exists here is never looked for there. revision: branch, tag or commit; the name may say it
+    after an @. The files go to the package's own cache, safetensors if there are some, and
+    HF_HUB_OFFLINE=1 keeps off the network. Raises InputError for a name that leads to no model.
+    """
+    path, name = Path(model), str(model)
+    match = _NAME.fullmatch(name)
+    if match is None or path.exists() or name.endswith(_FILES):
+        return path
+    return _download(match[1], revision or match[2])
+
+
+def hub_name(folder: Path) -> str | None:
+    """The name of the model whose files the Hub's cache has in that folder, None elsewhere."""
+    repository = folder.parent.parent.name
+    if folder.parent.name != "snapshots" or not repository.startswith("models--"):
+        return None
+    return repository.removeprefix("models--").replace("--", "/", 1)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """Folder of a model's files from the Hub, in its cache; safetensors if it has them."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise InputError(
+            f"{name}: no such folder, and the Hub needs a package: pip install 'scalabl_ref[hf]'"
+        ) from None
+    try:
+        for weights in ("model*.safetensors", "pytorch_model*.bin"):
+            patterns = ["*.json", "*.jinja", "*.txt", "tokenizer.model", weights]
+            folder = Path(
+                snapshot_download(
+                    name, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"
+                )
+            )
+            if any(folder.glob(weights)):
+                break
+    except Exception as error:  # the package and its transport raise many kinds
+        reason = " ".join(str(error).split())
+        raise InputError(f"{name}: no such folder, nor to be had from the Hub: {reason}") from None
+    return folder
