@@ -51,7 +51,7 @@ from .checkpoint import (
     write_tensors,
 )
 from .elbo import KL, kl_divergence
-from .errors import InputError, atomic_write_text
+from .errors import InputError, atomic_write_text, make_folder
 from .llama import Llama, check_model, read_config
 from .methods import Ensemble, Posterior, Swag
 from .noise import Noise
@@ -203,7 +203,7 @@ def export(
     with new_folder(target) as folder:
         for i, (name, lora) in enumerate(zip(names, loras, strict=True)):
             out = folder / name
-            out.mkdir(exist_ok=True)
+            make_folder(out)
             if to == "peft":
                 _write_peft(out, lora(), trained)
             else:

@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -36,6 +36,7 @@ from .errors import (
     atomic_write_text,
     make_folder,
     on_signals,
+    open_log,
 )
 from .fields import check
 from .llama import Llama
@@ -585,15 +586,14 @@ def _open_log(run: Path, count: int) -> Iterator[IO[str]]:
     if distributed.rank() == 0:
         _keep_lines(run / "train.jsonl", count)
     path = os.devnull if distributed.rank() else run / "train.jsonl"
-    with open(path, "a", 1, "utf-8") as log:
+    with open_log(path) as log:
         yield log
 
 
 def _keep_lines(path: Path, count: int) -> None:
     """Cut a file to its first `count` lines, whatever their bytes; each has its end then."""
     lines: list[bytes] = []
-    if path.exists():
-        with open(path, "rb") as file:
-            lines = list(islice(file, count))
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        lines = list(islice(file, count))
     with atomic_write(path) as kept:
         kept.writelines(line.removesuffix(b"\n") + b"\n" for line in lines)
