@@ -284,6 +284,13 @@ def _given(cls: type, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(args: argparse.Namespace) -> Result:
+    from .lock import alone
+
+    with alone(args.out):
+        return _trained(args)
+
+
+def _trained(args: argparse.Namespace) -> Result:
     from .adapters import AdapterConfig, add_adapters
     from .checkpoint import sha256
     from .data import encode, load, num_classes, split
@@ -400,11 +407,12 @@ def _posterior_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _posterior(args: argparse.Namespace) -> Result:
     from .checkpoint import new_folder
+    from .lock import alone
     from .train import save_run
 
     runs = args.run
     _check_plain(runs, args.method)
-    with new_folder(args.out) as folder:
+    with alone(args.out, new=True), new_folder(args.out) as folder:
         args.run = runs[0]
         model, tokenizer, info, _ = _open_run(args)
         posterior, found = _made(args, runs, model, tokenizer, info)
@@ -1082,9 +1090,11 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _demo(args: argparse.Namespace) -> Result:
     from .demo import run
+    from .lock import alone
 
     args.device = _device(args)
-    return run(args)
+    with alone(args.out):
+        return run(args)
 
 
 Command = tuple[

@@ -17,6 +17,7 @@ import torch
 from scalabl_ref import AdapterConfig, Llama, add_adapters, cli, save_run
 from scalabl_ref.checkpoint import save_tensors
 from scalabl_ref.data import encode, load
+from scalabl_ref.lock import alone
 from scalabl_ref.tokenizer import load_tokenizer
 
 from .models import questions_file, tiny_folder
@@ -354,6 +355,25 @@ def test_a_run_is_not_overwritten(work, capsys):
     assert "holds a run already: give --resume or another" in refused(TRAIN, capsys)
     ok(f"{TRAIN} --method mle --resume", capsys)
     assert contents(work) == before
+
+
+def test_a_folder_in_use_is_refused_at_once(work, capsys):
+    """Before anything is read, and with nothing changed; then it is free again."""
+    ok(f"{TRAIN} --method mle", capsys)
+    words = f"is in use by another process (pid {os.getpid()}): wait for it, or give another --out"
+    for out, command, new in (
+        ("run", f"{TRAIN} --resume", False),
+        ("next", TRAIN.replace("--model model --data train.jsonl --out run",
+                               "--model absent --data absent --out next"), False),
+        ("made", "posterior laplace --run run --out made", True),
+        ("demo", "demo --out demo", False),
+    ):  # fmt: skip
+        with alone(out, new):
+            before = contents(work)
+            assert refused(command, capsys) == f"error: {out}: {words}\n"
+            assert contents(work) == before
+        assert (work / out).exists() == (out == "run")
+    ok(f"{TRAIN} --method mle --resume", capsys)
 
 
 def test_a_run_that_ended_early_can_be_done_again(work, capsys):
