@@ -34,7 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         result = args.command(args)
         if args.json and not args.process:
-            print(json.dumps(result, indent=2), flush=True)
+            from .fields import json_text
+
+            print(json_text(result, indent=2), flush=True)
     except (InputError, RankLost) as error:
         where = f" on rank {args.process}" if args.process else ""
         print(f"error{where}: {error}", file=sys.stderr)
@@ -996,10 +998,7 @@ def _conformance(args: argparse.Namespace) -> Result:
     failed = sum(not grade.passed for grade in grades)
     missing = f"; {len(left_out)} not attempted" if left_out else ""
     _say(args, f"{len(grades) - failed} of {len(grades)} cases passed, {args.precision}{missing}")
-    cases = []
-    for grade in grades:
-        worst = grade.worst if math.isfinite(grade.worst) else None  # JSON has no infinity
-        cases.append({**grade._asdict(), "worst": worst, "passed": grade.passed})
+    cases = [{**grade._asdict(), "passed": grade.passed} for grade in grades]
     return {"cases": cases, "not_attempted": left_out, "failed": failed,
             "exit_code": int(failed > 0)}  # fmt: skip
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from . import distributed, metrics
 from .adapters import ADAPTERS, random_adapters
 from .data import Batch, Encoded, Example, encode, evaluation_batches
 from .errors import InputError, atomic_write_text
+from .fields import json_text
 from .llama import Llama
 from .methods import Ensemble, Posterior
 from .noise import Noise
@@ -250,7 +250,7 @@ def evaluate(
         }
     if distributed.rank():
         return result
-    atomic_write_text(run / "metrics.json", json.dumps(result, indent=2) + "\n")
+    atomic_write_text(run / "metrics.json", json_text(result, indent=2) + "\n")
     atomic_write_text(run / "predictions.jsonl", "".join(_rows(answers)))
     about = {
         "model": Path(info["model"]).name,
@@ -314,4 +314,4 @@ def _rows(answers: Answers) -> Iterator[str]:
             "mutual_information": information,
             **({} if taken is None else {"draws": taken}),
         }
-        yield json.dumps(record) + "\n"
+        yield json_text(record) + "\n"

@@ -59,7 +59,7 @@ from .errors import (
     make_folder,
     on_signals,
 )
-from .fields import check
+from .fields import check, json_text
 from .llama import Llama, read_config
 from .lock import alone
 from .methods import Laplace, Posterior, tfb
@@ -396,7 +396,7 @@ class Job:
                 if len(a.widths())
             },
         }
-        atomic_write_text(self.folder / "answers.json", json.dumps(about, indent=2) + "\n")
+        atomic_write_text(self.folder / "answers.json", json_text(about, indent=2) + "\n")
 
     def _posterior(
         self, model: Llama, fits: list[Fit], sets: dict[str, Encoded]
@@ -584,7 +584,7 @@ def study(config: Study, out: Path, jobs: int = 1, device: str = "cpu") -> dict[
             size: _of_size(dataclasses.replace(config, limit=size, sweep=()), out, jobs, device)[0]
             for size in config.sizes
         }
-        atomic_write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
+        atomic_write_text(out / "results.json", json_text(results, indent=2) + "\n")
         atomic_write_text(out / "results.md", table(results))
         write_page(out / "results.html", results, models)
     return results

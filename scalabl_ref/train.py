@@ -38,7 +38,7 @@ from .errors import (
     on_signals,
     open_log,
 )
-from .fields import check
+from .fields import check, json_text
 from .llama import Llama
 from .methods.ensemble import Swag
 from .noise import FIRST_TRAINING_DRAW, Noise
@@ -529,7 +529,7 @@ def fit(
             started = time.perf_counter()
             record = trainer.step()
             record["seconds"] = time.perf_counter() - started
-            log.write(json.dumps(record) + "\n")
+            log.write(json_text(record) + "\n")
             progress(record)
             signum = distributed.largest(caught[0] if caught else 0)
             due = trainer.done % config.checkpoint_every == 0

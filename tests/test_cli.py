@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from scalabl_ref import AdapterConfig, Llama, add_adapters, cli, save_run
-from scalabl_ref.checkpoint import save_tensors
+from scalabl_ref.checkpoint import load_tensors, save_tensors
 from scalabl_ref.data import encode, load
 from scalabl_ref.lock import alone
 from scalabl_ref.tokenizer import load_tokenizer
 
 from .models import questions_file, tiny_folder
+from .test_fields import strict
 from .tolerances import rounding
 
 
@@ -222,6 +223,32 @@ def test_seeds_decide_everything(work, capsys):
     assert losses[0] == losses[1] != losses[2]
 
 
+def test_an_infinite_nll_is_null_in_json(work, capsys):
+    """Of a model that is sure and wrong; people read "inf", and the card and the page know it."""
+    path = work / "model" / "model.safetensors"
+    tensors = dict(load_tensors(path)[0])
+    one, *others = load_tokenizer("model").class_token_ids(3, "\nAnswer:")
+    head = tensors["lm_head.weight"] * 5000
+    head[others] = -head[one]
+    save_tensors(path, {**tensors, "lm_head.weight": head}.items())
+    ok(TRAIN + " --lr 1e-9", capsys)
+    evaluate = "evaluate --run run --data test.jsonl --samples 2 --ood train.jsonl"
+    code, out, err = run(evaluate + " --json", capsys)
+    assert code == 0, err
+    result = strict(out)
+    assert result["nll"] is None and result["ood"]["nll"] is None and 0 < result["acc"] < 1
+    assert strict((work / "run" / "metrics.json").read_text()) == result
+    rows = (work / "run" / "predictions.jsonl").read_text().splitlines()
+    assert {strict(row)["entropy"] for row in rows} == {0.0}
+    assert "∞" in (work / "run" / "report.html").read_text()
+    code, out, _ = run(evaluate, capsys)
+    assert code == 0 and " inf [" in out
+    ok("export --run run --to peft --out adapter", capsys)
+    assert " | inf | " in (work / "adapter" / "README.md").read_text()
+    for command in ("predict --run run --prompt hello --choices one two three", evaluate):
+        assert "-0.0" not in run(command, capsys)[1]
+
+
 def test_samples_zero_is_the_mean_model(work, capsys):
     ok(TRAIN + " --init-sigma 1", capsys)
     ok("evaluate --run run --data test.jsonl --samples 0", capsys)
@@ -231,8 +258,6 @@ def test_samples_zero_is_the_mean_model(work, capsys):
 
 def test_a_bfloat16_base_keeps_float32_adapters(work, capsys):
     ok(TRAIN + " --dtype bfloat16", capsys)
-    from scalabl_ref.checkpoint import load_tensors
-
     tensors, _ = load_tensors(work / "run" / "adapter.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     assert ok("evaluate --run run --data test.jsonl", capsys)["n"] == 9
@@ -324,8 +349,6 @@ def test_a_prompt_that_is_too_long_is_named(work, capsys):
 
 
 def test_bad_weights_are_named(work, capsys):
-    from scalabl_ref.checkpoint import load_tensors
-
     path = work / "model" / "model.safetensors"
     tensors, _ = load_tensors(path)
     spoilt = {**tensors, "norm.weight": torch.full_like(tensors["norm.weight"], math.nan)}

@@ -629,6 +629,11 @@ def test_bold_is_only_what_the_bootstrap_tells_apart():
     rows = {"a": {"nll": metrics.nll(right, labels)}, "b": {"nll": metrics.nll(noise, labels)}}
     best = comparison._best("nll", rows, {"a": [right], "b": [noise]}, labels, 15)
     assert not best["significant"]
+    never = torch.zeros_like(even)  # two that are infinitely bad have no difference
+    never[torch.arange(len(labels)), 1 - labels] = 1
+    rows = {"a": {"nll": math.inf}, "b": {"nll": math.inf}}
+    best = comparison._best("nll", rows, {"a": [never], "b": [never]}, labels, 15)
+    assert not best["significant"] and math.isnan(best["difference"][0])
 
 
 def test_command_and_bad_files(tmp_path, capsys):
