@@ -596,7 +596,7 @@ def _open_run(
     folder = args.model or info["model"]
     dtype = getattr(torch, info["dtype"]) if info["dtype"] else None
     base = Llama.from_pretrained(folder, dtype, _load_on(args), info["quantize"])
-    model, _ = load_run(args.run, base)
+    model, _ = load_run(args.run, base, base=folder)
     posterior = load_posterior(args.run, info)
     if _shards(args):
         if posterior is not None:

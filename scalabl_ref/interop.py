@@ -309,7 +309,7 @@ def read_run(run: Path | str, model: Llama) -> dict[str, Adapter]:
     info, path = run_facts(run), Path(run) / "adapter.safetensors"
     config = AdapterConfig(**info["adapter"])
     if info["fingerprint"] != fingerprint(model):
-        raise InputError(f"{run}: was trained on another base model")
+        raise InputError(f"{run}: was trained on another base model, {info['model']}")
     head, own = info["head_tokens"], model.config.head_tokens
     if head is not None and (own is None or list(own) != head):
         raise InputError(f"{run}: its head has the tokens {head}, and the model's {own or 'all'}")

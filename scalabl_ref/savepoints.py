@@ -113,6 +113,16 @@ def exists(run: Path) -> bool:
     return bool(_newest_first(run / FOLDER))
 
 
+def progress(run: Path) -> str:
+    """How far a run has come that has checkpoints, as "step 400 of 1000"."""
+    newest = _newest_first(run / FOLDER)[0]
+    text = f"step {int(newest.name)}"
+    try:
+        return f"{text} of {read_json(newest / MANIFEST)['identity']['train']['steps']:d}"
+    except (InputError, KeyError, TypeError, ValueError):  # damaged, or of another program
+        return text
+
+
 def load(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, facts) of the newest checkpoint that is whole, on the CPU.
 

@@ -37,6 +37,8 @@ def work(tmp_path, monkeypatch):
 
 TRAIN = "train --model model --data train.jsonl --out run --steps 6 --batch 4 --rank 2"
 
+NEXT = TRAIN.replace("--out run", "--out next")
+
 
 def run(command: str, capsys) -> tuple[int, str, str]:
     code = cli.main(command.split())
@@ -447,6 +449,53 @@ def test_more_choices_and_fewer_than_the_head_has(work, capsys):
     two, three = (ok(f"{predict} {choices}", capsys) for choices in ("A B", "A B C"))
     assert "others" not in three and two["probs"] == three["probs"][:2]
     assert two["others"] == three["probs"][2] > 0
+
+
+def test_what_is_no_finished_run_is_said_to_be_what_it_is(work, capsys):
+    """By every command that reads one."""
+    ok(f"{TRAIN} --checkpoint-every 4 --head full", capsys)
+    ok("export --run run --to peft --out peft", capsys)
+    (work / "run" / "run.json").unlink()
+    shutil.rmtree(work / "run" / "checkpoint" / "00000006")
+    (work / "empty").mkdir()
+
+    def says(folder: str, message: str, *more: str) -> None:
+        for command in ("evaluate --data test.jsonl", *more):
+            name = "--init" if command == NEXT else "--run"
+            said = refused(f"{command} {name} {folder}", capsys)
+            assert said == f"error: {folder}: {message}\n", command
+        assert not (work / "next").exists()
+
+    at = "training is unfinished, at step 4{}: go on with train --resume"
+    every = ("predict --prompt a --choices b c", "generate --prompt a", NEXT,
+             "posterior laplace --out next", "export --to peft --out next")  # fmt: skip
+    says("run", at.format(" of 6"), *every)
+    (work / "run" / "checkpoint" / "00000004" / "manifest.json").write_text("{}")
+    says("run", at.format(""))
+    shutil.rmtree(work / "run" / "checkpoint")
+    says("run", "training ended before its first checkpoint: begin with train --resume")
+    model = "is a model and no run: give it as --model alone (a trained adapter becomes a run by "
+    says("model", model + "`scalabl import`)", NEXT)
+    peft = "is a PEFT adapter and no run: `scalabl import --from peft` makes it one"
+    says("peft", peft, NEXT)
+    says("empty", "no run: run.json, which `scalabl train` writes at its end, is not there")
+    says("absent", "no such folder: expected a run, which `scalabl train` writes")
+
+
+def test_another_base_is_named(work, capsys):
+    ok(TRAIN, capsys)
+    tensors = dict(load_tensors(work / "model" / "model.safetensors")[0])
+    shutil.copytree(work / "model", work / "other")
+    changed = {**tensors, "norm.weight": 2 * tensors["norm.weight"]}
+    save_tensors(work / "other" / "model.safetensors", changed.items())
+    words = f"run: was trained on {work / 'model'}; other is another model"
+    for command in ("evaluate --data test.jsonl", "predict --prompt a --choices b c"):
+        assert refused(f"{command} --run run --model other", capsys) == f"error: {words}\n"
+    said = refused(NEXT.replace("--model model", "--model other") + " --init run", capsys)
+    assert f"run: was trained on another base model, {work / 'model'}" in said
+    save_tensors(work / "model" / "model.safetensors", changed.items())
+    said = refused("evaluate --data test.jsonl --run run", capsys)
+    assert f"was trained on another base model than {work / 'model'} is now" in said
 
 
 def test_what_is_not_trained_is_no_method_of_train(work, capsys):

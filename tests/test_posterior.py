@@ -133,7 +133,7 @@ def test_what_cannot_be_made_is_refused(work, capsys):
         ("posterior ensemble --run run0 --out x", "ensemble takes more than a run"),
         ("posterior swag --run run0 run1 --out x", "swag takes no more than a run"),
         ("posterior ensemble --run run0 wide --out x", "wide: differs from run0 in adapter"),
-        ("posterior laplace --run nowhere --out x", "run.json: no such file"),
+        ("posterior laplace --run nowhere --out x", "nowhere: no such folder: expected a run"),
     ):
         assert message in refused(command, capsys)
         assert not (work / "x").exists()
