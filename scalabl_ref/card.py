@@ -119,7 +119,8 @@ class Card:
         if self.metrics is None:
             return ""
         m = self.metrics
-        sets = {"test": m, "test, temperature": m.get("temperature"), "other data": m.get("ood")}
+        data = m.get("data") or "test"
+        sets = {data: m, f"{data}, temperature": m.get("temperature"), "other data": m.get("ood")}
         rows = [
             f"| {name} | {of['n']} | "
             + "".join(f"{_value(of[key])} | " for key in ("acc", "ece", "nll", "brier")).rstrip()

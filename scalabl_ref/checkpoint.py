@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
 import warnings
@@ -271,7 +272,8 @@ def save_tensors(
         try:
             serialize_file(specs, file.name, metadata=metadata)
         except (SafetensorError, OSError) as error:
-            reason = str(error).removeprefix("Error while serializing: ")
+            known = re.search(r"I/O error: (.*) \(os error", str(error))  # as Rust words them
+            reason = known[1] if known else error
             raise InputError(f"{path}: cannot be written: {reason}") from None
 
 

@@ -507,6 +507,8 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="also fit a temperature on the run's --holdout, or on --calibrate",
     )
     add("--calibrate", type=Path, help="file of held-out examples, in --format, for --temperature")
+    add("--out", type=Path, help="folder of the results (default: in RUN, named after --data)")
+    add("--force", action="store_true", help="write over other results in that folder")
     _add_template(parser, "the run's")
     _add_ranks(parser)
 
@@ -546,10 +548,43 @@ def _samples(args: argparse.Namespace) -> Samples:
 
 
 def _evaluate(args: argparse.Namespace) -> Result:
+    from .evaluate import check_results, results_folder
+    from .lock import alone
+    from .train import run_facts
+
+    samples = _samples(args)
+    settings = _evaluation(args, samples, run_facts(args.run))
+    folder = args.out or results_folder(args.run, args.data)
+    with alone(folder):
+        if not args.force:
+            check_results(folder, settings)
+        return _evaluated(args, samples, folder, settings)
+
+
+def _evaluation(args: argparse.Namespace, samples: Samples, info: dict[str, Any]) -> Result:
+    """What decides an evaluation's results, by the names of the options."""
+    from .checkpoint import sha256
+
+    given = ("format", "limit", "design", "seed", "bins", "temperature")
+    return {
+        "data_sha256": sha256(args.data),
+        "adapter_sha256": sha256(args.run / "adapter.safetensors"),
+        "posterior": info["posterior"],
+        "prompt_template": _template(args, info),
+        **{name: vars(args)[name] for name in given},
+        "samples": samples if isinstance(samples, (int, str)) else dataclasses.asdict(samples),
+        "calibrate_sha256": args.calibrate and sha256(args.calibrate),
+        "ood_sha256": args.ood and sha256(args.ood),
+        "ood_format": args.ood and args.ood_format,
+    }
+
+
+def _evaluated(
+    args: argparse.Namespace, samples: Samples, folder: Path, settings: Result
+) -> Result:
     from .data import load
     from .evaluate import answer, evaluate
 
-    samples = _samples(args)
     model, tokenizer, info, posterior = _open_run(args)
     info["prompt_template"] = template = _template(args, info)
 
@@ -566,7 +601,7 @@ def _evaluate(args: argparse.Namespace) -> Result:
     if args.ood:
         ood = ask(load(args.ood, args.ood_format, args.limit, template), "ood")
     result = evaluate(
-        args.run,
+        folder,
         {**info, "data": str(args.data)},
         ask(examples, "evaluate"),
         seed=args.seed,
@@ -574,9 +609,11 @@ def _evaluate(args: argparse.Namespace) -> Result:
         bins=args.bins,
         calibration=calibration,
         ood=ood,
+        settings=settings,
+        latest=None if args.out else args.run,
     )
     _say(args, _metrics_table(result))
-    _say(args, f"written: {args.run / 'metrics.json'}, predictions.jsonl, report.html")
+    _say(args, f"written: {folder / 'metrics.json'}, predictions.jsonl, report.html")
     return result
 
 

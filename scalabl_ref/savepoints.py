@@ -104,7 +104,7 @@ class Saver:
             problem = str(error)
         if distributed.largest(int(bool(problem)), self._group):
             shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
-            problem = problem or "another rank could not write"
+            problem = problem.replace(f"{temporary}{os.sep}", "") or "another rank could not write"
             raise InputError(f"{self.folder}: the checkpoint cannot be written: {problem}")
 
 

@@ -80,9 +80,8 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, name):
     path = tmp_path / "out"
-    with full_disk(), pytest.raises(InputError, match="/out: cannot be written: .*too large") as e:
+    with full_disk(), pytest.raises(InputError, match="/out: cannot be written: File too large"):
         WRITERS[name](path)
-    assert "\n" not in str(e.value)
     assert os.listdir(tmp_path) == (["out"] if name == "open_log" else [])
 
 
