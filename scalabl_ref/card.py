@@ -119,16 +119,22 @@ class Card:
         if self.metrics is None:
             return ""
         m = self.metrics
-        sets = {"test": m, "test, temperature": m.get("temperature"), "other data": m.get("ood")}
+        data = m.get("data") or "test"
+        sets = {data: m, f"{data}, temperature": m.get("temperature"), "other data": m.get("ood")}
         rows = [
             f"| {name} | {of['n']} | "
-            + "".join(f"{of[key]:.4f} | " for key in ("acc", "ece", "nll", "brier")).rstrip()
+            + "".join(f"{_value(of[key])} | " for key in ("acc", "ece", "nll", "brier")).rstrip()
             for name, of in sets.items()
             if of and "acc" in of
         ]
         how = f"{m.get('samples')} draws, seed {m.get('seed')}, {m.get('bins')} bins"
         table = ["| data | n | ACC | ECE | NLL | Brier |", "|---|---|---|---|---|---|", *rows, ""]
         return f"## Metrics\n\nOf the whole run, not of this file: {how}.\n\n" + "\n".join(table)
+
+
+def _value(number: float | None) -> str:
+    """A metric of metrics.json, where null stands for an infinite one."""
+    return "inf" if number is None else f"{number:.4f}"
 
 
 def _json(value: Any) -> str | None:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
 import warnings
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InputError, atomic_write, atomic_write_text
+from .errors import InputError, atomic_write, atomic_write_text, writing
 
 FORMAT = "scalabl_ref"
 WEIGHTS = "model.safetensors"
@@ -201,6 +202,12 @@ def _open_safetensors(path: Path) -> dict[str, Callable[[], Tensor]]:
 
     if path.is_dir():
         raise InputError(f"{path}: is a folder, expected a safetensors file")
+    try:  # safetensors takes a file that may not be read for one that is not there
+        open(path, "rb").close()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     with _named_errors(path):
         file = safe_open(str(path), framework="pt")
         names = list(file.keys())
@@ -287,7 +294,7 @@ def save_tensors(
 
     Goes through safetensors' own pointer interface, since its torch front end needs NumPy.
     """
-    from safetensors import TensorSpec, serialize_file
+    from safetensors import SafetensorError, TensorSpec, serialize_file
 
     # The contiguous CPU copies must outlive the call: the library sees only their addresses.
     alive = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors}
@@ -301,7 +308,12 @@ def save_tensors(
         for name, tensor in alive.items()
     }
     with atomic_write(path) as file:
-        serialize_file(specs, file.name, metadata=metadata)
+        try:
+            serialize_file(specs, file.name, metadata=metadata)
+        except (SafetensorError, OSError) as error:
+            known = re.search(r"I/O error: (.*) \(os error", str(error))  # as Rust words them
+            reason = known[1] if known else error
+            raise InputError(f"{path}: cannot be written: {reason}") from None
 
 
 # --- tensor by tensor, for models that do not fit into memory ----------------------------------
@@ -436,7 +448,7 @@ def sha256(path: Path, progress: Callable[[int], Any] = lambda size: None) -> st
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file, whole or not at all. Raises InputError if it cannot be read."""
+    """Copy a file, whole or not at all. Raises InputError if either cannot be read or written."""
     try:
         with open(source, "rb") as file, atomic_write(target) as out:
             shutil.copyfileobj(file, out)
@@ -453,17 +465,18 @@ def new_folder(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     if path.exists():
         raise InputError(f"{path}: exists already")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
     try:
         yield temporary
-        temporary.chmod(0o755)
-        os.rename(temporary, path)
-    except BaseException:
+        with writing(path):
+            temporary.chmod(0o755)
+            os.rename(temporary, path)
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, InputError):  # in the words of who knows no temporary name
+            raise InputError(str(error).replace(str(temporary), str(path))) from None
         raise
 
 

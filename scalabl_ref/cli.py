@@ -37,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
             args.model = model_folder(args.model)  # so that a run keeps a folder, not a name
         result = args.command(args)
         if args.json and not args.process:
-            print(json.dumps(result, indent=2), flush=True)
+            from .fields import json_text
+
+            print(json_text(result, indent=2), flush=True)
     except (InputError, RankLost) as error:
         where = f" on rank {args.process}" if args.process else ""
         print(f"error{where}: {error}", file=sys.stderr)
@@ -367,6 +369,13 @@ def _given(cls: type, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(args: argparse.Namespace) -> Result:
+    from .lock import alone
+
+    with alone(args.out):
+        return _trained(args)
+
+
+def _trained(args: argparse.Namespace) -> Result:
     from .adapters import AdapterConfig, add_adapters
     from .checkpoint import sha256
     from .data import Wording, encode, load, num_classes, split
@@ -490,11 +499,12 @@ def _posterior_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _posterior(args: argparse.Namespace) -> Result:
     from .checkpoint import new_folder
+    from .lock import alone
     from .train import save_run
 
     runs = args.run
     _check_plain(runs, args.method)
-    with new_folder(args.out) as folder:
+    with alone(args.out, new=True), new_folder(args.out) as folder:
         args.run = runs[0]
         model, tokenizer, info, _ = _open_run(args)
         posterior, found = _made(args, runs, model, tokenizer, info)
@@ -580,8 +590,9 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     from .data import FORMATS
 
     add = parser.add_argument
-    add("--run", type=Path, required=True, help="run folder that `scalabl train` wrote")
-    add("--model", type=Path, help="folder of the base model, if it has moved")
+    add("--run", type=Path, help="run folder that `scalabl train` wrote")
+    add("--model", type=Path, help="folder of the base model, if it has moved; without --run, it "
+        "is evaluated by itself")  # fmt: skip
     _add_data(parser)
     add("--ood", type=Path, help="file of examples out of distribution")
     add("--ood-format", choices=FORMATS, help=f"of --ood {_BY_ENDING}")
@@ -594,7 +605,10 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="also fit a temperature on the run's --holdout, or on --calibrate",
     )
     add("--calibrate", type=Path, help="file of held-out examples, in --format, for --temperature")
+    add("--out", type=Path, help="folder of the results (default: in RUN, named after --data)")
+    add("--force", action="store_true", help="write over other results in that folder")
     _add_wording(parser, "the run's")
+    _add_dtype(parser, "of a base model without --run")
     _add_ranks(parser)
 
 
@@ -633,13 +647,85 @@ def _samples(args: argparse.Namespace) -> Samples:
 
 
 def _evaluate(args: argparse.Namespace) -> Result:
-    from .data import Wording, format_of, load
-    from .evaluate import answer, evaluate
+    from .evaluate import check_results, results_folder
+    from .lock import alone
+    from .train import run_facts
 
+    if not (args.run or args.model):
+        raise InputError("give --run, or --model for a base model alone")
     samples = _samples(args)
-    model, tokenizer, info, posterior = _open_run(args)
+    info = run_facts(args.run) if args.run else _base_facts(args)
+    settings = _evaluation(args, samples, info)
+    of = args.run or Path(f"base-{args.model.resolve().name}")
+    folder = args.out or results_folder(of, args.data)
+    with alone(folder):
+        if not args.force:
+            check_results(folder, settings)
+        return _evaluated(args, samples, info, folder, settings)
+
+
+def _base_facts(args: argparse.Namespace) -> dict[str, Any]:
+    """What a run's facts would be, for a base model without one."""
+    from .data import Wording
+    from .evaluate import BASE
+
+    return {
+        "model": str(args.model),
+        "adapter": {"method": BASE},
+        "posterior": None,
+        "dtype": args.dtype,
+        "quantize": None,
+        "format": _format(args),
+        "text_column": None,
+        "label_column": None,
+        **Wording().facts(),
+        "holdout": 0.0,
+        "train": {"kl": None, "objective": None},
+    }
+
+
+def _evaluation(args: argparse.Namespace, samples: Samples, info: dict[str, Any]) -> Result:
+    """What decides an evaluation's results, by the names of the options."""
+    from .checkpoint import sha256
+    from .data import Wording, format_of
+
+    given = ("limit", "design", "seed", "bins", "temperature")
+    return {
+        "data_sha256": sha256(args.data),
+        "model": None if args.run else info["model"],
+        "dtype": info["dtype"],
+        "adapter_sha256": args.run and sha256(args.run / "adapter.safetensors"),
+        "posterior": info["posterior"],
+        "format": _format(args),
+        **_wording(args, Wording.of_run(info)).facts(),
+        **{name: vars(args)[name] for name in given},
+        "samples": samples if isinstance(samples, (int, str)) else dataclasses.asdict(samples),
+        "calibrate_sha256": args.calibrate and sha256(args.calibrate),
+        "ood_sha256": args.ood and sha256(args.ood),
+        "ood_format": args.ood and (args.ood_format or format_of(args.ood)),
+    }
+
+
+def _evaluated(
+    args: argparse.Namespace,
+    samples: Samples,
+    info: dict[str, Any],
+    folder: Path,
+    settings: Result,
+) -> Result:
+    from .data import Wording, format_of, load
+    from .evaluate import answer, encode_for, evaluate
+
     wording = _wording(args, Wording.of_run(info))
-    info |= wording.facts()
+    if args.run:
+        model, tokenizer, info, posterior = _open_run(args)
+        examples = _examples(args, info)
+    else:
+        model, tokenizer = _open_base(args)
+        posterior, examples = None, _examples(args, info)
+        encoded = encode_for(model, tokenizer, examples, wording)
+        wording = encoded.wording  # one for --calibrate and --ood as well
+        model.trim_head(encoded.classes)
 
     def ask(examples: list[Example], title: str) -> Answers:
         return answer(
@@ -647,7 +733,6 @@ def _evaluate(args: argparse.Namespace) -> Result:
             design=args.design, answerable=title != "ood", wording=wording,
         )  # fmt: skip
 
-    examples = _examples(args, info)
     calibration = ood = None
     if args.temperature or args.calibrate:
         calibration = ask(_held_out(args, info), "calibrate")
@@ -655,19 +740,35 @@ def _evaluate(args: argparse.Namespace) -> Result:
         ood_format = args.ood_format or format_of(args.ood)
         columns = _columns(args) if ood_format in ("csv", "jsonl") else None
         ood = ask(load(args.ood, ood_format, args.limit, columns=columns), "ood")
+    answers = ask(examples, "evaluate")
     result = evaluate(
-        args.run,
+        folder,
         {**info, "data": str(args.data)},
-        ask(examples, "evaluate"),
+        answers,
         seed=args.seed,
         design=args.design,
         bins=args.bins,
         calibration=calibration,
         ood=ood,
+        settings=settings,
+        latest=None if args.out else args.run,
     )
+    if answers.encoded:
+        _say_wording(args, answers.encoded)
     _say(args, _metrics_table(result))
-    _say(args, f"written: {args.run / 'metrics.json'}, predictions.jsonl, report.html")
+    _say(args, f"written: {folder / 'metrics.json'}, predictions.jsonl, report.html")
     return result
+
+
+def _open_base(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
+    """The model of --model by itself, without adapters."""
+    from .llama import Llama
+    from .tokenizer import load_tokenizer
+
+    if _shards(args):
+        raise InputError("--shard and --offload-weights need a --run")
+    model = Llama.from_pretrained(args.model, _dtype(args), _device(args))
+    return model, load_tokenizer(args.model)
 
 
 def _open_run(
@@ -686,7 +787,7 @@ def _open_run(
     folder = args.model or info["model"]
     dtype = getattr(torch, info["dtype"]) if info["dtype"] else None
     base = Llama.from_pretrained(folder, dtype, _load_on(args), info["quantize"])
-    model, _ = load_run(args.run, base)
+    model, _ = load_run(args.run, base, base=folder)
     posterior = load_posterior(args.run, info)
     if _shards(args):
         if posterior is not None:
@@ -700,7 +801,8 @@ def _held_out(args: argparse.Namespace, info: dict[str, Any]) -> list[Example]:
     if args.calibrate:
         return _examples(args, info, args.calibrate)
     if not info["holdout"]:
-        raise InputError(f"{args.run}: was trained without --holdout: give --calibrate")
+        why = "was trained without --holdout" if args.run else "is a model without a hold-out"
+        raise InputError(f"{args.run or args.model}: {why}: give --calibrate")
     return _own_data(args.run, info, "--calibrate")[1]
 
 
@@ -1109,10 +1211,7 @@ def _conformance(args: argparse.Namespace) -> Result:
     failed = sum(not grade.passed for grade in grades)
     missing = f"; {len(left_out)} not attempted" if left_out else ""
     _say(args, f"{len(grades) - failed} of {len(grades)} cases passed, {args.precision}{missing}")
-    cases = []
-    for grade in grades:
-        worst = grade.worst if math.isfinite(grade.worst) else None  # JSON has no infinity
-        cases.append({**grade._asdict(), "worst": worst, "passed": grade.passed})
+    cases = [{**grade._asdict(), "passed": grade.passed} for grade in grades]
     return {"cases": cases, "not_attempted": left_out, "failed": failed,
             "exit_code": int(failed > 0)}  # fmt: skip
 
@@ -1203,9 +1302,11 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _demo(args: argparse.Namespace) -> Result:
     from .demo import run
+    from .lock import alone
 
     args.device = _device(args)
-    return run(args)
+    with alone(args.out):
+        return run(args)
 
 
 Command = tuple[

@@ -63,7 +63,7 @@ def summary(
             first = chosen + ending
             low, high = metrics.paired_intervals(probs[first], probs[rival], labels, bins)["nll"]
             verdicts.append(
-                {"ours": first, "rival": rival, "difference": [low, high], "no_worse": low <= 0}
+                {"ours": first, "rival": rival, "difference": [low, high], "no_worse": not low > 0}
             )
     return {"methods": rows, "best": best, "verdict": verdicts}
 
@@ -151,7 +151,7 @@ def _best(
     first, second = sorted(rows, key=lambda name: sign * rows[name][key])[:2]
     low, high = metrics.paired_intervals(probs[first], probs[second], labels, bins)[key]
     return {"name": first, "runner_up": second, "difference": [low, high],
-            "significant": not low <= 0 <= high}  # fmt: skip
+            "significant": low > 0 or high < 0}  # fmt: skip
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -9,7 +9,6 @@ expectation, and a model that claims more certainty is wrong about its own knowl
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import random
@@ -31,6 +30,7 @@ from . import metrics
 from .adapters import AdapterConfig, add_adapters
 from .data import Example, encode, evaluation_batches, question
 from .errors import InputError, atomic_write_text, make_folder
+from .fields import json_text
 from .llama import Llama
 from .predict import predict_all
 from .progress import progress_bar
@@ -192,7 +192,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "best": best,
         "models": [{k: m[k] for k in ("name", "metrics", "intervals")} for m in models],
     }
-    atomic_write_text(args.out / "metrics.json", json.dumps(result, indent=2) + "\n")
+    atomic_write_text(args.out / "metrics.json", json_text(result, indent=2) + "\n")
     write_report(
         args.out / "report.html",
         {

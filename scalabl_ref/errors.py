@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 
 class InputError(ValueError):
@@ -60,25 +61,47 @@ class RankLost(Exception):
 
 
 @contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Within the block an OSError is an InputError that names `path`, which cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+class _Named(io.FileIO):
+    """A file whose own errors name `path`: what else the block around it raises is not meant."""
+
+    def __init__(self, file: Path | str, mode: str, path: Path | str) -> None:
+        super().__init__(file, mode)
+        self._path = path
+
+    def write(self, data: Any) -> int:
+        with writing(self._path):
+            return super().write(data)
+
+
+@contextmanager
 def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
     """A binary file that becomes `path` when the block ends well, and nothing otherwise.
 
     Written under a temporary name in the same folder, flushed to disk, then renamed: a reader sees
-    the old file or the new one. Raises InputError naming `path` if it cannot be written.
+    the old file or the new one. Raises InputError naming `path` if it cannot be written; an OSError
+    of the block's own, as of a file that it reads, stays as it is.
     """
     path = Path(path)
-    try:
+    with writing(path):
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
     try:
         os.close(descriptor)
-        with open(name, "wb") as file:
+        with io.BufferedWriter(_Named(name, "wb", path)) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+            with writing(path):
+                os.fsync(file.fileno())
+        with writing(path):
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -86,8 +109,23 @@ def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
 
 def atomic_write_text(path: Path | str, text: str) -> None:
     """Write `text` to `path` as UTF-8, whole or not at all."""
-    with atomic_write(path) as file:
-        file.write(text.encode("utf-8"))
+    atomic_write_texts({path: text})
+
+
+def atomic_write_texts(texts: Mapping[Path | str, str]) -> None:
+    """Write several files by their paths, the first one last; none, if one cannot be written."""
+    with ExitStack() as stack:
+        for path, text in texts.items():
+            file = stack.enter_context(atomic_write(path))
+            file.write(text.encode("utf-8"))
+            file.flush()  # a full disk is noticed before the first of them is renamed
+
+
+def open_log(path: Path | str) -> IO[str]:
+    """A text file to add lines to, each written at once; InputError if one cannot be."""
+    with writing(path):
+        file = _Named(path, "ab", path)
+    return io.TextIOWrapper(io.BufferedWriter(file), "utf-8", newline="\n", line_buffering=True)
 
 
 def make_folder(path: Path | str) -> None:

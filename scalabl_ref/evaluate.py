@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,21 +13,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import distributed, metrics
+from . import distributed, metrics, savepoints
 from .adapters import ADAPTERS, random_adapters
+from .checkpoint import read_json
 from .data import Batch, Encoded, Example, Wording, encode, evaluation_batches
-from .errors import InputError, atomic_write_text
+from .errors import InputError, atomic_write_texts
+from .fields import json_text
 from .llama import Llama
 from .methods import Ensemble, Posterior
 from .noise import Noise
 from .predict import Design, Prediction, pass_log_probs, passes_over, predict, predictive
 from .progress import progress_bar
 from .quadrature import predict_exact
-from .report import write_report
+from .report import document
 from .sequential import Auto, predict_auto
 from .tokenizer import Tokenizer
 
 Samples = int | Auto | Literal["exact"]
+BASE = "base"  # the method of a model without adapters
 
 
 @dataclass(frozen=True)
@@ -195,8 +199,33 @@ def summarise(probs: Tensor, labels: Tensor, bins: int) -> dict[str, Any]:
     return {"n": len(labels), **values, "aurc": area, "intervals": intervals}
 
 
+def results_folder(run: Path | str, data: Path | str) -> Path:
+    """RUN/NAME, for the results of a run on one data set: NAME is that of the file."""
+    name = re.sub(r"[^\w-]+", "_", Path(data).resolve().stem).strip("_") or "data"
+    return Path(run) / (name if name != savepoints.FOLDER else f"{name}_data")
+
+
+def check_results(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raise InputError if FOLDER has results of other `settings` than these, which it names.
+
+    settings: what decides the results, as `evaluate` keeps it.
+    """
+    path = folder / "metrics.json"
+    if not path.exists():
+        return
+    theirs, ours = read_json(path).get("settings"), json.loads(json_text(settings))
+    for key, value in ours.items() if isinstance(theirs, dict) else [("settings", None)]:
+        known = theirs.get(key) if isinstance(theirs, dict) else "unknown"
+        if known != value:
+            what = f"{key} was {known!r} and now is {value!r}"
+            if key.endswith("_sha256"):
+                before = "another file" if known else "not given"
+                what = f"{key.removesuffix('_sha256')} was {before}"
+            raise InputError(f"{folder}: holds other results ({what}): give --force or --out DIR")
+
+
 def evaluate(
-    run: Path,
+    folder: Path,
     info: dict[str, Any],
     answers: Answers,
     *,
@@ -205,23 +234,34 @@ def evaluate(
     bins: int = 15,
     calibration: Answers | None = None,
     ood: Answers | None = None,
+    settings: Mapping[str, Any] | None = None,
+    latest: Path | None = None,
 ) -> dict[str, Any]:
-    """Write RUN/metrics.json, RUN/predictions.jsonl and RUN/report.html; returns the metrics.
+    """Write FOLDER/metrics.json, FOLDER/predictions.jsonl and FOLDER/report.html, all or none.
 
-    Of several ranks the first writes. design: that of `answers`, kept where the adapters drew.
-    calibration: held-out answers on which a temperature is fitted; "temperature" in the result then
-    holds it and the metrics after scaling. ood: answers on another data set, scored for how well
-    entropy and mutual information tell it apart; its accuracy and the like are given over the rows
-    whose label the head has ("n_scored" of "n").
+    Returns the metrics. Of several ranks the first writes.
+    info: facts of the run, as of `run_facts`, with the data's file as "data". design: that of
+    `answers`, kept where the adapters drew. calibration: held-out answers on which a temperature is
+    fitted; "temperature" in the result then holds it and the metrics after scaling. ood: answers on
+    another data set, scored for how well entropy and mutual information tell it apart; its accuracy
+    and the like are given over the rows whose label the head has ("n_scored" of "n"). settings:
+    what decides the results, kept for `check_results`. latest: a folder for copies of the files.
     """
     probs, labels, samples = answers.prediction.probs, answers.labels, answers.samples
-    adapter, posterior = ADAPTERS[info["adapter"]["method"]], info.get("posterior")
+    settings = dict(settings or {})
+    method, posterior = info["adapter"]["method"], info.get("posterior")
+    variational = method != BASE and ADAPTERS[method].variational
     drawn = isinstance(samples, int) and samples > 0 and not posterior
+    wording = answers.encoded.wording.facts() if answers.encoded else {}
     result: dict[str, Any] = {
-        "method": posterior or info["adapter"]["method"],
-        "kl": info["train"]["kl"] if adapter.variational else None,
+        "data": Path(info["data"] or "").name,
+        "data_sha256": settings.get("data_sha256"),
+        "limit": settings.get("limit"),
+        "method": posterior or method,
+        "kl": info["train"]["kl"] if variational else None,
         "objective": info["train"]["objective"],
         "prompt_template": info.get("prompt_template"),
+        **wording,
         "samples": "auto" if isinstance(samples, Auto) else samples,
         **({"design": design} if drawn else {}),
         "seed": seed,
@@ -236,39 +276,55 @@ def evaluate(
         }
     models = [_report_model(result["method"], probs, labels, result)]
     if calibration is not None:
-        temperature = metrics.fit_temperature(
-            calibration.prediction.probs.log(), calibration.labels
-        )
-        scaled = metrics.apply_temperature(probs, temperature)
-        after = {"value": temperature, "n_fit": len(calibration.labels)}
-        result["temperature"] = {**after, **summarise(scaled, labels, bins)}
-        name = f"{result['method']}, temperature {temperature:.3f}"
-        models.append(_report_model(name, scaled, labels, result["temperature"]))
+        models.append(_calibrated(answers, calibration, result, bins))
     if ood is not None:
-        result["ood"] = _out_of_distribution(answers, ood, result, bins)
-        scores = {
-            name: (getattr(answers.prediction, name), getattr(ood.prediction, name))
-            for name in ("entropy", "mutual_information")
-        }
-        models[0]["ood"] = {
-            "name": "out of distribution",
-            "metrics": result["ood"],
-            "scores": scores,
-        }
-    if distributed.rank():
-        return result
-    atomic_write_text(run / "metrics.json", json.dumps(result, indent=2) + "\n")
-    atomic_write_text(run / "predictions.jsonl", "".join(_rows(answers)))
+        models[0]["ood"] = _compared(answers, ood, result, bins)
+    result["settings"] = settings
+    if distributed.rank() == 0:
+        _write([folder] if latest is None else [folder, latest], info, answers, result, models)
+    return result
+
+
+def _write(
+    folders: list[Path],
+    info: dict[str, Any],
+    answers: Answers,
+    result: dict[str, Any],
+    models: list[dict[str, Any]],
+) -> None:
     about = {
         "model": Path(info["model"]).name,
-        "data": Path(info["data"] or "").name,
-        **{key: result[key] for key in ("method", "kl", "samples", "bins", "seed", "n")},
+        **{key: result[key] for key in ("data", "method", "kl", "samples", "bins", "seed", "n")},
     }
-    write_report(
-        run / "report.html",
-        {"title": "Evaluation of a fine-tuned Llama", "about": about, "models": models},
-    )
-    return result
+    report = {"title": "Evaluation of a fine-tuned Llama", "about": about, "models": models}
+    texts = {  # where the first one is, which is written last, the others are
+        "metrics.json": json_text(result, indent=2) + "\n",
+        "predictions.jsonl": "".join(_rows(answers)),
+        "report.html": document(report),
+    }
+    atomic_write_texts({f / name: text for name, text in texts.items() for f in folders})
+
+
+def _calibrated(
+    answers: Answers, held_out: Answers, result: dict[str, Any], bins: int
+) -> dict[str, Any]:
+    """A temperature's results, put into `result` as well, for the report."""
+    temperature = metrics.fit_temperature(held_out.prediction.probs.log(), held_out.labels)
+    scaled = metrics.apply_temperature(answers.prediction.probs, temperature)
+    after = {"value": temperature, "n_fit": len(held_out.labels)}
+    result["temperature"] = {**after, **summarise(scaled, answers.labels, bins)}
+    name = f"{result['method']}, temperature {temperature:.3f}"
+    return _report_model(name, scaled, answers.labels, result["temperature"])
+
+
+def _compared(answers: Answers, ood: Answers, result: dict[str, Any], bins: int) -> dict[str, Any]:
+    """Results on data out of distribution, put into `result` as well, for the report."""
+    result["ood"] = _out_of_distribution(answers, ood, result, bins)
+    scores = {
+        name: (getattr(answers.prediction, name), getattr(ood.prediction, name))
+        for name in ("entropy", "mutual_information")
+    }
+    return {"name": "out of distribution", "metrics": result["ood"], "scores": scores}
 
 
 def _report_model(
@@ -321,4 +377,4 @@ def _rows(answers: Answers) -> Iterator[str]:
             "mutual_information": information,
             **({} if taken is None else {"draws": taken}),
         }
-        yield json.dumps(record) + "\n"
+        yield json_text(record) + "\n"

@@ -1,7 +1,9 @@
-"""Values as JSON has them, held against the annotations of what they are for."""
+"""Values as JSON has them: held against the annotations of what they are for, and written."""
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
@@ -29,6 +31,19 @@ def check(values: Mapping[str, Any], types: Mapping[str, Any], where: str = "") 
             raise InputError(f"{where}unknown field {name!r}: expected {', '.join(types)}")
         if not _is(value, types[name]):
             raise InputError(f"{where}{name} must be {_words(types[name])}, not {value!r}")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON. A number that is not finite becomes null: JSON has no other word for it."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is(value: Any, kind: Any) -> bool:

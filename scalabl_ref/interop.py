@@ -52,7 +52,7 @@ from .checkpoint import (
 )
 from .data.answers import answer_tokens, letters
 from .elbo import KL, kl_divergence
-from .errors import InputError, atomic_write_text
+from .errors import InputError, atomic_write_text, make_folder
 from .hub import hub_name
 from .llama import Llama, as_stored, check_model, read_config
 from .methods import Ensemble, Posterior, Swag
@@ -206,7 +206,7 @@ def export(
     with new_folder(target) as folder:
         for i, (name, lora) in enumerate(zip(names, loras, strict=True)):
             out = folder / name
-            out.mkdir(exist_ok=True)
+            make_folder(out)
             if to == "peft":
                 _write_peft(out, lora(), trained)
             else:
@@ -315,7 +315,7 @@ def read_run(run: Path | str, model: Llama) -> dict[str, Adapter]:
     info, path = run_facts(run), Path(run) / "adapter.safetensors"
     config = AdapterConfig(**info["adapter"])
     if info["fingerprint"] != fingerprint(model):
-        raise InputError(f"{run}: was trained on another base model")
+        raise InputError(f"{run}: was trained on another base model, {info['model']}")
     head, own = info["head_tokens"], model.config.head_tokens
     if head is not None and (own is None or list(own) != head):
         raise InputError(f"{run}: its head has the tokens {head}, and the model's {own or 'all'}")

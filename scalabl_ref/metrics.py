@@ -92,7 +92,7 @@ def reliability(probs: Tensor, labels: Tensor, bins: int = 15) -> Reliability:
 def entropy(probs: Tensor) -> Tensor:
     """-sum p log p of each row, (N,) float64 in nats, with 0 log 0 = 0."""
     probs = _checked_probs(probs)
-    return -torch.special.xlogy(probs, probs).sum(1)
+    return 0.0 - torch.special.xlogy(probs, probs).sum(1).clamp(max=0)  # neither rounded below 0
 
 
 def risk_coverage(probs: Tensor, labels: Tensor) -> RiskCoverage:

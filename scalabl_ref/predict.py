@@ -53,9 +53,9 @@ def predictive(log_probs: Tensor, weights: Tensor | None = None) -> Prediction:
 
 
 def _entropy(log_probs: Tensor) -> Tensor:
-    """-sum p log p over the last dimension, with 0 log 0 = 0."""
+    """-sum p log p over the last dimension, with 0 log 0 = 0; never below 0, nor -0."""
     finite = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)  # 0 times -inf would be NaN
-    return -(log_probs.exp() * finite).sum(-1)
+    return 0.0 - (log_probs.exp() * finite).sum(-1).clamp(max=0)
 
 
 Design = Literal["independent", "antithetic", "latin"]

@@ -57,10 +57,11 @@ def write_report(path: Path | str, results: Mapping[str, Any]) -> None:
 
     Raises InputError for probabilities or labels that `metrics` refuses, or an unwritable path.
     """
-    atomic_write_text(path, _document(results))
+    atomic_write_text(path, document(results))
 
 
-def _document(results: Mapping[str, Any]) -> str:
+def document(results: Mapping[str, Any]) -> str:
+    """The text of the file that `write_report` writes."""
     title = results["title"]
     about, models = results.get("about", {}), results["models"]
     bins = int(about.get("bins", 15))

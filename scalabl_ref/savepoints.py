@@ -104,13 +104,23 @@ class Saver:
             problem = str(error)
         if distributed.largest(int(bool(problem)), self._group):
             shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
-            problem = problem or "another rank could not write"
+            problem = problem.replace(f"{temporary}{os.sep}", "") or "another rank could not write"
             raise InputError(f"{self.folder}: the checkpoint cannot be written: {problem}")
 
 
 def exists(run: Path) -> bool:
     """Whether there is a checkpoint in a run folder, whole or not."""
     return bool(_newest_first(run / FOLDER))
+
+
+def progress(run: Path) -> str:
+    """How far a run has come that has checkpoints, as "step 400 of 1000"."""
+    newest = _newest_first(run / FOLDER)[0]
+    text = f"step {int(newest.name)}"
+    try:
+        return f"{text} of {read_json(newest / MANIFEST)['identity']['train']['steps']:d}"
+    except (InputError, KeyError, TypeError, ValueError):  # damaged, or of another program
+        return text
 
 
 def load(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

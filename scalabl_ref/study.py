@@ -16,7 +16,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -65,8 +64,9 @@ from .errors import (
     make_folder,
     on_signals,
 )
-from .fields import check
+from .fields import check, json_text
 from .llama import Llama, read_config
+from .lock import alone
 from .methods import Laplace, Posterior, tfb
 from .methods.ensemble import Ensemble, Swag
 from .predict import predict_all
@@ -422,7 +422,7 @@ class Job:
                 if len(a.widths())
             },
         }
-        atomic_write_text(self.folder / "answers.json", json.dumps(about, indent=2) + "\n")
+        atomic_write_text(self.folder / "answers.json", json_text(about, indent=2) + "\n")
 
     def _posterior(
         self, model: Llama, fits: list[Fit], sets: dict[str, Encoded]
@@ -620,39 +620,17 @@ def study(config: Study, out: Path, jobs: int = 1, device: str = "cpu") -> dict[
     """
     if jobs < 1:
         raise InputError(f"jobs must be at least 1, and are {jobs}")
-    make_folder(out)
     config = dataclasses.replace(config)  # one that knows no files yet
-    with on_signals(_interrupt), _alone(out):
+    with on_signals(_interrupt), alone(out):
         results, models = _of_size(config, out, jobs, device)
         results["sizes"] = {
             size: _of_size(dataclasses.replace(config, limit=size, sweep=()), out, jobs, device)[0]
             for size in config.sizes
         }
-        atomic_write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
+        atomic_write_text(out / "results.json", json_text(results, indent=2) + "\n")
         atomic_write_text(out / "results.md", table(results))
         write_page(out / "results.html", results, models)
     return results
-
-
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """No other process runs a study in this folder meanwhile; one that dies gives it free.
-
-    Raises InputError if one does, or if nothing can be written there.
-    """
-    path = out / ".lock"
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
-    with open(descriptor, "w"):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{out}: a study is being run there by another process") from None
-        except OSError:
-            pass  # the file system knows no locks
-        yield
 
 
 def _of_size(

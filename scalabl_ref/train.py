@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -36,8 +36,9 @@ from .errors import (
     atomic_write_text,
     make_folder,
     on_signals,
+    open_log,
 )
-from .fields import check
+from .fields import check, json_text
 from .llama import Llama
 from .methods.ensemble import Swag
 from .noise import FIRST_TRAINING_DRAW, Noise
@@ -452,6 +453,8 @@ def run_facts(run: Path | str) -> dict[str, Any]:
     file and the key that is missing or cannot be what it is.
     """
     path = Path(run) / "run.json"
+    if not os.path.exists(path):
+        raise InputError(_why_no_run(path.parent))
     info = read_json(path)
     try:
         for key in _NEEDED:
@@ -468,6 +471,25 @@ def run_facts(run: Path | str) -> dict[str, Any]:
     return info
 
 
+def _why_no_run(folder: Path) -> str:
+    """What is in a folder that has no run.json, and what to do then."""
+    if not folder.is_dir():
+        return f"{folder}: no such folder: expected a run, which `scalabl train` writes"
+    if savepoints.exists(folder):
+        step = savepoints.progress(folder)
+        return f"{folder}: training is unfinished, at {step}: go on with train --resume"
+    if (folder / "train.jsonl").exists():
+        return f"{folder}: training ended before its first checkpoint: begin with train --resume"
+    if (folder / "adapter_config.json").exists():
+        return f"{folder}: is a PEFT adapter and no run: `scalabl import --from peft` makes it one"
+    if (folder / "config.json").exists():
+        return (
+            f"{folder}: is a model and no run: give it as --model alone (a trained adapter becomes "
+            "a run by `scalabl import`)"
+        )
+    return f"{folder}: no run: run.json, which `scalabl train` writes at its end, is not there"
+
+
 def _completed(
     values: dict[str, Any], types: dict[str, Any], usual: dict[str, Any], where: str = ""
 ) -> dict[str, Any]:
@@ -481,18 +503,25 @@ def load_run(
     model: Llama | None = None,
     device: Device = None,
     dtype: torch.dtype | None = None,
+    base: Path | str | None = None,
 ) -> tuple[Llama, dict[str, Any]]:
     """The trained model and the facts that `save_run` kept, as of `run_facts`.
 
-    model: the base, already loaded and untrimmed; None loads it from where run.json says.
+    model: the base, already loaded and untrimmed; None loads it from where run.json says. base: the
+    folder of `model`, to be named in errors.
     Raises InputError if a file is missing or broken, or if the base is not the one trained on.
     """
     run = Path(run)
     info = run_facts(run)
+    given = base or (info["model"] if model is None else "the model given")
     if model is None:
         model = Llama.from_pretrained(info["model"], dtype, device, info["quantize"])
     if fingerprint(model) != info["fingerprint"]:
-        raise InputError(f"{run}: was trained on another base model than {info['model']}")
+        if Path(given).resolve() == Path(info["model"]).resolve():
+            raise InputError(
+                f"{run}: was trained on another base model than {info['model']} is now"
+            )
+        raise InputError(f"{run}: was trained on {info['model']}; {given} is another model")
     if info["head_tokens"] is not None:
         model.trim_head(info["head_tokens"])
     add_adapters(model, AdapterConfig(**info["adapter"]))
@@ -536,7 +565,7 @@ def fit(
             started = time.perf_counter()
             record = trainer.step()
             record["seconds"] = time.perf_counter() - started
-            log.write(json.dumps(record) + "\n")
+            log.write(json_text(record) + "\n")
             progress(record)
             signum = distributed.largest(caught[0] if caught else 0)
             due = trainer.done % config.checkpoint_every == 0
@@ -593,15 +622,14 @@ def _open_log(run: Path, count: int) -> Iterator[IO[str]]:
     if distributed.rank() == 0:
         _keep_lines(run / "train.jsonl", count)
     path = os.devnull if distributed.rank() else run / "train.jsonl"
-    with open(path, "a", 1, "utf-8") as log:
+    with open_log(path) as log:
         yield log
 
 
 def _keep_lines(path: Path, count: int) -> None:
     """Cut a file to its first `count` lines, whatever their bytes; each has its end then."""
     lines: list[bytes] = []
-    if path.exists():
-        with open(path, "rb") as file:
-            lines = list(islice(file, count))
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        lines = list(islice(file, count))
     with atomic_write(path) as kept:
         kept.writelines(line.removesuffix(b"\n") + b"\n" for line in lines)

@@ -82,6 +82,7 @@ def tiny_folder(folder: Path, **config) -> Path:
 
 def questions_file(path: Path, rows: int = 24, choices: int = 3) -> Path:
     """A JSONL file of questions whose answer can be read off their text."""
+    path.parent.mkdir(exist_ok=True)
     lines = []
     for i in range(rows):
         label = i * 5 % choices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -10,16 +11,21 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from scalabl_ref import AdapterConfig, Llama, add_adapters, cli, save_run
-from scalabl_ref.checkpoint import save_tensors
+from scalabl_ref.checkpoint import load_tensors, save_tensors
 from scalabl_ref.data import encode, load
+from scalabl_ref.evaluate import results_folder
+from scalabl_ref.lock import alone
 from scalabl_ref.tokenizer import load_tokenizer
 
 from .models import questions_file, tiny_folder
+from .test_errors import full_disk
+from .test_fields import strict
 from .tolerances import rounding
 
 
@@ -35,6 +41,9 @@ def work(tmp_path, monkeypatch):
 
 TRAIN = "train --model model --data train.jsonl --out run --steps 6 --batch 4 --rank 2"
 
+RESULTS = ("metrics.json", "predictions.jsonl", "report.html")
+NEXT = TRAIN.replace("--out run", "--out next")
+
 
 def run(command: str, capsys) -> tuple[int, str, str]:
     code = cli.main(command.split())
@@ -47,6 +56,12 @@ def ok(command: str, capsys) -> dict:
     code, out, err = run(command + " --json", capsys)
     assert code == 0, err
     return json.loads(out)
+
+
+def scores(command: str, capsys) -> dict:
+    """The results of `evaluate`, without what they are of."""
+    about = ("data", "data_sha256", "settings")
+    return {key: value for key, value in ok(command, capsys).items() if key not in about}
 
 
 def refused(command: str, capsys) -> str:
@@ -116,21 +131,21 @@ def test_a_prompt_template_is_recorded_and_used_again(work, capsys, option):
     assert given == "[{choices}] {question}\nI say:"
 
     evaluate = "evaluate --samples 3 --temperature --calibrate {0} --ood {0} --data {0} --run "
-    ours = ok(evaluate.format("train.jsonl") + "run" + option, capsys)
-    theirs = ok(evaluate.format("other.jsonl") + "whole", capsys)
+    ours = scores(evaluate.format("train.jsonl") + "run" + option, capsys)
+    theirs = scores(evaluate.format("other.jsonl") + "whole", capsys)
     assert ours.pop("prompt_template") == ("{question} Well:" if option else given)
     assert theirs.pop("prompt_template") is None and ours == theirs
     assert (work / "run/predictions.jsonl").read_text() == (
         work / "whole/predictions.jsonl"
     ).read_text()
     if not option:  # held-out rows go through the template too
-        ours = ok("evaluate --run run --data train.jsonl --temperature", capsys)
+        ours = ok("evaluate --run run --data train.jsonl --temperature --force", capsys)
         theirs = ok("evaluate --run whole --data whole.jsonl --temperature", capsys)
         assert ours["temperature"] == theirs["temperature"]
     else:  # its prompts leave the choices out, which are too long for the model
         rows = [{**row, "choices": ["x" * 99, "y" * 99, "z"]} for row in questions]
         (work / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        evaluate = "evaluate --run run --data train.jsonl --temperature --calibrate long.jsonl"
+        evaluate = "evaluate --run run --data train.jsonl --calibrate long.jsonl --force"
         assert "its prompt has" in refused(evaluate, capsys)
         assert ok(evaluate + option, capsys)["temperature"]["n_fit"] == len(rows)
 
@@ -158,7 +173,8 @@ def test_a_posterior_keeps_its_runs_prompt_template(work, capsys):
     ]
     assert len(set(precisions)) == 1
     evaluate = "evaluate --samples 2 --run {}0 --data {}.jsonl"
-    ours, theirs = (ok(evaluate.format(*p), capsys) for p in (("run", "train"), ("whole", "whole")))
+    pairs = (("run", "train"), ("whole", "whole"))
+    ours, theirs = (scores(evaluate.format(*pair), capsys) for pair in pairs)
     assert ours.pop("prompt_template") == "{question} Well:"
     assert theirs.pop("prompt_template") is None and ours == theirs
     ensemble = "posterior ensemble --run run whole --out both"
@@ -178,7 +194,7 @@ def test_a_run_that_a_program_saved_is_one(work, capsys):
     assert answer["entropy"] > 0
     assert ok("export --run ours --to peft --out adapter", capsys)["folders"] == ["adapter"]
     assert ok(TRAIN.replace("--out run", "--init ours --out next"), capsys)["steps"] == 6
-    temperature = "evaluate --run ours --data test.jsonl --temperature"
+    temperature = "evaluate --run ours --data test.jsonl --temperature --force"
     assert "was trained without --holdout" in refused(temperature, capsys)
     laplace = "posterior laplace --run plain --out laplace"
     assert "does not say what file it was trained on: give --data" in refused(laplace, capsys)
@@ -221,6 +237,131 @@ def test_seeds_decide_everything(work, capsys):
     assert losses[0] == losses[1] != losses[2]
 
 
+def test_an_infinite_nll_is_null_in_json(work, capsys):
+    """Of a model that is sure and wrong; people read "inf", and the card and the page know it."""
+    path = work / "model" / "model.safetensors"
+    tensors = dict(load_tensors(path)[0])
+    one, *others = load_tokenizer("model").class_token_ids(3, "\nAnswer:")
+    head = tensors["lm_head.weight"] * 5000
+    head[others] = -head[one]
+    save_tensors(path, {**tensors, "lm_head.weight": head}.items())
+    ok(TRAIN + " --lr 1e-9", capsys)
+    evaluate = "evaluate --run run --data test.jsonl --samples 2 --ood train.jsonl"
+    code, out, err = run(evaluate + " --json", capsys)
+    assert code == 0, err
+    result = strict(out)
+    assert result["nll"] is None and result["ood"]["nll"] is None and 0 < result["acc"] < 1
+    assert strict((work / "run" / "metrics.json").read_text()) == result
+    rows = (work / "run" / "predictions.jsonl").read_text().splitlines()
+    assert {strict(row)["entropy"] for row in rows} == {0.0}
+    assert "∞" in (work / "run" / "report.html").read_text()
+    code, out, _ = run(evaluate, capsys)
+    assert code == 0 and " inf [" in out
+    ok("export --run run --to peft --out adapter", capsys)
+    assert " | inf | " in (work / "adapter" / "README.md").read_text()
+    for command in ("predict --run run --prompt hello --choices one two three", evaluate):
+        assert "-0.0" not in run(command, capsys)[1]
+
+
+def results(folder) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in RESULTS}
+
+
+def test_each_data_set_has_results_of_its_own(work, capsys):
+    """In a folder of its name; those of the last evaluation lie in the run as well."""
+    ok(TRAIN, capsys)
+    for name in ("test", "train", "test"):
+        metrics = ok(f"evaluate --run run --data {name}.jsonl --samples 2", capsys)
+        digest = hashlib.sha256((work / f"{name}.jsonl").read_bytes()).hexdigest()
+        assert (metrics["data"], metrics["data_sha256"]) == (f"{name}.jsonl", digest)
+        assert metrics["limit"] is None
+        assert json.loads((work / "run" / name / "metrics.json").read_text()) == metrics
+        assert results(work / "run" / name) == results(work / "run")
+    assert results(work / "run" / "train") != results(work / "run")
+    before = contents(work / "run")
+    metrics = ok("evaluate --run run --data test.jsonl --out elsewhere --limit 4", capsys)
+    assert metrics["limit"] == 4 and contents(work / "run") == before
+    assert sorted(path.name for path in (work / "elsewhere").iterdir()) == sorted(RESULTS)
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [("a/b.c.jsonl", "b_c"), ("checkpoint.jsonl", "checkpoint_data"), ("x/..", ".."),
+     ("Où  est-ce?.jsonl", "Où_est-ce"), ("....jsonl", "data"), (".lock", "lock")],
+)  # fmt: skip
+def test_a_data_sets_folder_is_called_as_its_file(tmp_path, monkeypatch, data, name):
+    monkeypatch.chdir(tmp_path)
+    name = tmp_path.name if name == ".." else name
+    assert results_folder("run", data) == Path("run") / name
+
+
+def test_other_results_are_not_written_over(work, capsys):
+    """Which is said before the base is read; --force writes, and --out elsewhere."""
+    ok(f"{TRAIN} --holdout 0.25", capsys)
+    questions_file(work / "other" / "test.jsonl", rows=5)
+    evaluate = "evaluate --run run --data test.jsonl --samples 2"
+    first = ok(evaluate, capsys)
+    before = contents(work)
+    (work / "model").rename(work / "gone")
+    for other, what in (
+        (evaluate.replace("test", "other/test"), "data was another file"),
+        (f"{evaluate} --limit 3", "limit was None and now is 3"),
+        (evaluate.replace(" 2", " auto"), "samples was 2 and now is {'tolerance': 0.05, "),
+        (evaluate.replace(" 2", " exact"), "samples was 2 and now is 'exact'"),
+        (f"{evaluate} --seed 1", "seed was 0 and now is 1"),
+        (f"{evaluate} --bins 10", "bins was 15 and now is 10"),
+        (f"{evaluate} --design latin", "design was 'independent' and now is 'latin'"),
+        (f"{evaluate} --temperature", "temperature was False and now is True"),
+        (f"{evaluate} --calibrate train.jsonl", "calibrate was not given"),
+        (f"{evaluate} --ood train.jsonl", "ood was not given"),
+    ):
+        said = refused(other, capsys)
+        assert said.startswith(f"error: run/test: holds other results ({what}"), said
+        assert said.endswith("): give --force or --out DIR\n")
+    (work / "gone").rename(work / "model")
+    assert contents(work) == before
+    assert ok(evaluate, capsys) == first and contents(work) == before
+    assert ok(f"{evaluate} --seed 1 --force", capsys)["seed"] == 1
+    assert "seed was 1 and now is 0" in refused(evaluate, capsys)
+    ok(TRAIN.replace("--out run", "--out next") + " --seed 1", capsys)
+    ok("evaluate --run run --data test.jsonl --out both", capsys)
+    again = "evaluate --run next --data test.jsonl --out both"
+    assert "both: holds other results (adapter was another file)" in refused(again, capsys)
+    (work / "both" / "metrics.json").write_text("{}")
+    assert "both: holds other results" in refused(again, capsys)
+    ok(f"{again} --force", capsys)
+
+
+FULL = "cannot be written: File too large"
+
+
+@pytest.mark.parametrize(
+    ("command", "rooms", "message"),
+    [
+        (TRAIN.replace("--out run", "--out next"), (0, 400, 4000), FULL),
+        ("export --run run --to hf --out next", (0, 4000), f"next/model.safetensors: {FULL}"),
+        ("export --run run --to peft --out next", (0, 1000), FULL),
+        ("import --from peft peft --model model --out next", (0, 1000), FULL),
+        ("posterior laplace --run run --out next", (0, 1000), FULL),
+        ("evaluate --run run --data test.jsonl", (0, 400, 4000), FULL),
+    ],
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
+    work, capsys, command, rooms, message
+):
+    ok(f"{TRAIN} --method mle", capsys)
+    ok("export --run run --to peft --out peft", capsys)
+    before = contents(work)
+    for room in rooms:
+        with full_disk(room):
+            said = refused(command, capsys)
+        assert message in said, (room, said)
+        new = contents(work).keys() - before.keys()
+        assert {Path(path).name for path in new} <= {"train.jsonl"}, (room, new)
+        assert {path: data for path, data in contents(work).items() if path in before} == before
+        (work / "next" / "train.jsonl").unlink(missing_ok=True)
+
+
 def test_samples_zero_is_the_mean_model(work, capsys):
     ok(TRAIN + " --init-sigma 1", capsys)
     ok("evaluate --run run --data test.jsonl --samples 0", capsys)
@@ -230,8 +371,6 @@ def test_samples_zero_is_the_mean_model(work, capsys):
 
 def test_a_bfloat16_base_keeps_float32_adapters(work, capsys):
     ok(TRAIN + " --dtype bfloat16", capsys)
-    from scalabl_ref.checkpoint import load_tensors
-
     tensors, _ = load_tensors(work / "run" / "adapter.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     assert ok("evaluate --run run --data test.jsonl", capsys)["n"] == 9
@@ -246,7 +385,7 @@ def test_out_of_distribution_with_more_classes_is_scored_on_what_it_can_answer(w
     labels = [i * 5 % 3 for i in range(10)]
     assert ood["n"] == 10 and ood["n_scored"] == sum(label < 2 for label in labels)
     for asked in ("wide.jsonl", "test.jsonl --calibrate wide.jsonl"):
-        said = refused(f"evaluate --run run --data {asked}", capsys)
+        said = refused(f"evaluate --run run --force --data {asked}", capsys)
         assert "example 1 (id 1): its answer is C, and there are 2 classes, to B" in said
 
 
@@ -358,8 +497,6 @@ def test_a_prompt_that_is_too_long_is_named(work, capsys):
 
 
 def test_bad_weights_are_named(work, capsys):
-    from scalabl_ref.checkpoint import load_tensors
-
     path = work / "model" / "model.safetensors"
     tensors, _ = load_tensors(path)
     spoilt = {**tensors, "norm.weight": torch.full_like(tensors["norm.weight"], math.nan)}
@@ -389,6 +526,25 @@ def test_a_run_is_not_overwritten(work, capsys):
     assert "holds a run already: give --resume or another" in refused(TRAIN, capsys)
     ok(f"{TRAIN} --method mle --resume", capsys)
     assert contents(work) == before
+
+
+def test_a_folder_in_use_is_refused_at_once(work, capsys):
+    """Before anything is read, and with nothing changed; then it is free again."""
+    ok(f"{TRAIN} --method mle", capsys)
+    words = f"is in use by another process (pid {os.getpid()}): wait for it, or give another --out"
+    for out, command, new in (
+        ("run", f"{TRAIN} --resume", False),
+        ("next", TRAIN.replace("--model model --data train.jsonl --out run",
+                               "--model absent --data absent --out next"), False),
+        ("made", "posterior laplace --run run --out made", True),
+        ("demo", "demo --out demo", False),
+    ):  # fmt: skip
+        with alone(out, new):
+            before = contents(work)
+            assert refused(command, capsys) == f"error: {out}: {words}\n"
+            assert contents(work) == before
+        assert (work / out).exists() == (out == "run")
+    ok(f"{TRAIN} --method mle --resume", capsys)
 
 
 def test_a_run_that_ended_early_can_be_done_again(work, capsys):
@@ -441,6 +597,53 @@ def test_more_choices_and_fewer_than_the_head_has(work, capsys):
     assert two["others"] == three["probs"][2] > 0
 
 
+def test_what_is_no_finished_run_is_said_to_be_what_it_is(work, capsys):
+    """By every command that reads one."""
+    ok(f"{TRAIN} --checkpoint-every 4 --head full", capsys)
+    ok("export --run run --to peft --out peft", capsys)
+    (work / "run" / "run.json").unlink()
+    shutil.rmtree(work / "run" / "checkpoint" / "00000006")
+    (work / "empty").mkdir()
+
+    def says(folder: str, message: str, *more: str) -> None:
+        for command in ("evaluate --data test.jsonl", *more):
+            name = "--init" if command == NEXT else "--run"
+            said = refused(f"{command} {name} {folder}", capsys)
+            assert said == f"error: {folder}: {message}\n", command
+        assert not (work / "next").exists()
+
+    at = "training is unfinished, at step 4{}: go on with train --resume"
+    every = ("predict --prompt a --choices b c", "generate --prompt a", NEXT,
+             "posterior laplace --out next", "export --to peft --out next")  # fmt: skip
+    says("run", at.format(" of 6"), *every)
+    (work / "run" / "checkpoint" / "00000004" / "manifest.json").write_text("{}")
+    says("run", at.format(""))
+    shutil.rmtree(work / "run" / "checkpoint")
+    says("run", "training ended before its first checkpoint: begin with train --resume")
+    model = "is a model and no run: give it as --model alone (a trained adapter becomes a run by "
+    says("model", model + "`scalabl import`)", NEXT)
+    peft = "is a PEFT adapter and no run: `scalabl import --from peft` makes it one"
+    says("peft", peft, NEXT)
+    says("empty", "no run: run.json, which `scalabl train` writes at its end, is not there")
+    says("absent", "no such folder: expected a run, which `scalabl train` writes")
+
+
+def test_another_base_is_named(work, capsys):
+    ok(TRAIN, capsys)
+    tensors = dict(load_tensors(work / "model" / "model.safetensors")[0])
+    shutil.copytree(work / "model", work / "other")
+    changed = {**tensors, "norm.weight": 2 * tensors["norm.weight"]}
+    save_tensors(work / "other" / "model.safetensors", changed.items())
+    words = f"run: was trained on {work / 'model'}; other is another model"
+    for command in ("evaluate --data test.jsonl", "predict --prompt a --choices b c"):
+        assert refused(f"{command} --run run --model other", capsys) == f"error: {words}\n"
+    said = refused(NEXT.replace("--model model", "--model other") + " --init run", capsys)
+    assert f"run: was trained on another base model, {work / 'model'}" in said
+    save_tensors(work / "model" / "model.safetensors", changed.items())
+    said = refused("evaluate --data test.jsonl --run run", capsys)
+    assert f"was trained on another base model than {work / 'model'} is now" in said
+
+
 def test_what_is_not_trained_is_no_method_of_train(work, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(f"{TRAIN} --method tfb".split())
@@ -459,7 +662,8 @@ def test_a_hold_out_is_of_the_file_that_was_trained_on(work, capsys):
     assert changed + "--calibrate" in refused(temperature, capsys)
     for method in ("laplace", "tfb"):
         assert changed + "--data" in refused(f"posterior {method} --run run --out x", capsys)
-    assert ok(f"{temperature} --calibrate train.jsonl", capsys)["temperature"]["n_fit"] == 29
+    told = ok(f"{temperature} --calibrate train.jsonl --out calibrated", capsys)
+    assert told["temperature"]["n_fit"] == 29
     (work / "train.jsonl").unlink()
     assert "train.jsonl: cannot be read" in refused(temperature, capsys)
     (work / "train.jsonl").write_text(rows)
@@ -543,7 +747,7 @@ def test_a_finished_run_with_a_damaged_log_resumes_to_nothing(work, capsys):
 
 def test_draws_of_a_design_and_as_many_as_needed(work, capsys):
     ok(TRAIN + " --init-sigma 2", capsys)
-    evaluate = "evaluate --run run --data test.jsonl"
+    evaluate = "evaluate --run run --data test.jsonl --force"
     designs = [
         ok(f"{evaluate} --samples 4 --design {design}", capsys)
         for design in ("independent", "antithetic", "latin")
@@ -566,7 +770,7 @@ def test_draws_of_a_design_and_as_many_as_needed(work, capsys):
     assert "lm_head alone" in refused(f"{evaluate} --samples exact", capsys)
     ok(TRAIN.replace("run", "head") + " --targets lm_head --init-sigma 0.5", capsys)
     exact, many = (
-        ok(f"evaluate --run head --data test.jsonl --samples {n} --design {design}", capsys)
+        ok(f"evaluate --run head --force --data test.jsonl --samples {n} --design {design}", capsys)
         for n, design in (("exact", "independent"), ("1000", "latin"))
     )
     # 1,000 Latin draws are good to far better than a hundredth; test_quadrature has the bounds.

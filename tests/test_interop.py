@@ -313,9 +313,9 @@ def test_the_card_says_what_is_known(base, tmp_path, monkeypatch, capsys):
     for words in (
         f"- data: train.jsonl\n- SHA-256 of the data: {digest}\n- examples trained on: 18\n",
         "- KL: official, ", "- seed: 11\n", "- method: scalabl\n", "- beta: 1.0\n",
-        f"| test | 24 | {metrics['acc']:.4f} | {metrics['ece']:.4f} | {metrics['nll']:.4f} | "
-        f"{metrics['brier']:.4f} |\n",
-        "| test, temperature | 24 |", "2 draws, seed 0, 15 bins", "- scalabl_ref: 0.1.0\n",
+        f"| train.jsonl | 24 | {metrics['acc']:.4f} | {metrics['ece']:.4f} | "
+        f"{metrics['nll']:.4f} | {metrics['brier']:.4f} |\n",
+        "| train.jsonl, temperature | 24 |", "2 draws, seed 0, 15 bins", "- scalabl_ref: 0.1.0\n",
         f"- torch: {torch.__version__}", 'PeftModel.from_pretrained(base, "out")',
         f"'A' ({LETTERS[0]}), 'B' ({LETTERS[1]}), 'C' ({LETTERS[2]}) alone",
     ):  # fmt: skip

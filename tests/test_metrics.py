@@ -175,6 +175,7 @@ def test_extremes():
     assert metrics.nll(certain, labels(0, 1, 0)) == math.inf  # not clamped
     assert metrics.bootstrap_intervals(certain, labels(0, 1, 0))["nll"] == (0, math.inf)
     assert metrics.entropy(certain).tolist() == [0, 0, 0]
+    assert not metrics.entropy(certain).signbit().any()
     uniform = torch.full((1, 8), 1 / 8)
     assert close(float(metrics.entropy(uniform)), math.log(8), 1)
 

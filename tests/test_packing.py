@@ -182,7 +182,7 @@ def test_a_run_is_the_same_on_codes_and_on_weights_that_become_them(tmp_path, mo
     command("predict --run b --prompt a --choices b c --samples 2")
     convert_hf.convert("wide", tmp_path / "other", quantize="int8")
     for base in ("wide", "other"):
-        err = command(f"evaluate --run b --model {base} --data train.jsonl", 2)
-        assert "was trained on another base model" in err
+        err = command(f"evaluate --run b --model {base} --data train.jsonl --samples 2", 2)
+        assert f"b: was trained on {tmp_path / 'codes'}; {base} is another model" in err
     assert "would not be those of its nf4 base" in command("export --run b --to hf --out hf", 2)
     command("export --run b --to peft --out peft")

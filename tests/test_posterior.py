@@ -97,7 +97,7 @@ def test_metrics_say_how_many_draws_there_were(work, capsys):
         for asked in (5, 0):
             expected = draws if asked else 0
             command = f"evaluate --run {run} --data test.jsonl --ood train.jsonl --samples {asked}"
-            metrics = ok(command, capsys)
+            metrics = ok(command + " --force", capsys)
             assert metrics["samples"] == metrics["ood"]["samples"] == expected
             assert metrics["method"] == ("mle" if run == "run0" else run)
             assert ("design" in metrics) == (run == "tfb" and asked > 0)
@@ -113,7 +113,7 @@ def test_tfb(work, capsys):
     kinds = {type(adapter).__name__ for adapter in adapters(load_run("made")[0]).values()}
     assert kinds == {"TfbAdapter"}
     assert json.loads((work / "made/metrics.json").read_text())["design"] == "independent"
-    assert "design" not in ok("evaluate --run run0 --data test.jsonl --samples 4", capsys)
+    assert "design" not in ok("evaluate --run run0 --data test.jsonl --samples 4 --force", capsys)
 
 
 def test_predict_uses_it(work, capsys):
@@ -133,7 +133,7 @@ def test_what_cannot_be_made_is_refused(work, capsys):
         ("posterior ensemble --run run0 --out x", "ensemble takes more than a run"),
         ("posterior swag --run run0 run1 --out x", "swag takes no more than a run"),
         ("posterior ensemble --run run0 wide --out x", "wide: differs from run0 in adapter"),
-        ("posterior laplace --run nowhere --out x", "run.json: no such file"),
+        ("posterior laplace --run nowhere --out x", "nowhere: no such folder: expected a run"),
     ):
         assert message in refused(command, capsys)
         assert not (work / "x").exists()

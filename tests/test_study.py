@@ -26,6 +26,7 @@ from scalabl_ref import study as study_module
 from scalabl_ref.checkpoint import load_tensors, save_tensors, sha256
 from scalabl_ref.comparison import table
 from scalabl_ref.errors import Interrupted
+from scalabl_ref.lock import alone
 from scalabl_ref.methods import Swag
 from scalabl_ref.plan import product_rate
 from scalabl_ref.study import METHODS, Fit, Job, Study, cost, study
@@ -483,13 +484,12 @@ def test_two_studies_in_one_folder_do_not_meet(tmp_path, capsys):
     path, out = config(tmp_path, methods=["mle"], lr=[0.01], seeds=[0]), tmp_path / "out"
     out.mkdir()
     command = ["study", str(path), "--out", str(out)]
-    with study_module._alone(out):
+    with alone(out):
         assert cli.main(command) == 2
     said = capsys.readouterr().err
-    assert said == f"error: {out}: a study is being run there by another process\n"
-    assert [file.name for file in out.iterdir()] == [".lock"]
+    assert f"error: {out}: is in use by another process (pid {os.getpid()})" in said
+    assert list(out.iterdir()) == []
     assert cli.main(command) == 0
-    (out / ".lock").unlink()
     (out / ".lock").mkdir()
     assert cli.main(command) == 2 and ".lock: cannot be written" in capsys.readouterr().err
 
@@ -603,7 +603,7 @@ def test_a_study_that_is_killed_leaves_no_process(tmp_path):
     for child in left:
         os.kill(int(child), signal.SIGKILL)
     assert left == []
-    with study_module._alone(out):
+    with alone(out):
         pass  # the folder is free
     assert len(list(out.glob("runs/*/checkpoint/*"))) == 2
     assert not list(out.glob("runs/*/run.json"))
@@ -629,6 +629,11 @@ def test_bold_is_only_what_the_bootstrap_tells_apart():
     rows = {"a": {"nll": metrics.nll(right, labels)}, "b": {"nll": metrics.nll(noise, labels)}}
     best = comparison._best("nll", rows, {"a": [right], "b": [noise]}, labels, 15)
     assert not best["significant"]
+    never = torch.zeros_like(even)  # two that are infinitely bad have no difference
+    never[torch.arange(len(labels)), 1 - labels] = 1
+    rows = {"a": {"nll": math.inf}, "b": {"nll": math.inf}}
+    best = comparison._best("nll", rows, {"a": [never], "b": [never]}, labels, 15)
+    assert not best["significant"] and math.isnan(best["difference"][0])
 
 
 def test_command_and_bad_files(tmp_path, capsys):

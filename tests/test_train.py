@@ -479,8 +479,14 @@ def test_a_run_comes_back_as_it_was(tmp_path):
 
 def test_another_base_is_refused(tmp_path):
     saved_run(tmp_path)
-    with pytest.raises(InputError, match="was trained on another base model than base"):
-        load_run(tmp_path, Llama(TINY).init_random_(1, std=0.3))
+    other = Llama(TINY).init_random_(1, std=0.3)
+    for folder, words in (
+        (None, "was trained on base; the model given is another model"),
+        ("other", "was trained on base; other is another model"),
+        ("./base", "was trained on another base model than base is now"),
+    ):
+        with pytest.raises(InputError, match=words):
+            load_run(tmp_path, other, base=folder)
 
 
 def test_broken_runs_are_named(tmp_path):
@@ -494,7 +500,7 @@ def test_broken_runs_are_named(tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(InputError, match="run.json: not JSON"):
         load_run(tmp_path, Llama(TINY).init_random_(0, std=0.3))
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="absent: no such folder: expected a run"):
         load_run(tmp_path / "absent", base)
 
 
