@@ -399,7 +399,8 @@ def save_run(run: Path | str, model: Llama, info: dict[str, Any]) -> None:
 
     On several ranks all call it, and rank 0 writes.
     info: facts to keep, "model" (the base's folder) among them; must be JSON. `run_facts` says
-    which others are read, and what is taken without them.
+    which others are read, and what is taken without them. `Encoded.wording.facts()` are those that
+    `evaluate` and `predict` need to ask as the run was trained.
     """
     run = Path(run)
     config = next(iter(adapters(model).values())).config

@@ -60,7 +60,7 @@ def ok(command: str, capsys) -> dict:
 
 def scores(command: str, capsys) -> dict:
     """The results of `evaluate`, without what they are of."""
-    about = ("data", "data_sha256", "settings")
+    about = ("data", "data_sha256", "label_names", "settings")
     return {key: value for key, value in ok(command, capsys).items() if key not in about}
 
 
