@@ -63,7 +63,7 @@ def test_every_equation_has_a_row():
 
 
 def test_the_prompts_are_those_of_the_code():
-    text = (ROOT / "docs" / "interop.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     table = text.split("| format | prompt |")[1].split("\n\n")[0]
     rows = [[cell.strip(" `") for cell in row.split("|")[1:3]] for row in table.splitlines()[2:]]
     assert {name: prompt.replace("\\n", "\n") for name, prompt in rows} == TEMPLATES
