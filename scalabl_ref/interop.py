@@ -55,6 +55,7 @@ from .errors import InputError, atomic_write_text, make_folder
 from .llama import Llama, check_model, read_config
 from .methods import Ensemble, Posterior, Swag
 from .noise import Noise
+from .predict import check_samples
 from .tokenizer import Tokenizer, companion_files, load_tokenizer
 from .train import fingerprint, load_adapter_state, run_facts, save_run
 
@@ -115,8 +116,7 @@ class Trained:
 
         Members, of an ensemble. Raises InputError for what is no LoRA.
         """
-        if samples < 0:
-            raise InputError(f"samples must not be negative, and is {samples}")
+        check_samples(samples)
         draws: list[Noise | None] = [Noise(seed, i) for i in range(samples)]
         if isinstance(self.posterior, Ensemble):
             count = len(self.posterior.members)
