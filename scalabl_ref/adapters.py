@@ -74,6 +74,8 @@ class AdapterConfig:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        if isinstance(self.targets, str):
+            raise InputError(f"targets must be a list of names, not the text {self.targets!r}")
         object.__setattr__(self, "targets", tuple(self.targets))
         if self.method not in ADAPTERS:
             raise InputError(f"method must be one of {', '.join(ADAPTERS)}, not {self.method!r}")

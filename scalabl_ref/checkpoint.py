@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InputError, atomic_write, atomic_write_text, writing
+from .errors import InputError, atomic_write, atomic_write_text, out_of_memory, writing
 
 FORMAT = "scalabl_ref"
 WEIGHTS = "model.safetensors"
@@ -231,6 +231,8 @@ def _named_errors(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
+        if out_of_memory(error):
+            raise
         refuse_pointer(path)
         raise InputError(f"{path}: not a valid safetensors file: {error}") from None
 
@@ -256,6 +258,8 @@ def load_pickle(path: Path, mmap: bool = False) -> Any:
             f"{path}: refused: a pickle may hold only tensors and plain containers ({reason})"
         ) from None
     except Exception as error:  # a damaged stream makes the reader raise almost anything
+        if out_of_memory(error):
+            raise
         refuse_pointer(path)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a file written by torch.save: {reason}") from None

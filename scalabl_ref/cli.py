@@ -1,21 +1,24 @@
 """The `scalabl` command: arguments in, library calls, results out. No method lives here.
 
-Exit codes: 0 done, 1 a check of `verify` or `conformance` failed, 2 bad input (one line on standard
-error), 3 another process of the run ended or is silent, 128 + n ended by signal n.
+Exit codes: 0 done, 1 a check of `verify` or `conformance` failed, 2 bad input, or no memory, room
+or permission (one line on standard error), 3 another process of the run ended or is silent, 128 + n
+ended by signal n.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import math
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError, Interrupted, RankLost
+from .errors import InputError, Interrupted, ending
 from .hub import model_folder
 
 if TYPE_CHECKING:
@@ -31,28 +34,34 @@ Result = dict[str, Any]
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    args = _parser(next(iter(arguments), "")).parse_args(arguments)
+    args = argparse.Namespace(process=0)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may have no letter for a choice
+            stream.reconfigure(errors="backslashreplace")
     try:
+        args = _parser(next(iter(arguments), "")).parse_args(arguments)
         if getattr(args, "model", None):
             args.model = model_folder(args.model)  # so that a run keeps a folder, not a name
         result = args.command(args)
         if args.json and not args.process:
             from .fields import json_text
 
-            print(json_text(result, indent=2), flush=True)
-    except (InputError, RankLost) as error:
-        where = f" on rank {args.process}" if args.process else ""
-        print(f"error{where}: {error}", file=sys.stderr)
-        return 3 if isinstance(error, RankLost) else 2
-    except Interrupted as error:
-        print(error, file=sys.stderr)
-        return 128 + error.signum
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+            print(json_text(result, indent=2))
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stderr.close()
         return 141
+    except (Exception, KeyboardInterrupt) as error:
+        said = ending(error, f" on rank {args.process}" if args.process else "")
+        if said is None:
+            raise
+        print(said[1], file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # no room for it: Python would try once more at its end, and say so
+            with suppress(OSError):
+                sys.stdout.close()
+        return said[0]
     return int(result.get("exit_code", 0))
 
 
@@ -597,7 +606,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ood", type=Path, help="file of examples out of distribution")
     add("--ood-format", choices=FORMATS, help=f"of --ood {_BY_ENDING}")
     _add_samples(parser)
-    add("--bins", type=int, default=15, help="of the expected calibration error")
+    add("--bins", type=int, default=15, help="of the expected calibration error, at most 10,000")
     add("--batch", type=int, default=32, help="examples computed at a time")
     add(
         "--temperature",
@@ -620,18 +629,21 @@ def _add_samples(parser: argparse.ArgumentParser) -> None:
         "--samples",
         default="10",
         metavar="N",
-        help="draws of the posterior, or all members of an ensemble; 0 is the mean model; "
+        help="draws of the posterior, at most 100,000, or all members of an ensemble; 0 is the "
+        "mean model; "
         "auto: for each example, until more cannot change its answer by more than --tolerance; "
         "exact: the integral, where lm_head alone is adapted, for at most 4 classes "
         "or rank 3",
     )
     add("--tolerance", type=float, default=0.05, help="of --samples auto, in probability")
-    add("--most", type=int, default=1000, help="draws of one example, of --samples auto")
+    add("--most", type=int, default=1000,
+        help="draws of one example, of --samples auto: at most 100,000")  # fmt: skip
     add("--design", choices=DESIGNS, default="independent", help="how draws depend on each other: "
         "antithetic and latin give the average less error")  # fmt: skip
 
 
 def _samples(args: argparse.Namespace) -> Samples:
+    from .predict import check_samples
     from .sequential import Auto
 
     if args.samples == "exact":
@@ -639,21 +651,24 @@ def _samples(args: argparse.Namespace) -> Samples:
     if args.samples == "auto":
         return Auto(tolerance=args.tolerance, most=args.most)
     try:
-        return int(args.samples)
+        samples = int(args.samples)
     except ValueError:
         raise InputError(
             f"--samples must be a number, auto or exact, not {args.samples!r}"
         ) from None
+    check_samples(samples)
+    return samples
 
 
 def _evaluate(args: argparse.Namespace) -> Result:
     from .evaluate import check_results, results_folder
     from .lock import alone
+    from .metrics import checked_bins
     from .train import run_facts
 
     if not (args.run or args.model):
         raise InputError("give --run, or --model for a base model alone")
-    samples = _samples(args)
+    samples, _ = _samples(args), checked_bins(args.bins)
     info = run_facts(args.run) if args.run else _base_facts(args)
     settings = _evaluation(args, samples, info)
     of = args.run or Path(f"base-{args.model.resolve().name}")

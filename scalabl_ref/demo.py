@@ -32,7 +32,7 @@ from .data import Example, encode, evaluation_batches, question
 from .errors import InputError, atomic_write_text, make_folder
 from .fields import json_text
 from .llama import Llama
-from .predict import predict_all
+from .predict import check_samples, predict_all
 from .progress import progress_bar
 from .report import write_report
 from .tokenizer import Tokenizer, load_tokenizer
@@ -131,6 +131,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = _settings(args)
     if args.samples < 1:
         raise InputError(f"--samples must be at least 1, and is {args.samples}")
+    check_samples(args.samples, "--samples")
     make_folder(args.out)
     folder = ASSETS if args.model == "tiny" else smollm2(say)
     started = time.perf_counter()

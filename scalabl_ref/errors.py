@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -58,6 +60,55 @@ class RankLost(Exception):
 
     What happened there that process says itself, if it can; the command line exits with code 3.
     """
+
+
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|bad_alloc"
+    r"|failed to map segment",  # the last of a library, while it is imported
+    re.IGNORECASE,
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory was wanting: libraries say so in errors of many kinds."""
+    return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
+
+
+def ending(error: BaseException, where: str = "") -> tuple[int, str] | None:
+    """Exit code and line with which the command line ends; None for what is a fault of ours.
+
+    where: what comes between "error" and its colon.
+    """
+    if isinstance(error, (InputError, RankLost)):
+        return (2 if isinstance(error, InputError) else 3), f"error{where}: {error}"
+    if isinstance(error, Interrupted):
+        return 128 + error.signum, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if out_of_memory(error):
+        size = re.search(r"(?:allocate|mmap) (\d+ bytes|[\d.]+ [KMGT]iB)", str(error))
+        asked = f" ({size[1]} were asked for at once)" if size else ""
+        return 2, (
+            f"error{where}: out of memory{asked}: less is needed with a smaller --batch or "
+            "--micro-batch, --dtype bfloat16, or --quantize nf4"
+        )
+    if "can't start new thread" in str(error):
+        return 2, f"error{where}: no thread can be started: a limit is reached (ulimit -u, -v)"
+    if isinstance(error, OSError):  # of files that are read, or of the standard output
+        named = f"{error.filename}: " if error.filename else ""
+        return 2, f"error{where}: {named}{error.strerror or error}"
+    return None
+
+
+_COMMANDS = ("scalabl", "scalabl_ref.cli", "convert_hf.py", "convert_gguf.py")
+
+
+def leave_command(error: BaseException) -> None:
+    """End this process as `ending` says, if it is one of the project's commands."""
+    said = ending(error)
+    if said and any(Path(word).name in _COMMANDS for word in sys.orig_argv[:5]):
+        print(said[1], file=sys.stderr)
+        raise SystemExit(said[0]) from None
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -319,13 +319,13 @@ def attach(
     model: nn.Module,
     config: AdapterConfig,
     seed: int = 0,
-    targets: Sequence[str] | None = None,
+    targets: Sequence[str] | Literal["all-linear"] | None = None,
     classes: Sequence[int] | None = None,
 ) -> Attached:
     """Freeze `model` and put an adapter on each nn.Linear that is a target.
 
     targets: names, or last parts of dotted names, of layers: for models whose layers are not called
-        as a Llama's are; None is config.targets.
+        as a Llama's are; None is config.targets. "all-linear" is every nn.Linear but the head.
     classes: token ids of the answers; the head is cut down to their rows, in this order, and then
         gives their logits alone, in float32. None leaves it whole.
 
@@ -338,7 +338,7 @@ def attach(
     """
     if adapters(model):
         raise InputError("the model already has adapters")
-    wanted = tuple(config.targets if targets is None else targets)
+    wanted = _names(model, config.targets if targets is None else targets)
     layers = _chosen(model, wanted)
     whole, head = _head(model), None
     if classes is not None:
@@ -362,6 +362,16 @@ def attach(
     begin = partial(_begin, config.sampling, span)
     model.register_forward_pre_hook(begin, with_kwargs=True)
     return Attached(model, config, wanted, None if classes is None else tuple(classes))
+
+
+def _names(model: nn.Module, targets: Sequence[str] | str) -> tuple[str, ...]:
+    if targets == "all-linear":  # as PEFT has it
+        head = _head(model)
+        linear = (n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head)
+        return tuple(linear)
+    if isinstance(targets, str):
+        raise InputError(f'targets must be a list of names, or "all-linear", not {targets!r}')
+    return tuple(targets)
 
 
 def _head(model: nn.Module) -> nn.Module | None:

@@ -57,6 +57,7 @@ from .hub import hub_name
 from .llama import Llama, as_stored, check_model, read_config
 from .methods import Ensemble, Posterior, Swag
 from .noise import Noise
+from .predict import check_samples
 from .tokenizer import Tokenizer, companion_files, load_tokenizer
 from .train import fingerprint, load_adapter_state, run_facts, save_run
 
@@ -118,8 +119,7 @@ class Trained:
 
         Members, of an ensemble. Raises InputError for what is no LoRA.
         """
-        if samples < 0:
-            raise InputError(f"samples must not be negative, and is {samples}")
+        check_samples(samples)
         draws: list[Noise | None] = [Noise(seed, i) for i in range(samples)]
         if isinstance(self.posterior, Ensemble):
             count = len(self.posterior.members)

@@ -24,6 +24,7 @@ from .errors import InputError
 # which the answers are worse than chance asks for infinity, and neither is of any use elsewhere.
 TEMPERATURE_RANGE = (0.05, 20.0)
 
+MOST_BINS = 10_000  # of calibration: each replicate of the bootstrap has a table of them
 
 SCORES = ("acc", "ece", "nll", "brier")
 
@@ -73,14 +74,14 @@ def ece(probs: Tensor, labels: Tensor, bins: int = 15) -> float:
     bins are [lower, upper) and the last one has both its ends. Published tables use 15 or 10 bins,
     and the number depends on it: report it.
     """
-    index, gap = _gaps(*_checked(probs, labels), _checked_bins(bins))
+    index, gap = _gaps(*_checked(probs, labels), checked_bins(bins))
     return _ece(index, gap, bins)
 
 
 def reliability(probs: Tensor, labels: Tensor, bins: int = 15) -> Reliability:
     """What `ece` sums: rows, mean confidence and accuracy per bin, with the same bins."""
     confidence, correct = _confidence(*_checked(probs, labels))
-    index = _bin_index(confidence, _checked_bins(bins))
+    index = _bin_index(confidence, checked_bins(bins))
     count = index.bincount(minlength=bins)
     confidence, correct = (
         index.bincount(weights=column, minlength=bins) / count  # 0 / 0 is NaN: nothing there
@@ -280,7 +281,7 @@ def _replicates(
 ) -> Tensor:
     """SCORES of resampled rows, (4, replicates)."""
     probs, labels = _checked(probs, labels)
-    index, gap = _gaps(probs, labels, _checked_bins(bins))
+    index, gap = _gaps(probs, labels, checked_bins(bins))
     _, correct = _confidence(probs, labels)
     scores = torch.stack((correct, _nll_rows(probs, labels), _brier_rows(probs, labels)))  # (3, N)
     values = []
@@ -366,9 +367,12 @@ def _checked_labels(labels: Tensor, scores: Tensor) -> Tensor:
     return labels
 
 
-def _checked_bins(bins: int) -> int:
+def checked_bins(bins: int) -> int:
+    """`bins`. Raises InputError for a number below 1 or above MOST_BINS."""
     if bins < 1:
         raise InputError(f"bins must be at least 1, and is {bins}")
+    if bins > MOST_BINS:
+        raise InputError(f"bins must be at most {MOST_BINS:,}, and is {bins:,}")
     return bins
 
 

@@ -27,7 +27,7 @@ from .adapters import random_adapters
 from .data import Batch
 from .errors import InputError
 from .llama import Llama
-from .predict import Prediction, log_probs, predictive
+from .predict import Prediction, check_samples, log_probs, predictive
 
 BETS = 20  # equally spaced sizes of a bet, over which the wealth is averaged
 FIRST_LOOK, GROWTH = 4, 1.5  # draws before the first look, and before each look over the last
@@ -53,6 +53,7 @@ class Auto:
                 raise InputError(f"{name} must lie between 0 and 1, and is {getattr(self, name)}")
         if self.most < 1:
             raise InputError(f"most must be at least 1, and is {self.most}")
+        check_samples(self.most, "most")
 
     def looks(self) -> list[int]:
         """Numbers of draws after which it is asked whether to stop, the last of them `most`."""

@@ -69,10 +69,13 @@ from .llama import Llama, read_config
 from .lock import alone
 from .methods import Laplace, Posterior, tfb
 from .methods.ensemble import Ensemble, Swag
-from .predict import predict_all
+from .metrics import checked_bins
+from .predict import check_samples, predict_all
 from .progress import progress_bar
 from .tokenizer import load_tokenizer, tokenizer_files
 from .train import DType, TrainConfig, Trainer, adapter_state, fit, load_run, save_run
+
+MOST_JOBS = 256  # processes, which a study starts all at once
 
 
 @dataclass(frozen=True)
@@ -225,6 +228,8 @@ class Study:
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise InputError(f"{name} must be at least 1, and is {count}")
+        check_samples(self.samples)
+        checked_bins(self.bins)
 
     def _check_settings(self) -> None:
         """That they are settings, each with an effect, of which every trial can be made."""
@@ -620,6 +625,8 @@ def study(config: Study, out: Path, jobs: int = 1, device: str = "cpu") -> dict[
     """
     if jobs < 1:
         raise InputError(f"jobs must be at least 1, and are {jobs}")
+    if jobs > MOST_JOBS:
+        raise InputError(f"jobs must be at most {MOST_JOBS}, and are {jobs}")
     config = dataclasses.replace(config)  # one that knows no files yet
     with on_signals(_interrupt), alone(out):
         results, models = _of_size(config, out, jobs, device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -17,13 +19,15 @@ import pytest
 import torch
 
 from scalabl_ref import AdapterConfig, Llama, add_adapters, cli, save_run
-from scalabl_ref.checkpoint import load_tensors, save_tensors
+from scalabl_ref.checkpoint import load_pickle, load_tensors, save_tensors
 from scalabl_ref.data import encode, load
 from scalabl_ref.evaluate import results_folder
 from scalabl_ref.lock import alone
+from scalabl_ref.predict import MOST_SAMPLES
 from scalabl_ref.tokenizer import load_tokenizer
 
-from .models import questions_file, tiny_folder
+from .conftest import ROOT
+from .models import TINY, questions_file, tiny_folder
 from .test_errors import full_disk
 from .test_fields import strict
 from .tolerances import rounding
@@ -676,6 +680,116 @@ def test_a_hold_out_is_of_the_file_that_was_trained_on(work, capsys):
     )
 
 
+ALLOCATOR = (
+    "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+    "tried to allocate 8000000000000 bytes. Error code 12 (Cannot allocate memory)"
+)
+MEMORY = (
+    "error: out of memory{}: less is needed with a smaller --batch or --micro-batch, --dtype "
+    "bfloat16, or --quantize nf4\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), MEMORY.format("")),
+        (RuntimeError("std::bad_alloc"), MEMORY.format("")),
+        (RuntimeError(ALLOCATOR), MEMORY.format(" (8000000000000 bytes were asked for at once)")),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+         MEMORY.format(" (2.00 GiB were asked for at once)")),
+        (RuntimeError("unable to mmap 404 bytes from file <x>: Cannot allocate memory (12)"),
+         MEMORY.format(" (404 bytes were asked for at once)")),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), MEMORY.format("")),
+        (ImportError("libx.so: failed to map segment from shared object"), MEMORY.format("")),
+        (RuntimeError("can't start new thread"),
+         "error: no thread can be started: a limit is reached (ulimit -u, -v)\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "some/file"),
+         "error: some/file: Permission denied\n"),
+        (OSError("no number"), "error: no number\n"),
+    ],
+)  # fmt: skip
+def test_what_the_machine_refuses_is_one_line(capsys, monkeypatch, error, said):
+    def fail(args):
+        raise error
+
+    monkeypatch.setitem(cli._COMMANDS, "info", ("", lambda parser: None, fail))
+    assert refused("info", capsys) == said
+
+
+def test_memory_ends_while_weights_are_read(work, capsys, monkeypatch):
+    """Which is not for want of a valid file."""
+    import safetensors
+
+    def fail(*_, **__):
+        raise safetensors.SafetensorError("Cannot allocate memory (os error 12)")
+
+    monkeypatch.setattr(safetensors, "safe_open", fail)
+    assert refused(TRAIN, capsys) == MEMORY.format("")
+    torch.save(dict(Llama(TINY).init_random_(0).state_dict()), work / "a.bin")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: fail())
+    with pytest.raises(safetensors.SafetensorError):
+        load_pickle(work / "a.bin")
+
+
+def test_a_fault_of_ours_is_a_traceback(monkeypatch):
+    def fail(args):
+        raise KeyError("x")
+
+    monkeypatch.setitem(cli._COMMANDS, "info", ("", lambda parser: None, fail))
+    with pytest.raises(KeyError):
+        cli.main(["info"])
+
+
+def test_a_terminal_without_the_letters_is_told_their_numbers(work, capsys, monkeypatch):
+    ok(TRAIN, capsys)
+    screen = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    command = ["predict", "--run", "run", "--prompt", "x", "--choices", "да", "нет", "c"]
+    assert cli.main(command) == 0
+    assert "  \\u0434\\u0430\n" in screen.buffer.getvalue().decode("ascii")
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), "ascii", errors="strict"))
+    assert cli.main(["predict", "--run", "да", *command[3:]]) == 2
+    sys.stderr.flush()
+    assert b"\\u0434\\u0430: no such folder" in sys.stderr.buffer.getvalue()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_no_room_for_the_output_is_one_line(capsys, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["count", "--config", "llama-2-7b"]) == 2
+        assert capsys.readouterr().err == "error: No space left on device\n" and full.closed
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        ("raise KeyboardInterrupt", 130, "interrupted\n"),
+        ("raise MemoryError", 2, MEMORY.format("")),
+        ("raise ImportError('libtorch.so: failed to map segment from shared object')", 2,
+         MEMORY.format("")),
+        ("raise ImportError('something else')", 1, None),
+    ],
+)  # fmt: skip
+def test_what_ends_the_import_of_torch_is_one_line_too(tmp_path, body, code, said):
+    """Of the command alone: whoever imports the package gets the error itself."""
+    (tmp_path / "torch.py").write_text(body)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    for command in (["-m", "scalabl_ref.cli", "info"], ["-c", "import scalabl_ref"]):
+        done = subprocess.run(
+            [sys.executable, *command],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        if command[0] == "-m" and said is not None:
+            assert (done.returncode, done.stderr) == (code, said)
+        else:
+            assert done.returncode not in (0, 2) and "Traceback" in done.stderr
+
+
 def test_a_closed_pipe_is_no_traceback(work):
     command = [sys.executable, "-m", "scalabl_ref.cli", "count", "--config", "llama-2-7b"]
     reader = subprocess.Popen([sys.executable, "-c", "pass"], stdin=subprocess.PIPE)
@@ -788,7 +902,20 @@ def test_numbers_that_are_none_are_refused(work, capsys):
     evaluate = "evaluate --run run --data test.jsonl"
     for batch in ("0", "-3"):
         assert "batch must be at least 1" in refused(f"{evaluate} --batch {batch}", capsys)
-    assert "samples must be at most" in refused(f"{evaluate} --samples 4294967296", capsys)
+    many = "2000000000"
+    most = f"must be at most {MOST_SAMPLES:,}, and is 2,000,000,000"
+    ask = "--run run --prompt a --choices b"
+    for command in (f"{evaluate} --samples", f"predict {ask} --samples", "demo --samples",
+                    "generate --model model --prompt a --samples",
+                    "export --run run --to peft --out x --samples"):  # fmt: skip
+        assert f"samples {most}" in refused(f"{command} {many}", capsys)
+    assert f"most {most}" in refused(f"{evaluate} --samples auto --most {many}", capsys)
+    assert "bins must be at most 10,000" in refused(f"{evaluate} --bins {many}", capsys)
+    assert "rank 2000000000 is larger" in refused(f"{NEXT} --rank {many}", capsys)
+    for option in ("--batch", "--micro-batch", "--limit", "--checkpoint-every"):
+        command = NEXT.replace("--out next", f"--out next{option} {option} {many}")
+        assert ok(command, capsys)["steps"] == 6
+    assert ok(f"{evaluate} --batch {many} --limit {many}", capsys)["n"] == 9
     plan = "plan --config llama-2-7b"
     for numbers in ("--memory nan", "--memory 16 --rate 0 --bandwidth 9", "--memory inf"):
         assert "above 0" in refused(f"{plan} {numbers}", capsys)

@@ -286,6 +286,14 @@ def test_broken_llama2c_files_are_named(tmp_path):
         (data[:-4], "bytes, and its header makes"),
         (data + b"\0", "bytes, and its header makes"),
         (b"\xff" * 28 + data[28:], "its header makes no sense"),
+        (
+            struct.pack("<Ii", 0x616B3432, 1) + bytes(248),
+            "of version 1, and only version 0 is read",
+        ),
+        (
+            struct.pack("<Ii", 0x616B3432, 2) + bytes(248),
+            "of version 2, and only version 0 is read",
+        ),
         (struct.pack("<7i", 16, 24, 2, 4, 3, 40, 64) + data[28:], "must be a multiple"),
     ):
         path.write_bytes(broken)

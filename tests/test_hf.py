@@ -338,6 +338,9 @@ def replaced(model):
          "layer blocks.1.mix is a Quantised, expected"),
         (replaced, {"targets": ("mix",)}, "mix is a Linear whose forward was replaced"),
         (None, {"targets": ("mix", "c_fc")}, "the model has no layer named c_fc"),
+        (None, {"targets": "mix"}, "a list of names, or \"all-linear\", not 'mix'"),
+        (lambda m: m.blocks[1].add_module("mix", Quantised(H, H)), {"targets": "all-linear"},
+         "layer blocks.1.mix is a Quantised, expected"),
         (None, {"targets": ("mix",), "rank": 13}, r"rank 13 is larger .* blocks.0.mix \(12, 12\)"),
         (None, {"classes": [5, 20]}, "id 20 is outside the head's 20 ids"),
         (None, {"classes": []}, "there are no classes, of the head's 20 ids"),
@@ -356,6 +359,18 @@ def test_what_cannot_be_adapted_is_named_and_left_as_it_was(change, options, mes
         hf.attach(model, config, **given)
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_all_linear_layers_but_the_head(tmp_path):
+    """And they come back from a folder."""
+    torch.manual_seed(0)
+    model = Net()
+    again = copy.deepcopy(model)
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    attached = hf.attach(model, AdapterConfig(rank=3), targets="all-linear")
+    assert list(attached.targets) == list(adapters(model)) == linear and len(linear) > 2
+    hf.save(attached, tmp_path)
+    assert list(adapters(hf.load(again, tmp_path).model)) == linear
 
 
 def test_attaching_twice_is_an_error():

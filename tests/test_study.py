@@ -641,8 +641,11 @@ def test_command_and_bad_files(tmp_path, capsys):
     assert cli.main(["study", str(path), "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert "| mle | lr 0.01, share_of_steps" in out and "results.md" in out
-    assert cli.main(["study", str(path), "--out", str(tmp_path / "out"), "--jobs", "0"]) == 2
-    assert capsys.readouterr().err == "error: jobs must be at least 1, and are 0\n"
+    for jobs, limit in ((0, "least 1"), (10**9, "most 256")):
+        assert (
+            cli.main(["study", str(path), "--out", str(tmp_path / "out"), "--jobs", str(jobs)]) == 2
+        )
+        assert capsys.readouterr().err == f"error: jobs must be at {limit}, and are {jobs}\n"
     path.write_text('{"model": "m"}')
     assert cli.main(["study", str(path), "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == f"error: {path}: field 'train' is missing\n"
@@ -672,6 +675,8 @@ def test_command_and_bad_files(tmp_path, capsys):
         ({"test_limit": -1}, "test_limit must be at least 1"),
         ({"sizes": [8, 0]}, "sizes must be at least 1"),
         ({"samples": 0}, "samples must be at least 1"),
+        ({"samples": 10**9}, "samples must be at most 100,000"),
+        ({"bins": 10**9}, "bins must be at most 10,000"),
         ({"bins": 0}, "bins must be at least 1"),
         ({"validation": 0}, "validation must be in (0, 1)"),
         ({"validation": math.nan}, "validation must be a finite number"),

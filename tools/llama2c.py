@@ -21,6 +21,7 @@ from scalabl_ref.errors import InputError, atomic_write
 from scalabl_ref.llama import LlamaConfig, RopeConfig
 
 HEADER = struct.Struct("<7i")
+MAGIC = b"24ka"  # of llama2.c's later formats, before the number of the version
 
 
 def half_split(weight: Tensor, heads: int) -> Tensor:
@@ -45,6 +46,12 @@ def read_llama2c(source: Path) -> tuple[LlamaConfig, dict[str, Stored]]:
         raise InputError(f"{source}: cannot be read: {error.strerror}") from None
     if len(head) < HEADER.size:
         raise InputError(f"{source}: too short for a llama2.c header")
+    if head.startswith(MAGIC):
+        version = int.from_bytes(head[4:8], "little")
+        raise InputError(
+            f"{source}: is llama2.c's format of version {version}, and only version 0 is read: "
+            "export it with --version 0"
+        )
     dim, hidden, layers, heads, kv_heads, vocab, positions = HEADER.unpack(head)
     if min(dim, hidden, layers, heads, kv_heads, abs(vocab), positions) < 1 or dim % heads:
         raise InputError(f"{source}: not a llama2.c file: its header makes no sense")

@@ -18,6 +18,7 @@ from ..adapters import Adapter, adapters
 from ..elbo import class_logits
 from ..errors import InputError
 from ..noise import FIRST_TRAINING_DRAW, Noise
+from ..predict import check_samples
 from .blob import FlipoutAdapter
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def tfb(
     for name, point in points.items():
         if point.config.method not in ("mle", "map"):
             raise InputError(f"{name}: tfb starts from mle or map, not {point.config.method}")
+    check_samples(samples)
     if samples < 1:
         raise InputError(f"samples must be at least 1, not {samples}")
     device = model.device
