@@ -1044,6 +1044,8 @@ def _import(args: argparse.Namespace) -> Result:
         device=_device(args),
     )
     _say(args, f"written: {args.out}, {facts['layers']} layers of {facts['method']}")
+    if "layers_without" in facts:
+        _say(args, f"{facts['layers_without']} more layers have none in SRC: there B starts at 0")
     return {"run": str(args.out), **facts}
 
 

@@ -13,7 +13,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -278,8 +278,12 @@ def _merged(base: Stored, A: Tensor, B: Tensor, scaling: float, dtype: torch.dty
 
 
 @torch.no_grad()
-def start_from(model: Llama, found: Mapping[str, Adapter], source: Any) -> None:
+def start_from(
+    model: Llama, found: Mapping[str, Adapter], source: Any, without: Collection[str] = ()
+) -> None:
     """Give the model's adapters the values of others, by layer.
+
+    without: layers that need have none, whose adapters keep their start, with B = 0.
 
     Where method, covariance, rank and scaling are the same, these are all the values; else the mean
     function's alone, see `Adapter.set_lora_`. Of a head for all tokens, one that was cut down takes
@@ -288,10 +292,12 @@ def start_from(model: Llama, found: Mapping[str, Adapter], source: Any) -> None:
     Raises InputError, which names `source`, if the layers are others, or if the rank is too large.
     """
     own = adapters(model)
-    for name in own.keys() ^ found.keys():
+    for name in (own.keys() ^ found.keys()) - set(without):
         has = "has no" if name in own else "has an"
         raise InputError(f"{source}: {has} adapter of {name}, expected {' '.join(own)}")
     for name, adapter in own.items():
+        if name not in found:
+            continue
         values = found[name].state_dict()
         head = model.config.head_tokens
         if name == "lm_head" and head is not None and len(values["B"]) != len(head):
@@ -359,21 +365,29 @@ def import_adapter(
         if kind == "peft":
             if alpha is not None or labels is not None:
                 raise InputError("alpha and labels are for bayesadapt: a PEFT folder says them")
-            file, found = read_peft(Path(source), model)
+            file, found, without = read_peft(Path(source), model)
         else:
             file, found = read_official(Path(source), model, base, alpha, labels)
+            without = []
         theirs = max((adapter.config for adapter in found.values()), key=lambda c: c.rank)
         config = _run_config(theirs, set(found), options)
         try:
             add_adapters(model, config, seed)
         except InputError as error:
             raise InputError(f"{file}: {error}") from None
-        start_from(model, found, file)
+        start_from(model, found, file, without)
         kept = (config.method, config.covariance) == (theirs.method, theirs.covariance)
         # Of how it was trained we know what the official code does, and nothing else.
         kl = {"scalabl": "official", "blob": "forward"}.get(theirs.method) if kept else None
         train = {"kl": kl, "objective": "official" if kl else None, "seed": None}
-        facts = {"from": kind, "file": file.name, "sha256": sha256(file), "method": theirs.method}
+        facts: dict[str, Any] = {
+            "from": kind,
+            "file": file.name,
+            "sha256": sha256(file),
+            "method": theirs.method,
+        }
+        if without:
+            facts["layers_without"] = len(without)
         save_run(folder, model, {**info, "train": train, "imported": facts})
     return {**facts, "adapter": dataclasses.asdict(config), "layers": len(found)}
 
@@ -504,11 +518,11 @@ _EXAMPLE = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 # Settings that do not change what a trained LoRA computes; any other that is set is refused.
 _HARMLESS = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules",
-    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",
-    "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version",
-    "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
-    "task_type", "use_rslora",
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying",
+    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
+    "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout",
+    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
 _REQUIRED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -518,8 +532,9 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def read_peft(folder: Path, model: Llama) -> tuple[Path, dict[str, Adapter]]:
-    """The file of weights in a folder that PEFT saved, and plain adapters by layer.
+def read_peft(folder: Path, model: Llama) -> tuple[Path, dict[str, Adapter], list[str]]:
+    """The file of weights in a folder that PEFT saved, plain adapters by layer, and the layers
+    beside them that adapter_config.json leaves out (layers_to_transform, names or a pattern).
 
     Each has the rank and the scaling that adapter_config.json gives its layer, by use_rslora,
     rank_pattern and alpha_pattern. Raises InputError for any setting that is more than a LoRA.
@@ -538,7 +553,49 @@ def read_peft(folder: Path, model: Llama) -> tuple[Path, dict[str, Adapter]]:
         raise InputError(f"{folder}: no {' or '.join(PEFT_WEIGHTS)}")
     tensors = open_tensors(file)
     _check_the_rest(file, tensors, model)
-    return file, _read_theirs(file, tensors, model, "mle", partial(_layer_config, path, values))
+    found = _read_theirs(file, tensors, model, "mle", partial(_layer_config, path, values))
+    if values.get("ensure_weight_tying") and model.tied and "lm_head" in found:
+        raise InputError(
+            f"{path}: ensure_weight_tying adapts the embedding with lm_head: not supported"
+        )
+    chosen = {name: _is_chosen(path, values, name) for name, _ in model.named_modules()}
+    for name in found:
+        if not chosen[name]:
+            raise InputError(
+                f"{file}: has an adapter of {name}, which {path.name} does not choose: see its "
+                "target_modules, exclude_modules and layers_to_transform"
+            )
+    ends = {name.rpartition(".")[2] for name in found}
+    left_out = (n for n in chosen if n.rpartition(".")[2] in ends and not chosen[n])
+    return file, found, list(left_out)
+
+
+def _is_chosen(path: Path, values: dict[str, Any], layer: str) -> bool:
+    """Whether PEFT adapts that layer, our name, as it reads adapter_config.json."""
+    name = ours_to_hf(layer)
+    targets, indices = values.get("target_modules"), values.get("layers_to_transform")
+
+    def is_of(names: Any) -> bool:
+        if isinstance(names, str):
+            return re.fullmatch(names, name) is not None
+        return any(name == end or name.endswith(f".{end}") for end in names)
+
+    patterns = values.get("layers_pattern") or [r"[^.]*"]
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    try:
+        if values.get("exclude_modules") and is_of(values["exclude_modules"]):
+            return False
+        if targets is None or targets == "all-linear":
+            return True
+        if not is_of(targets):
+            return False
+        if isinstance(targets, str) or name in targets or indices in (None, []):
+            return True  # indices choose among layers that are found by the end of their names
+        matches = (re.match(rf"(?:^|.*?\.)(?:{p})\.(\d+)\.", name) for p in patterns)
+        index = next((int(match[1]) for match in matches if match), None)
+        return index in (indices if isinstance(indices, list) else [indices])
+    except (re.error, TypeError) as error:
+        raise InputError(f"{path}: layers are not chosen as PEFT does: {error}") from None
 
 
 def _layer_config(path: Path, values: dict[str, Any], layer: str) -> AdapterConfig:
@@ -576,7 +633,13 @@ def _check_the_rest(file: Path, tensors: Readers, model: Llama) -> None:
         own = base.get(hf_to_ours(plain)) if plain.startswith(("model.", "lm_head.")) else None
         if own is None:
             raise InputError(f"{file}: tensor {name} is not of a LoRA on a linear layer")
-        if not torch.equal(read().to(own), own):
+        value = read()
+        if value.dim() == 2 and value.shape[1:] == own.shape[1:] and len(value) != len(own):
+            raise InputError(
+                f"{file}: was made for a vocabulary of {len(value)} tokens, and the base model has "
+                f"{len(own)} (tensor {name}): give --model the base as it was resized"
+            )
+        if not torch.equal(value.to(own), own):
             raise InputError(
                 f"{file}: tensor {name} is not the base model's: it was trained as well"
             )

@@ -487,6 +487,55 @@ def test_an_old_pickled_adapter_of_another_dtype_comes_in(base, tmp_path):
     assert torch.equal(adapter.B, tensors["base_model.model.lm_head.lora_B.weight"].half().float())
 
 
+NAMES = ["layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"layers_to_transform": [1]},
+        {"layers_to_transform": 1, "layers_pattern": "layers", "ensure_weight_tying": True},
+        {"layers_to_transform": [1, 7], "layers_pattern": ["blocks", "layers"]},
+        {"exclude_modules": r".*layers\.0\..*", "fan_in_fan_out": True},
+        {"exclude_modules": ["layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj"]},
+        {"target_modules": NAMES},
+        {"target_modules": r".*\.1\.self_attn\.[qv]_proj", "layers_to_transform": []},
+    ],
+)
+@pytest.mark.parametrize("method", ["scalabl", "mle"])
+@torch.no_grad()
+def test_an_adapter_of_some_layers_comes_in(base, tmp_path, choice, method):
+    """Layers that PEFT does not choose have a B of 0; function and ranks are kept."""
+    targets = ("q_proj", "v_proj")
+    whole, tensors = peft_folder(tmp_path / "whole", base, targets=targets)
+    zero = {n: t * 0 if ".0." in n and "lora_B" in n else t for n, t in tensors.items()}
+    save_tensors(whole / "adapter_model.safetensors", zero.items())
+    some, _ = peft_folder(tmp_path / "some", base, targets=targets, **choice)
+    rest = [(n, t) for n, t in tensors.items() if ".0." not in n]
+    save_tensors(some / "adapter_model.safetensors", rest)
+    expected = bring(base, whole, tmp_path / "a", options={"method": method})
+    model = bring(base, some, tmp_path / "b", options={"method": method})
+    assert torch.equal(model(TOKENS), expected(TOKENS))
+    assert {a.config.rank for a in adapters(model).values()} == {3} and len(adapters(model)) == 4
+    assert read_json(tmp_path / "b/run.json")["imported"]["layers_without"] == 2
+    assert "layers_without" not in read_json(tmp_path / "a/run.json")["imported"]
+
+
+def test_an_adapter_for_another_vocabulary_names_the_sizes(base, tmp_path):
+    source, tensors = peft_folder(tmp_path / "peft", base)
+    tensors["base_model.model.lm_head.base_layer.weight"] = torch.zeros(260, 16)
+    save_tensors(source / "adapter_model.safetensors", tensors.items())
+    with pytest.raises(InputError, match="for a vocabulary of 260 tokens, and the base .* has 256"):
+        bring(base, source, tmp_path / "run")
+
+
+def test_an_adapter_that_ties_the_embedding_to_the_head_is_refused(tmp_path):
+    base = tiny_folder(tmp_path / "base", tie_word_embeddings=True)
+    source, _ = peft_folder(tmp_path / "peft", base, ensure_weight_tying=True)
+    with pytest.raises(InputError, match="ensure_weight_tying adapts the embedding with lm_head"):
+        bring(base, source, tmp_path / "run")
+
+
 # --- hostile files -------------------------------------------------------------------------------
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -615,7 +664,12 @@ HOSTILE = {
     "dora": (_config(use_dora=True), "use_dora is set, and is more than a plain LoRA"),
     "bias": (_config(bias="lora_only"), "bias is 'lora_only', expected 'none'"),
     "modules_to_save": (_config(modules_to_save=["embed_tokens"]), "modules_to_save is set"),
-    "transposed": (_config(fan_in_fan_out=True), "fan_in_fan_out is set"),
+    "not chosen": (
+        _config(layers_to_transform=[1]),
+        r"has an adapter of layers\.0\.\S+, which adapter_config.json does not choose",
+    ),
+    "a bad choice": (_config(target_modules="("), "layers are not chosen as PEFT does"),
+    "a choice of no names": (_config(target_modules=3), "layers are not chosen as PEFT does"),
     "lora_bias": (_config(lora_bias=True), "lora_bias is set"),
     "new tokens": (_config(trainable_token_indices=[1]), "trainable_token_indices is set"),
     "of tomorrow": (_config(use_something_new=True), "use_something_new is set"),

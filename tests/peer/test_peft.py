@@ -7,6 +7,7 @@ checkout of it. `pytest -s` prints the largest differences.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 import warnings
@@ -126,6 +127,9 @@ def lora_configs(draw):
     if draw(st.booleans()):
         values["rank_pattern"] = {draw(st.sampled_from(targets)): draw(st.integers(1, 5))}
     values["use_rslora"] = draw(st.booleans())
+    if set(targets) != {"lm_head"} and draw(st.booleans()):
+        values["layers_to_transform"] = draw(st.sampled_from([0, [1], [0, 1]]))
+        values["layers_pattern"] = draw(st.sampled_from([None, "layers"]))
     return peft.LoraConfig(target_modules=targets, task_type="CAUSAL_LM", **values)
 
 
@@ -141,6 +145,8 @@ def test_what_peft_saves_comes_in(tmp_path_factory, config, tied, method, safe):
         wrapped = peft.get_peft_model(theirs(base), config).eval()
         randomise(wrapped)
         wrapped.save_pretrained(folder / "peft", safe_serialization=safe)
+        path = folder / "peft" / "adapter_config.json"  # what PEFT itself resets on nn.Linear
+        path.write_text(json.dumps({**json.loads(path.read_text()), "fan_in_fan_out": True}))
         # As it is on disk: PEFT sorts the patterns there, and the first that fits counts.
         wrapped = peft.PeftModel.from_pretrained(theirs(base), folder / "peft").eval()
     model = bring(base, folder / "peft", folder / "run", options={"method": method})
