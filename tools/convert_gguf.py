@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from scalabl_ref.checkpoint import Stored, new_folder, refuse_pointer, write_model
-from scalabl_ref.errors import InputError
+from scalabl_ref.errors import InputError, atomic_write, atomic_write_text, ending
 from scalabl_ref.llama import Llama, LlamaConfig, RopeConfig, check_model
 from scalabl_ref.quantize import KINDS as CODES
 from scalabl_ref.quantize import Kind
@@ -108,9 +108,12 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         convert(args.source, args.target, getattr(torch, args.dtype, None), args.quantize)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (Exception, KeyboardInterrupt) as error:
+        said = ending(error)
+        if said is None:
+            raise
+        print(said[1], file=sys.stderr)
+        return said[0]
     print(f"written: {args.target}")
     return 0
 
@@ -490,7 +493,8 @@ def _read(tensor: Any, heads: int, dtype: torch.dtype) -> Tensor:
 def _write_tokenizer(folder: Path, fields: dict[str, Any]) -> None:
     kind = _get(fields, "tokenizer.ggml.model", str)
     if kind == "llama":
-        (folder / "tokenizer.model").write_bytes(_sentencepiece(fields))
+        with atomic_write(folder / "tokenizer.model") as file:
+            file.write(_sentencepiece(fields))
     elif kind == "gpt2":
         _byte_level_bpe(fields).save(str(folder / "tokenizer.json"))
     else:
@@ -512,11 +516,11 @@ def _write_tokenizer(folder: Path, fields: dict[str, Any]) -> None:
         )
     if "tokenizer.chat_template" in fields:
         template = _get(fields, "tokenizer.chat_template", str)
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
+        atomic_write_text(folder / "chat_template.jinja", template)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, ensure_ascii=False) + "\n", encoding="utf-8")
+    atomic_write_text(path, json.dumps(values, ensure_ascii=False) + "\n")
 
 
 def _ends(fields: dict[str, Any]) -> list[int]:

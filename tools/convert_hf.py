@@ -47,7 +47,7 @@ from scalabl_ref.checkpoint import (
     with_dtype,
     write_model,
 )
-from scalabl_ref.errors import InputError, atomic_write_text, make_folder
+from scalabl_ref.errors import InputError, atomic_write_text, ending, make_folder
 from scalabl_ref.hub import hub_name, model_folder
 from scalabl_ref.llama import Llama, LlamaConfig, as_stored, check_model
 from scalabl_ref.progress import progress_bar
@@ -84,12 +84,15 @@ def main(arguments: list[str] | None = None) -> int:
     args["dtype"] = getattr(torch, args["dtype"], None)
     try:
         convert(**args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
+    except Exception as error:
+        said = ending(error)
+        if said is None:
+            raise
+        print(said[1], file=sys.stderr)
+        return said[0]
     print(f"written: {args['target']}")
     return 0
 

@@ -8,7 +8,7 @@ import tarfile
 
 import pytest
 
-from scalabl_ref.data import ChatTemplate
+from scalabl_ref.data import FIXED_CHOICES, FORMATS, ChatTemplate, Wording, encode, question
 from scalabl_ref.data.chat import FIXED
 from scalabl_ref.tokenizer import load_tokenizer
 
@@ -98,3 +98,48 @@ def test_two_hundred_conversations(real, variables):
     if template is not None:
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
         assert_same_chats(template, theirs, **variables)
+
+
+# A row of every format: its text, its choices.
+ROWS = {
+    format: ("Which is hot?", FIXED_CHOICES.get(format, ("ice", "the sun", "\u00e9clair")))
+    for format in FORMATS
+}
+JOINS = ("llama3", "llama3_1", "qwen2_5", "qwen3")  # ":A" to one token
+
+
+@pytest.mark.parametrize("style", ["plain", "chat"])
+def test_answers_have_tokens_in_every_format(real, style):
+    """And it is transformers that says so: the prompt's ids and one more, or the letter's own."""
+    name, folder = real
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    if style == "chat" and theirs.chat_template is None:
+        pytest.skip(f"the tokenizer of {name} comes without a chat template")
+    for format, (text, choices) in ROWS.items():
+        row = question(text, choices, format)
+        encoded = encode([row], tokenizer, wording=Wording(style=style, labels="letters"))
+        kind = encoded.wording.answer_tokens
+        assert kind == ("bare" if style == "chat" else "space"), format
+        assert_answers(theirs, encoded, "ABCDEF"[: len(choices)], style)
+        words = encode([row], tokenizer, wording=Wording(style=style, labels="words"))
+        assert_answers(theirs, words, choices, style)
+        bare = Wording(style=style, labels="letters", answer_tokens="bare")
+        encoded = encode([row], tokenizer, wording=bare)
+        own = theirs.convert_tokens_to_ids(list("ABCDEF"[: len(choices)]))
+        assert encoded.classes == own, "as the official code takes them"
+        joined = style == "plain" and name in JOINS
+        assert encoded.wording.answer_tokens == ("alone" if joined else "bare")
+        assert (encoded.notice is not None) == joined
+
+
+def assert_answers(theirs, encoded, answers, style):
+    """Each answer's token is the next one after the prompt's, and these stay as they are."""
+    (prompt,) = (example.prompt for example in encoded.examples)
+    before = theirs.encode(prompt, add_special_tokens=style == "plain")
+    assert encoded.tokens == [before]
+    space = " " if encoded.wording.answer_tokens == "space" else ""
+    for answer, id in zip(answers, encoded.classes, strict=True):
+        after = theirs.encode(f"{prompt}{space}{answer}", add_special_tokens=style == "plain")
+        assert after[: len(before) + 1] == [*before, id], answer
+        assert len(answer) > 1 or len(after) == len(before) + 1
