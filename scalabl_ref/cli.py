@@ -22,11 +22,13 @@ from .errors import InputError, Interrupted, ending
 from .hub import model_folder
 
 if TYPE_CHECKING:
+    from .adapters import AdapterConfig
     from .data import Columns, Encoded, Example, Wording
     from .evaluate import Answers, Samples
     from .llama import Llama
     from .methods import Posterior
     from .tokenizer import Tokenizer
+    from .train import TrainConfig
 
 Result = dict[str, Any]
 
@@ -385,62 +387,29 @@ def _train(args: argparse.Namespace) -> Result:
 
 
 def _trained(args: argparse.Namespace) -> Result:
-    from .adapters import AdapterConfig, add_adapters
-    from .checkpoint import sha256
     from .data import Wording, encode, load, num_classes, split
     from .distributed import shard
-    from .interop import read_run, start_from
     from .llama import Llama
     from .progress import progress_bar
     from .tokenizer import load_tokenizer
-    from .train import TrainConfig, Trainer, fit, run_facts, save_run
+    from .train import Trainer, fit, save_run
 
-    given = _given(AdapterConfig, args)
-    if args.init:
-        before = AdapterConfig(**run_facts(args.init)["adapter"])
-        given = {name: getattr(before, name) for name in ("rank", "alpha", "targets")} | given
-    adapter, config = AdapterConfig(**given), TrainConfig(**_given(TrainConfig, args))
-    if not 0 <= args.holdout < 1:
-        raise InputError(f"--holdout must be in [0, 1), and is {args.holdout}")
-    if args.compile and _shards(args):
-        raise InputError("--compile does not work with --shard or --offload-weights yet: give one")
+    adapter, config = _configs(args)
     _check_out(args)
     wording = _wording(args, Wording())
-    columns = _columns(args)
-    examples = load(args.data, _format(args), args.limit, columns=columns)
+    examples = load(args.data, _format(args), args.limit, columns=_columns(args))
     classes = num_classes(examples)
     examples, _ = split(examples, args.holdout, args.seed)
     model = Llama.from_pretrained(args.model, _dtype(args), _load_on(args), args.quantize)
-    tokenizer = load_tokenizer(args.model)
-    data = encode(
-        examples, tokenizer, classes, model.config.max_position_embeddings, wording=wording
-    )
+    longest = model.config.max_position_embeddings
+    data = encode(examples, load_tokenizer(args.model), classes, longest, wording=wording)
     if args.head == "classes":
         model.trim_head(data.classes)
-    add_adapters(model, adapter, args.seed)
-    init: dict[str, str] | None = None
-    if args.init:
-        start_from(model, read_run(args.init, model), args.init)
-        init = {"run": args.init.name, "sha256": sha256(args.init / "adapter.safetensors")}
+    init = _start(args, model, adapter)
     if _shards(args):
         shard(model, _device(args), args.offload_weights)
     trainer = Trainer(model, data, config, init=init["sha256"] if init else None)
-    info = {
-        "model": str(args.model.resolve()),
-        "data": str(args.data.resolve()),
-        "data_sha256": sha256(args.data),
-        "examples": len(data.labels),
-        "format": _format(args),
-        "text_column": columns.text,
-        "label_column": columns.label,
-        "limit": args.limit,
-        "holdout": args.holdout,
-        **data.wording.facts(),
-        "dtype": args.dtype,
-        "quantize": args.quantize,
-        "init": init,
-        "train": dataclasses.asdict(config),
-    }
+    info = _training_facts(args, data) | {"init": init, "train": dataclasses.asdict(config)}
     try:
         with progress_bar(config.steps, "train", "step") as bar:
             said: list[bool] = []
@@ -468,6 +437,56 @@ def _trained(args: argparse.Namespace) -> Result:
         raise InputError(f"{log}: its last line is not a record of a step") from None
     _say(args, f"trained {trainer.done} steps on {len(data.labels)} examples: {args.out}")
     return {"run": str(args.out), "steps": trainer.done, "examples": len(data.labels), "last": last}
+
+
+def _configs(args: argparse.Namespace) -> tuple[AdapterConfig, TrainConfig]:
+    """What the options say of the adapters, as --init has them else, and of the training."""
+    from .adapters import AdapterConfig
+    from .train import TrainConfig, run_facts
+
+    given = _given(AdapterConfig, args)
+    if args.init:
+        before = AdapterConfig(**run_facts(args.init)["adapter"])
+        given = {name: getattr(before, name) for name in ("rank", "alpha", "targets")} | given
+    adapter, config = AdapterConfig(**given), TrainConfig(**_given(TrainConfig, args))
+    if not 0 <= args.holdout < 1:
+        raise InputError(f"--holdout must be in [0, 1), and is {args.holdout}")
+    if args.compile and _shards(args):
+        raise InputError("--compile does not work with --shard or --offload-weights yet: give one")
+    return adapter, config
+
+
+def _start(args: argparse.Namespace, model: Llama, adapter: AdapterConfig) -> dict[str, str] | None:
+    """Put adapters on the model, with --init's values if it is given; returns what that is."""
+    from .adapters import add_adapters
+    from .checkpoint import sha256
+    from .interop import read_run, start_from
+
+    add_adapters(model, adapter, args.seed)
+    if not args.init:
+        return None
+    start_from(model, read_run(args.init, model), args.init)
+    return {"run": args.init.name, "sha256": sha256(args.init / "adapter.safetensors")}
+
+
+def _training_facts(args: argparse.Namespace, data: Encoded) -> dict[str, Any]:
+    """What a run keeps of its base, its data, and how it was asked."""
+    from .checkpoint import sha256
+
+    return {
+        "model": str(args.model.resolve()),
+        "data": str(args.data.resolve()),
+        "data_sha256": sha256(args.data),
+        "examples": len(data.labels),
+        "format": _format(args),
+        "text_column": args.text_column,
+        "label_column": args.label_column,
+        "limit": args.limit,
+        "holdout": args.holdout,
+        **data.wording.facts(),
+        "dtype": args.dtype,
+        "quantize": args.quantize,
+    }
 
 
 def _check_out(args: argparse.Namespace) -> None:
