@@ -254,7 +254,7 @@ def _train(
                 watch(record)
 
         fit(trainer, run, progress=progress)
-    save_run(run, model, {"model": str(folder), "format": "jsonl"})
+    save_run(run, model, {"model": str(folder), "format": "jsonl", **encoded.wording.facts()})
     return model.eval(), tokenizer
 
 
