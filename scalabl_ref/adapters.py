@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .divergence import KLS
-from .errors import InputError
+from .errors import InputError, expected
 from .noise import Noise, philox_words
 from .ops import SAMPLING, Sampling, subspace_lora_linear
 from .quantize import Kind, Quantized, quantize
@@ -105,7 +105,8 @@ class AdapterConfig:
                 raise InputError(f"{name} must be positive and finite, not {value}")
         for target in self.targets:
             if target not in TARGETS:
-                raise InputError(f"unknown target {target!r}: expected some of {' '.join(TARGETS)}")
+                hint = ": put spaces between names" if "," in target else expected(target, TARGETS)
+                raise InputError(f"unknown target {target!r:.60}{hint}")
         if not self.targets:
             raise InputError(f"no targets: expected some of {' '.join(TARGETS)}")
 

@@ -446,6 +446,8 @@ def sha256(path: Path, progress: Callable[[int], Any] = lambda size: None) -> st
             while block := file.read(1 << 20):
                 digest.update(block)
                 progress(len(block))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     return digest.hexdigest()

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .arguments import Parser
 from .errors import InputError, Interrupted, ending
 from .hub import model_folder
 
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a terminal may have no letter for a choice
             stream.reconfigure(errors="backslashreplace")
     try:
-        args = _parser(next(iter(arguments), "")).parse_args(arguments)
+        args = _parsed(arguments)
         if getattr(args, "model", None):
             args.model = model_folder(args.model)  # so that a run keeps a folder, not a name
         result = args.command(args)
@@ -74,11 +75,18 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def _parser(chosen: str) -> argparse.ArgumentParser:
+def _parsed(arguments: list[str]) -> argparse.Namespace:
+    args, rest = _parser(next(iter(arguments), "")).parse_known_args(arguments)
+    if rest:
+        raise InputError(f"{rest[0][:60]!r} belongs to no option: a text with spaces needs quotes")
+    return args
+
+
+def _parser(chosen: str) -> Parser:
     """All commands by name; the arguments of the one chosen, whose modules alone are imported."""
     from . import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="scalabl",
         description="Bayesian low-rank adaptation of Llama in an r-dimensional subspace",
     )
@@ -226,11 +234,16 @@ def _device(args: argparse.Namespace) -> Any:
 
     from .distributed import own_device
 
+    kind = args.device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise InputError(f"device {args.device!r} cannot be used: expected cpu, cuda or cuda:1")
+    if kind == "cuda" and not torch.backends.cuda.is_built():
+        raise InputError("this PyTorch is CPU-only: install a CUDA build or drop --device")
     try:
         device = own_device(torch.device(args.device))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0][:120]
         raise InputError(f"device {args.device!r} cannot be used: {reason}") from None
     return device
 
@@ -564,6 +577,8 @@ def _made(
     if args.method == "ensemble":
         return Ensemble([load_tensors(run / "adapter.safetensors")[0] for run in runs]), {}
     if args.method == "swag":
+        if not (args.run / "swag.safetensors").exists():
+            raise InputError(f"{args.run}: has no swag.safetensors, which train --swag writes")
         return Swag.load(args.run), {}
     if args.data:
         examples = _examples(args, info)
@@ -589,7 +604,8 @@ def _check_plain(runs: list[Path], method: str) -> None:
     from .train import run_facts
 
     if (len(runs) > 1) != (method == "ensemble"):
-        raise InputError(f"{method} takes {'more' if len(runs) == 1 else 'no more'} than a run")
+        count = "two runs or more" if method == "ensemble" else "one run"
+        raise InputError(f"posterior {method} takes {count} in --run, not {len(runs)}")
     facts = [run_facts(run) for run in runs]
     by_weights: dict[str, Path] = {}
     for run, info in zip(runs, facts, strict=True):

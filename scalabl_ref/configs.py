@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapters import AdapterConfig, adapters, add_adapters
-from .errors import InputError
+from .errors import InputError, expected
 from .llama import Llama, LlamaConfig, RopeConfig, read_config
 
 _LLAMA3_ROPE = RopeConfig("llama3", 500000.0, 8.0, 1.0, 4.0, 8192)
@@ -71,7 +71,7 @@ CONFIGS: dict[str, LlamaConfig] = {
 def find_config(name: str) -> LlamaConfig:
     """The shape of that name, or the one in a config.json (or in the folder that holds one).
 
-    Raises InputError, listing the names, if it is neither.
+    Raises InputError if it is neither.
     """
     if name.lower() in CONFIGS:
         return CONFIGS[name.lower()]
@@ -79,7 +79,7 @@ def find_config(name: str) -> LlamaConfig:
     if path.is_dir():
         path = path / "config.json"
     if not path.exists():
-        raise InputError(f"{name!r} is neither a file nor one of {', '.join(CONFIGS)}")
+        raise InputError(f"{name!r} is neither a file nor a known model{expected(name, CONFIGS)}")
     return read_config(path)[0]
 
 

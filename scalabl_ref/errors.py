@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import os
 import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -20,6 +22,17 @@ class InputError(ValueError):
 
     The command line prints it after "error: " and exits with code 2.
     """
+
+
+def expected(name: str, names: Iterable[str]) -> str:
+    """The end of a message about `name`, which is not among `names`.
+
+    ": did you mean NAME?" where one of them is much like it, else ": expected ...", which is cut.
+    """
+    known = list(names)
+    near = difflib.get_close_matches(name, known, n=1)
+    listed = textwrap.shorten(", ".join(known), 120, placeholder=" ...")
+    return f": did you mean {near[0]}?" if near else f": expected {listed}"
 
 
 class Interrupted(Exception):

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
-from .errors import InputError
+from .errors import InputError, expected
 
 _WORDS = {
     bool: "true or false",
@@ -28,7 +28,7 @@ def check(values: Mapping[str, Any], types: Mapping[str, Any], where: str = "") 
     """
     for name, value in values.items():
         if name not in types:
-            raise InputError(f"{where}unknown field {name!r}: expected {', '.join(types)}")
+            raise InputError(f"{where}unknown field {name!r}{expected(name, types)}")
         if not _is(value, types[name]):
             raise InputError(f"{where}{name} must be {_words(types[name])}, not {value!r}")
 

@@ -53,5 +53,6 @@ def _download(name: str, revision: str | None) -> Path:
                 break
     except Exception as error:  # the package and its transport raise many kinds
         reason = " ".join(str(error).split())
+        reason = reason if len(reason) < 100 else f"{reason[:100]}..."
         raise InputError(f"{name}: no such folder, nor to be had from the Hub: {reason}") from None
     return folder

@@ -144,7 +144,9 @@ class Trained:
                 f"{self.run}: a draw of {name} is of logits and no LoRA: export its mean"
             )
         if not random_adapters(self.model):
-            raise InputError(f"{self.run}: method {self.config.method} has no draws but its mean")
+            raise InputError(
+                f"{self.run}: method {self.config.method} has no draws: leave --samples out"
+            )
         if self.config.sampling == "token":
             raise InputError(
                 f"{self.run}: its draws differ from token to token, as no LoRA's do: export its "

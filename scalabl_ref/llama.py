@@ -928,6 +928,20 @@ def _real_tokens(lengths: Tensor, B: int, T: int) -> Rows:
     return Rows(B, T) if bool(real.all()) else Rows(B, T, real.flatten().nonzero()[:, 0])
 
 
+def _refuse_what_is_no_model(path: Path) -> None:
+    """Raise InputError for what is easily taken for a model's folder: says what it is."""
+    if path.suffix == ".gguf" and path.is_file():
+        raise InputError(f"{path}: is a GGUF file: tools/convert_gguf.py makes a folder of it")
+    if path.is_file():
+        raise InputError(f"{path}: is a file: give the folder of config.json and the weights")
+    if (path / "adapter_config.json").exists():
+        raise InputError(
+            f"{path}: is a PEFT adapter and no model: `scalabl import --from peft` makes it a run"
+        )
+    if (path / "run.json").exists():
+        raise InputError(f"{path}: is a run and no model: give it as --run")
+
+
 def _open_model(
     folder: Path | str, config: LlamaConfig | None = None
 ) -> tuple[Llama, Iterator[tuple[str, Tensor]]]:
@@ -937,6 +951,8 @@ def _open_model(
     the way through the weights, as `Llama.from_pretrained` says.
     """
     path = Path(folder) / "config.json"
+    if not path.is_file():
+        _refuse_what_is_no_model(Path(folder))
     values = read_json(path)
     converted = values.get("format") == FORMAT
     config = config or read_config(path)[0]

@@ -225,7 +225,10 @@ def generate(
     `max_new_tokens` is negative, or if the head was cut down to class tokens.
     """
     if model.config.head_tokens is not None:
-        raise InputError("the head was cut down to class tokens: it can answer, not write text")
+        raise InputError(
+            "the head was cut down to class tokens: it can answer; to write text train with "
+            "--head full"
+        )
     if not prompt:
         raise InputError("the prompt is empty")
     room = model.config.max_position_embeddings - len(prompt)

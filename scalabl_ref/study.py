@@ -61,6 +61,7 @@ from .errors import (
     Interrupted,
     RankLost,
     atomic_write_text,
+    expected,
     make_folder,
     on_signals,
 )
@@ -199,7 +200,7 @@ class Study:
                 raise InputError(f"{name} must have values, and none of them twice")
         for name in self.methods:
             if name not in METHODS:
-                raise InputError(f"unknown method {name!r}: expected {', '.join(METHODS)}")
+                raise InputError(f"unknown method {name!r}{expected(name, METHODS)}")
         for field_name, names in (("knobs", self.knobs), ("sweep", self.sweep)):
             for name in names:
                 if name not in self.methods:

@@ -206,5 +206,5 @@ def test_base_sizes_are_the_published_ones(name, parameters):
 def test_a_config_file_or_its_folder_counts_too(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_dict()))
     assert find_config(str(tmp_path)) == find_config(str(tmp_path / "config.json")) == TINY
-    with pytest.raises(InputError, match="neither a file nor one of .*qwen2.5-7b"):
+    with pytest.raises(InputError, match="neither a file nor a known model: expected llama-2-7b"):
         find_config("qwen9")

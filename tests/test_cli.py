@@ -650,9 +650,7 @@ def test_another_base_is_named(work, capsys):
 
 
 def test_what_is_not_trained_is_no_method_of_train(work, capsys):
-    with pytest.raises(SystemExit) as caught:
-        cli.main(f"{TRAIN} --method tfb".split())
-    assert caught.value.code == 2 and "invalid choice: 'tfb'" in capsys.readouterr().err
+    assert "--method must be one of scalabl, mle" in refused(f"{TRAIN} --method tfb", capsys)
     assert not (work / "run").exists()
 
 
@@ -670,7 +668,7 @@ def test_a_hold_out_is_of_the_file_that_was_trained_on(work, capsys):
     told = ok(f"{temperature} --calibrate train.jsonl --out calibrated", capsys)
     assert told["temperature"]["n_fit"] == 29
     (work / "train.jsonl").unlink()
-    assert "train.jsonl: cannot be read" in refused(temperature, capsys)
+    assert "train.jsonl: no such file" in refused(temperature, capsys)
     (work / "train.jsonl").write_text(rows)
     assert ok(temperature, capsys) == before
     record = json.loads((work / "run" / "run.json").read_text())

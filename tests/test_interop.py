@@ -260,7 +260,7 @@ def test_merged_weights_are_rounded_once_to_the_dtype_asked_for(tmp_path):
 @pytest.mark.parametrize(
     "config, posterior, options, words",
     [
-        ({"method": "mle"}, None, {"samples": 1}, "method mle has no draws but its mean"),
+        ({"method": "mle"}, None, {"samples": 1}, "method mle has no draws: leave --samples out"),
         ({"sampling": "token"}, None, {"samples": 1}, "differ from token to token"),
         ({"method": "dropout", "sampling": "token"}, None, {"samples": 2}, "token to token"),
         ({}, None, {"samples": -1}, "must not be negative"),

@@ -229,7 +229,7 @@ def test_the_command_says_what_fits(capsys):
         ("--memory 1 --link 0", "other numbers must be above 0"),
         ("--memory 1 --gpus 0 --link 1", "--link is of GPUs"),
         ("--memory 1 --bandwidth -1", "other numbers must be above 0"),
-        ("--memory 1 --config nothing", "'nothing' is neither a file nor one of"),
+        ("--memory 1 --config nothing", "'nothing' is neither a file nor a known model"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(arguments, message, capsys):

@@ -127,11 +127,17 @@ def test_what_cannot_be_made_is_refused(work, capsys):
     ok(f"{TRAIN} --method mle --rank 3 --out wide", capsys)
     shutil.copytree(work / "run0", work / "again")
     for command, message in (
-        ("posterior swag --run wide --out x", "swag.safetensors: no such file"),
+        (
+            "posterior swag --run wide --out x",
+            "wide: has no swag.safetensors",
+        ),
         ("posterior ensemble --run run0 run1 run0 --out x", "run0: has the same weights as run0"),
         ("posterior ensemble --run run0 ./again --out x", "again: has the same weights as run0"),
-        ("posterior ensemble --run run0 --out x", "ensemble takes more than a run"),
-        ("posterior swag --run run0 run1 --out x", "swag takes no more than a run"),
+        (
+            "posterior ensemble --run run0 --out x",
+            "takes two runs or more in --run, not 1",
+        ),
+        ("posterior swag --run run0 run1 --out x", "swag takes one run in --run, not 2"),
         ("posterior ensemble --run run0 wide --out x", "wide: differs from run0 in adapter"),
         ("posterior laplace --run nowhere --out x", "nowhere: no such folder: expected a run"),
     ):

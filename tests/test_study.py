@@ -694,7 +694,7 @@ def test_command_and_bad_files(tmp_path, capsys):
         ({"knobs": {"scalabl": []}}, "knobs: scalabl must have values"),
         ({"knobs": {"scalabl": [-1]}}, "beta must be finite and not negative"),
         ({"knobs": {"mle": [1.5]}}, "share_of_steps must be in (0, 1], and is 1.5"),
-        ({"settings": {"step": 4}}, "settings: unknown field 'step': expected"),
+        ({"settings": {"step": 4}}, "settings: unknown field 'step': did you mean steps?"),
         ({"settings": {"steps": "4"}}, "settings: steps must be a whole number, not '4'"),
         ({"settings": {"steps": 10**20}}, "settings: steps must be a whole number"),
         ({"settings": {"steps": 0}}, "steps must be at least 1"),

@@ -141,6 +141,8 @@ def _own(
     text = read_text(path)
     if format == "jsonl":
         keys = columns.text or "prompt", columns.label or "label"
+    elif is_json(text):
+        raise InputError(f"{path}: holds JSON, not a table: give --format jsonl")
     else:
         header = table(path, text)[0]
         if not header:

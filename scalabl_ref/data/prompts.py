@@ -7,6 +7,7 @@ template. `Wording` holds these settings. A run stores them, and is evaluated wi
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -227,7 +228,11 @@ def read_template(path: Path | str) -> str:
     names = _PLACE.findall(template)
     unknown = [name for name in names if name not in ("question", "choices")]
     if unknown or "question" not in names:
-        found = f"{{{unknown[0]}}} is neither" if unknown else "there is no {question}"
+        found = "there is no {question}"
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], ("question", "choices"), n=1)
+            found = f"{{{unknown[0]:.40}}} is neither"
+            found += f": did you mean {{{near[0]}}}?" if near else ""
         raise InputError(f"{path}: a template has {{question}} and may have {{choices}}: {found}")
     return template
 

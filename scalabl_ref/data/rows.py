@@ -51,12 +51,14 @@ def json_rows(path: Path, text: str) -> Rows:
     while at < len(text) and not (array and entry == 0 and text[at] == "]"):
         entry, line, counted = entry + 1, line + text.count("\n", counted, at), at
         place = f"entry {entry}" if array else f"line {line}"
+        hint = ": is --format right?" if entry == 1 else ""
         try:
             row, end = decode(text, at)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, {place}: not JSON: {shown(error)}") from None
+            raise InputError(f"{path}, {place}: not JSON: {shown(error)}{hint}") from None
         if not isinstance(row, dict):
-            raise InputError(f"{path}, {place}: expected a JSON object, found {shown(row)}")
+            found = f"found {shown(row)}{hint}"
+            raise InputError(f"{path}, {place}: expected a JSON object, {found}")
         yield place, row
         at = _after_blank(text, end)
         if array and text[at : at + 1] != ",":
