@@ -485,7 +485,7 @@ def test_a_table_of_texts_and_labels(work, capsys):
     assert metrics["n"] == metrics["ood"]["n"] == 8
     assert ok(f"{evaluate} set.txt --format csv", capsys)["acc"] == metrics["acc"]
     assert "set.txt, line 1: not JSON" in refused(f"{evaluate} set.txt", capsys)
-    assert ok(f"{evaluate} set.csv --ood sst2 --ood-format sst2", capsys)["ood"]["n"] == 2
+    assert ok(f"{evaluate} set.csv --force --ood sst2 --ood-format sst2", capsys)["ood"]["n"] == 2
 
 
 def test_columns_are_not_for_a_format_that_has_its_own(work, capsys):
