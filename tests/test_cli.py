@@ -480,7 +480,7 @@ def test_a_table_of_texts_and_labels(work, capsys):
     )
     assert ok(train, capsys)["examples"] == 8
     assert json.loads((work / "run" / "run.json").read_text())["format"] == "csv"
-    evaluate = "evaluate --run run --text-column body --samples 2 --data"
+    evaluate = "evaluate --run run --force --text-column body --samples 2 --data"
     metrics = ok(f"{evaluate} set.csv --ood set.csv", capsys)
     assert metrics["n"] == metrics["ood"]["n"] == 8
     assert ok(f"{evaluate} set.txt --format csv", capsys)["acc"] == metrics["acc"]
