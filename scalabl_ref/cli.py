@@ -102,7 +102,7 @@ def _parser(chosen: str) -> Parser:
         if name == chosen:
             add_arguments(sub)
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
-        sub.add_argument("--seed", type=int, default=0, help="of everything random")
+        sub.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
         sub.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
         sub.set_defaults(command=command, process=0)
     return parser
@@ -122,10 +122,11 @@ def _add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
 
     parser.add_argument("--data", type=Path, required=required, help="file of examples")
     add = parser.add_argument
-    add("--format", choices=FORMATS, help=f"of --data {_BY_ENDING}")
-    add("--text-column", metavar="NAME", help="of the texts, in csv and jsonl (default: the usual)")
-    add("--label-column", metavar="NAME", help="of the labels, in csv and jsonl, likewise")
-    add("--limit", type=int, help="use only the first so many examples")
+    add("--format", choices=FORMATS, help=f"format of --data {_BY_ENDING}")
+    for name in ("text", "label"):
+        add(f"--{name}-column", metavar="NAME",
+            help=f"csv column or jsonl key of the {name} (default: see docs/data.md)")  # fmt: skip
+    add("--limit", type=int, help="use only the first LIMIT examples")
 
 
 def _format(args: argparse.Namespace) -> str:
@@ -156,14 +157,16 @@ def _examples(
 
 
 def _add_prompts(parser: argparse.ArgumentParser, default: str) -> None:
-    """How prompts are made. default: whose choice it is without an option."""
+    """How prompts are made. default: how help says a default, {} standing for a new run's."""
     from .data import STYLES
 
     add = parser.add_argument
     add("--prompt-template", type=Path, metavar="FILE",
-        help=f"text with {{question}} and {{choices}} in it (default: {default})")  # fmt: skip
+        help="text file with {question} and perhaps {choices} "
+        f"(default: {default.format('that of --format')})")  # fmt: skip
     add("--prompt-style", choices=STYLES,
-        help=f"chat: inside the model's own chat template (default: {default}, plain)")  # fmt: skip
+        help="chat: use the model's own chat template "
+        f"(default: {default.format('plain')})")  # fmt: skip
 
 
 def _add_wording(parser: argparse.ArgumentParser, default: str) -> None:
@@ -173,14 +176,16 @@ def _add_wording(parser: argparse.ArgumentParser, default: str) -> None:
     add = parser.add_argument
     _add_prompts(parser, default)
     add("--labels", choices=LABELS,
-        help="answers are letters, or the choices' words where every row has the same choices "
-        f"(default: {default}, auto)")  # fmt: skip
+        help="answers are letters, or the words of the choices if every row has the same choices "
+        f"(default: {default.format('auto')})")  # fmt: skip
     add("--answer-tokens", choices=("auto", "space", "bare"),
-        help=f"' A' or 'A' (default: {default}, auto: what the tokenizer allows)")  # fmt: skip
+        help="token of an answer: ' A' (space), 'A' (bare), or the one that the tokenizer allows "
+        f"(auto) (default: {default.format('auto')})")  # fmt: skip
     add("--max-length", type=int, metavar="TOKENS",
-        help="cut longer prompts, on the left (default: too long is an error)")  # fmt: skip
+        help="cut longer prompts on the left; without a limit, a prompt that is too long is an "
+        f"error (default: {default.format('no limit')})")  # fmt: skip
     add("--drop-long", action="store_true", default=None,
-        help="leave out what is longer than --max-length")  # fmt: skip
+        help="drop prompts that are longer than --max-length")  # fmt: skip
 
 
 def _with_prompts(args: argparse.Namespace, before: Wording) -> Wording:
@@ -215,11 +220,11 @@ def _say_wording(args: argparse.Namespace, data: Encoded) -> None:
 
 def _add_dtype(
     parser: argparse.ArgumentParser,
-    of: str = "of the base model; adapters are float32 always",
+    of: str = "of the base model; adapters are always float32",
 ) -> None:
     from .train import DTYPES
 
-    parser.add_argument("--dtype", choices=DTYPES, help=f"{of} (default: as stored)")
+    parser.add_argument("--dtype", choices=DTYPES, help=f"dtype {of} (default: as stored)")
 
 
 def _dtype(args: argparse.Namespace) -> Any:
@@ -252,14 +257,16 @@ def _add_ranks(parser: argparse.ArgumentParser) -> None:
     from .distributed import TIMEOUT
 
     parser.add_argument(
-        "--shard", action="store_true", help="keep a part of the base on each rank under torchrun"
+        "--shard", action="store_true", help="under torchrun, store a part of the base on each rank"
     )
     parser.add_argument(
-        "--offload-weights", action="store_true", help="--shard, and keep it in the CPU's memory"
+        "--offload-weights",
+        action="store_true",
+        help="as --shard, but store it in the CPU's memory",
     )
     parser.add_argument(
         "--timeout", type=float, default=TIMEOUT, metavar="SECONDS",
-        help="that a rank under torchrun waits for the others",
+        help="time that a rank under torchrun waits for the others",
     )  # fmt: skip
 
 
@@ -308,32 +315,36 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _add_data(parser)
     add("--out", type=Path, required=True, help="run folder to write")
     add("--init", type=Path, metavar="RUN",
-        help="start from this run's values: all for the same method, else its mean's")  # fmt: skip
+        help="start from this run: all its values, or its mean if method, covariance, rank or "
+        "scaling differ")  # fmt: skip
     add("--resume", action="store_true",
-        help="go on from the checkpoint in the run folder, or begin if there is none")  # fmt: skip
+        help="continue from the checkpoint in the run folder; begin if there is none")  # fmt: skip
     add("--steps", type=int, default=train.steps, help="optimiser steps")
-    add("--batch", type=int, default=train.batch, help="examples a step")
+    add("--batch", type=int, default=train.batch, help="examples per step")
     add("--micro-batch", type=int, help="examples computed at a time (gradient accumulation)")
-    add("--lr", type=float, default=train.lr, help="AdamW rate of A and B")
+    add("--lr", type=float, default=train.lr, help="AdamW learning rate of A and B")
     add(
         "--variational-lr",
         type=float,
-        help="AdamW rate of widths (default: 4 * lr)",
+        help="AdamW learning rate of log s and log sigma (blob: of G) (default: 4 * lr)",
     )
-    add("--warmup", type=float, default=train.warmup, help="fraction of steps with rising rates")
-    add("--weight-decay", type=float, default=train.weight_decay, help="AdamW's")
+    add("--warmup", type=float, default=train.warmup,
+        help="fraction of the steps in which learning rates rise")  # fmt: skip
+    add("--weight-decay", type=float, default=train.weight_decay, help="weight decay of AdamW")
     add("--beta", type=float, default=train.beta, help="weight of KL / N; 1 is the ELBO")
-    add("--kl", choices=tuple(KLS), default=train.kl, help="direction of the KL")
+    add("--kl", choices=tuple(KLS), default=train.kl,
+        help="direction of the KL: forward is KL(q||p), official is KL(p||q)")  # fmt: skip
     add(
         "--objective",
         choices=OBJECTIVES,
         default=train.objective,
-        help="elbo: one objective; official: AdamW on the NLL, then SGD on the KL",
+        help="elbo: AdamW on NLL and KL together; official: AdamW on the NLL, then SGD on the KL",
     )
     add("--swag", type=float, default=train.swag,
-        help="share of the steps, the last, whose weights swag averages (mle, map)")  # fmt: skip
-    add("--kl-lr", type=float, default=train.kl_lr, help="SGD rate on the KL (objective official)")
-    add("--rank", type=int, help=f"r (default: {adapter.rank}, or --init's)")
+        help="last fraction of the steps, whose weights SWAG averages (mle, map)")  # fmt: skip
+    add("--kl-lr", type=float, default=train.kl_lr,
+        help="SGD learning rate of the KL (objective official)")  # fmt: skip
+    add("--rank", type=int, help=f"rank r (default: {adapter.rank}, or --init's)")
     add("--alpha", type=float, help="scaling is alpha / rank (default: 2 * rank, or --init's)")
     add(
         "--targets",
@@ -343,23 +354,30 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         f"(default: {' '.join(adapter.targets)}, or --init's)",
     )
     _add_adapter(parser, f"default: {adapter.method}")
-    add("--head", choices=("classes", "full"), default="classes", help="rows of lm_head to keep")
-    _add_wording(parser, "of --format")
-    add("--holdout", type=float, default=0.0, help="fraction kept from training, for temperature")
-    add("--checkpoint-every", type=int, default=train.checkpoint_every, help="steps")
+    add("--head", choices=("classes", "full"), default="classes",
+        help="rows of lm_head to keep: those of the answers, or all")  # fmt: skip
+    _add_wording(parser, "{}")
+    add("--holdout", type=float, default=0.0,
+        help="fraction of the rows to hold out from training, to fit a temperature")  # fmt: skip
+    add("--checkpoint-every", type=int, default=train.checkpoint_every, metavar="STEPS",
+        help="steps between checkpoints")  # fmt: skip
     add(
         "--recompute",
         action="store_true",
-        help="keep each block's input alone for the backward pass: less memory, more time",
+        help="store only each block's input for the backward pass: less memory, more time",
     )
     add(
         "--offload-activations",
         action="store_true",
-        help="what is kept for the backward pass waits in the CPU's memory",
+        help="store activations for the backward pass in the CPU's memory",
     )
     add("--compile", action="store_true", help="compile the blocks with torch.compile")
-    add("--checkpoints-beside", action="store_true", help="write them while training goes on")
-    add("--quantize", choices=KINDS, help="the base's blocks to 8 or 4 bits, as they are loaded")
+    add(
+        "--checkpoints-beside",
+        action="store_true",
+        help="write checkpoints while training continues",
+    )
+    add("--quantize", choices=KINDS, help="load the base's blocks in 8 or 4 bits")
     _add_dtype(parser)
     _add_ranks(parser)
 
@@ -372,18 +390,23 @@ def _add_adapter(parser: argparse.ArgumentParser, method: str) -> None:
     default, add = AdapterConfig(), parser.add_argument
     trained = tuple(name for name, kind in ADAPTERS.items() if kind.trained)
     add("--method", choices=trained, help=f"scalabl, plain LoRA (mle), ... ({method})")
-    add("--sampling", choices=SAMPLING, default=default.sampling, help="rows that share a draw")
+    add(
+        "--sampling",
+        choices=SAMPLING,
+        default=default.sampling,
+        help="one draw for each batch, example or token",
+    )
     add("--covariance", choices=tuple(COVARIANCES), default=default.covariance,
-        help="of the Gaussian over the scales (scalabl)")  # fmt: skip
+        help="covariance of the Gaussian over the scales (scalabl)")  # fmt: skip
     add("--prior", choices=PRIORS, default=default.prior,
-        help="fixed, or fitted for each layer or each component (scalabl)")  # fmt: skip
-    add("--dropout", type=float, default=default.dropout, help="share of inputs (dropout)")
+        help="fixed prior, or one fitted for each layer or each component (scalabl)")  # fmt: skip
+    add("--dropout", type=float, default=default.dropout, help="dropout rate of inputs (dropout)")
     add(
         "--prior-std",
         type=float,
-        help="sigma of the prior (default: 1, blob's 0.2)",
+        help="standard deviation of the prior (default: 1; for blob 0.2)",
     )
-    add("--init-sigma", type=float, default=default.init_sigma, help="upper end of sigma's start")
+    add("--init-sigma", type=float, default=default.init_sigma, help="largest initial sigma")
 
 
 def _given(cls: type, args: argparse.Namespace) -> dict[str, Any]:
@@ -520,7 +543,11 @@ def _check_out(args: argparse.Namespace) -> None:
 
 def _posterior_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("method", choices=("laplace", "tfb", "swag", "ensemble"), help="what to make of the runs")
+    add(
+        "method",
+        choices=("laplace", "tfb", "swag", "ensemble"),
+        help="posterior to make from the runs",
+    )
     add(
         "--run",
         type=Path,
@@ -531,10 +558,10 @@ def _posterior_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", type=Path, help="folder of the base model, if it has moved")
     add("--out", type=Path, required=True, help="new run folder to write")
     _add_data(parser, required=False)
-    add("--layers", choices=("all", "last"), default="all", help="that are random (laplace)")
+    add("--layers", choices=("all", "last"), default="all", help="layers that are random (laplace)")
     add("--kron-rank", type=int, help="eigenvectors kept of each factor (laplace; default: all)")
     add("--tolerance", type=float, default=0.003, help="relative change of the NLL allowed (tfb)")
-    add("--samples", type=int, default=10, help="draws by which the change is measured (tfb)")
+    add("--samples", type=int, default=10, help="draws to measure the change with (tfb)")
     add("--batch", type=int, default=8, help="examples computed at a time")
 
 
@@ -635,23 +662,25 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add("--run", type=Path, help="run folder that `scalabl train` wrote")
-    add("--model", type=Path, help="folder of the base model, if it has moved; without --run, it "
-        "is evaluated by itself")  # fmt: skip
+    add("--model", type=Path, help="folder of the base model, if it has moved; without --run, the "
+        "model to evaluate")  # fmt: skip
     _add_data(parser)
-    add("--ood", type=Path, help="file of examples out of distribution")
-    add("--ood-format", choices=FORMATS, help=f"of --ood {_BY_ENDING}")
+    add("--ood", type=Path, help="file of out-of-distribution examples")
+    add("--ood-format", choices=FORMATS, help=f"format of --ood {_BY_ENDING}")
     _add_samples(parser)
-    add("--bins", type=int, default=15, help="of the expected calibration error, at most 10,000")
+    add("--bins", type=int, default=15,
+        help="bins of the expected calibration error, at most 10,000")  # fmt: skip
     add("--batch", type=int, default=32, help="examples computed at a time")
     add(
         "--temperature",
         action="store_true",
-        help="also fit a temperature on the run's --holdout, or on --calibrate",
+        help="also fit a temperature on the rows of train --holdout, or on --calibrate",
     )
-    add("--calibrate", type=Path, help="file of held-out examples, in --format, for --temperature")
-    add("--out", type=Path, help="folder of the results (default: in RUN, named after --data)")
-    add("--force", action="store_true", help="write over other results in that folder")
-    _add_wording(parser, "the run's")
+    add("--calibrate", type=Path,
+        help="file of held-out examples, in --format; implies --temperature")  # fmt: skip
+    add("--out", type=Path, help="folder for the results (default: in RUN, named after --data)")
+    add("--force", action="store_true", help="overwrite other results in that folder")
+    _add_wording(parser, "the run's, or {} without --run")
     _add_dtype(parser, "of a base model without --run")
     _add_ranks(parser)
 
@@ -664,17 +693,16 @@ def _add_samples(parser: argparse.ArgumentParser) -> None:
         "--samples",
         default="10",
         metavar="N",
-        help="draws of the posterior, at most 100,000, or all members of an ensemble; 0 is the "
-        "mean model; "
+        help="number of posterior draws, at most 100,000 (an ensemble uses all members); "
+        "0: the mean model; "
         "auto: for each example, until more cannot change its answer by more than --tolerance; "
-        "exact: the integral, where lm_head alone is adapted, for at most 4 classes "
-        "or rank 3",
+        "exact: the integral, if only lm_head is adapted, for at most 4 classes or rank 3",
     )
-    add("--tolerance", type=float, default=0.05, help="of --samples auto, in probability")
+    add("--tolerance", type=float, default=0.05, help="tolerance of --samples auto, in probability")
     add("--most", type=int, default=1000,
-        help="draws of one example, of --samples auto: at most 100,000")  # fmt: skip
+        help="limit on the draws per example with --samples auto, at most 100,000")  # fmt: skip
     add("--design", choices=DESIGNS, default="independent", help="how draws depend on each other: "
-        "antithetic and latin give the average less error")  # fmt: skip
+        "antithetic and latin reduce the error of the average")  # fmt: skip
 
 
 def _samples(args: argparse.Namespace) -> Samples:
@@ -906,7 +934,7 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", type=Path, help="folder of the base model, if it has moved")
     add("--prompt", required=True, help="the question")
     add("--choices", nargs="+", metavar="TEXT",
-        help="the answers to choose from (default: the run's labels, if words)")  # fmt: skip
+        help="answers to choose from (default: those that all rows of the run share)")  # fmt: skip
     _add_samples(parser)
     _add_wording(parser, "the run's")
     _add_ranks(parser)
@@ -998,11 +1026,11 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     add("--run", type=Path, required=True, help="run folder")
     add("--model", type=Path, help="folder of the base model, if it has moved")
     add("--to", choices=TO, required=True,
-        help="peft: an adapter's folder; hf: a model's, the adapter merged")  # fmt: skip
+        help="peft: an adapter folder; hf: a model folder with the adapter merged")  # fmt: skip
     add("--out", type=Path, required=True, help="folder to write")
     add("--samples", type=int, default=0,
-        help="draws, by --seed, each into a folder in --out; 0 writes the mean")  # fmt: skip
-    add("--base", metavar="NAME", help="what the base model is called, as owner/model on the Hub")
+        help="draws to write, each to its own folder in --out; 0 writes the mean")  # fmt: skip
+    add("--base", metavar="NAME", help="name of the base model, as owner/model on the Hub")
     _add_dtype(parser, "of the merged weights (hf)")
 
 
@@ -1028,7 +1056,7 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", type=Path, metavar="SRC",
         help="PEFT's folder; the official code's state_dict.pt, or its folder")  # fmt: skip
-    add("--from", dest="kind", choices=FROM, required=True, help="who wrote SRC")
+    add("--from", dest="kind", choices=FROM, required=True, help="program that wrote SRC")
     add(
         "--model",
         type=Path,
@@ -1039,9 +1067,9 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
     _add_adapter(parser, "default: SRC's if it has a distribution, else scalabl")
     add("--alpha", type=float, help="bayesadapt: scaling is alpha / rank (default: 2 * rank)")
     add("--labels", nargs="+", metavar="TEXT",
-        help="bayesadapt: the answers of its head's rows (default: A B ...)")  # fmt: skip
-    add("--format", choices=FORMATS, default="jsonl", help="of the questions to `predict`")
-    _add_prompts(parser, "of --format")
+        help="bayesadapt: the answer of each row of its head (default: A B ...)")  # fmt: skip
+    add("--format", choices=FORMATS, default="jsonl", help="format of the questions for `predict`")
+    _add_prompts(parser, "{}")
     _add_dtype(parser)
 
 
@@ -1124,17 +1152,23 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", required=True, help="name such as qwen2.5-7b, or a model's folder")
     add("--gpus", type=int, default=1, help="devices; 0 plans for a CPU")
-    add("--memory", type=float, required=True, metavar="GB", help="of each device, in 1e9 bytes")
+    add(
+        "--memory",
+        type=float,
+        required=True,
+        metavar="GB",
+        help="memory of each device, in 1e9 bytes",
+    )
     add("--rows", type=int, default=Workload.rows, help="examples at a time on each device")
-    add("--tokens", type=int, default=Workload.tokens, help="of the longest example")
+    add("--tokens", type=int, default=Workload.tokens, help="tokens of the longest example")
     add("--rank", type=int, default=AdapterConfig.rank, help="r")
     add("--targets", nargs="+", default=list(AdapterConfig.targets), metavar="NAME",
         help=f"layers to adapt, of {' '.join(TARGETS)}")  # fmt: skip
-    add("--rate", type=float, help="TFLOP/s of products (default: measured here, on --device)")
+    add("--rate", type=float, help="TFLOP/s of matrix products (default: measured on --device)")
     add("--bandwidth", type=float, help="GB/s of memory (needed with --rate)")
     add("--link", type=float,
-        help="GB/s that a device receives, from others or the CPU's memory: plans then count what "
-        "is exchanged, and offload weights (default: no limit)")  # fmt: skip
+        help="GB/s that a device receives from others or the CPU's memory: plans then count this "
+        "traffic, and may offload weights (default: no limit)")  # fmt: skip
 
 
 def _plan(args: argparse.Namespace) -> Result:
@@ -1227,7 +1261,7 @@ def _conformance_arguments(parser: argparse.ArgumentParser) -> None:
         "folder",
         type=Path,
         metavar="DIR",
-        help="the vectors' folder: a new one, or one to check by",
+        help="folder of the vectors: export writes it, check reads it",
     )
     parser.add_argument(
         "outputs", type=Path, nargs="?", metavar="OUTPUTS",
@@ -1237,7 +1271,7 @@ def _conformance_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("float32", "float64"),
         default="float32",
-        help="check: what the port computed in; eps of the bounds is 2^-23 or 2^-52",
+        help="check: precision of the port; eps of the bounds is 2^-23 or 2^-52",
     )
 
 
@@ -1273,12 +1307,12 @@ def _study_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add("config", metavar="FILE", help="JSON: the fields of study.Study; or the word paper")
-    add("--out", type=Path, required=True, help="folder of its runs and results")
-    add("--jobs", type=int, default=1, help="runs side by side, a thread each")
-    add("--cost", action="store_true", help="only say what it will cost")
+    add("--out", type=Path, required=True, help="folder for runs and results")
+    add("--jobs", type=int, default=1, help="runs at the same time, one thread each")
+    add("--cost", action="store_true", help="only print the cost")
     add("--model", type=Path, help="folder of the base model (paper)")
     add("--data", type=Path, help="folder of the published data sets (paper)")
-    add("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS), help="which (paper)")
+    add("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS), help="tasks (paper)")
 
 
 def _study(args: argparse.Namespace) -> Result:
@@ -1383,7 +1417,7 @@ _COMMANDS: dict[str, Command] = {
         _predict_arguments,
         _on_ranks(_predict),
     ),
-    "generate": ("text with its uncertainty token by token", _generate_arguments, _generate),
+    "generate": ("text, with the uncertainty of each token", _generate_arguments, _generate),
     "export": ("a run as a PEFT adapter or a merged model", _export_arguments, _export),
     "import": (
         "a run from a PEFT adapter or the official code's weights",
@@ -1391,15 +1425,15 @@ _COMMANDS: dict[str, Command] = {
         _import,
     ),
     "count": ("parameters and memory of a model, without weights", _count_arguments, _count),
-    "plan": ("what fits: memory and time of a training step, before any", _plan_arguments, _plan),
+    "plan": ("what fits: memory and time of a training step", _plan_arguments, _plan),
     "verify": ("check this build against the equations", _verify_arguments, _verify),
     "conformance": (
         "test vectors for ports: export them, or check a port's results",
         _conformance_arguments,
         _conformance,
     ),
-    "study": ("methods side by side on one task, tuned alike", _study_arguments, _study),
-    "info": ("versions, what was built, which path runs", lambda parser: None, _info),
+    "study": ("compare methods on one task, tuned alike", _study_arguments, _study),
+    "info": ("versions, build, and whether the native core runs", lambda parser: None, _info),
 }
 
 if __name__ == "__main__":
