@@ -678,7 +678,8 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--calibrate", type=Path,
         help="file of held-out examples, in --format; implies --temperature")  # fmt: skip
-    add("--out", type=Path, help="folder for the results (default: in RUN, named after --data)")
+    add("--out", type=Path, help="folder for the results (default: in RUN, or base-MODEL, "
+        "named after --data)")  # fmt: skip
     add("--force", action="store_true", help="overwrite other results in that folder")
     _add_wording(parser, "the run's, or {} without --run")
     _add_dtype(parser, "of a base model without --run")
@@ -767,7 +768,7 @@ def _evaluation(args: argparse.Namespace, samples: Samples, info: dict[str, Any]
     from .checkpoint import sha256
     from .data import Wording, format_of
 
-    given = ("limit", "design", "seed", "bins", "temperature")
+    given = ("limit", "design", "seed", "bins")
     return {
         "data_sha256": sha256(args.data),
         "model": None if args.run else info["model"],
@@ -777,6 +778,7 @@ def _evaluation(args: argparse.Namespace, samples: Samples, info: dict[str, Any]
         "format": _format(args),
         **_wording(args, Wording.of_run(info)).facts(),
         **{name: vars(args)[name] for name in given},
+        "temperature": bool(args.temperature or args.calibrate),
         "samples": samples if isinstance(samples, (int, str)) else dataclasses.asdict(samples),
         "calibrate_sha256": args.calibrate and sha256(args.calibrate),
         "ood_sha256": args.ood and sha256(args.ood),

@@ -153,7 +153,7 @@ class Study:
     """model: folder. train, test: files, in `format`; the limits cut them. dtype: of the base.
 
     prompt_template (a file), prompt_style, labels, answer_tokens: how prompts are made and answers
-    chosen, see `data.Wording`. max_length: in tokens, where longer prompts are cut on the left.
+    chosen, see `data.Wording`. max_length, drop_long: longer prompts are cut or left out there.
     text_column, label_column: of formats csv and jsonl, see `data.Columns`.
     ood: sets out of distribution, by name, each {"path": file} with "format" and "limit" if wanted.
     validation: share of the training examples set apart. lr: rates that every method tries.
@@ -175,6 +175,7 @@ class Study:
     labels: Labels = "auto"
     answer_tokens: Literal["auto", "space", "bare"] = "auto"
     max_length: int | None = None
+    drop_long: bool = False
     text_column: str | None = None
     label_column: str | None = None
     ood: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -272,8 +273,9 @@ class Study:
         """How prompts are made; raises InputError if the template's file cannot be read."""
         template = read_template(self.prompt_template) if self.prompt_template else None
         return Wording(
-            template, self.prompt_style, self.labels, self.answer_tokens, None, self.max_length
-        )
+            template, self.prompt_style, self.labels, self.answer_tokens, None, self.max_length,
+            self.drop_long,
+        )  # fmt: skip
 
     @functools.cached_property
     def base(self) -> str:

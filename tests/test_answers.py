@@ -241,6 +241,8 @@ def test_long_prompts_are_cut_or_left_out(plain):
         encode(some, plain, wording=Wording(max_length=2, drop_long=True))
     with pytest.raises(InputError, match="--drop-long needs --max-length"):
         Wording(drop_long=True)
+    with pytest.raises(InputError, match="in a chat template is not cut.*needs --drop-long"):
+        Wording(style="chat", max_length=6)
     with pytest.raises(InputError, match="max_length must be at least 1"):
         Wording(max_length=0)
 

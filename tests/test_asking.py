@@ -86,7 +86,7 @@ def test_a_base_model_alone_answers_as_a_run_that_learnt_nothing(work, capsys): 
 
 def test_a_chat_is_remembered(work, capsys):  # noqa: F811
     (work / "model/chat_template.jinja").write_text(CHAT)
-    ok(TRAIN + " --prompt-style chat --max-length 120", capsys)
+    ok(TRAIN + " --prompt-style chat --max-length 120 --drop-long", capsys)
     assert facts(work / "run")["prompt_style"] == "chat"
     chat = ok("evaluate --run run --data test.jsonl --samples 0", capsys)
     plain = ok(

@@ -4,7 +4,7 @@
                                                        on the Hub (owner/model, needs the extra hf),
                                                        Meta's folder of consolidated.*.pth (say
                                                        which --family), or a llama2.c file
-    python tools/convert_hf.py SRC DST --to-hf         SRC a converted folder
+    python tools/convert_hf.py SRC DST --to-hf         SRC of another layout than Hugging Face's
     python tools/convert_hf.py SRC DST --to-llama2c    the same; DST a file
     python tools/convert_hf.py SRC DST --quantize nf4  (or int8) SRC any of these, converted or not:
                                                        the blocks' weights become codes, from which

@@ -92,7 +92,8 @@ class Wording:
     answer_tokens: "space", "bare", "alone" or "auto", see `answers.answer_tokens`.
     names: the choices that every row has, in the order of the classes; None where rows differ.
     max_length: longest prompt in tokens; longer ones are cut on the left behind BOS, or with
-        drop_long are left out. None: a prompt that the model cannot take is an error.
+        drop_long, which a chat needs, are left out. None: a prompt that the model cannot take is an
+        error.
 
     Raises InputError for a value that it cannot have.
     """
@@ -113,6 +114,11 @@ class Wording:
             raise InputError(f"max_length must be at least 1 token, and is {self.max_length}")
         if self.drop_long and self.max_length is None:
             raise InputError("drop_long needs a max_length (--drop-long needs --max-length)")
+        if self.style == "chat" and self.max_length is not None and not self.drop_long:
+            raise InputError(
+                "a prompt in a chat template is not cut, for its beginning would be lost: "
+                "--max-length needs --drop-long there"
+            )
 
     @staticmethod
     def of_run(info: dict[str, Any]) -> Wording:

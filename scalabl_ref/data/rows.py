@@ -80,7 +80,7 @@ def table(path: Path, text: str) -> tuple[list[str], Rows]:
     semicolon that the header has most often.
     """
     first = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]
-    delimiter = "\t" if path.suffix == ".tsv" else max(",", "\t", ";", key=first.count)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",", "\t", ";", key=first.count)
     quotes = delimiter != "\t" or _quotes_pair(text)
     found = records(path, text, delimiter, quotes)
     header = [name.strip() for name in next(found, ("", []))[1]]
