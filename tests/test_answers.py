@@ -93,8 +93,12 @@ def test_after_a_line_break_the_bare_letter_goes_first(qwen_like):
     prompts = ["Answer:\n", "<|assistant|>\n"]
     assert answer_tokens(qwen_like, prompts, "AB") == (ids(qwen_like, "A", "B"), "bare", None)
     assert answer_tokens(qwen_like, prompts, "AB", "space").ids == ids(qwen_like, "ĠA", "ĠB")
-    mixed = answer_tokens(qwen_like, [*prompts, "Answer:"], "AB")
-    assert mixed.kind == "space", "one prompt that does not end so is enough"
+
+
+def test_one_prompt_that_ends_otherwise_is_enough_for_a_space(tmp_path):
+    tokenizer = byte_tokenizer(tmp_path / "both", SPACED, joining=False)  # either kind holds
+    assert answer_tokens(tokenizer, ["Answer:\n"], "AB").kind == "bare"
+    assert answer_tokens(tokenizer, ["Answer:\n", "Answer:"], "AB").kind == "space"
 
 
 def test_every_kind_of_end_is_looked_at(plain, tmp_path):
@@ -104,6 +108,16 @@ def test_every_kind_of_end_is_looked_at(plain, tmp_path):
     assert answer_tokens(joins_after_b, ["a", "b", "c"], "AB").kind == "alone"
     with pytest.raises(InputError, match="choice ' A' is not one token.*--answer-tokens bare"):
         answer_tokens(plain, ["Answer:"], "AB", "space")
+
+
+def test_a_letter_that_is_another_token_elsewhere_is_none(plain, monkeypatch):
+    encode_text = plain._encode
+    monkeypatch.setattr(plain, "_encode", lambda text: encode_text(text.replace("!A", "!Z")))
+    assert answer_tokens(plain, ["a", "b"], "AB", "bare").kind == "bare"
+    found = answer_tokens(plain, ["a", "b!"], "AB", "bare")
+    assert (
+        found.kind == "alone" and "'A' is another token after 'b!' than elsewhere" in found.notice
+    )
 
 
 def test_an_answer_that_has_no_token(tmp_path):

@@ -84,6 +84,13 @@ def test_a_base_model_alone_answers_as_a_run_that_learnt_nothing(work, capsys): 
     )
 
 
+def test_a_base_model_alone_asks_other_data_as_its_own(tickets, capsys):
+    """Labels are words on --data, and so on --ood, where it would choose letters."""
+    command = "evaluate --model model --data tickets.jsonl --ood train.jsonl"
+    metrics = ok(command, capsys)
+    assert metrics["labels"] == "words" and metrics["ood"]["n_scored"] == 0
+
+
 def test_a_chat_is_remembered(work, capsys):  # noqa: F811
     (work / "model/chat_template.jinja").write_text(CHAT)
     ok(TRAIN + " --prompt-style chat --max-length 120 --drop-long", capsys)
