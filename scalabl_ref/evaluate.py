@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -206,22 +205,25 @@ def results_folder(run: Path | str, data: Path | str) -> Path:
 
 
 def check_results(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raise InputError if FOLDER has results of other `settings` than these, which it names.
+    """Raise InputError if FOLDER has results of another data file, or of another model.
 
-    settings: what decides the results, as `evaluate` keeps it.
+    settings: what decides the results, as `evaluate` keeps it. Those of the same model on the same
+    file, however it was asked, may be written over.
     """
     path = folder / "metrics.json"
     if not path.exists():
         return
-    theirs, ours = read_json(path).get("settings"), json.loads(json_text(settings))
-    for key, value in ours.items() if isinstance(theirs, dict) else [("settings", None)]:
-        known = theirs.get(key) if isinstance(theirs, dict) else "unknown"
-        if known != value:
-            what = f"{key} was {known!r} and now is {value!r}"
-            if key.endswith("_sha256"):
-                before = "another file" if known else "not given"
-                what = f"{key.removesuffix('_sha256')} was {before}"
-            raise InputError(f"{folder}: holds other results ({what}): give --force or --out DIR")
+    theirs = read_json(path).get("settings")
+    theirs = theirs if isinstance(theirs, dict) else {}
+    for key, whose in _WHOSE.items():
+        if theirs.get(key) != settings[key]:
+            raise InputError(
+                f"{folder}: holds results of another {whose}: give --force or --out DIR"
+            )
+
+
+# What results are of: two that differ in it are not each other's.
+_WHOSE = {"data_sha256": "data file", "adapter_sha256": "run", "model": "model"}
 
 
 def evaluate(

@@ -299,41 +299,34 @@ def test_a_data_sets_folder_is_called_as_its_file(tmp_path, monkeypatch, data, n
     assert results_folder("run", data) == Path("run") / name
 
 
-def test_other_results_are_not_written_over(work, capsys):
+def test_others_results_are_not_written_over(work, capsys):
     """Which is said before the base is read; --force writes, and --out elsewhere."""
-    ok(f"{TRAIN} --holdout 0.25", capsys)
+    ok(TRAIN, capsys)
+    ok(TRAIN.replace("--out run", "--out next") + " --seed 1", capsys)
     questions_file(work / "other" / "test.jsonl", rows=5)
     evaluate = "evaluate --run run --data test.jsonl --samples 2"
     first = ok(evaluate, capsys)
     before = contents(work)
     (work / "model").rename(work / "gone")
-    for other, what in (
-        (evaluate.replace("test", "other/test"), "data was another file"),
-        (f"{evaluate} --limit 3", "limit was None and now is 3"),
-        (evaluate.replace(" 2", " auto"), "samples was 2 and now is {'tolerance': 0.05, "),
-        (evaluate.replace(" 2", " exact"), "samples was 2 and now is 'exact'"),
-        (f"{evaluate} --seed 1", "seed was 0 and now is 1"),
-        (f"{evaluate} --bins 10", "bins was 15 and now is 10"),
-        (f"{evaluate} --design latin", "design was 'independent' and now is 'latin'"),
-        (f"{evaluate} --temperature", "temperature was False and now is True"),
-        (f"{evaluate} --calibrate train.jsonl", "calibrate was not given"),
-        (f"{evaluate} --ood train.jsonl", "ood was not given"),
-    ):
-        said = refused(other, capsys)
-        assert said.startswith(f"error: run/test: holds other results ({what}"), said
-        assert said.endswith("): give --force or --out DIR\n")
+    said = refused(evaluate.replace("test", "other/test"), capsys)
+    assert said.startswith("error: run/test: holds results of another data file"), said
+    assert said.endswith(": give --force or --out DIR\n")
+    said = refused(evaluate.replace("--run run", "--run next --out run/test"), capsys)
+    assert said.startswith("error: run/test: holds results of another run"), said
+    said = refused("evaluate --model gone --data test.jsonl --out run/test", capsys)
+    assert said.startswith("error: run/test: holds results of another run"), said
     (work / "gone").rename(work / "model")
     assert contents(work) == before
     assert ok(evaluate, capsys) == first and contents(work) == before
-    assert ok(f"{evaluate} --seed 1 --force", capsys)["seed"] == 1
-    assert "seed was 1 and now is 0" in refused(evaluate, capsys)
-    ok(TRAIN.replace("--out run", "--out next") + " --seed 1", capsys)
-    ok("evaluate --run run --data test.jsonl --out both", capsys)
-    again = "evaluate --run next --data test.jsonl --out both"
-    assert "both: holds other results (adapter was another file)" in refused(again, capsys)
+    assert ok(f"{evaluate} --seed 1 --bins 10", capsys)["seed"] == 1, "its own may be renewed"
+    assert ok(evaluate.replace("test", "other/test") + " --force", capsys)["n"] == 5
+    ok("evaluate --model model --data test.jsonl --out both", capsys)
+    again = "evaluate --model next/../gone --data test.jsonl --out both"
+    (work / "model").rename(work / "gone")
+    assert "both: holds results of another model" in refused(again, capsys)
     (work / "both" / "metrics.json").write_text("{}")
-    assert "both: holds other results" in refused(again, capsys)
-    ok(f"{again} --force", capsys)
+    assert "both: holds results of another data file" in refused(again, capsys)
+    assert ok(f"{again} --force", capsys)["n"] == 9
 
 
 FULL = "cannot be written: File too large"
@@ -390,7 +383,7 @@ def test_out_of_distribution_with_more_classes_is_scored_on_what_it_can_answer(w
     labels = [i * 5 % 3 for i in range(10)]
     assert ood["n"] == 10 and ood["n_scored"] == sum(label < 2 for label in labels)
     for asked in ("wide.jsonl", "test.jsonl --calibrate wide.jsonl"):
-        said = refused(f"evaluate --run run --force --data {asked}", capsys)
+        said = refused(f"evaluate --run run --data {asked}", capsys)
         assert "example 1 (id 1): its answer is C, and there are 2 classes, to B" in said
 
 
@@ -480,12 +473,12 @@ def test_a_table_of_texts_and_labels(work, capsys):
     )
     assert ok(train, capsys)["examples"] == 8
     assert json.loads((work / "run" / "run.json").read_text())["format"] == "csv"
-    evaluate = "evaluate --run run --force --text-column body --samples 2 --data"
+    evaluate = "evaluate --run run --text-column body --samples 2 --data"
     metrics = ok(f"{evaluate} set.csv --ood set.csv", capsys)
     assert metrics["n"] == metrics["ood"]["n"] == 8
     assert ok(f"{evaluate} set.txt --format csv", capsys)["acc"] == metrics["acc"]
     assert "set.txt, line 1: not JSON" in refused(f"{evaluate} set.txt", capsys)
-    assert ok(f"{evaluate} set.csv --force --ood sst2 --ood-format sst2", capsys)["ood"]["n"] == 2
+    assert ok(f"{evaluate} set.csv --ood sst2 --ood-format sst2", capsys)["ood"]["n"] == 2
 
 
 def test_columns_are_not_for_a_format_that_has_its_own(work, capsys):
@@ -883,7 +876,7 @@ def test_draws_of_a_design_and_as_many_as_needed(work, capsys):
     assert "lm_head alone" in refused(f"{evaluate} --samples exact", capsys)
     ok(TRAIN.replace("run", "head") + " --targets lm_head --init-sigma 0.5", capsys)
     exact, many = (
-        ok(f"evaluate --run head --force --data test.jsonl --samples {n} --design {design}", capsys)
+        ok(f"evaluate --run head --data test.jsonl --samples {n} --design {design}", capsys)
         for n, design in (("exact", "independent"), ("1000", "latin"))
     )
     # 1,000 Latin draws are good to far better than a hundredth; test_quadrature has the bounds.

@@ -335,7 +335,7 @@ def test_other_numbers_of_samples_with_a_sharded_base(tmp_path):
     size = trained(torch.arange(1, 33)[None]).abs().max().item()
     rounded = logits_bound(trained.config, size)  # a probability moves less than its logit
     for samples in ("auto", "exact"):
-        text = f"evaluate --run {run} --data {data} --samples {samples} --batch 10 --force"
+        text = f"evaluate --run {run} --data {data} --samples {samples} --batch 10"
         assert command(text) == 0
         expected = answers(run)
         for more in ("", " --shard", " --offload-weights"):

@@ -97,7 +97,7 @@ def test_metrics_say_how_many_draws_there_were(work, capsys):
         for asked in (5, 0):
             expected = draws if asked else 0
             command = f"evaluate --run {run} --data test.jsonl --ood train.jsonl --samples {asked}"
-            metrics = ok(command + " --force", capsys)
+            metrics = ok(command, capsys)
             assert metrics["samples"] == metrics["ood"]["samples"] == expected
             assert metrics["method"] == ("mle" if run == "run0" else run)
             assert ("design" in metrics) == (run == "tfb" and asked > 0)
@@ -113,7 +113,7 @@ def test_tfb(work, capsys):
     kinds = {type(adapter).__name__ for adapter in adapters(load_run("made")[0]).values()}
     assert kinds == {"TfbAdapter"}
     assert json.loads((work / "made/metrics.json").read_text())["design"] == "independent"
-    assert "design" not in ok("evaluate --run run0 --data test.jsonl --samples 4 --force", capsys)
+    assert "design" not in ok("evaluate --run run0 --data test.jsonl --samples 4", capsys)
 
 
 def test_predict_uses_it(work, capsys):
