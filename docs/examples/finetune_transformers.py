@@ -28,7 +28,9 @@ hf.trainer(
 ).train()
 hf.save(attached, out)
 
-data = encode(load(test, "jsonl"), tokenizer, classes=len(data.classes))
+data = encode(
+    load(test, "jsonl"), tokenizer, classes=len(data.classes), wording=data.wording
+)  # the same answers as in training
 for row, label in enumerate(data.labels):
     batch = collate(data, [row]).to(model.device)
     answer = hf.predict(attached, hf.inputs(attached, batch), groups=batch.ids)
