@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import tarfile
+from pathlib import Path
 
 import pytest
+import torch
 
+from scalabl_ref import cli
 from scalabl_ref.data import FIXED_CHOICES, FORMATS, ChatTemplate, Wording, encode, question
 from scalabl_ref.data.chat import FIXED
 from scalabl_ref.tokenizer import load_tokenizer
@@ -143,3 +147,51 @@ def assert_answers(theirs, encoded, answers, style):
         after = theirs.encode(f"{prompt}{space}{answer}", add_special_tokens=style == "plain")
         assert after[: len(before) + 1] == [*before, id], answer
         assert len(answer) > 1 or len(after) == len(before) + 1
+
+
+# transformers' classes of the families that these tokenizers belong to, gemma3's not among them.
+FAMILIES = {
+    "llama2": "Mistral",  # "A" is 28741 there, as in Mistral, and not Llama 2's 29909
+    "llama3": "Llama",
+    "llama3_1": "Llama",
+    "qwen2_5": "Qwen2",
+    "qwen3": "Qwen3",
+}
+
+
+def test_the_commands_of_the_readme(real, tmp_path, monkeypatch, capsys):
+    """Train, evaluate, predict and generate: a small random model with the family's tokenizer."""
+    name, folder = real
+    if name not in FAMILIES:
+        pytest.skip(f"{name} is of a family that is not read")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, "model", ignore=shutil.ignore_patterns("*.tgz"))
+    config = getattr(transformers, f"{FAMILIES[name]}Config")(
+        vocab_size=load_tokenizer(folder).vocab_size, hidden_size=16, intermediate_size=24,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=4,
+        max_position_embeddings=512, sliding_window=None, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = getattr(transformers, f"{FAMILIES[name]}ForCausalLM")(config)
+    model.to(torch.bfloat16).save_pretrained("model")
+    rows = [arc_row(i) for i in range(8)]
+    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    styles = ["plain", "chat"] if ChatTemplate.load(folder) else ["plain"]
+    for style in styles:
+        run(f"train --model model --data train.jsonl --format arc --prompt-style {style} "
+            f"--method scalabl --out {style} --steps 2 --batch 4", capsys)  # fmt: skip
+        run(f"evaluate --run {style} --data train.jsonl --format arc --samples 2", capsys)
+        assert json.loads(Path(style, "metrics.json").read_text())["prompt_style"] == style
+        run(f"predict --run {style} --prompt Hot? --choices ice sun air --samples 2", capsys)
+    run("evaluate --model model --data train.jsonl --format arc", capsys)
+    assert "mean per token" in run("generate --model model --prompt Hi --max-new-tokens 3", capsys)
+
+
+def arc_row(i):
+    choices = [{"text": f"thing {i + c}", "label": label} for c, label in enumerate("ABC")]
+    question = {"stem": f"Which is {i}?", "choices": choices}
+    return {"id": str(i), "question": question, "answerKey": "ABC"[i % 3]}
+
+
+def run(command, capsys):
+    assert cli.main(command.split()) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
