@@ -300,11 +300,8 @@ def _on_ranks(command: Callable[[argparse.Namespace], Result]) -> Callable[..., 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     from .adapters import TARGETS, AdapterConfig
-    from .elbo import KLS
-    from .quantize import KINDS
-    from .train import OBJECTIVES, TrainConfig
 
-    adapter, train = AdapterConfig(), TrainConfig()
+    adapter = AdapterConfig()
     add = parser.add_argument
     add(
         "--model",
@@ -319,6 +316,32 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         "scaling differ")  # fmt: skip
     add("--resume", action="store_true",
         help="continue from the checkpoint in the run folder; begin if there is none")  # fmt: skip
+    _add_optimiser(parser)
+    add("--rank", type=int, help=f"rank r (default: {adapter.rank}, or --init's)")
+    add("--alpha", type=float, help="scaling is alpha / rank (default: 2 * rank, or --init's)")
+    add(
+        "--targets",
+        nargs="+",
+        metavar="NAME",
+        help=f"layers to adapt, of {' '.join(TARGETS)} "
+        f"(default: {' '.join(adapter.targets)}, or --init's)",
+    )
+    _add_adapter(parser, f"default: {adapter.method}")
+    add("--head", choices=("classes", "full"), default="classes",
+        help="rows of lm_head to keep: those of the answers, or all")  # fmt: skip
+    _add_wording(parser, "{}")
+    add("--holdout", type=float, default=0.0,
+        help="fraction of the rows to hold out from training, to fit a temperature")  # fmt: skip
+    _add_memory(parser)
+    _add_ranks(parser)
+
+
+def _add_optimiser(parser: argparse.ArgumentParser) -> None:
+    """Steps, learning rates and the objective."""
+    from .elbo import KLS
+    from .train import OBJECTIVES, TrainConfig
+
+    train, add = TrainConfig(), parser.add_argument
     add("--steps", type=int, default=train.steps, help="optimiser steps")
     add("--batch", type=int, default=train.batch, help="examples per step")
     add("--micro-batch", type=int, help="examples computed at a time (gradient accumulation)")
@@ -344,21 +367,14 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         help="last fraction of the steps, whose weights SWAG averages (mle, map)")  # fmt: skip
     add("--kl-lr", type=float, default=train.kl_lr,
         help="SGD learning rate of the KL (objective official)")  # fmt: skip
-    add("--rank", type=int, help=f"rank r (default: {adapter.rank}, or --init's)")
-    add("--alpha", type=float, help="scaling is alpha / rank (default: 2 * rank, or --init's)")
-    add(
-        "--targets",
-        nargs="+",
-        metavar="NAME",
-        help=f"layers to adapt, of {' '.join(TARGETS)} "
-        f"(default: {' '.join(adapter.targets)}, or --init's)",
-    )
-    _add_adapter(parser, f"default: {adapter.method}")
-    add("--head", choices=("classes", "full"), default="classes",
-        help="rows of lm_head to keep: those of the answers, or all")  # fmt: skip
-    _add_wording(parser, "{}")
-    add("--holdout", type=float, default=0.0,
-        help="fraction of the rows to hold out from training, to fit a temperature")  # fmt: skip
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    """Checkpoints, and what training keeps where and in how many bits."""
+    from .quantize import KINDS
+    from .train import TrainConfig
+
+    train, add = TrainConfig(), parser.add_argument
     add("--checkpoint-every", type=int, default=train.checkpoint_every, metavar="STEPS",
         help="steps between checkpoints")  # fmt: skip
     add(
@@ -379,7 +395,6 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--quantize", choices=KINDS, help="load the base's blocks in 8 or 4 bits")
     _add_dtype(parser)
-    _add_ranks(parser)
 
 
 def _add_adapter(parser: argparse.ArgumentParser, method: str) -> None:
