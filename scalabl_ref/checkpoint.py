@@ -237,6 +237,15 @@ def _named_errors(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: not a valid safetensors file: {error}") from None
 
 
+def _fits(path: Path) -> bool:
+    """Whether there is memory for twice what a file holds."""
+    try:
+        bytearray(2 * path.stat().st_size)
+    except (MemoryError, OSError):
+        return False
+    return True
+
+
 def load_pickle(path: Path, mmap: bool = False) -> Any:
     """What torch.save wrote to `path`, tensors and plain containers only; never runs code.
 
@@ -258,7 +267,8 @@ def load_pickle(path: Path, mmap: bool = False) -> Any:
             f"{path}: refused: a pickle may hold only tensors and plain containers ({reason})"
         ) from None
     except Exception as error:  # a damaged stream makes the reader raise almost anything
-        if out_of_memory(error):
+        # A damaged pickle can ask for any amount: that is a fault of the file's.
+        if out_of_memory(error) and not (isinstance(error, MemoryError) and _fits(path)):
             raise
         refuse_pointer(path)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -610,3 +610,18 @@ def test_weights_are_in_memory_once(tmp_path):
     assert 2 * total <= copied <= loaded <= used <= 2 * total + room
     loaded, used, copied = narrow
     assert 17 <= copied <= 17 + 12 and copied <= loaded <= 17 + room and used <= 17 + 24 + room
+
+
+def test_a_pickle_that_asks_for_more_memory_than_it_has_is_damaged(tmp_path, monkeypatch):
+    """It is a fault of the file, unless memory is short for the file itself."""
+    torch.save({"a": torch.ones(3)}, tmp_path / "a.pth")
+
+    def fail(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(InputError, match="not a file written by torch.save: MemoryError"):
+        load_pickle(tmp_path / "a.pth")
+    monkeypatch.setattr("scalabl_ref.checkpoint._fits", lambda path: False)
+    with pytest.raises(MemoryError):
+        load_pickle(tmp_path / "a.pth")
