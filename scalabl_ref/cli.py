@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         args = _parsed(arguments)
-        if getattr(args, "model", None):
+        if isinstance(getattr(args, "model", None), Path):
             args.model = model_folder(args.model)  # so that a run keeps a folder, not a name
         result = args.command(args)
         if args.json and not args.process:

@@ -105,6 +105,7 @@ def test_the_demo_runs_without_a_warning(tmp_path):
     assert result["best"]["nll"] == demo.best_nll()
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "best possible" in page and page.count("<svg") >= 4
+    assert "1000 test questions" in page, "of the model that ships with the package"
     assert json.loads((tmp_path / "demo" / "metrics.json").read_text()) == result
 
 
@@ -112,7 +113,13 @@ def test_the_demo_speaks(tmp_path, capsys):
     out = tmp_path / "demo"
     assert cli.main(["demo", "--steps", "2", "--samples", "1", "--out", str(out)]) == 0
     text = capsys.readouterr().out
-    for part in ("best possible", "Look at NLL and ECE", "Temperature scaling", "report.html"):
+    for part in (
+        "2 steps of 32",
+        "best possible",
+        "Look at NLL and ECE",
+        "Temperature scaling",
+        "report.html",
+    ):
         assert part in text
 
 
