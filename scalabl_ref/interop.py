@@ -50,7 +50,7 @@ from .checkpoint import (
     write_model,
     write_tensors,
 )
-from .data.answers import answer_tokens, letters
+from .data.answers import answer_tokens
 from .elbo import KL, kl_divergence
 from .errors import InputError, atomic_write_text, make_folder
 from .hub import hub_name
@@ -58,7 +58,7 @@ from .llama import Llama, as_stored, check_model, read_config
 from .methods import Ensemble, Posterior, Swag
 from .noise import Noise
 from .predict import check_samples
-from .tokenizer import Tokenizer, companion_files, load_tokenizer
+from .tokenizer import Tokenizer, companion_files, letters, load_tokenizer
 from .train import fingerprint, load_adapter_state, run_facts, save_run
 
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -33,6 +33,13 @@ _FILES = (_SENTENCEPIECE, _HUGGING_FACE, _CONFIG, _SPECIAL, _ADDED, "chat_templa
 _COMPANIONS = ("generation_config.json", "vocab.json", "merges.txt")
 
 
+def letters(count: int) -> str:
+    """The letters of so many answers. Raises InputError if there are none, or too many."""
+    if not 1 <= count <= len(LETTERS):
+        raise InputError(f"{count} answer classes: there are letters for {len(LETTERS)}")
+    return LETTERS[:count]
+
+
 class Tokenizer(ABC):
     """Text to ids and back.
 
@@ -81,9 +88,7 @@ class Tokenizer(ABC):
         unless encode(context + letter) == encode(context) + [id], each id another.
         """
         if isinstance(classes, int):
-            if not 1 <= classes <= len(LETTERS):
-                raise InputError(f"{classes} answer classes: there are letters for {len(LETTERS)}")
-            classes = LETTERS[:classes]
+            classes = letters(classes)
         before = self.encode(context)
         ids: list[int] = []
         for letter in classes:

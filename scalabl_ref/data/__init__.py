@@ -14,7 +14,7 @@ from .batches import (
     split,
 )
 from .chat import ChatTemplate
-from .formats import Columns, files, format_of, label_names, load
+from .formats import Columns, files, format_of, load
 from .prompts import (
     FIXED_CHOICES,
     FORMATS,
@@ -26,6 +26,7 @@ from .prompts import (
     Labels,
     Style,
     Wording,
+    label_names,
     num_classes,
     question,
     read_template,

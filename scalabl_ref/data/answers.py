@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..errors import InputError
-from ..tokenizer import LETTERS, Tokenizer
+from ..tokenizer import Tokenizer
 from .prompts import AnswerTokens
 
 
@@ -61,13 +61,6 @@ def answer_tokens(
     ids = [_alone(tokenizer, answer, words) for answer in answers]
     notice = f"{problem}: the token of {answers[0]!r} alone stands for it" if problem else None
     return Answers(_distinct(tokenizer, ids, answers), "alone", notice)
-
-
-def letters(count: int) -> str:
-    """The letters of so many answers. Raises InputError if there are none, or too many."""
-    if not 1 <= count <= len(LETTERS):
-        raise InputError(f"{count} answer classes: there are letters for {len(LETTERS)}")
-    return LETTERS[:count]
 
 
 def _ends(prompts: Iterable[str]) -> list[str]:

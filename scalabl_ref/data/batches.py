@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..noise import philox_words
-from ..tokenizer import LETTERS, Tokenizer
-from .answers import Answers, answer_tokens, letters
+from ..tokenizer import LETTERS, Tokenizer, letters
+from .answers import Answers, answer_tokens
 from .chat import ChatTemplate
 from .prompts import Example, Wording, num_classes
 

@@ -78,12 +78,6 @@ def load(
     return examples
 
 
-def label_names(examples: Sequence[Example]) -> tuple[str, ...] | None:
-    """The choices that all the examples have, for `load` of a further file; None if they differ."""
-    found = {example.choices for example in examples}
-    return found.pop() if len(found) == 1 else None
-
-
 def files(path: Path | str, format: str) -> list[Path]:
     """The files that hold a set: `path`, and Winogrande's NAME-labels.lst beside NAME.jsonl."""
     path = Path(path)

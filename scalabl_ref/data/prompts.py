@@ -142,8 +142,7 @@ class Wording:
 
     def in_letters(self, examples: Sequence[Example]) -> Wording:
         """The same with letters, and with the examples' choices if all have the same ones."""
-        found = {example.choices for example in examples}
-        same = found.pop() if len(found) == 1 and not examples[0].lettered else None
+        same = None if examples[0].lettered else label_names(examples)
         return replace(self, labels="letters", names=self.names or same)
 
     def in_words(self, examples: Sequence[Example]) -> Wording:
@@ -274,3 +273,9 @@ def question(
 def num_classes(examples: Sequence[Example]) -> int:
     """The largest number of choices that any of the examples has."""
     return max((len(example.choices) for example in examples), default=0)
+
+
+def label_names(examples: Sequence[Example]) -> tuple[str, ...] | None:
+    """The choices that all the examples have, for `load` of a further file; None if they differ."""
+    found = {example.choices for example in examples}
+    return found.pop() if len(found) == 1 else None
