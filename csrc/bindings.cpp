@@ -22,7 +22,7 @@ namespace {
 // loaded by itself, and the package, which wants PyTorch, is not there.
 [[noreturn]] void refuse(const std::string &sentence) {
     const py::object modules = py::module_::import("sys").attr("modules");
-    const py::object errors = modules.attr("get")("scalabl_ref.errors");
+    const py::object errors = modules.attr("get")("scalabl_ref.support.errors");
     const py::object error = errors.is_none() ? py::reinterpret_borrow<py::object>(PyExc_ValueError)
                                               : errors.attr("InputError");
     PyErr_SetString(error.ptr(), sentence.c_str());

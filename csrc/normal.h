@@ -1,7 +1,7 @@
 // Four Philox words to four standard normals: Box-Muller in double precision, rounded once.
 //
 // ln, sin and cos are written out in + - * / and sqrt, each of which IEEE 754 rounds correctly, in
-// the order of scalabl_ref/philox.py. Compiled without contraction (-ffp-contract=off), every bit
+// the order of scalabl_ref/core/philox.py. Compiled without contraction (-ffp-contract=off), every bit
 // is therefore the same as there. docs/conformance.md derives the error: (1/2 + 2^-25) ulp.
 #pragma once
 

@@ -2,7 +2,7 @@
 
 import warnings
 
-from .errors import InputError, leave_command
+from .support.errors import InputError, leave_command
 
 try:
     with warnings.catch_warnings():
@@ -10,15 +10,17 @@ try:
         warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
         import torch as _torch  # noqa: F401
 
-    from . import methods, metrics, reference
-    from .adapters import AdapterConfig, adapters, add_adapters
-    from .elbo import Elbo, elbo, kl_forward, kl_official
-    from .llama import Llama, LlamaConfig
-    from .native import native_status
-    from .noise import Noise, philox4x32
-    from .ops import subspace_lora_linear
-    from .predict import Prediction, predict
-    from .train import load_run, save_run
+    from . import methods
+    from .core.adapter import AdapterConfig, adapters, add_adapters
+    from .core.noise import Noise, philox4x32
+    from .core.objective import Elbo, elbo, kl_forward, kl_official
+    from .evaluation import metrics
+    from .evaluation.predict import Prediction, predict
+    from .fast.native import native_status
+    from .fast.ops import subspace_lora_linear
+    from .model.llama import Llama, LlamaConfig
+    from .training.trainer import load_run, save_run
+    from .verify import reference
 except BaseException as error:  # ctrl-C or want of memory, before cli.main can catch it
     leave_command(error)
     raise

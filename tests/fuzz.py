@@ -31,8 +31,8 @@ from typing import Any
 import torch
 
 from scalabl_ref import InputError
-from scalabl_ref.checkpoint import buffer, load_pickle, load_tensors, save_tensors
 from scalabl_ref.data import FORMATS, load
+from scalabl_ref.support.tensors import buffer, load_pickle, load_tensors, save_tensors
 
 SECONDS = 10.0
 SLACK = 24 << 20  # bytes: what an allocator and an import may take by themselves

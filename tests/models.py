@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from scalabl_ref import AdapterConfig, Llama, LlamaConfig, adapters, add_adapters
-from scalabl_ref.checkpoint import save_tensors
 from scalabl_ref.data import Batch
+from scalabl_ref.support.tensors import save_tensors
 
 TINY = LlamaConfig(
     vocab_size=40,

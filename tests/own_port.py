@@ -22,17 +22,17 @@ from scalabl_ref import (
     elbo,
     kl_forward,
     kl_official,
-    metrics,
     philox4x32,
     subspace_lora_linear,
 )
-from scalabl_ref.adapters import Linear, SubspaceAdapter, initial_matrix, initial_values
-from scalabl_ref.checkpoint import load_tensors
+from scalabl_ref.core.adapter import Linear, SubspaceAdapter, initial_matrix, initial_values
+from scalabl_ref.core.philox import box_muller
 from scalabl_ref.data import Encoded
-from scalabl_ref.llama import MLP, Context, RMSNorm, RopeConfig, Rows
-from scalabl_ref.philox import box_muller
-from scalabl_ref.predict import predictive
-from scalabl_ref.train import TrainConfig, Trainer, kl_period, kl_weight, warmup_linear
+from scalabl_ref.evaluation import metrics
+from scalabl_ref.evaluation.predict import predictive
+from scalabl_ref.model.llama import MLP, Context, RMSNorm, RopeConfig, Rows
+from scalabl_ref.support.tensors import load_tensors
+from scalabl_ref.training.trainer import TrainConfig, Trainer, kl_period, kl_weight, warmup_linear
 
 TENSORS = ("x", "weight", "bias", "A", "B", "s", "sigma")
 
@@ -121,7 +121,7 @@ def objective(p, t, dtype):
         adapter.log_s.data = t["s"][index].log().to(dtype)
         adapter.log_sigma.data = t["sigma"][index].log().to(dtype)
     logits, batch = t["logits"].to(dtype), SimpleNamespace(labels=t["labels"])
-    with mock.patch("scalabl_ref.elbo.class_logits", lambda *_: logits):
+    with mock.patch("scalabl_ref.core.objective.class_logits", lambda *_: logits):
         return elbo(model, batch, None, p["beta"], p["num_examples"], p["kl"])._asdict()
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["scalabl_ref.cli", "scalabl_ref.train", "scalabl_ref.evaluate", "scalabl_ref.tokenizer",
-     "torch._dynamo", "torch.distributed.fsdp", "tests.test_savepoints"]
+    ["scalabl_ref.app.cli", "scalabl_ref.training.trainer", "scalabl_ref.evaluation.evaluate",
+     "scalabl_ref.data.tokenizer", "torch._dynamo", "torch.distributed.fsdp",
+     "tests.training.test_savepoints"]
 )  # fmt: skip
 PATIENCE = 120.0  # seconds until a job counts as hung
 

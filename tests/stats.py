@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalabl_ref.verify import normal_limit
+from scalabl_ref.verify.checks import normal_limit
 
 BUDGET = 1e-6  # of the whole suite: the sum of the false-failure rates of its assertions
 RATE = 1e-8  # of one assertion, unless it says otherwise

@@ -6,9 +6,9 @@ import torch
 from hypothesis import strategies as st
 
 from scalabl_ref import Noise
-from scalabl_ref.noise import later
-from scalabl_ref.ops import SAMPLING
-from scalabl_ref.verify import Case
+from scalabl_ref.core.noise import later
+from scalabl_ref.fast.ops import SAMPLING
+from scalabl_ref.verify.checks import Case
 
 
 class OpCase(Case):

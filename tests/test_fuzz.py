@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from scalabl_ref import InputError
-from scalabl_ref.checkpoint import load_tensors
+from scalabl_ref.support.tensors import load_tensors
 
 from . import fuzz
 from .conftest import ROOT

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from scalabl_ref import cli
-from scalabl_ref.adapters import TARGETS
+from scalabl_ref.app import cli
+from scalabl_ref.core.adapter import TARGETS
 
-from .test_convert import convert_hf
+from .tools.test_convert import convert_hf
 
 pytestmark = pytest.mark.slow
 

@@ -28,9 +28,10 @@ from . import stats
 from .ranks import CONTEXT
 from .stats import BUDGET, POWER, REGISTRY, Assertion, ChiSquare, KSTest, ZTest, binomial_tail
 
-for path in sorted(Path(__file__).parent.glob("test_*.py")):
-    if path.stem != "test_stats":
-        importlib.import_module(f"tests.{path.stem}")  # registers its assertions
+for path in sorted(Path(__file__).parent.rglob("test_*.py")):
+    name = ".".join(path.relative_to(Path(__file__).parent).with_suffix("").parts)
+    if name != "test_stats" and not name.startswith("peer."):
+        importlib.import_module(f"tests.{name}")  # registers its assertions
 
 RATES = (0.1, 0.01, 0.001)
 REPLAY_RATE = 1e-10  # of one comparison of a count with its binomial distribution

@@ -45,7 +45,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scalabl_ref import Noise, llama, native_status, subspace_lora_linear
+from scalabl_ref import Noise, native_status, subspace_lora_linear
+from scalabl_ref.model import llama
 
 Step = Callable[[], Any]
 
@@ -239,10 +240,10 @@ def draws(args: argparse.Namespace) -> list[dict[str, Any]]:
     the design have the error of ten independent ones, if it goes on as here with their number.
     """
     from scalabl_ref.data import collate, encode, load
-    from scalabl_ref.predict import DESIGNS, predict
-    from scalabl_ref.sequential import Auto, predict_auto
-    from scalabl_ref.tokenizer import load_tokenizer
-    from scalabl_ref.train import load_run
+    from scalabl_ref.data.tokenizer import load_tokenizer
+    from scalabl_ref.evaluation.predict import DESIGNS, predict
+    from scalabl_ref.evaluation.sequential import Auto, predict_auto
+    from scalabl_ref.training.trainer import load_run
 
     if args.run is None or args.data is None:
         raise SystemExit("draws needs --run and --data")
@@ -436,7 +437,7 @@ def prompts(args: argparse.Namespace, count: int) -> list[list[int]]:
         lengths = torch.randint(10, 45, (count,), generator=torch.Generator().manual_seed(0))
         return [list(range(100, 100 + n)) for n in lengths.tolist()]
     from scalabl_ref.data import encode, load
-    from scalabl_ref.tokenizer import load_tokenizer
+    from scalabl_ref.data.tokenizer import load_tokenizer
 
     examples = load(args.data, args.format, limit=count)
     return encode(examples, load_tokenizer(args.model)).tokens
@@ -581,7 +582,7 @@ EXPONENTS = {"samples": 1, "rank": 0, "batch": 1, "length": 1, "layers": 1}
 
 def scaling_page(path: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Both axes logarithmic, and beside what was measured what is predicted, through its end."""
-    from scalabl_ref.report import write_report
+    from scalabl_ref.evaluation.report import write_report
 
     plots = []
     for row in rows:

@@ -107,7 +107,7 @@ class Ours:
             return timed(lambda: float(model(tokens).abs().max()))
 
     def generate(self, task: Task) -> dict[str, Any]:
-        from scalabl_ref.predict import generate
+        from scalabl_ref.evaluation.predict import generate
 
         model = self.model("plain", None)
         return timed(lambda: [t.id for t in generate(model, task["rows"][0], task["count"])])

@@ -30,12 +30,12 @@ import scalabl_ref  # noqa: F401  before torch, whose warning about a missing Nu
 import torch
 from torch import Tensor
 
-from scalabl_ref.checkpoint import Stored, new_folder, refuse_pointer, write_model
-from scalabl_ref.errors import InputError, atomic_write, atomic_write_text, ending
-from scalabl_ref.llama import Llama, LlamaConfig, RopeConfig, check_model
-from scalabl_ref.quantize import KINDS as CODES
-from scalabl_ref.quantize import Kind
-from scalabl_ref.tokenizer import load_tokenizer
+from scalabl_ref.data.tokenizer import load_tokenizer
+from scalabl_ref.fast.quantize import KINDS as CODES
+from scalabl_ref.fast.quantize import Kind
+from scalabl_ref.model.llama import Llama, LlamaConfig, RopeConfig, check_model
+from scalabl_ref.support.errors import InputError, atomic_write, atomic_write_text, ending
+from scalabl_ref.support.tensors import Stored, new_folder, refuse_pointer, write_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from llama2c import half_split

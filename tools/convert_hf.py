@@ -35,7 +35,13 @@ import scalabl_ref  # before torch, whose warning about a missing NumPy it keeps
 # isort: split
 import torch
 
-from scalabl_ref.checkpoint import (
+from scalabl_ref.data.tokenizer import companion_files, tokenizer_files
+from scalabl_ref.fast.quantize import KINDS, Kind
+from scalabl_ref.model.llama import Llama, LlamaConfig, as_stored, check_model
+from scalabl_ref.support.errors import InputError, atomic_write_text, ending, make_folder
+from scalabl_ref.support.hub import hub_name, model_folder
+from scalabl_ref.support.progress import progress_bar
+from scalabl_ref.support.tensors import (
     FORMAT,
     Stored,
     new_folder,
@@ -47,12 +53,6 @@ from scalabl_ref.checkpoint import (
     with_dtype,
     write_model,
 )
-from scalabl_ref.errors import InputError, atomic_write_text, ending, make_folder
-from scalabl_ref.hub import hub_name, model_folder
-from scalabl_ref.llama import Llama, LlamaConfig, as_stored, check_model
-from scalabl_ref.progress import progress_bar
-from scalabl_ref.quantize import KINDS, Kind
-from scalabl_ref.tokenizer import companion_files, tokenizer_files
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from llama2c import read_llama2c, write_llama2c

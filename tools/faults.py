@@ -61,21 +61,22 @@ RESULTS = ROOT / "tools" / "mutation.json"
 REPORT = ROOT / "docs" / "verification.md"
 
 # The tests that `mutate` asks about each module; none of them is there to test the tests.
-KIT = ["conformance.py::test_a_right_port_passes_every_case",
-       "conformance.py::test_the_vectors_in_the_repository_are_these"]  # fmt: skip
+KIT = ["verify/test_conformance.py::test_a_right_port_passes_every_case",
+       "verify/test_conformance.py::test_the_vectors_in_the_repository_are_these"]  # fmt: skip
 # What takes long and is about the C++ core, the machine, or the tests: not about these modules.
 SLOW = ("instruction_set or large_shapes or half_precision or used_twice or catches_something "
         "or by_hand or below_the_evidence or bootstrap_intervals_cover")  # fmt: skip
 TESTS = {
-    "philox": ["noise.py", *KIT],
-    "noise": ["noise.py", "adapters.py", *KIT],
-    "divergence": ["elbo.py", *KIT],
-    "elbo": ["elbo.py", "train.py", *KIT],
-    "reference": ["reference.py", "ops.py::test_equals_the_reference",
-                  "ops.py::test_gradients_equal_the_reference", "elbo.py",
-                  "predict.py::test_predictive_equals_the_reference", KIT[1]],
-    "ops": ["ops.py", "reference.py::test_defaults_are_those_of_the_op", KIT[0]],
-    "metrics": ["metrics.py", *KIT],
+    "core.philox": ["core/test_noise.py", *KIT],
+    "core.noise": ["core/test_noise.py", "core/test_adapter.py", *KIT],
+    "core.divergence": ["core/test_objective.py", *KIT],
+    "core.objective": ["core/test_objective.py", "training/test_trainer.py", *KIT],
+    "verify.reference": ["verify/test_reference.py", "fast/test_ops.py::test_equals_the_reference",
+                  "fast/test_ops.py::test_gradients_equal_the_reference", "core/test_objective.py",
+                  "evaluation/test_predict.py::test_predictive_equals_the_reference", KIT[1]],
+    "fast.ops": ["fast/test_ops.py",
+                 "verify/test_reference.py::test_defaults_are_those_of_the_op", KIT[0]],
+    "evaluation.metrics": ["evaluation/test_metrics.py", *KIT],
 }  # fmt: skip
 
 
@@ -197,9 +198,9 @@ def run_kit() -> dict[str, Any]:
 
 def _first_failure(body: str) -> str:
     """A case that fails, or else a level that cannot be computed, or ""."""
-    from scalabl_ref import native
-    from scalabl_ref.checkpoint import save_tensors
-    from scalabl_ref.conformance import check
+    from scalabl_ref.fast import native
+    from scalabl_ref.support.tensors import save_tensors
+    from scalabl_ref.verify.conformance import check
     from tests.own_port import cases, port
 
     if body == "PyTorch":
@@ -282,7 +283,7 @@ def run_mutation(modules: Sequence[str], jobs: int, step: int, again: bool, writ
     """
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for module in modules:
-        found = mutants.mutants((ROOT / "scalabl_ref" / f"{module}.py").read_text())
+        found = mutants.mutants(seeded.path(module).read_text())
         chosen: Sequence[int] = range(0, len(found), step)
         record = {"all": len(found), "tried": len(chosen)}
         if again:
@@ -303,7 +304,7 @@ def _mutate(
     module: str, found: list[mutants.Mutant], chosen: Sequence[int], jobs: int
 ) -> list[int]:
     """Those of the chosen mutants that no test noticed."""
-    tests = [f"test_{name}" for name in TESTS[module]] + ["-k", f"not ({SLOW})"]
+    tests = [*TESTS[module], "-k", f"not ({SLOW})"]
     ((_, right),) = in_processes(iter([Task(None, None, lambda: run_tests(tests, "faults"))]), 1)
     if "error" in right or right["caught"]:
         raise SystemExit(f"{module}, without any change: {right}")

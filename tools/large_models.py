@@ -29,11 +29,11 @@ from bench_worker import memory
 from torch import Tensor, nn
 
 from scalabl_ref import AdapterConfig, Llama, add_adapters, predict
-from scalabl_ref.checkpoint import save_tensors
-from scalabl_ref.configs import find_config
+from scalabl_ref.app.configs import find_config
 from scalabl_ref.data import Encoded, collate
-from scalabl_ref.quantize import KINDS
-from scalabl_ref.train import TrainConfig, Trainer
+from scalabl_ref.fast.quantize import KINDS
+from scalabl_ref.support.tensors import save_tensors
+from scalabl_ref.training.trainer import TrainConfig, Trainer
 
 
 @contextmanager

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalabl_ref.checkpoint import PIECE, Stored, buffer
-from scalabl_ref.errors import InputError, atomic_write
-from scalabl_ref.llama import LlamaConfig, RopeConfig
+from scalabl_ref.model.llama import LlamaConfig, RopeConfig
+from scalabl_ref.support.errors import InputError, atomic_write
+from scalabl_ref.support.tensors import PIECE, Stored, buffer
 
 HEADER = struct.Struct("<7i")
 MAGIC = b"24ka"  # of llama2.c's later formats, before the number of the version

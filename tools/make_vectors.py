@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import scalabl_ref  # noqa: F401  before torch, whose warning about a missing NumPy it keeps away
-from scalabl_ref.conformance import export
+from scalabl_ref.verify.conformance import export
 
 VECTORS = Path(__file__).resolve().parent.parent / "tests" / "vectors"
 

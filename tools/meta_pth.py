@@ -15,9 +15,9 @@ import torch
 from llama2c import half_split
 from torch import Tensor
 
-from scalabl_ref.checkpoint import Stored, open_tensors, read_json
-from scalabl_ref.errors import InputError
-from scalabl_ref.llama import LlamaConfig, RopeConfig
+from scalabl_ref.model.llama import LlamaConfig, RopeConfig
+from scalabl_ref.support.errors import InputError
+from scalabl_ref.support.tensors import Stored, open_tensors, read_json
 
 
 class Family(NamedTuple):

@@ -13,10 +13,10 @@ import scalabl_ref  # noqa: F401  before torch, whose warning about a missing Nu
 import torch
 from torch import Tensor
 
-from scalabl_ref.checkpoint import FLOATS, Stored, is_finite
-from scalabl_ref.errors import InputError
-from scalabl_ref.llama import Llama, LlamaConfig
-from scalabl_ref.quantize import Kind, Quantized, quantize
+from scalabl_ref.fast.quantize import Kind, Quantized, quantize
+from scalabl_ref.model.llama import Llama, LlamaConfig
+from scalabl_ref.support.errors import InputError
+from scalabl_ref.support.tensors import FLOATS, Stored, is_finite
 
 
 def packed(tensors: Mapping[str, Stored], config: LlamaConfig, kind: Kind) -> dict[str, Stored]:

@@ -33,11 +33,12 @@ import torch
 import torch.distributed as dist
 from bench_worker import memory as resident
 
-from scalabl_ref import AdapterConfig, Llama, LlamaConfig, add_adapters, distributed
-from scalabl_ref.configs import CONFIGS
+from scalabl_ref import AdapterConfig, Llama, LlamaConfig, add_adapters
+from scalabl_ref.app.configs import CONFIGS
+from scalabl_ref.app.plan import BASES, Workload, measured_rates, memory, seconds
 from scalabl_ref.data import Encoded
-from scalabl_ref.plan import BASES, Workload, measured_rates, memory, seconds
-from scalabl_ref.train import TrainConfig, Trainer
+from scalabl_ref.training import ranks as distributed
+from scalabl_ref.training.trainer import TrainConfig, Trainer
 
 
 def shape(hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> LlamaConfig:

@@ -20,12 +20,12 @@ import scalabl_ref  # noqa: F401  before torch, whose warning about a missing Nu
 import torch
 import torch.nn.functional as F
 
-from scalabl_ref.checkpoint import Stored, new_folder, write_model
-from scalabl_ref.demo import LETTERS, story
-from scalabl_ref.errors import InputError
-from scalabl_ref.llama import Llama, LlamaConfig
-from scalabl_ref.progress import progress_bar
-from scalabl_ref.tokenizer import Tokenizer, import_sentencepiece, load_tokenizer
+from scalabl_ref.app.demo import LETTERS, story
+from scalabl_ref.data.tokenizer import Tokenizer, import_sentencepiece, load_tokenizer
+from scalabl_ref.model.llama import Llama, LlamaConfig
+from scalabl_ref.support.errors import InputError
+from scalabl_ref.support.progress import progress_bar
+from scalabl_ref.support.tensors import Stored, new_folder, write_model
 
 VOCABULARY, LENGTH, BATCH, STORIES = 384, 48, 32, 20_000
 

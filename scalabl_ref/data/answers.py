@@ -18,9 +18,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ..errors import InputError
-from ..tokenizer import Tokenizer
+from ..support.errors import InputError
 from .prompts import AnswerTokens
+from .tokenizer import Tokenizer
 
 
 class Answers(NamedTuple):

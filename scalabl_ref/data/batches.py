@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from ..noise import philox_words
-from ..tokenizer import LETTERS, Tokenizer, letters
+from ..core.noise import philox_words
+from ..support.errors import InputError
 from .answers import Answers, answer_tokens
 from .chat import ChatTemplate
 from .prompts import Example, Wording, num_classes
+from .tokenizer import LETTERS, Tokenizer, letters
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
-from ..tokenizer import tokenizer_files
+from ..support.errors import InputError
 from .text import read_text
+from .tokenizer import tokenizer_files
 
 if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment

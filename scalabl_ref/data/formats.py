@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..tokenizer import LETTERS
+from ..support.errors import InputError
 from .prompts import FIXED_CHOICES, FORMATS, Example, question
 from .rows import Rows, is_json, json_rows, nested, records, table, text_rows
 from .text import checked_text, one_of, read_text, shown
+from .tokenizer import LETTERS
 
 TREC_CLASSES = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")  # as its files write them
 TREC_HUB = ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM")  # 0 to 5 in the Hub's coarse_label

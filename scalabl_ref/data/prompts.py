@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import InputError
-from ..tokenizer import LETTERS
+from ..support.errors import InputError
 from .chat import FIXED, ChatTemplate
 from .text import checked_text, one_of, read_text
+from .tokenizer import LETTERS
 
 # What the model reads, by format. {question} is the row's text, {choices} is "A. ...", "B. ...",
 # each on a line of its own.

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..support.errors import InputError
 from .text import shown
 
 Rows = Iterator[tuple[str, Any]]  # "line 3" or, in a JSON array, "entry 3"; and the row there

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..support.errors import InputError
 
 
 def read_text(path: Path, latin_1: bool = False) -> str:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from ..adapters import ADAPTERS, COVARIANCES
-from ..errors import InputError
+from ..core.adapter import ADAPTERS, COVARIANCES
+from ..support.errors import InputError
 from .blob import BlobAdapter
 from .dropout import DropoutAdapter
 from .ensemble import Ensemble, Swag
@@ -23,7 +23,7 @@ from .tfb import TfbAdapter, tfb
 
 if TYPE_CHECKING:
     from ..data import Batch
-    from ..llama import Llama
+    from ..model.llama import Llama
 
 __all__ = [
     "BlobAdapter",

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters import MIN_LOG_SIGMA, Adapter, initial_widths
-from ..divergence import kl_forward
-from ..errors import InputError
-from ..noise import Noise
-from ..ops import adapted_linear, row_noise
+from ..core.adapter import MIN_LOG_SIGMA, Adapter, initial_widths
+from ..core.divergence import kl_forward
+from ..core.noise import Noise
+from ..fast.ops import adapted_linear, row_noise
+from ..support.errors import InputError
 
 # Added to a layer's id for the counters of its signs, so that none of them is one of E's.
 SIGNS = 2**31

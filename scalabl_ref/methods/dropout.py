@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..adapters import Adapter
-from ..noise import Noise
-from ..ops import adapted_linear, row_noise
+from ..core.adapter import Adapter
+from ..core.noise import Noise
+from ..fast.ops import adapted_linear, row_noise
 
 
 class DropoutAdapter(Adapter):

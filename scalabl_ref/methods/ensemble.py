@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..adapters import adapters
-from ..checkpoint import load_tensors, save_tensors
-from ..elbo import class_logits
-from ..errors import InputError, make_folder
-from ..noise import Noise
+from ..core.adapter import adapters
+from ..core.noise import Noise
+from ..core.objective import class_logits
+from ..support.errors import InputError, make_folder
+from ..support.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from ..data import Batch
-    from ..llama import Llama
+    from ..model.llama import Llama
 
 State = dict[str, Tensor]  # adapter parameters by name, as `train.adapter_state` gives them
 ENSEMBLE_FILE = "ensemble.safetensors"

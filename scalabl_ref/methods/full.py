@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters import Adapter, SubspaceAdapter, fitted_prior_std
-from ..errors import InputError
-from ..noise import Noise
-from ..ops import adapted_linear, row_noise
+from ..core.adapter import Adapter, SubspaceAdapter, fitted_prior_std
+from ..core.noise import Noise
+from ..fast.ops import adapted_linear, row_noise
+from ..support.errors import InputError
 
 
 class FullAdapter(SubspaceAdapter):

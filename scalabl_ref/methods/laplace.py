@@ -26,15 +26,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..adapters import Adapter, adapters
-from ..checkpoint import load_tensors, save_tensors
-from ..elbo import class_logits
-from ..errors import InputError, make_folder
-from ..noise import RESERVED_LAYER, Noise
+from ..core.adapter import Adapter, adapters
+from ..core.noise import RESERVED_LAYER, Noise
+from ..core.objective import class_logits
+from ..support.errors import InputError, make_folder
+from ..support.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from ..data import Batch
-    from ..llama import Llama
+    from ..model.llama import Llama
 
 Layers = Literal["all", "last"]
 LAYERS: tuple[Layers, ...] = ("all", "last")

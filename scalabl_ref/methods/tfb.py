@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapter, adapters
-from ..elbo import class_logits
-from ..errors import InputError
-from ..noise import FIRST_TRAINING_DRAW, Noise
-from ..predict import check_samples
+from ..core.adapter import Adapter, adapters
+from ..core.noise import FIRST_TRAINING_DRAW, Noise
+from ..core.objective import class_logits
+from ..evaluation.predict import check_samples
+from ..support.errors import InputError
 from .blob import FlipoutAdapter
 
 if TYPE_CHECKING:
     from ..data import Batch
-    from ..llama import Llama
+    from ..model.llama import Llama
 
 
 class TfbAdapter(FlipoutAdapter):

@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from scalabl_ref import adapters
 from scalabl_ref.methods.laplace import Laplace
 
+from ..methods.test_laplace import TERMS, close, dense, part
 from ..models import CLASSES, tiny_batch, tiny_model
-from ..test_laplace import TERMS, close, dense, part
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("default")]
 pytest.importorskip(

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from scalabl_ref import AdapterConfig, Llama, Noise, adapters, add_adapters
-from scalabl_ref.elbo import kl_divergence
+from scalabl_ref.core.objective import kl_divergence
 from scalabl_ref.methods.tfb import _rotate
 
 from ..tolerances import logits_bound, rounding

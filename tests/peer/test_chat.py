@@ -11,10 +11,10 @@ import tokenizers
 
 from scalabl_ref.data import ChatTemplate
 from scalabl_ref.data.chat import FIXED
-from scalabl_ref.errors import InputError
+from scalabl_ref.support.errors import InputError
 
-from ..test_chat import BRACKETS
-from ..test_tokenizer import byte_level, folder
+from ..data.test_chat import BRACKETS
+from ..data.test_tokenizer import byte_level, folder
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("default")]
 transformers = pytest.importorskip("transformers")

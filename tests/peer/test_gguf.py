@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from scalabl_ref import InputError, Llama
-from scalabl_ref.llama import RopeConfig
-from scalabl_ref.tokenizer import import_sentencepiece, load_tokenizer
+from scalabl_ref.data.tokenizer import import_sentencepiece, load_tokenizer
+from scalabl_ref.model.llama import RopeConfig
 
 from ..models import TINY
-from ..test_convert import interleave
 from ..test_fuzz import check, outcome
+from ..tools.test_convert import interleave
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("default")]
 gguf = pytest.importorskip("gguf")

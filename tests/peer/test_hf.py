@@ -14,25 +14,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalabl_ref import (
-    AdapterConfig,
-    InputError,
-    Llama,
-    Noise,
-    adapters,
-    add_adapters,
-    demo,
-    elbo,
-    hf,
-)
-from scalabl_ref.adapters import MIN_LOG_SIGMA
-from scalabl_ref.checkpoint import hf_to_ours
+from scalabl_ref import AdapterConfig, InputError, Llama, Noise, adapters, add_adapters, elbo
+from scalabl_ref.app import demo
+from scalabl_ref.core.adapter import MIN_LOG_SIGMA
+from scalabl_ref.core.noise import FIRST_TRAINING_DRAW
+from scalabl_ref.core.objective import kl_divergence
 from scalabl_ref.data import Encoded, collate
-from scalabl_ref.elbo import kl_divergence
-from scalabl_ref.noise import FIRST_TRAINING_DRAW
-from scalabl_ref.ops import SAMPLING
-from scalabl_ref.predict import predict
-from scalabl_ref.train import TrainConfig, Trainer, adapter_state
+from scalabl_ref.evaluation.predict import predict
+from scalabl_ref.fast.ops import SAMPLING
+from scalabl_ref.interop import hf
+from scalabl_ref.support.tensors import hf_to_ours
+from scalabl_ref.training.trainer import TrainConfig, Trainer, adapter_state
 
 from ..conftest import ROOT
 from ..models import CLASSES, TINY, fill, tiny_batch
@@ -462,7 +454,7 @@ def test_the_example_learns(tmp_path):
     Three labels of ten there are random; a guess is right one time in four. (One seed: the same
     numbers every time.)
     """
-    from ..test_convert import convert_hf
+    from ..tools.test_convert import convert_hf
 
     script = ROOT / "docs" / "examples" / "finetune_transformers.py"
     assert len(script.read_text().splitlines()) < 40

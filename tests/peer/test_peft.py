@@ -20,11 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalabl_ref import Noise, adapters
-from scalabl_ref.interop import export
+from scalabl_ref.interop.adapters import export
 
-from ..models import tiny_folder
-from ..test_convert import convert_hf
-from ..test_interop import (
+from ..interop.test_adapters import (
     KINDS,
     LETTERS,
     RANDOM,
@@ -35,6 +33,8 @@ from ..test_interop import (
     bring,
     trained,
 )
+from ..models import tiny_folder
+from ..tools.test_convert import convert_hf
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("default")]
 transformers = pytest.importorskip("transformers")

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from scalabl_ref import cli
+from scalabl_ref.app import cli
 from scalabl_ref.data import FIXED_CHOICES, FORMATS, ChatTemplate, Wording, encode, question
 from scalabl_ref.data.chat import FIXED
-from scalabl_ref.tokenizer import load_tokenizer
+from scalabl_ref.data.tokenizer import load_tokenizer
 
 from .test_chat import assert_same_chats
 from .test_tokenizers import assert_same, assert_same_tokenizer, strings

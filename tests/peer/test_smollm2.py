@@ -10,14 +10,15 @@ import zipfile
 import pytest
 import torch
 
-from scalabl_ref import Llama, cli
+from scalabl_ref import Llama
+from scalabl_ref.app import cli
 from scalabl_ref.data import ChatTemplate
-from scalabl_ref.predict import generate
-from scalabl_ref.tokenizer import load_tokenizer
+from scalabl_ref.data.tokenizer import load_tokenizer
+from scalabl_ref.evaluation.predict import generate
 
-from ..test_convert import convert_hf
 from ..tickets import write_tickets
 from ..tolerances import rounding
+from ..tools.test_convert import convert_hf
 from .test_chat import assert_same_chats
 from .test_gguf import convert_gguf
 from .test_tokenizers import assert_same, strings

@@ -7,15 +7,14 @@ import random
 import pytest
 import tokenizers
 
-from scalabl_ref.tokenizer import import_sentencepiece, load_tokenizer
+from scalabl_ref.data.tokenizer import import_sentencepiece, load_tokenizer
 
-from ..test_tokenizer import (
+from ..data.test_tokenizer import (
     added,
     added_folder,
     as_tokenizer_json,
     byte_level,
     folder,
-    model_file,  # noqa: F401  a fixture
 )
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("default")]

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalabl_ref import Llama, LlamaConfig
-from scalabl_ref.checkpoint import ours_to_hf, save_tensors
+from scalabl_ref.support.tensors import ours_to_hf, save_tensors
 
-from ..test_llama import HF, ROPES_IN_FILES
+from ..model.test_llama import HF, ROPES_IN_FILES
 from ..tolerances import logits_bound
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("default")]
@@ -104,7 +104,7 @@ def test_logits_equal_transformers(theirs, layout, seed):
 @settings(max_examples=10, deadline=None)
 @torch.no_grad()
 def test_greedy_text_equals_transformers(theirs, seed):
-    from scalabl_ref.predict import generate
+    from scalabl_ref.evaluation.predict import generate
 
     prompt = torch.randint(
         0, theirs.config.vocab_size, (1, 5), generator=torch.Generator().manual_seed(seed)
@@ -123,7 +123,7 @@ def test_greedy_text_equals_transformers(theirs, seed):
 @pytest.mark.parametrize("change", [change for change, _ in ROPES_IN_FILES])
 @torch.no_grad()
 def test_keys_of_rope_mean_what_they_mean_to_transformers(tmp_path, change):
-    """On the files of tests/test_llama.py, which says what we make of them."""
+    """On the files of tests/model/test_llama.py, which says what we make of them."""
     config = {**HF, "max_position_embeddings": 512}
     model = Llama(LlamaConfig.from_hf(config)).init_random_(0, std=0.3)
     state = {ours_to_hf(name): tensor for name, tensor in model.state_dict().items()}
@@ -143,7 +143,7 @@ def test_keys_of_rope_mean_what_they_mean_to_transformers(tmp_path, change):
 @torch.no_grad()
 def test_what_we_write_transformers_reads(theirs):
     """HF -> ours -> HF, loaded by transformers: the same logits to the bit."""
-    from ..test_convert import convert_hf
+    from ..tools.test_convert import convert_hf
 
     tokens = torch.arange(5)[None] % theirs.config.vocab_size
     with tempfile.TemporaryDirectory() as name:
@@ -159,7 +159,7 @@ def test_what_we_write_transformers_reads(theirs):
 @settings(max_examples=10, deadline=None)
 def test_verify_agrees(theirs, dtype):
     """The converter's own comparison, with its own bound."""
-    from ..test_convert import convert_hf
+    from ..tools.test_convert import convert_hf
 
     with tempfile.TemporaryDirectory() as name:
         theirs.save_pretrained(Path(name) / "hf")
@@ -170,7 +170,7 @@ def test_verify_notices_a_wrong_row(tmp_path, monkeypatch):
     """Two rows of one q_proj exchanged on the way: refused, and nothing is written."""
     from scalabl_ref import InputError
 
-    from ..test_convert import TINY, convert_hf, hf_folder
+    from ..tools.test_convert import TINY, convert_hf, hf_folder
 
     source, load = hf_folder(tmp_path / "hf", TINY), Llama.from_pretrained
 
@@ -190,7 +190,7 @@ def test_verify_notices_a_wrong_row(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["LLAMA2", "LLAMA32"])
 @torch.no_grad()
 def test_a_merged_meta_folder_is_read_by_transformers(tmp_path, ranks, name):
-    from .. import test_convert
+    from ..tools import test_convert
 
     config = getattr(test_convert, name)
     model = Llama(config).init_random_(0, std=0.3)
@@ -206,7 +206,7 @@ def test_a_merged_meta_folder_is_read_by_transformers(tmp_path, ranks, name):
 @torch.no_grad()
 def test_a_converted_llama2c_file_is_read_by_transformers(tmp_path):
     from ..models import TINY
-    from ..test_convert import convert_hf, llama2c_file
+    from ..tools.test_convert import convert_hf, llama2c_file
 
     ours = Llama(TINY).init_random_(0, std=0.3)
     convert_hf.convert(llama2c_file(tmp_path / "m.bin", ours), tmp_path / "ours")

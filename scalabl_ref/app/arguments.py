@@ -1,0 +1,77 @@
+"""argparse's parser with errors of one line, which name the option that was probably meant."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from ..support.errors import InputError, expected
+
+# What other programs call an option of ours.
+_ELSEWHERE = {
+    "--epochs": "--steps (rows / --batch of them are one epoch)",
+    "--num-epochs": "--steps (rows / --batch of them are one epoch)",
+    "--learning-rate": "--lr",
+    "--batch-size": "--batch",
+    "--output": "--out",
+    "--output-dir": "--out",
+    "--dataset": "--data",
+    "--max-seq-length": "--max-length",
+}
+_KINDS = {int: "a whole number", float: "a number"}
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises InputError, where argparse prints the usage and exits."""
+
+    def parse_known_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse's, but an unknown option is refused before a missing one is."""
+        if self._subparsers is None:
+            for argument in args:
+                if argument == "--":
+                    break
+                self._check_known(argument.partition("=")[0])
+        return super().parse_known_args(args, namespace)
+
+    def _check_known(self, name: str) -> None:
+        known = self._option_string_actions
+        if not name.startswith("-") or " " in name or re.match(r"-(\.?\d|$)", name):
+            return  # a value
+        if any(option.startswith(name) for option in known):
+            return
+        meant = _ELSEWHERE.get(name, "")
+        if meant.partition(" ")[0] not in known:
+            words = [option.lstrip("-") for option in known]
+            near = difflib.get_close_matches(name.lstrip("-"), words, n=1)
+            meant = f"--{near[0]}" if near else ""
+        hint = f"did you mean {meant}?" if meant else f"see {self.prog} --help"
+        raise InputError(f"{self.prog} has no option {name[:40]}: {hint}")
+
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        try:
+            return super()._get_value(action, text)
+        except argparse.ArgumentError:
+            kind = _KINDS.get(action.type, "of another kind")  # type: ignore[call-overload]
+            raise InputError(f"{_name(action)} must be {kind}, not {text[:60]!r}") from None
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        names = [str(choice) for choice in action.choices]
+        if self._subparsers is not None:
+            raise InputError(f"no command {value[:40]!r}{expected(value, names)}")
+        near = difflib.get_close_matches(value, names, n=1)
+        hint = f": did you mean {near[0]}?" if near else ""
+        raise InputError(
+            f"{_name(action)} must be one of {', '.join(names)}, not {value[:40]!r}{hint}"
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog}: {message}")
+
+
+def _name(action: argparse.Action) -> str:
+    return "/".join(action.option_strings) or action.metavar or action.dest  # type: ignore[return-value]

@@ -1,0 +1,68 @@
+"""The published comparison as studies, for anyone with a 7B model and a GPU.
+
+Settings are those of the official code, SRI-CSL/BayesAdapt: rank 8 on q, v and the head, 5000 steps
+of 4 at a rate of 1e-4 with 6 % warm-up, a bfloat16 base, 10 draws. What it does not have is added:
+a validation split, on which every method has equally many trials, and three seeds. Tests are on the
+published test sets, or on development sets where test labels are not public (Winogrande, BoolQ).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..support.errors import InputError
+from .study import Study
+
+# Files as published, under one folder: training set, test set, format.
+TASKS = {
+    "winogrande_s": ("winogrande/train_s.jsonl", "winogrande/dev.jsonl", "winogrande"),
+    "winogrande_m": ("winogrande/train_m.jsonl", "winogrande/dev.jsonl", "winogrande"),
+    "arc_challenge": ("arc/ARC-Challenge-Train.jsonl", "arc/ARC-Challenge-Test.jsonl", "arc"),
+    "arc_easy": ("arc/ARC-Easy-Train.jsonl", "arc/ARC-Easy-Test.jsonl", "arc"),
+    "openbookqa": ("openbookqa/train.jsonl", "openbookqa/test.jsonl", "obqa"),
+    "boolq": ("boolq/train.jsonl", "boolq/dev.jsonl", "boolq"),
+}
+# What a model trained on OpenBookQA meets afterwards.
+OUT_OF_DISTRIBUTION = {
+    "arc_challenge": ("arc/ARC-Challenge-Test.jsonl", "arc"),
+    "arc_easy": ("arc/ARC-Easy-Test.jsonl", "arc"),
+    "college_chemistry": ("mmlu/college_chemistry_test.csv", "mmlu"),
+    "college_physics": ("mmlu/college_physics_test.csv", "mmlu"),
+    "conceptual_physics": ("mmlu/conceptual_physics_test.csv", "mmlu"),
+    "high_school_chemistry": ("mmlu/high_school_chemistry_test.csv", "mmlu"),
+    "high_school_physics": ("mmlu/high_school_physics_test.csv", "mmlu"),
+}
+METHODS = ("mle", "map", "dropout", "ensemble", "laplace", "blob", "tfb", "scalabl",
+           "scalabl as published")  # fmt: skip
+
+
+def paper(
+    model: Path | str, data: Path | str, tasks: tuple[str, ...] = tuple(TASKS)
+) -> dict[str, Study]:
+    """The studies by task. model: folder of the base; data: folder that the files lie under.
+
+    Raises InputError for an unknown task or a file that is not there.
+    """
+    data, studies = Path(data), {}
+    for task in tasks:
+        if task not in TASKS:
+            raise InputError(f"unknown task {task!r}: expected {', '.join(TASKS)}")
+        train, test, format = TASKS[task]
+        foreign = OUT_OF_DISTRIBUTION if task == "openbookqa" else {}
+        for file in (train, test, *(file for file, _ in foreign.values())):
+            if not (data / file).exists():
+                raise InputError(f"{data / file}: no such file: task {task} needs it")
+        studies[task] = Study(
+            model=str(model),
+            train=str(data / train),
+            test=str(data / test),
+            format=format,
+            ood={
+                name: {"path": str(data / f), "format": kind} for name, (f, kind) in foreign.items()
+            },
+            dtype="bfloat16",
+            methods=METHODS,
+            lr=(1e-4,),
+            settings={"steps": 5000, "batch": 4, "rank": 8},
+        )
+    return studies

@@ -1,0 +1,380 @@
+"""Is the model right, and does it know when? Accuracy, calibration, scores and their intervals.
+
+Everything here takes probs (N, C), whose rows sum to one, and labels (N,), integers in [0, C), and
+computes in float64. Bad input raises InputError naming the row. The predicted class is the most
+probable one, the first of them where several tie; its probability is the confidence.
+
+Sources: ECE, reliability and temperature scaling, Guo et al. 2017 (arXiv:1706.04599); Brier 1950,
+summed over classes; risk and coverage, Geifman and El-Yaniv 2017 (arXiv:1705.08500); percentile
+bootstrap, Efron 1979.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..support.errors import InputError
+
+# `fit_temperature` looks no further: a split on which every answer is right asks for 0, one on
+# which the answers are worse than chance asks for infinity, and neither is of any use elsewhere.
+TEMPERATURE_RANGE = (0.05, 20.0)
+
+MOST_BINS = 10_000  # of calibration: each replicate of the bootstrap has a table of them
+
+SCORES = ("acc", "ece", "nll", "brier")
+
+
+class Reliability(NamedTuple):
+    """Per confidence bin, (bins,): rows in it (int64), and their mean confidence and accuracy.
+
+    The two means are NaN where the bin is empty.
+    """
+
+    rows: Tensor
+    confidence: Tensor
+    accuracy: Tensor
+
+
+class RiskCoverage(NamedTuple):
+    """coverage (N,) = k / N and risk (N,): the error rate on the k most confident rows.
+
+    area is the mean risk over k = 1 .. N (AURC): smaller is better, and right before wrong is best.
+    """
+
+    coverage: Tensor
+    risk: Tensor
+    area: float
+
+
+def accuracy(probs: Tensor, labels: Tensor) -> float:
+    """Share of rows whose predicted class is the label, in [0, 1]."""
+    _, correct = _confidence(*_checked(probs, labels))
+    return float(correct.mean())
+
+
+def nll(probs: Tensor, labels: Tensor) -> float:
+    """Mean of -log(probability of the label), in nats. A probability of zero makes it infinite."""
+    return float(_nll_rows(*_checked(probs, labels)).mean())
+
+
+def brier(probs: Tensor, labels: Tensor) -> float:
+    """Mean squared distance of probabilities to the one-hot label, summed over classes (0..2)."""
+    return float(_brier_rows(*_checked(probs, labels)).mean())
+
+
+def ece(probs: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Expected calibration error: sum over bins of (rows in it / N) |accuracy - confidence|.
+
+    Top-1 confidence, l1, equal widths: a row is in bin min(floor(confidence * bins), bins - 1), so
+    bins are [lower, upper) and the last one has both its ends. Published tables use 15 or 10 bins,
+    and the number depends on it: report it.
+    """
+    index, gap = _gaps(*_checked(probs, labels), checked_bins(bins))
+    return _ece(index, gap, bins)
+
+
+def reliability(probs: Tensor, labels: Tensor, bins: int = 15) -> Reliability:
+    """What `ece` sums: rows, mean confidence and accuracy per bin, with the same bins."""
+    confidence, correct = _confidence(*_checked(probs, labels))
+    index = _bin_index(confidence, checked_bins(bins))
+    count = index.bincount(minlength=bins)
+    confidence, correct = (
+        index.bincount(weights=column, minlength=bins) / count  # 0 / 0 is NaN: nothing there
+        for column in (confidence, correct)
+    )
+    return Reliability(count, confidence, correct)
+
+
+def entropy(probs: Tensor) -> Tensor:
+    """-sum p log p of each row, (N,) float64 in nats, with 0 log 0 = 0."""
+    probs = _checked_probs(probs)
+    return 0.0 - torch.special.xlogy(probs, probs).sum(1).clamp(max=0)  # neither rounded below 0
+
+
+def risk_coverage(probs: Tensor, labels: Tensor) -> RiskCoverage:
+    """Error rate when only the most confident rows are answered, for every number of them.
+
+    Rows of equal confidence have no order among them: each counts as the mean error of its tie,
+    which is the expectation over all orders and does not depend on how rows are stored.
+    """
+    confidence, correct = _confidence(*_checked(probs, labels))
+    confidence, order = confidence.sort(descending=True)
+    _, tie, size = confidence.unique_consecutive(return_inverse=True, return_counts=True)
+    error = (tie.bincount(weights=1 - correct[order]) / size)[tie]
+    answered = torch.arange(1, len(error) + 1, dtype=error.dtype, device=error.device)
+    risk = error.cumsum(0) / answered
+    return RiskCoverage(answered / len(error), risk, float(risk.mean()))
+
+
+def auroc(scores: Tensor, labels: Tensor) -> float:
+    """Probability that a positive scores above a negative, ties counting one half, in [0, 1].
+
+    scores: (N,), larger for rows thought positive; labels: (N,), 1 for positive (for us: out of
+    distribution) and 0 for negative. Raises InputError unless both kinds are there.
+    """
+    if scores.dim() != 1 or scores.shape != labels.shape:
+        raise InputError(
+            f"scores and labels must be two equally long vectors, and have the shapes "
+            f"{tuple(scores.shape)} and {tuple(labels.shape)}"
+        )
+    if scores.isnan().any():
+        raise InputError(f"row {_first(scores.isnan())}: the score is NaN")
+    positive = labels == 1
+    if not (positive | (labels == 0)).all():
+        raise InputError(f"row {_first(~positive & (labels != 0))}: the label must be 0 or 1")
+    if positive.all() or not positive.any():
+        raise InputError("an AUROC needs rows of both kinds: label 0 and label 1")
+    # Counted per distinct score, in integers (twice the pairs won): exact whatever the ties.
+    _, value = scores.unique(return_inverse=True)
+    ahead = value[positive].bincount(minlength=int(value.max()) + 1)
+    behind = value[~positive].bincount(minlength=len(ahead))
+    twice_won = (ahead * (2 * (behind.cumsum(0) - behind) + behind)).sum()
+    return int(twice_won) / (2 * int(ahead.sum()) * int(behind.sum()))
+
+
+def bootstrap_interval(
+    fn: Callable[[Tensor, Tensor], float],
+    probs: Tensor,
+    labels: Tensor,
+    replicates: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of fn(probs, labels) over resampled rows; a pure function of `seed`.
+
+    It covers the choice of test examples, not that of training data or noise. ECE is biased upwards
+    in small samples and more so in their resamples: its interval may lie above its value.
+    """
+    probs, labels = _checked(probs, labels)
+    values = [
+        fn(probs[rows], labels[rows]) for rows in _resamples(len(labels), replicates, level, seed)
+    ]
+    return _percentiles(torch.tensor(values, dtype=torch.float64), level)
+
+
+def bootstrap_intervals(
+    probs: Tensor,
+    labels: Tensor,
+    bins: int = 15,
+    replicates: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """`bootstrap_interval` of "acc", "ece", "nll" and "brier" at once.
+
+    Same resamples and same values, but rows are scored once and only their scores are resampled.
+    """
+    columns = _replicates(probs, labels, bins, replicates, level, seed)
+    return {name: _percentiles(c, level) for name, c in zip(SCORES, columns, strict=True)}
+
+
+def paired_intervals(
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    labels: Tensor,
+    bins: int = 15,
+    replicates: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """Intervals of the difference first - second of "acc", "ece", "nll" and "brier".
+
+    first, second: probabilities (N, C) of the same rows, one for each run of either method; scores
+    are averaged over runs. Both are resampled with the same rows: what makes a test set hard or
+    easy for both cancels.
+    """
+    means = [
+        torch.stack([_replicates(p, labels, bins, replicates, level, seed) for p in runs]).mean(0)
+        for runs in (first, second)
+    ]
+    differences = means[0] - means[1]
+    return {name: _percentiles(c, level) for name, c in zip(SCORES, differences, strict=True)}
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The T in TEMPERATURE_RANGE that minimises the NLL of softmax(logits / T).
+
+    logits: (N, C), up to a constant per row, so log-probabilities do as well; for a sampled
+    predictive, the log of the averaged probabilities. Fit it on rows held out from training and
+    from the test. The NLL is convex in 1 / T, so bisection on the sign of its slope finds the
+    minimum to the last bit.
+
+    Raises InputError where a label has probability zero: no temperature helps it.
+    """
+    logits, labels = _checked_logits(logits, labels)
+    logits = logits - logits.amax(1, keepdim=True)
+    # Classes of probability zero stay there at every T; a weight of 0 times -inf would be NaN.
+    finite = logits.masked_fill(logits.isneginf(), 0)
+    target = finite.gather(1, labels[:, None])
+
+    def slope(inverse: float) -> float:
+        """d NLL / d(1 / T) = mean of E[logit] - logit of the label, under softmax(logits / T)."""
+        weight = torch.softmax(inverse * logits, dim=1)
+        return float(((weight * finite).sum(1, keepdim=True) - target).mean())
+
+    low, middle, high = 1 / TEMPERATURE_RANGE[1], 1.0, 1 / TEMPERATURE_RANGE[0]
+    while low < middle < high:
+        steepness = slope(middle)
+        if steepness == 0:
+            break
+        low, high = (middle, high) if steepness < 0 else (low, middle)
+        middle = (low + high) / 2
+    return min(max(1 / middle, TEMPERATURE_RANGE[0]), TEMPERATURE_RANGE[1])
+
+
+def apply_temperature(probs: Tensor, temperature: float) -> Tensor:
+    """softmax(log(probs) / temperature), (N, C) float64: the probabilities after scaling."""
+    if not 0 < temperature < math.inf:
+        raise InputError(f"a temperature must be positive and finite, and is {temperature}")
+    return torch.softmax(_checked_probs(probs).log() / temperature, dim=1)
+
+
+def _confidence(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest probability of each row, and 1.0 where its class is the label: both (N,)."""
+    # A stable sort, because argmax leaves open which of several equal classes it names.
+    ordered, classes = probs.sort(dim=1, descending=True, stable=True)
+    return ordered[:, 0], (classes[:, 0] == labels).double()
+
+
+def _nll_rows(probs: Tensor, labels: Tensor) -> Tensor:
+    return -probs.gather(1, labels[:, None])[:, 0].log()
+
+
+def _brier_rows(probs: Tensor, labels: Tensor) -> Tensor:
+    return (probs - torch.nn.functional.one_hot(labels, probs.shape[1])).square().sum(1)
+
+
+def _bin_index(confidence: Tensor, bins: int) -> Tensor:
+    return (confidence * bins).floor().long().clamp(max=bins - 1)
+
+
+def _gaps(probs: Tensor, labels: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """Bin of each row, and its confidence less its correctness: all that ECE needs to know."""
+    confidence, correct = _confidence(probs, labels)
+    return _bin_index(confidence, bins), confidence - correct
+
+
+def _ece(index: Tensor, gap: Tensor, bins: int) -> float:
+    # (n_b / N) |mean gap| = |sum of gaps| / N: an empty bin adds nothing and needs no care.
+    return float(index.bincount(weights=gap, minlength=bins).abs().sum()) / len(gap)
+
+
+def _resamples(n: int, replicates: int, level: float, seed: int) -> Iterator[Tensor]:
+    """`replicates` times n row numbers drawn with replacement."""
+    if replicates < 1 or not 0 < level < 1:
+        raise InputError(
+            f"a bootstrap needs at least one replicate and a level between 0 and 1, and was given "
+            f"{replicates} and {level}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(replicates):
+        yield torch.randint(n, (n,), generator=generator)
+
+
+def _replicates(
+    probs: Tensor, labels: Tensor, bins: int, replicates: int, level: float, seed: int
+) -> Tensor:
+    """SCORES of resampled rows, (4, replicates)."""
+    probs, labels = _checked(probs, labels)
+    index, gap = _gaps(probs, labels, checked_bins(bins))
+    _, correct = _confidence(probs, labels)
+    scores = torch.stack((correct, _nll_rows(probs, labels), _brier_rows(probs, labels)))  # (3, N)
+    values = []
+    for rows in _resamples(len(labels), replicates, level, seed):
+        acc, surprise, distance = scores[:, rows].mean(1).tolist()
+        values.append((acc, _ece(index[rows], gap[rows], bins), surprise, distance))
+    return torch.tensor(values, dtype=torch.float64).T
+
+
+def _percentiles(values: Tensor, level: float) -> tuple[float, float]:
+    """Central interval holding `level` of the values (R,).
+
+    Order statistics, rounded outwards: nothing is interpolated, so that infinities are no trouble.
+    """
+    values = values.sort().values
+    tail = (1 - level) / 2 * (len(values) - 1)
+    return float(values[math.floor(tail)]), float(values[math.ceil(len(values) - 1 - tail)])
+
+
+def _checked(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    probs = _checked_probs(probs)
+    return probs, _checked_labels(labels, probs)
+
+
+def _checked_probs(probs: Tensor) -> Tensor:
+    """probs in float64, or InputError unless every row is a distribution over the classes."""
+    _check_matrix("probs", probs)
+    # Each of C terms may be rounded in the dtype they came from, float32 if unknown, and so was the
+    # sum that normalised them.
+    dtypes = [torch.float32] + ([probs.dtype] if probs.dtype.is_floating_point else [])
+    slack = (probs.shape[1] + 8) * max(torch.finfo(dtype).eps for dtype in dtypes)
+    probs = probs.double()
+    if (probs < 0).any():
+        raise InputError(f"probs, row {_first((probs < 0).any(1))}: a probability is negative")
+    off = (probs.sum(1) - 1).abs() > slack
+    if off.any():
+        row = _first(off)
+        raise InputError(
+            f"probs, row {row}: must sum to one, and sums to {float(probs[row].sum()):.6g}"
+        )
+    return probs
+
+
+def _checked_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    _check_matrix("logits", logits)
+    logits = logits.double()
+    labels = _checked_labels(labels, logits)
+    infinite = logits.isposinf().any(1)
+    if infinite.any():
+        raise InputError(f"logits, row {_first(infinite)}: +infinity is no logit")
+    impossible = logits.gather(1, labels[:, None])[:, 0].isneginf()
+    if impossible.any():
+        raise InputError(
+            f"logits, row {_first(impossible)}: the label has probability zero, so that no "
+            f"temperature gives a finite NLL"
+        )
+    return logits, labels
+
+
+def _check_matrix(name: str, matrix: Tensor) -> None:
+    if matrix.dim() != 2 or not matrix.numel():
+        raise InputError(f"{name} must be (rows, classes), and has the shape {tuple(matrix.shape)}")
+    if matrix.isnan().any():
+        raise InputError(f"{name}, row {_first(matrix.isnan().any(1))}: holds a NaN")
+
+
+def _checked_labels(labels: Tensor, scores: Tensor) -> Tensor:
+    rows, classes = scores.shape
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise InputError(f"labels must be integers, and are {labels.dtype}")
+    if labels.shape != (rows,):
+        raise InputError(
+            f"labels must have the shape ({rows},), one for each row of probabilities, and have "
+            f"{tuple(labels.shape)}"
+        )
+    labels = labels.long().to(scores.device)
+    outside = (labels < 0) | (labels >= classes)
+    if outside.any():
+        row = _first(outside)
+        raise InputError(
+            f"labels, row {row}: must be in 0..{classes - 1}, and is {int(labels[row])}"
+        )
+    return labels
+
+
+def checked_bins(bins: int) -> int:
+    """`bins`. Raises InputError for a number below 1 or above MOST_BINS."""
+    if bins < 1:
+        raise InputError(f"bins must be at least 1, and is {bins}")
+    if bins > MOST_BINS:
+        raise InputError(f"bins must be at most {MOST_BINS:,}, and is {bins:,}")
+    return bins
+
+
+def _first(rows: Tensor) -> int:
+    return int(rows.nonzero()[0, 0])

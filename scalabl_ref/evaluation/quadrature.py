@@ -1,0 +1,84 @@
+"""The predictive integrated rather than sampled, where only the head is random.
+
+Then the logits of a row are Gaussian given its hidden state h,
+
+    z = W h + c B diag(s) A h + F eps,    F = c B diag(A h) L
+
+with L L^T the covariance of the scales, and the softmax of z is averaged over the few directions in
+which F moves differences of logits: min(r, C - 1) of them for C classes, by Gauss-Hermite
+quadrature along each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..core.adapter import SubspaceAdapter, adapters
+from ..core.objective import class_logits
+from ..data import Batch
+from ..model.llama import Llama
+from ..support.errors import InputError
+from ..verify.reference import gauss_hermite
+from .predict import Prediction, predictive
+
+NODES = (96, 48, 32)  # along each direction, where there are one, two or three
+
+
+@torch.no_grad()
+def predict_exact(model: Llama, batch: Batch) -> Prediction:
+    """The predictive distribution that `predict` has with infinitely many samples.
+
+    Its error, in probability and in nats, is below 5e-5 while no difference of logits has a
+    standard deviation above 2; beyond that the softmax is too steep for so many nodes, and draws
+    (which cost little here) are the better way.
+
+    Raises InputError unless lm_head alone is adapted, by scalabl, and there are at most 4 classes,
+    or its rank is at most 3.
+    """
+    mean, factor = head_gaussian(model, batch)
+    return integrate(mean, factor)
+
+
+def head_gaussian(model: Llama, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Mean (B, C) and factor F (B, C, r) of the logits, float64. Errors as of `predict_exact`."""
+    own = adapters(model)
+    head = own.get("lm_head")
+    if len(own) != 1 or not isinstance(head, SubspaceAdapter):
+        raise InputError("exact prediction needs lm_head alone to be adapted, by scalabl")
+    hidden: list[Tensor] = []
+    hook = model.lm_head.register_forward_pre_hook(lambda _, given: hidden.append(given[0]))
+    try:
+        mean = class_logits(model, batch, None).double()
+    finally:
+        hook.remove()
+    B = head.B.double()
+    if model.config.head_tokens is None:
+        B = B[batch.classes]
+    L = torch.stack([head.deviation(e) for e in torch.eye(B.shape[1]).to(B)], dim=1)  # (r, r)
+    h = hidden[0].double() @ head.A.double().T  # (B, r)
+    return mean, head.config.scaling * (B * h[:, None]) @ L
+
+
+def integrate(mean: Tensor, factor: Tensor, counts: Sequence[int] = NODES) -> Prediction:
+    """The mixture of softmax(mean + factor eps), eps ~ N(0, I); shapes as of `head_gaussian`.
+
+    counts: nodes along each direction where there are so many directions as the count's place.
+    Raises InputError for more than 4 classes, unless factor has at most 3 columns.
+    """
+    moved = factor - factor.mean(1, keepdim=True)  # the softmax sees no more than this
+    U, S, _ = torch.linalg.svd(moved, full_matrices=False)
+    directions = min(factor.shape[2], factor.shape[1] - 1)
+    if directions == 0:  # of one class the softmax is 1
+        return predictive(torch.log_softmax(mean, -1)[None])
+    if directions > len(NODES):
+        most = len(NODES)
+        raise InputError(f"exact prediction takes at most {most + 1} classes, or rank {most}")
+    axes = (U * S[:, None])[..., :directions]  # (B, C, directions)
+    nodes, weights = gauss_hermite(counts[directions - 1])
+    grid = torch.cartesian_prod(*[nodes] * directions).view(-1, directions).to(mean)
+    weight = torch.cartesian_prod(*[weights] * directions).view(-1, directions).prod(1).to(mean)
+    logits = mean + torch.einsum("qk,bck->qbc", grid, axes)
+    return predictive(torch.log_softmax(logits, -1), weight)

@@ -1,0 +1,79 @@
+"""The compiled core: is it there, is it what the sources say, and is it used?
+
+A binary older than the sources beside it (an editable install that was not rebuilt) is reported and
+left alone: everything then runs on the PyTorch path, as it does where nothing was built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]  # the repository, in an editable install
+REBUILD = "build it with: pip install -e ."
+
+
+def source_digest(root: Path) -> str | None:
+    """The digest that CMakeLists.txt compiles in, of the sources under `root`; None if it has none.
+
+    sha256 of the lines "<sha256 of the file>  <its path>" over CMakeLists.txt and csrc's headers
+    and sources, ordered by path.
+    """
+    files = [root / "CMakeLists.txt"]
+    files += [file for ending in ("h", "cpp", "cu") for file in (root / "csrc").glob(f"*.{ending}")]
+    if len(files) == 1 or not files[0].is_file():
+        return None
+    digests = {
+        file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
+    lines = "".join(f"{digests[path]}  {path}\n" for path in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+@cache
+def native_status() -> dict[str, Any]:
+    """What was built and which path runs.
+
+    built, stale, used: bool; reason: why it is not used, else ""; isa, the instruction set that its
+    kernels use, compiler, digest: str or None.
+    The environment variable SCALABL_NATIVE=0 keeps the core from being used. Settled once per
+    process.
+    """
+    module, problem = _import()
+    built = module is not None
+    sources = source_digest(ROOT)
+    stale = module is not None and sources not in (None, module.digest)
+    reason = problem
+    if stale:
+        reason = f"built from other sources than those in {ROOT / 'csrc'}; {REBUILD}"
+    elif built and os.environ.get("SCALABL_NATIVE") == "0":
+        reason = "switched off by SCALABL_NATIVE=0"
+    return {
+        "built": built,
+        "stale": stale,
+        "used": not reason,
+        "reason": reason,
+        "isa": module.isa() if module else None,
+        "compiler": module.compiler if module else None,
+        "digest": module.digest if module else None,
+    }
+
+
+@cache
+def core() -> ModuleType | None:
+    """The extension module if it is to be used, else None."""
+    return _import()[0] if native_status()["used"] else None
+
+
+def _import() -> tuple[ModuleType | None, str]:
+    try:
+        return import_module("scalabl_ref._native"), ""
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError)
+        return None, f"not built; {REBUILD}" if missing else f"cannot be loaded: {error}"

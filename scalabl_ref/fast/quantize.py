@@ -1,0 +1,147 @@
+"""Frozen weights in 8 or 4 bits: made whole for a product, and again for its gradient, never kept.
+
+    int8    W[o, i] = code[o, i] * scale[o]                       code in -127 .. 127
+    nf4     W[o, i] = LEVELS[code[o, i]] * scale[o, i // 64]      code in 0 .. 15, two in a byte
+
+Codes are those of the nearest value; a scale is the largest magnitude it serves (int8: that / 127)
+in bfloat16. The levels of nf4 (QLoRA, arXiv:2305.14314, appendix E) are quantiles of a normal
+distribution, which weights resemble. Its rows are padded with zeros to a multiple of 64.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..support.errors import InputError
+
+Kind = Literal["int8", "nf4"]
+KINDS: tuple[Kind, ...] = ("int8", "nf4")
+GROUP = 64  # weights of a row that share a scale, of nf4
+ROWS = 32  # done at a time, so that what lies between fits into a cache
+LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A frozen weight (d_out, d_in), which `F.linear` takes in a weight's place.
+
+    codes: (d_out, d_in) int8, or nf4's (d_out, padded d_in / 2) uint8, where a byte's low half is
+    the first of its two. scale: (d_out, 1), or (d_out, padded d_in / 64), bfloat16.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    d_in: int
+    dtype = None  # whatever that of the input is
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self.codes), self.d_in))
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def to(self, dtype: torch.dtype) -> Quantized:
+        """Itself: what is cast under autocast is cast already."""
+        return self
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        """The weight (d_out, d_in) in a floating-point dtype, in which scales are multiplied."""
+        nf4 = self.codes.dtype == torch.uint8
+        width = 2 * self.codes.shape[1] if nf4 else self.d_in
+        weight = torch.empty(len(self.codes), width, dtype=dtype, device=self.device)
+        parts = (t.split(ROWS) for t in (weight, self.codes, self.scale.to(dtype)))
+        for part, codes, scale in zip(*parts, strict=True):
+            if nf4:
+                pairs = _pairs(dtype, self.device)
+                into = part.view(pairs.dtype).view(-1)
+                torch.index_select(pairs, 0, codes.flatten().int(), out=into)
+                part.view(len(part), -1, GROUP).mul_(scale[..., None])
+            else:
+                part.copy_(codes).mul_(scale)
+        return weight[:, : self.d_in]
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is not F.linear or kwargs:
+            return NotImplemented
+        x, weight, *bias = args
+        y = _Product.apply(x, weight.codes, weight.scale)
+        return y if not bias or bias[0] is None else y + bias[0]
+
+
+def quantize(weight: Tensor, kind: Kind) -> Quantized:
+    """The nearest weight of that kind, (d_out, d_in) of any floating-point dtype; few rows at once.
+
+    A weight on the meta device gives codes and scales without values. Raises InputError for another
+    kind.
+    """
+    if kind not in KINDS:
+        raise InputError(f"quantize must be one of {', '.join(KINDS)}, not {kind!r}")
+    d_out, d_in = weight.shape
+    groups, group = (1, d_in) if kind == "int8" else (-(-d_in // GROUP), GROUP)
+    shape, dtype = (d_out, d_in), torch.int8
+    if kind == "nf4":
+        shape, dtype = (d_out, groups * GROUP // 2), torch.uint8
+    codes = torch.empty(shape, dtype=dtype, device=weight.device)
+    scale = torch.empty(d_out, groups, dtype=torch.bfloat16, device=weight.device)
+    if weight.is_meta:
+        return Quantized(codes, scale, d_in)
+    between = [(low + high) / 2 for low, high in itertools.pairwise(LEVELS)]
+    for w, code, top in zip(weight.split(ROWS), codes.split(ROWS), scale.split(ROWS), strict=True):
+        w = F.pad(w.float(), (0, groups * group - d_in)).view(len(w), groups, group)
+        top.copy_(w.abs().amax(-1) / (127 if kind == "int8" else 1))
+        w = w / torch.where(top == 0, 1, top.float())[..., None]
+        if kind == "int8":
+            code.copy_(w.round().clamp(-127, 127).view(code.shape))
+        else:
+            level = torch.zeros(len(w), groups * group, dtype=torch.uint8, device=w.device)
+            for threshold in between:  # many times as fast as a search for each weight
+                level += (w > threshold).view(level.shape)
+            code.copy_(level[:, ::2] | level[:, 1::2] << 4)
+    return Quantized(codes, scale, d_in)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T of a quantised W, which keeps the codes and scales alone for its backward pass."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        return F.linear(x, Quantized(codes, scale, x.shape[-1]).whole(x.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+        ctx.d_in = inputs[0].shape[-1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        codes, scale = ctx.saved_tensors
+        return grad @ Quantized(codes, scale, ctx.d_in).whole(grad.dtype), None, None
+
+
+@cache
+def _pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The two levels of each byte of nf4 as one integer as wide as both: (256,)."""
+    levels = torch.tensor(LEVELS, dtype=dtype)
+    both = torch.stack((levels.repeat(16), levels.repeat_interleave(16)), -1)
+    as_one = {2: torch.int32, 4: torch.int64}.get(dtype.itemsize, torch.complex128)
+    return both.view(as_one).flatten().to(device)

@@ -1,0 +1,27 @@
+"""Progress bars on standard error, so that standard output stays clean for results."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def progress_bar(total: int, title: str, unit: str, done: int = 0) -> Any:
+    """A tqdm bar with an estimate of the time left; quiet where standard error is no terminal.
+
+    Of several ranks (`distributed`) the first alone shows one.
+    """
+    from tqdm import tqdm
+
+    from ..training import ranks as distributed
+
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=title,
+        unit=unit,
+        unit_scale=unit == "B",
+        dynamic_ncols=True,
+        leave=False,
+        disable=not sys.stderr.isatty() or distributed.rank() > 0,
+    )

@@ -1,0 +1,170 @@
+"""A run's checkpoints, RUN/checkpoint/STEP: tensors, in as many files as there were ranks.
+
+The files are safetensors, named as Hugging Face's shards are, which torch.distributed.checkpoint
+reads as well; any number of ranks goes on from what any other wrote. manifest.json, written last,
+has every file's SHA-256: a checkpoint is whole, or it is none. The one before is kept until the
+next is whole, and after.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..support.errors import InputError, atomic_write_text, make_folder
+from ..support.tensors import load_tensors, read_json, save_tensors, sha256
+from . import ranks as distributed
+
+FOLDER, MANIFEST = "checkpoint", "manifest.json"
+KEPT = 2  # checkpoints, the newest
+STEP = r"\d{8,}"  # a checkpoint's name
+
+
+class Saver:
+    """Writes the checkpoints of one run; in a thread beside the training, if `beside`.
+
+    On several ranks all make one, with a folder that all of them see, and call it alike.
+    """
+
+    def __init__(self, run: Path, beside: bool = False) -> None:
+        self.folder = run / FOLDER
+        self._thread = ThreadPoolExecutor(1) if beside else None
+        self._group = distributed.new_group() if beside else None  # of the threads alone
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+        """Write what `load` is to give back; beside the training, what it is now.
+
+        tensors: the same on every rank. facts: JSON, with done (the step) and swag, whole numbers,
+        and identity, an object. Raises InputError, on every rank, if one cannot write, now or the
+        time before; the checkpoints there are stay.
+        """
+        self.wait()
+        if self._thread is None:
+            self._write(step, tensors, facts)
+        else:
+            copies = {
+                name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()
+            }
+            self._pending = self._thread.submit(self._write, step, copies, facts)
+
+    def wait(self) -> None:
+        """Until what was saved last is on disk. Raises InputError if it could not be written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def forget_after(self, step: int) -> None:
+        """Remove checkpoints of later steps, and what is left of unfinished ones; nothing else."""
+        for path in self.folder.glob("*"):
+            unfinished = re.fullmatch(rf"\.{STEP}\.tmp", path.name)
+            if unfinished or (_is_checkpoint(path) and int(path.name) > step):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _write(self, step: int, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+        rank, world = distributed.rank(), distributed.world()
+        final = self.folder / f"{step:08}"
+        temporary = final.with_name(f".{final.name}.tmp")
+        own = [(name, tensors[name]) for name in sorted(tensors)[rank::world]]
+
+        def write_part() -> None:
+            make_folder(temporary)
+            save_tensors(temporary / f"model-{rank + 1:05}-of-{world:05}.safetensors", own)
+
+        def finish() -> None:
+            if rank:
+                return
+            files = {path.name: sha256(path) for path in sorted(temporary.glob("*.safetensors"))}
+            record = {"files": files, **facts}
+            atomic_write_text(temporary / MANIFEST, json.dumps(record, indent=2) + "\n")
+            os.replace(temporary, final)
+            for old in _newest_first(self.folder)[KEPT:]:
+                shutil.rmtree(old, ignore_errors=True)
+
+        self._together(write_part, temporary)
+        self._together(finish, temporary)
+
+    def _together(self, action: Callable[[], None], temporary: Path) -> None:
+        """Do what may fail on any rank; if it does, InputError on all of them."""
+        from safetensors import SafetensorError
+
+        problem = ""
+        try:
+            action()
+        except (InputError, OSError, SafetensorError) as error:
+            problem = str(error)
+        if distributed.largest(int(bool(problem)), self._group):
+            shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
+            problem = problem.replace(f"{temporary}{os.sep}", "") or "another rank could not write"
+            raise InputError(f"{self.folder}: the checkpoint cannot be written: {problem}")
+
+
+def exists(run: Path) -> bool:
+    """Whether there is a checkpoint in a run folder, whole or not."""
+    return bool(_newest_first(run / FOLDER))
+
+
+def progress(run: Path) -> str:
+    """How far a run has come that has checkpoints, as "step 400 of 1000"."""
+    newest = _newest_first(run / FOLDER)[0]
+    text = f"step {int(newest.name)}"
+    try:
+        return f"{text} of {read_json(newest / MANIFEST)['identity']['train']['steps']:d}"
+    except (InputError, KeyError, TypeError, ValueError):  # damaged, or of another program
+        return text
+
+
+def load(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, facts) of the newest checkpoint that is whole, on the CPU.
+
+    Warns of newer ones that are not. Raises InputError if there is none.
+    """
+    problems: list[InputError] = []
+    for folder in _newest_first(run / FOLDER):
+        try:
+            found = _read(folder)
+        except InputError as error:
+            problems.append(error)
+            continue
+        for problem in problems if distributed.rank() == 0 else []:
+            warnings.warn(f"{problem}: going back to {folder.name}", stacklevel=2)
+        return found
+    if problems:
+        raise problems[0]
+    raise InputError(f"{run / FOLDER}: no checkpoint to resume from")
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(filter(_is_checkpoint, folder.glob("*")), reverse=True)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """By its name: other folders there are somebody else's."""
+    return re.fullmatch(STEP, path.name) is not None
+
+
+def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    facts = read_json(folder / MANIFEST)
+    files, kinds = facts.pop("files", None), {"done": int, "swag": int, "identity": dict}
+    if (
+        not (isinstance(files, dict) and files)
+        or not all(isinstance(facts.get(name), kind) for name, kind in kinds.items())
+        or facts["done"] != int(folder.name)
+    ):
+        raise InputError(f"{folder / MANIFEST}: not of a checkpoint of this program")
+    tensors: dict[str, Tensor] = {}
+    for name, digest in files.items():
+        path = folder / Path(name).name
+        if not path.is_file() or sha256(path) != digest:
+            raise InputError(f"{path}: is not the file that was written")
+        tensors |= load_tensors(path)[0]
+    return tensors, facts

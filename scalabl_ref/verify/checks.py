@@ -1,0 +1,481 @@
+"""`scalabl verify`: does this build, on this machine, compute what the equations say?
+
+Every check compares two things that must agree and returns its worst error in units of the bound
+for it, derived from the precision, the length of the sums and the data, or, for a statistic, from
+its false-failure rate. Above 1 the check has failed, and the equation it stands for is named. The
+checks of the op take the op as an argument, so that anybody's function with its signature can be
+checked:
+
+    scalabl verify --against module:function
+
+The checks of the other methods are in `verify_methods`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..core.noise import Noise
+from ..core.objective import kl_forward, kl_official
+from ..core.philox import normal, philox4x32
+from ..evaluation.predict import predictive
+from ..fast import native
+from ..fast.ops import SAMPLING, Sampling, subspace_lora_linear
+from ..support.errors import InputError
+from . import reference
+from .check import FALSE_FAILURE, Check, Op, Result, normal_limit, ratio
+from .method_checks import METHOD_CHECKS
+
+# --- Cases ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of the op, fixed by a seed."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    s: Tensor
+    sigma: Tensor
+    scaling: float
+    noise: Noise | None
+    layer: int
+    sampling: Sampling
+    groups: Tensor | None
+
+    def call(self, op: Op, **changes: Any) -> Tensor:
+        return op(**{**vars(self), **changes})
+
+    def eps(self) -> Tensor:
+        """eps of every row, (rows, r) float64, row by row from the meaning of the groups."""
+        shape, rank = tuple(self.x.shape[:-1]), len(self.s)
+        count = math.prod(shape)
+        if self.noise is None:
+            return torch.zeros(count, rank).double().to(self.x.device)
+        ids = [reference.group_of_row(r, shape, self.sampling, self.groups) for r in range(count)]
+        return self.noise.normal(self.layer, torch.tensor(ids), rank).double().to(self.x.device)
+
+
+def cases(device: torch.device, noisy: bool = True) -> Iterator[Case]:
+    """Shapes, samplings, groups, strides and dtypes of all kinds; the same on every machine."""
+    shapes = [((4,), 7, 5, 3), ((2, 3), 16, 9, 8), ((3, 1, 2), 33, 20, 5), ((1,), 1, 1, 1),
+              ((5, 4), 64, 48, 4), ((2, 2), 13, 70, 9)]  # fmt: skip
+    for index, (lead, d_in, d_out, rank) in enumerate(shapes):
+        for number, sampling in enumerate(SAMPLING):
+            g = torch.Generator().manual_seed(100 * index + number)
+            dtype = (torch.float32, torch.float64)[(index + number) % 2]
+
+            def draw(*size: int, g: torch.Generator = g, dtype: torch.dtype = dtype) -> Tensor:
+                return torch.randn(size, generator=g, dtype=torch.float64).to(device, dtype)
+
+            wide = draw(*lead, 2 * d_in)
+            explicit = torch.randint(0, 2**32, lead[:1], generator=g)
+            yield Case(
+                x=wide[..., ::2] if index % 3 == 1 else wide[..., :d_in],
+                weight=draw(d_out, d_in),
+                bias=draw(d_out) if number else None,
+                A=draw(rank, d_in),
+                B=draw(d_out, rank),
+                s=draw(rank).exp(),
+                sigma=draw(rank).exp() / 2,
+                scaling=(0.5, 2.0)[number % 2],
+                noise=Noise(2**64 - 1 - index, 2**32 - 1 - number) if noisy else None,
+                layer=17 * index,
+                sampling=sampling,
+                groups=explicit.to(device) if index in (1, 3) else None,
+            )
+
+
+def sizes(case: Case, grad_y: Tensor) -> dict[str, Tensor]:
+    """Sums of the magnitudes of the terms of y and of every gradient, float64."""
+    names = ("x", "A", "B", "weight", "s", "sigma")
+    x, A, B, W, s, sigma = (getattr(case, name).double().abs() for name in names)
+    x, g = x.reshape(-1, x.shape[-1]), grad_y.double().abs().reshape(-1, len(W))
+    eps = case.eps().abs()
+    factor = case.scaling * (s + sigma * eps)
+    h, d = x @ A.T, g @ B
+    y = x @ W.T + h * factor @ B.T
+    if case.bias is not None:
+        y = y + case.bias.double().abs()
+    return {
+        "y": y.reshape(*case.x.shape[:-1], -1), "x": (g @ W + d * factor @ A).reshape(case.x.shape),
+        "weight": g.T @ x, "bias": g.sum(0), "A": (d * factor).T @ x, "B": g.T @ (h * factor),
+        "s": case.scaling * (h * d).sum(0), "sigma": case.scaling * (h * d * eps).sum(0),
+    }  # fmt: skip
+
+
+def terms(case: Case) -> int:
+    """Roundings behind any one number of the op: its longest sums, and eight factors."""
+    d_out, d_in = case.weight.shape
+    return d_in + d_out + len(case.s) + case.x.shape[:-1].numel() + 8
+
+
+def direction(case: Case) -> Tensor:
+    shape = (*case.x.shape[:-1], case.weight.shape[0])
+    g = torch.Generator().manual_seed(3)
+    return torch.randn(shape, generator=g).to(case.x)
+
+
+def compare(
+    op: Op,
+    device: torch.device,
+    pair: Callable[[Op, Case], tuple[Tensor, Tensor]],
+    noisy: bool = True,
+) -> tuple[float, int]:
+    """Worst ratio over all cases of what `pair` says must be equal, both of y's shape and size."""
+    worst, count = 0.0, 0
+    for case in cases(device, noisy):
+        a, b = pair(op, case)
+        # Both sides round; sums of up to four results of the op are three times as large.
+        eps = 8 * terms(case) * torch.finfo(case.x.dtype).eps
+        worst = max(worst, ratio(a, b, sizes(case, direction(case))["y"], eps))
+        count += 1
+    return worst, count
+
+
+# --- Checks of the op -------------------------------------------------------------------------
+
+
+def forward(op: Op, device: torch.device) -> tuple[float, int]:
+    worst, count = 0.0, 0
+    for noisy in (True, False):
+        for case in cases(device, noisy):
+            expected = case.call(reference.subspace_lora_linear).to(device)
+            eps = 2 * terms(case) * torch.finfo(case.x.dtype).eps
+            size = sizes(case, direction(case))["y"]
+            worst = max(worst, ratio(case.call(op), expected, size, eps))
+            count += 1
+    return worst, count
+
+
+def gradient(name: str) -> Callable[[Op, torch.device], tuple[float, int]]:
+    """The op's own gradient of one argument against the derivation by hand."""
+
+    def run(op: Op, device: torch.device) -> tuple[float, int]:
+        worst, count = 0.0, 0
+        for case in cases(device):
+            value = getattr(case, name)
+            if value is None:
+                continue
+            leaf, grad_y = value.detach().clone().requires_grad_(), direction(case)
+            (got,) = torch.autograd.grad(case.call(op, **{name: leaf}), leaf, grad_y)
+            expected = reference.subspace_lora_linear_gradients(grad_y, **vars(case))[name]
+            eps = 2 * terms(case) * torch.finfo(case.x.dtype).eps
+            worst = max(worst, ratio(got, expected.to(device), sizes(case, grad_y)[name], eps))
+            count += 1
+        return worst, count
+
+    return run
+
+
+def mean_is_lora(op: Op, case: Case) -> tuple[Tensor, Tensor]:
+    merged = case.s[:, None] * case.A
+    lora = F.linear(F.linear(case.x, merged), case.scaling * case.B)
+    return case.call(op), F.linear(case.x, case.weight, case.bias) + lora
+
+
+def sigma_zero_is_the_mean(op: Op, case: Case) -> tuple[Tensor, Tensor]:
+    still = case.call(op, sigma=torch.zeros_like(case.sigma))
+    return still, case.call(op, noise=None)
+
+
+def linear_in_x(op: Op, case: Case) -> tuple[Tensor, Tensor]:
+    half, rest = case.x * 0.25, case.x * 0.75
+    both = case.call(op, x=half, bias=None) + case.call(op, x=rest, bias=None)
+    return case.call(op, bias=None), both
+
+
+def linear_in_B(op: Op, case: Case) -> tuple[Tensor, Tensor]:
+    base = case.call(op, B=torch.zeros_like(case.B))
+    parts = case.call(op, B=0.25 * case.B) + case.call(op, B=0.75 * case.B)
+    return case.call(op) + base, parts
+
+
+def affine_in_s(op: Op, case: Case) -> tuple[Tensor, Tensor]:
+    none = case.call(op, s=torch.zeros_like(case.s))
+    return case.call(op) + none, case.call(op, s=0.25 * case.s) + case.call(op, s=0.75 * case.s)
+
+
+def ranks_add_up(op: Op, case: Case) -> tuple[Tensor, Tensor]:
+    """Leading ranks keep their noise whatever follows them."""
+    k = (len(case.s) + 1) // 2
+    first = case.call(op, A=case.A[:k], B=case.B[:, :k], s=case.s[:k], sigma=case.sigma[:k])
+    later = torch.zeros_like(case.B)
+    later[:, k:] = case.B[:, k:]
+    base = case.call(op, B=torch.zeros_like(case.B))
+    return case.call(op) + base, first + case.call(op, B=later)
+
+
+def rows_are_independent(op: Op, case: Case) -> tuple[Tensor, Tensor]:
+    """Split into single examples, in the opposite order, each under its own id."""
+    count = case.x.shape[0]
+    ids = torch.arange(count, device=case.x.device) if case.groups is None else case.groups
+    own = replace(case, sampling="example", groups=ids)
+    parts = [
+        own.call(op, x=case.x[i : i + 1], groups=ids[i : i + 1]) for i in reversed(range(count))
+    ]
+    return own.call(op), torch.cat(parts[::-1])
+
+
+def one_row_a_group(op: Op, case: Case) -> tuple[Tensor, Tensor]:
+    flat = case.x.reshape(-1, case.x.shape[-1])
+    by_token = case.call(op, x=flat, sampling="token", groups=None)
+    by_example = case.call(op, x=flat, sampling="example", groups=None)
+    batches = case.call(op, x=flat[:1], sampling="batch", groups=None)
+    shape = (*case.x.shape[:-1], -1)
+    return by_token.reshape(shape), torch.cat((batches, by_example[1:])).reshape(shape)
+
+
+def adjoint(op: Op, device: torch.device) -> tuple[float, int]:
+    """<u, J v> = <J' u, v>: the op is linear in x, so J v is the op itself."""
+    worst, count = 0.0, 0
+    for case in cases(device):
+        u, leaf = direction(case), case.x.detach().clone().requires_grad_()
+        (pulled,) = torch.autograd.grad(case.call(op, x=leaf), leaf, u)
+        pushed = case.call(op, bias=None)
+        left, right = (u * pushed).double().sum(), (pulled * case.x).double().sum()
+        size = (u.double().abs() * sizes(case, u)["y"]).sum()
+        eps = 4 * terms(case) * torch.finfo(case.x.dtype).eps
+        worst, count = max(worst, ratio(left, right, size, eps)), count + 1
+    return worst, count
+
+
+def a_draw_is_a_function(op: Op, device: torch.device) -> tuple[float, int]:
+    """The same coordinates give the same bits; any other seed, draw or layer gives others."""
+    count = 0
+    for case in cases(device):
+        out = case.call(op)
+        if not torch.equal(out, case.call(op)):
+            return math.inf, count
+        assert case.noise is not None
+        seed, draw = case.noise.seed, case.noise.draw
+        for change in ({"noise": Noise(seed - 1, draw)}, {"noise": Noise(seed, draw - 1)},
+                       {"layer": case.layer + 1}):  # fmt: skip
+            if torch.equal(out, case.call(op, **change)):
+                return math.inf, count
+            count += 1
+    return 0.0, count
+
+
+def pair(
+    function: Callable[[Op, Case], tuple[Tensor, Tensor]], noisy: bool = True
+) -> Callable[[Op, torch.device], tuple[float, int]]:
+    return lambda op, device: compare(op, device, function, noisy)
+
+
+def unbiased_gradient(op: Op, device: torch.device) -> tuple[float, int]:
+    """The mean of one-draw gradients against their exact expectation, by quadrature in eps.
+
+    n = 100,000. A bias of 9.3 / sqrt(n) = .03 standard deviations of a single gradient is seen with
+    probability .999.
+    """
+    scores = gradient_scores(op, device, Noise(1, 2), 100_000)
+    return float(scores.abs().max()) / normal_limit(FALSE_FAILURE / len(scores)), len(scores)
+
+
+def gradient_scores(op: Op, device: torch.device, noise: Noise, n: int) -> Tensor:
+    """Mean of n gradients of s and of sigma, minus the exact one, in standard errors: (2,) float64.
+
+    A logistic regression through a layer of rank 1, a draw in each of n rows.
+    """
+    g = torch.Generator().manual_seed(0)
+    x, W, A, B = (
+        torch.randn(i, j, generator=g).double() for i, j in ((1, 4), (3, 4), (1, 4), (3, 1))
+    )
+    s, sigma = torch.tensor([0.8]).double(), torch.tensor([0.6]).double()
+
+    def gradients(factor: Tensor) -> Tensor:
+        """d NLL / d (s, sigma) for every value of s + sigma eps, by hand; factor (n,)."""
+        eps, h = (factor - s) / sigma, (x @ A.T)[0, 0]
+        logits = x @ W.T + 2.0 * (factor * h)[:, None] * B[:, 0]
+        d = (torch.softmax(logits, 1) - F.one_hot(torch.tensor(1), 3)) @ B[:, 0]
+        return torch.stack((2.0 * h * d, 2.0 * h * d * eps), 1)
+
+    nodes, weights = reference.gauss_hermite(64)
+    table = gradients(s + sigma * nodes)
+    exact = weights @ table
+    deviation = (weights @ table.square() - exact.square()).sqrt() / math.sqrt(n)
+    leaves = [t.to(device).requires_grad_() for t in (s, sigma)]
+    move = [t.to(device) for t in (x.expand(n, 4), W, A, B)]
+    logits = op(move[0], move[1], None, move[2], move[3], *leaves, 2.0, noise, 3, "token", None)
+    loss = F.cross_entropy(logits, torch.ones(n, dtype=torch.int64, device=device))
+    got = torch.cat([t.cpu() for t in torch.autograd.grad(loss, leaves)])
+    return (got - exact) / deviation
+
+
+OP_CHECKS = [
+    Check("forward", "(1a) y = W x + b + c B diag(s + sigma eps) A x", forward),
+    Check("gradient of x", "(1c) W' g + A' dh", gradient("x")),
+    Check("gradient of weight", "(1d) sum g x'", gradient("weight")),
+    Check("gradient of bias", "(1d) sum g", gradient("bias")),
+    Check("gradient of A", "(1d) sum dh x'", gradient("A")),
+    Check("gradient of B", "(1d) sum g u'", gradient("B")),
+    Check("gradient of s", "(1e) sum c h d", gradient("s")),
+    Check("gradient of sigma", "(1e) sum c h d eps", gradient("sigma")),
+    Check("mean model", "(1) noise=None is LoRA with diag(s) A", pair(mean_is_lora, noisy=False)),
+    Check("no width", "(1) sigma = 0 is the mean model", pair(sigma_zero_is_the_mean)),
+    Check("linear in x", "(1) y(x1 + x2) = y(x1) + y(x2)", pair(linear_in_x)),
+    Check("linear in B", "(1) y(B1 + B2) + y(0) = y(B1) + y(B2)", pair(linear_in_B)),
+    Check("affine in s", "(1) y(s1 + s2) + y(0) = y(s1) + y(s2), eps fixed", pair(affine_in_s)),
+    Check("ranks add up", "(1) one term for each k, eps_k whatever r is", pair(ranks_add_up)),
+    Check(
+        "rows are independent", "sampling: a draw follows its group id", pair(rows_are_independent)
+    ),
+    Check("one row a group", "sampling: batch = example = token then", pair(one_row_a_group)),
+    Check("adjoint", "(1c) <u, J v> = <J' u, v>", adjoint),
+    Check(
+        "a draw is a function", "noise: of (seed, draw, layer, group) alone", a_draw_is_a_function
+    ),
+    Check("unbiased", "(4) E[gradient of one draw] = gradient of E", unbiased_gradient),
+]
+
+
+# --- Checks of the rest -----------------------------------------------------------------------
+
+
+def known_answers(_: Op, device: torch.device) -> tuple[float, int]:
+    """Random123's answers for 7 and 10 rounds, in Python and in the native core."""
+    ones, pi = (2**32 - 1,) * 4, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+    answers = {
+        (7, (0,) * 4, (0, 0)): (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48),
+        (7, ones, ones[:2]): (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662),
+        (10, (0,) * 4, (0, 0)): (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
+        (10, ones, ones[:2]): (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+        (10, pi, (0xA4093822, 0x299F31D0)): (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    }
+    core, wrong, count = native.core(), 0, 0
+    for (rounds, counter, key), answer in answers.items():
+        got = [tuple(philox4x32(counter, key, rounds))]
+        if core is not None:
+            got.append(tuple(core.philox4x32(counter, key, rounds)))
+        wrong += sum(words != answer for words in got)
+        count += len(got)
+    return math.inf if wrong else 0.0, count
+
+
+def normals_bit_for_bit(_: Op, device: torch.device) -> tuple[float, int]:
+    """Noise.normal, whichever path runs, against plain Python."""
+    count = 0
+    for seed, draw, layer in ((0, 0, 0), (2**64 - 1, 2**32 - 1, 2**32 - 2), (12345, 678, 90)):
+        ids = torch.tensor([0, 1, 2**32 - 1, 77])
+        got = Noise(seed, draw).normal(layer, ids, 9)
+        slow = [[normal(seed, draw, layer, int(g), k) for k in range(9)] for g in ids]
+        if not torch.equal(got, torch.tensor(slow, dtype=torch.float64).float()):
+            return math.inf, count
+        count += got.numel()
+    return 0.0, count
+
+
+def moments(_: Op, device: torch.device) -> tuple[float, int]:
+    """`moment_scores` of 2^20 normals. A deviation of 9.6 / 2^10 of its unit is seen with
+    probability .999: .01 in the mean, .013 in the variance, .09 in the fourth moment."""
+    scores = moment_scores(Noise(2024, 7), 2**20)
+    return float(scores.abs().max()) / normal_limit(FALSE_FAILURE / len(scores)), len(scores)
+
+
+def moment_scores(noise: Noise, n: int) -> Tensor:
+    """Mean, variance, third and fourth moment of n normals, and neighbours' correlations along the
+    components and the groups, minus their expectations, in standard errors: (6,) float64."""
+    z = noise.normal(3, n // 8, 8).double()
+    flat = z.flatten()
+    deviates = (flat.mean(), (flat**2 - 1).mean() / 2**0.5, (flat**3).mean() / 15**0.5,
+                (flat**4 - 3).mean() / 96**0.5, (flat[1:] * flat[:-1]).mean(),
+                (z[1:] * z[:-1]).mean())  # fmt: skip
+    return torch.stack(deviates) * n**0.5
+
+
+def kl_values(_: Op, device: torch.device) -> tuple[float, int]:
+    """Check values; loops; zero at the prior; the mean of log q - log p by quadrature."""
+    s, sigma = torch.tensor([0.3, -0.4]).double().exp(), torch.tensor([0.05, 0.2]).double()
+    errors = [abs(float(kl_forward(s, sigma, 1.0)) - 4.762118) / 1e-4,
+              abs(float(kl_official(s, sigma, 1.0)) - 576.935180) / 1e-2]  # fmt: skip
+    nodes, weights = reference.gauss_hermite(40)
+    zero, one = torch.zeros(2).double(), torch.ones(2).double()
+    pairs = [(s, sigma), (zero, one), (3 * one, 2 * one)]
+    for mean, sd in pairs:
+        for function, slow in ((kl_forward, reference.kl_forward),
+                               (kl_official, reference.kl_official)):  # fmt: skip
+            value, expected = float(function(mean, sd, 1.0)), slow(mean, sd, 1.0)
+            errors.append(abs(value - expected) / (1e-14 * (10 + abs(expected))))
+        w = mean + sd * nodes[:, None]  # from q
+        log_ratio = -sd.log() - nodes[:, None] ** 2 / 2 + w**2 / 2
+        exact = float((weights @ log_ratio).sum())
+        errors.append(abs(float(kl_forward(mean, sd, 1.0)) - exact) / (1e-12 * (10 + abs(exact))))
+    return max(errors), len(errors)
+
+
+def mixture(_: Op, device: torch.device) -> tuple[float, int]:
+    """Probabilities averaged, not logits: against loops."""
+    logits = 5 * torch.randn(7, 11, 4, generator=torch.Generator().manual_seed(1)).double()
+    expected = reference.predictive(logits)
+    worst = 0.0
+    for name, value in predictive(torch.log_softmax(logits, -1))._asdict().items():
+        error = (value - torch.tensor(expected[name], dtype=torch.float64)).abs().max()
+        worst = max(worst, float(error) / 1e-14)
+    return worst, 4 * 11
+
+
+OWN_CHECKS = [
+    Check("Philox", "noise, step 1: Random123's known answers", known_answers),
+    Check("normals", "noise, steps 2 to 5: the bits of plain Python", normals_bit_for_bit),
+    Check("moments", "noise: standard normal, uncorrelated", moments),
+    Check("KL", "(5), (6) KL(q || p) and KL(p || q)", kl_values),
+    Check("mixture", "(8), (9) probabilities averaged; entropies", mixture),
+]
+
+
+# --- All of them ------------------------------------------------------------------------------
+
+
+def verify(op: Op | None = None, device: torch.device | str = "cpu") -> list[Result]:
+    """Run every check; `op` None is ours, and then the rest and the methods are checked too.
+
+    op: a function with the signature of `subspace_lora_linear`. An exception out of it fails the
+    check that it ended.
+    """
+    checks = OP_CHECKS + (OWN_CHECKS + METHOD_CHECKS if op is None else [])
+    return [run(check, op or subspace_lora_linear, torch.device(device)) for check in checks]
+
+
+def run(check: Check, op: Op, device: torch.device) -> Result:
+    start, note = time.perf_counter(), ""
+    try:
+        worst, count = check.run(op, device)
+    except Exception as error:  # somebody else's function may raise anything
+        worst, count, note = math.inf, 0, f"{type(error).__name__}: {error}"
+    seconds = time.perf_counter() - start
+    return Result(check.name, check.equation, worst, count, seconds, note)
+
+
+def load_op(name: str) -> Op:
+    """The function that "module:function" names. Raises InputError if there is none."""
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise InputError(f"--against {name}: expected module:function")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"--against {name}: {error}") from None
+    if not callable(function):
+        raise InputError(f"--against {name}: is not callable")
+    return function
+
+
+def path_of(op: Op | None) -> str:
+    """Which body runs, in words."""
+    if op is not None:
+        return f"{op.__module__}.{getattr(op, '__name__', op)}"
+    status = native.native_status()
+    return f"native core, {status['isa']}" if status["used"] else f"PyTorch ({status['reason']})"

@@ -1,0 +1,220 @@
+"""Test vectors for ports: written once, in files that any language reads, and graded here.
+
+    scalabl conformance export DIR          vectors.safetensors, manifest.json, schema.json
+    scalabl conformance check DIR OUTPUTS   OUTPUTS: a safetensors file with a port's results
+
+The cases are those of `vectors`. A port stores what it computes for them under the names of the
+expected values, "<case>/<output>".
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core.noise import NOISE_VERSION
+from ..support.errors import InputError, atomic_write_text
+from ..support.tensors import load_tensors, new_folder, read_json, save_tensors
+from .vectors import vectors
+
+FORMAT = "scalabl-conformance"
+VERSION = 1
+PRECISIONS = {"float32": 2.0**-23, "float64": 2.0**-52}
+
+
+# --- Files ------------------------------------------------------------------------------------
+
+SCHEMA: dict[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "title": "Conformance vectors of ScalaBL",
+    "type": "object",
+    "required": ["format", "version", "noise_version", "cases"],
+    "properties": {
+        "format": {"const": FORMAT},
+        "version": {"const": VERSION},
+        "noise_version": {"type": "integer"},
+        "cases": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["id", "level", "covers", "catches", "parameters", "inputs", "outputs"],
+                "properties": {
+                    "id": {"type": "string"},
+                    "level": {"type": "string"},
+                    "covers": {"type": "string", "description": "equation or section"},
+                    "catches": {"type": "array", "items": {"type": "string"}},
+                    "parameters": {"type": "object", "description": "64-bit integers as strings"},
+                    "inputs": {
+                        "description": "name to tensor in vectors.safetensors",
+                        "type": "object",
+                        "additionalProperties": {"type": "string"},
+                    },
+                    "outputs": {
+                        "type": "object",
+                        "additionalProperties": {
+                            "type": "object",
+                            "required": ["tensor", "terms", "size"],
+                            "properties": {
+                                "tensor": {"type": "string"},
+                                "terms": {"type": "integer", "description": "0: exact"},
+                                "size": {"type": ["string", "number"]},
+                            },
+                        },
+                    },
+                },
+            },
+        },
+    },
+}
+
+
+def export(folder: Path | str) -> int:
+    """Write the vectors to a new folder; returns how many cases there are.
+
+    Raises InputError if there is something at `folder` already.
+    """
+    tensors: dict[str, Tensor] = {}
+    cases = []
+    for vector in vectors():
+        entry: dict[str, Any] = {
+            "id": vector.id, "level": vector.level, "covers": vector.covers,
+            "catches": vector.catches, "parameters": vector.parameters, "inputs": {}, "outputs": {},
+        }  # fmt: skip
+        for name, tensor in vector.inputs.items():
+            key = entry["inputs"][name] = f"{vector.id}/in/{name}"
+            tensors[key] = tensor
+        for name, output in vector.outputs.items():
+            key = f"{vector.id}/{name}"
+            tensors[key] = output.value
+            size: str | float = f"{key}.size"
+            if isinstance(output.size, Tensor):
+                tensors[f"{key}.size"] = output.size.expand(output.value.shape)
+            else:
+                size = output.size
+            entry["outputs"][name] = {"tensor": key, "terms": output.terms, "size": size}
+        cases.append(entry)
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "noise_version": NOISE_VERSION,
+        "cases": cases,
+    }
+    with new_folder(folder) as temporary:
+        save_tensors(temporary / "vectors.safetensors", tensors.items())
+        for name, value in (("manifest.json", manifest), ("schema.json", SCHEMA)):
+            atomic_write_text(temporary / name, json.dumps(value, indent=1) + "\n")
+    return len(cases)
+
+
+# --- Grading ----------------------------------------------------------------------------------
+
+
+class Grade(NamedTuple):
+    """How a case went. worst: the largest error of all its outputs, as a share of its bound.
+
+    problems: a line for each output that is missing, odd or beyond its bound. right: the others.
+    """
+
+    id: str
+    level: str
+    covers: str
+    catches: list[str]
+    worst: float
+    problems: list[str]
+    right: list[str]
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+
+def check(
+    folder: Path | str, outputs: Path | str, precision: str = "float32"
+) -> tuple[list[Grade], list[str]]:
+    """Grade a port's results, case by case; returns the grades and the ids of cases left out.
+
+    outputs: a safetensors file with "<case>/<output>" for the cases that the port does; cases of
+    which it has nothing are left out. precision: what the port computed in, float32 or float64.
+
+    Raises InputError for files that are not what they should be, or results for no case at all.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+    manifest = read_json(Path(folder) / "manifest.json")
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise InputError(f"{folder}: expected vectors of {FORMAT}, version {VERSION}")
+    truth, _ = load_tensors(Path(folder) / "vectors.safetensors")
+    theirs, _ = load_tensors(Path(outputs))
+    known = {name for case in manifest["cases"] for name in _results(case)}
+    for name in theirs:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, 1)
+            hint = f": is {nearest[0]} meant?" if nearest else " (results are named CASE/OUTPUT)"
+            raise InputError(f"{outputs}: {name} is the result of no case{hint}")
+    attempted = [c for c in manifest["cases"] if any(n in theirs for n in _results(c))]
+    if not attempted:
+        raise InputError(f"{outputs}: has results for no case")
+    left_out = [case["id"] for case in manifest["cases"] if case not in attempted]
+    return [grade_case(case, truth, theirs, precision) for case in attempted], left_out
+
+
+def _results(case: dict[str, Any]) -> list[str]:
+    """Names of the tensors in which a port stores its results for the case."""
+    return [output["tensor"] for output in case["outputs"].values()]
+
+
+def grade_case(
+    case: dict[str, Any], truth: dict[str, Tensor], theirs: dict[str, Tensor], precision: str
+) -> Grade:
+    """Grade one case of the manifest: truth as exported, theirs a port's results by name."""
+    worst, problems, right = 0.0, [], []
+    for name, output in case["outputs"].items():
+        if output["tensor"] not in theirs:
+            problems.append(f"{name} is missing")
+            continue
+        got, expected = theirs[output["tensor"]], truth[output["tensor"]]
+        if got.shape != expected.shape:
+            shapes = f"{tuple(got.shape)}, expected {tuple(expected.shape)}"
+            problems.append(f"{name} has shape {shapes}")
+            continue
+        size = truth[output["size"]] if isinstance(output["size"], str) else output["size"]
+        bound = torch.as_tensor(size).double() * output["terms"] * PRECISIONS[precision]
+        share = _share(got, expected, bound.expand(expected.shape))
+        largest = float(share.max()) if share.numel() else 0.0
+        worst = max(worst, largest)
+        if largest <= 1:
+            right.append(name)
+        else:
+            problems.append(f"{name}: {_report(got, expected, share, bound, precision)}")
+    about = (case["id"], case["level"], case["covers"], case["catches"])
+    return Grade(*about, worst, problems, right)
+
+
+def _share(got: Tensor, expected: Tensor, bound: Tensor) -> Tensor:
+    """Error over its bound; infinite where that is 0 and anything differs, and for NaN."""
+    if not expected.is_floating_point() and not got.is_floating_point():
+        return torch.where(got.long() == expected.long(), 0.0, math.inf).double()
+    error = (got.double() - expected.double()).abs()
+    share = torch.where(error == 0, 0.0, error / bound)
+    return torch.where(got.double().isfinite(), share, math.inf)
+
+
+def _report(got: Tensor, expected: Tensor, share: Tensor, bound: Tensor, precision: str) -> str:
+    """Where the worst error is, and what may explain it."""
+    at = tuple(int(i) for i in torch.unravel_index(share.argmax(), share.shape))
+    limit = float(bound.expand(expected.shape)[at])
+    text = (
+        f"{int((share > 1).sum())} of {share.numel()} elements beyond the bound; worst at "
+        f"{list(at)}: got {got[at].item():.10g}, expected {expected[at].item():.10g}, "
+        f"bound {limit:.2g}"
+    )
+    coarse = not got.is_floating_point() or torch.finfo(got.dtype).eps > PRECISIONS[precision]
+    if expected.is_floating_point() and coarse:
+        text += f"; stored as {str(got.dtype).removeprefix('torch.')}, graded as {precision}"
+    return text

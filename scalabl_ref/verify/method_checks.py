@@ -1,0 +1,640 @@
+"""`scalabl verify`'s checks of the other methods, each against a computation of another kind.
+
+Layers are compared row by row with the matrix that a row's draw stands for, built from normals of
+plain Python; KLs with dense formulas and loops; posteriors of a whole model with copies of a small
+one that have the drawn weights merged into them, and with dense matrices of explicit gradients.
+All in float64 but for TFB, which keeps adapters in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapter import Adapter, AdapterConfig, Linear, adapters, add_adapters
+from ..core.noise import FIRST_TRAINING_DRAW, Noise
+from ..core.objective import class_logits, kl_divergence
+from ..core.philox import normal
+from ..data import Batch
+from ..evaluation.metrics import fit_temperature
+from ..evaluation.predict import predict
+from ..fast.ops import SAMPLING
+from ..methods.blob import SIGNS
+from ..methods.ensemble import FIRST_SWAG_LAYER, Ensemble, State, Swag
+from ..methods.laplace import LOGITS_LAYER, Laplace, draw_logits
+from ..methods.tfb import tfb
+from ..model.llama import Llama, LlamaConfig
+from . import reference
+from .check import Check, Op, ratio
+
+EPS, EPS_32 = torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps
+# Roundings behind a number of the small model: some five sums of at most 16 terms in its block and
+# as many around it, each of which at most doubles what it inherits, on either side.
+NETWORK = 2 * 2 * 2 * 5 * 16
+STEP = 2.0**-16  # of differences
+CLASSES = (3, 5, 7)
+
+
+# --- Cases ------------------------------------------------------------------------------------
+
+
+def draws(seed: int, *size: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def normals(noise: Noise, layer: int, group: int, count: int) -> Tensor:
+    """The first components of a group's noise, (count,) float64, from plain Python."""
+    z = [normal(noise.seed, noise.draw, layer, group, k) for k in range(count)]
+    return torch.tensor(z, dtype=torch.float64)
+
+
+def fill(modules: Iterable[nn.Module], seed: int) -> None:
+    """Normals in place of every parameter."""
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    with torch.no_grad():
+        for number, parameter in enumerate(parameters):
+            parameter.copy_(draws(100 * seed + number, *parameter.shape))
+
+
+def layers(device: torch.device, seed: int = 0, **config: Any) -> nn.ModuleDict:
+    """q_proj (6 -> 5, with a bias) and v_proj (4 -> 7), with adapters of rank 3 and c = 1.5."""
+    model = nn.ModuleDict({"q_proj": Linear(6, 5, bias=True), "v_proj": Linear(4, 7)})
+    targets = ("q_proj", "v_proj")
+    add_adapters(model, AdapterConfig(rank=3, alpha=4.5, targets=targets, **config)).double()
+    fill([model], seed)
+    return model.to(device)
+
+
+def small_model(
+    device: torch.device, targets: tuple[str, ...] = ("q_proj", "v_proj", "up_proj", "lm_head")
+) -> Llama:
+    """A Llama of one block, three classes, and plain LoRA of rank 2 with c = 1.5, in float64."""
+    shape = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
+                        num_attention_heads=2, num_key_value_heads=1, head_dim=4,
+                        max_position_embeddings=8)  # fmt: skip
+    model = Llama(shape).init_random_(std=0.4).trim_head(CLASSES)
+    add_adapters(model, AdapterConfig("mle", rank=2, alpha=3.0, targets=targets)).double()
+    fill(adapters(model).values(), 1)
+    return model.to(device)
+
+
+def prompts(device: torch.device, rows: int, tokens: int, first: int = 0) -> Batch:
+    """Of `tokens` tokens, or one fewer where there are several; ids count from `first`."""
+    lengths = torch.tensor([max(1, tokens - row % 2) for row in range(rows)])
+    ids = first + torch.arange(rows)
+    text = 1 + (7 * ids[:, None] + 3 * torch.arange(tokens) ** 2) % 10
+    text[torch.arange(tokens) >= lengths[:, None]] = 0
+    return Batch(text, lengths, ids % len(CLASSES), ids, torch.tensor(CLASSES)).to(device)
+
+
+def parts(adapter: Adapter) -> dict[str, Tensor]:
+    """Parameters by name, float64 copies on the CPU."""
+    return {name: p.detach().to("cpu", torch.float64, copy=True)
+            for name, p in adapter.named_parameters()}  # fmt: skip
+
+
+def weights_of(model: Llama) -> State:
+    """A and B of every adapter by name, as lm_head.A, float64 copies on the CPU."""
+    return {f"{name}.{key}": parts(adapter)[key]
+            for name, adapter in adapters(model).items() for key in "AB"}  # fmt: skip
+
+
+def merged_logits(model: Llama, batch: Batch, weights: State) -> Tensor:
+    """Class logits (B, C) on the CPU of a copy whose layers have W + c B A and no adapter."""
+    plain = copy.deepcopy(model)
+    for name, adapter in adapters(model).items():
+        linear = cast(Linear, plain.get_submodule(name))
+        A, B = (weights[f"{name}.{key}"].to(linear.weight) for key in "AB")
+        linear.weight.data = linear.weight.data + adapter.config.scaling * B @ A
+        linear.adapter = None
+    with torch.no_grad():
+        return class_logits(plain, batch, None).cpu()
+
+
+def mixed(logits: list[Tensor]) -> Tensor:
+    """Average of the draws' probabilities by loops, (B, C)."""
+    return torch.tensor(reference.predictive(torch.stack(logits))["probs"], dtype=torch.float64)
+
+
+def distance(got: Tensor, expected: Tensor, eps: float) -> float:
+    """`ratio` to the largest entry, for numbers out of the same sums."""
+    got, expected = got.detach().cpu(), expected.cpu()
+    return ratio(got, expected, expected.abs().max(), eps)
+
+
+# --- Layers, row by row -----------------------------------------------------------------------
+
+Terms = Callable[[Adapter, Noise, int], list[Tensor]]
+
+
+def row_by_row(terms: Terms, **config: Any) -> Callable[[Op, torch.device], tuple[float, int]]:
+    """y = W x + bias + c B M x, M (r, d_in) the sum of what `terms` gives for the row's group.
+
+    And the gradient, along one direction of x and of all that is trained, against differences.
+    """
+    noise, shape, explicit = Noise(2**40 + 5, 6), (2, 3), torch.tensor([9, 2**32 - 1])
+
+    def outputs(linear: Linear, x: Tensor, ids: Tensor | None) -> float:
+        adapter, errors = cast(Adapter, linear.adapter), []
+        y = linear(x, noise, None if ids is None else ids.to(x.device)).detach().cpu()
+        weight, bias = (cast(Tensor, t).detach().cpu() for t in (linear.weight, linear.bias))
+        cB = adapter.config.scaling * parts(adapter)["B"]
+        for row, (got, vector) in enumerate(zip(y.view(6, 5), x.cpu().view(6, 6), strict=True)):
+            group = reference.group_of_row(row, shape, adapter.config.sampling, ids)
+            each = torch.stack(terms(adapter, noise, group))
+            expected = weight @ vector + bias + cB @ each.sum(0) @ vector
+            size = weight.abs() @ vector.abs() + bias.abs()
+            size += cB.abs() @ each.abs().sum(0) @ vector.abs()
+            # Sums of d_in, of r, of as many terms, and a few factors, on both sides.
+            errors.append(ratio(got, expected, size, 2 * (6 + 2 * 3 + 8) * EPS))
+        return max(errors)
+
+    def gradients(linear: Linear, x: Tensor) -> float:
+        leaf, u = x.clone().requires_grad_(), draws(8, 2, 3, 5).to(x)
+        tensors = [leaf, *cast(Adapter, linear.adapter).parameters()]
+        return slopes(lambda: (u * linear(leaf, noise)).sum(), tensors)
+
+    def run(_: Op, device: torch.device) -> tuple[float, int]:
+        errors, x = [], draws(7, *shape, 6).to(device)
+        for sampling in SAMPLING:
+            linear = cast(Linear, layers(device, sampling=sampling, **config)["q_proj"])
+            errors += [outputs(linear, x, ids) for ids in (None, explicit)]
+            errors.append(gradients(linear, x))
+        return max(errors), 13 * len(SAMPLING)  # six rows twice, and a slope
+
+    return run
+
+
+def slopes(function: Callable[[], Tensor], tensors: list[Tensor]) -> float:
+    """Autograd's derivative of a scalar along one direction of its arguments, against differences.
+
+    The bound: h^2 / 6 times the third derivative, which is below 1000 times the sizes here, and
+    100 roundings of either value over 2 h.
+    """
+    gradients = torch.autograd.grad(function(), tensors, materialize_grads=True)
+    direction = [draws(50 + i, *t.shape).to(t) for i, t in enumerate(tensors)]
+    products = [(g * d).flatten() for g, d in zip(gradients, direction, strict=True)]
+
+    @torch.no_grad()
+    def at(step: float) -> Tensor:
+        before = [tensor.clone() for tensor in tensors]
+        for tensor, d in zip(tensors, direction, strict=True):
+            tensor.add_(step * d)
+        value = function()
+        for tensor, old in zip(tensors, before, strict=True):
+            tensor.copy_(old)
+        return value
+
+    got, expected = torch.cat(products).sum(), (at(STEP) - at(-STEP)) / (2 * STEP)
+    size = torch.cat(products).abs().sum() + at(0.0).abs()
+    return ratio(got, expected, size, STEP**2 / 6 * 1000 + 100 * EPS / STEP)
+
+
+def drawn_by_flipout(adapter: Adapter, noise: Noise, group: int) -> list[Tensor]:
+    """A and diag(t) (G^2 * E) diag(u)."""
+    p = parts(adapter)
+    return [p["A"], flips(adapter, noise, group) * p["G"] ** 2 * entries(adapter, noise)]
+
+
+def entries(adapter: Adapter, noise: Noise) -> Tensor:
+    """E (r, d_in), the same for every group."""
+    return normals(noise, adapter.layer, 0, adapter.A.numel()).view(adapter.A.shape)
+
+
+def flips(adapter: Adapter, noise: Noise, group: int) -> Tensor:
+    """t_k u_j of a group, (r, d_in): u comes first, and 0 counts as positive."""
+    rank, d_in = adapter.A.shape
+    z = normals(noise, SIGNS + adapter.layer, group, d_in + rank).tolist()
+    signs = [-1.0 if value < 0 else 1.0 for value in z]
+    u, t = signs[:d_in], signs[d_in:]
+    return torch.tensor([[a * b for b in u] for a in t], dtype=torch.float64)
+
+
+def correlated(adapter: Adapter, noise: Noise, group: int) -> list[Tensor]:
+    """diag(s) A, and diag(L_l eps_l) A for every column of L."""
+    (s, L), A = gaussian(adapter), parts(adapter)["A"]
+    eps = normals(noise, adapter.layer, group, len(s))
+    return [s[:, None] * A, *((L[:, k] * eps[k])[:, None] * A for k in range(len(s)))]
+
+
+def thinned(adapter: Adapter, noise: Noise, group: int) -> list[Tensor]:
+    """The columns of A that are kept, those with P(Z <= z) >= p, over 1 - p."""
+    p, A = adapter.config.dropout, parts(adapter)["A"]
+    z = normals(noise, adapter.layer, group, A.shape[1]).tolist()
+    kept = [float(math.erfc(-value / math.sqrt(2)) / 2 >= p) / (1 - p) for value in z]
+    return [A * torch.tensor(kept, dtype=torch.float64)]
+
+
+# --- KLs and priors ---------------------------------------------------------------------------
+
+
+def blob_kl(_: Op, device: torch.device) -> tuple[float, int]:
+    """The sum over entries, and its gradient by hand."""
+    errors = []
+    for prior_std in (0.2, 1.0):
+        model = layers(device, method="blob", prior_std=prior_std)
+        kl, expected, size = kl_divergence(model), 0.0, 0.0
+        kl.backward()
+        for adapter in adapters(model).values():
+            A, G = (parts(adapter)[name] for name in "AG")
+            for a, g in zip(A.flatten().tolist(), G.flatten().tolist(), strict=True):
+                log_ratio = math.log(prior_std / g**2)
+                quadratic = (g**4 + a**2) / (2 * prior_std**2)
+                expected += log_ratio + quadratic - 0.5
+                size += abs(log_ratio) + quadratic + 0.5
+            to_A, grow, shrink = A / prior_std**2, 2 * G**3 / prior_std**2, 2 / G
+            errors.append(ratio(gradient(adapter, "A"), to_A, to_A.abs(), 16 * EPS))
+            to_G, bound = grow - shrink, grow.abs() + shrink.abs()
+            errors.append(ratio(gradient(adapter, "G"), to_G, bound, 16 * EPS))
+        errors.append(abs(float(kl.detach()) - expected) / (30 * EPS * size))
+    return max(errors), len(errors)
+
+
+def gradient(adapter: Adapter, name: str) -> Tensor:
+    """What backward left, on the CPU; zeros if it was not reached."""
+    leaf = adapter.get_parameter(name)
+    return torch.zeros_like(leaf).cpu() if leaf.grad is None else leaf.grad.cpu()
+
+
+def map_density(_: Op, device: torch.device) -> tuple[float, int]:
+    """The log density of N(0, sigma_p^2) at zero less that at each entry, and its gradient."""
+    errors = []
+    for prior_std in (0.5, 3.0):
+        model = layers(device, method="map", prior_std=prior_std)
+        penalty, expected, size = kl_divergence(model), 0.0, 0.0
+        penalty.backward()
+        norm = math.sqrt(2 * math.pi) * prior_std
+        for adapter in adapters(model).values():
+            for name, values in parts(adapter).items():
+                for w in values.flatten().tolist():
+                    log_density = math.log(math.exp(-((w / prior_std) ** 2) / 2) / norm)
+                    expected -= log_density + math.log(norm)
+                    size += abs(log_density) + abs(math.log(norm)) + 1
+                slope = values / prior_std**2
+                errors.append(ratio(gradient(adapter, name), slope, slope.abs(), 8 * EPS))
+        errors.append(abs(float(penalty.detach()) - expected) / (16 * EPS * size))
+    return max(errors), len(errors)
+
+
+def gaussian(adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """s (r,) and L (r, r) of q(s~) = N(s, L L^T), entry by entry."""
+    p, rank = parts(adapter), adapter.config.rank
+    L = torch.diag(p["log_sigma"].exp())
+    below = iter(p["lower"].tolist() if "lower" in p else [0.0] * (rank * (rank - 1) // 2))
+    for k in range(rank):
+        for j in range(k):
+            L[k, j] = next(below)
+    return p["log_s"].exp(), L
+
+
+def full_kl(_: Op, device: torch.device) -> tuple[float, int]:
+    """Dense, and the gradient against differences."""
+    errors = []
+    for seed, prior_std in ((0, 1.0), (1, 0.3)):
+        model = layers(device, seed, covariance="full", prior_std=prior_std)
+        own = adapters(model).values()
+        expected = sum(dense_kl(*gaussian(adapter), prior_std) for adapter in own)
+        condition = max(float(torch.linalg.cond(gaussian(adapter)[1])) ** 2 for adapter in own)
+        error = abs(float(kl_divergence(model).detach()) - expected)
+        errors.append(error / (100 * condition * EPS * expected))
+        trained = [adapter.get_parameter(n) for adapter in own for n in type(adapter).variational]
+        errors.append(slopes(partial(kl_divergence, model), [*trained]))
+    return max(errors), len(errors)
+
+
+def dense_kl(s: Tensor, L: Tensor, prior_std: float) -> float:
+    """KL of N(s, S) from N(0, P) as textbooks have it: traces, inverses and determinants."""
+    S, P = L @ L.T, prior_std**2 * torch.eye(len(s)).double()
+    inverse = torch.linalg.inv(P)
+    log_ratio = torch.linalg.slogdet(P)[1] - torch.linalg.slogdet(S)[1]
+    return float(torch.trace(inverse @ S) + s @ inverse @ s - len(s) + log_ratio) / 2
+
+
+def fitted_priors(_: Op, device: torch.device) -> tuple[float, int]:
+    """The smallest KL over sigma_p, by golden sections; and (s, sigma) / k has the same one."""
+    errors = []
+    for covariance in ("diagonal", "full"):
+        for prior in ("layer", "component"):
+            model = layers(device, covariance=covariance, prior=prior)
+            own = adapters(model).values()
+            got = float(kl_divergence(model).detach())
+            expected = sum(smallest_kl(*gaussian(a), shared=prior == "layer") for a in own)
+            with torch.no_grad():
+                for adapter in own:
+                    adapter.get_parameter("log_s").sub_(math.log(3))
+                    adapter.get_parameter("log_sigma").sub_(math.log(3))
+                    if covariance == "full":
+                        adapter.get_parameter("lower").div_(3)
+            scaled = float(kl_divergence(model).detach())
+            bound = 1000 * EPS * (10 + abs(expected))
+            errors += [abs(got - expected) / bound, abs(got - scaled) / bound]
+    return max(errors), len(errors)
+
+
+def smallest_kl(s: Tensor, L: Tensor, shared: bool) -> float:
+    """Least KL of N(s, L L^T) from N(0, diag(sigma_p^2)), with one sigma_p or one for each scale.
+
+    All that depends on sigma_p is, for each scale, log sigma_p + E[s~^2] / (2 sigma_p^2).
+    """
+
+    def least(moments: list[float]) -> float:
+        return golden_section(lambda t: sum(t + m / (2 * math.exp(2 * t)) for m in moments))
+
+    second = (s**2 + (L @ L.T).diagonal()).tolist()
+    constant = -len(s) / 2 - float(torch.linalg.slogdet(L)[1])
+    return constant + (least(second) if shared else sum(least([m]) for m in second))
+
+
+def golden_section(function: Callable[[float], float]) -> float:
+    """The smallest value on [-8, 8] of a function with one minimum."""
+    low, high, golden = -8.0, 8.0, (math.sqrt(5) - 1) / 2
+    while high - low > 1e-8:  # where a second-order change is below rounding
+        a, b = high - golden * (high - low), low + golden * (high - low)
+        low, high = (low, b) if function(a) < function(b) else (a, high)
+    return function((low + high) / 2)
+
+
+# --- Posteriors of a model --------------------------------------------------------------------
+
+
+def ensemble(_: Op, device: torch.device) -> tuple[float, int]:
+    """The members' mixture; and the model is left with the adapters it had."""
+    model, batch, members = small_model(device), prompts(device, 4, 5), []
+    for seed in (10, 20, 30):
+        fill(adapters(model).values(), seed)
+        members.append(weights_of(model))
+    fill(adapters(model).values(), 40)
+    own = merged_logits(model, batch, weights_of(model))
+    got = predict(model, batch, posterior=Ensemble(members)).probs
+    expected = mixed([merged_logits(model, batch, member) for member in members])
+    errors = (distance(got, expected, NETWORK * EPS),
+              distance(class_logits(model, batch, None), own, NETWORK * EPS))  # fmt: skip
+    return max(errors), got.numel() + own.numel()
+
+
+def swag(_: Op, device: torch.device) -> tuple[float, int]:
+    """Moments of all iterates at once, draws from plain Python's normals, and their mixture."""
+    model, batch, fitted = small_model(device), prompts(device, 4, 5), Swag()
+    iterates: list[State] = []
+    for seed in (10, 20, 30, 40):
+        fill(adapters(model).values(), seed)
+        fitted.collect(model)
+        iterates.append(weights_of(model))
+    errors: list[float] = []
+    states: list[State] = [{}, {}]
+    for index, name in enumerate(iterates[0]):
+        values = torch.stack([state[name] for state in iterates])
+        mean, square = values.mean(0), values.square().mean(0)
+        sd = values.std(0, correction=0)
+        errors += [ratio(fitted.mean[name].cpu(), mean, values.abs().mean(0), 16 * EPS),
+                   ratio(fitted.square[name].cpu(), square, square, 16 * EPS)]  # fmt: skip
+        for i, state in enumerate(states):
+            eps = normals(Noise(8, i), FIRST_SWAG_LAYER + index, 0, mean.numel()).view(mean.shape)
+            state[name] = mean + sd * eps
+            # The root of a difference of squares has lost what they have in common.
+            size = mean.abs() + square / sd * eps.abs()
+            errors.append(ratio(fitted.draw(Noise(8, i))[name].cpu(), state[name], size, 32 * EPS))
+    got = predict(model, batch, samples=2, seed=8, posterior=fitted).probs
+    expected = mixed([merged_logits(model, batch, state) for state in states])
+    errors.append(distance(got, expected, 4 * NETWORK * EPS))
+    return max(errors), len(errors)
+
+
+def temperature(_: Op, device: torch.device) -> tuple[float, int]:
+    """The slope of the NLL by 1 / T is zero, in loops."""
+    errors = []
+    for seed in range(4):
+        logits = 4 * draws(seed, 60, 4)
+        labels = (logits + 6 * draws(seed + 10, 60, 4)).argmax(1)
+        beta = 1 / fit_temperature(logits.to(device), labels.to(device))
+        slope, curvature, size = [], [], []
+        for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+            weight = [math.exp(beta * (z - max(row))) for z in row]
+            mean = math.fsum(w * z for w, z in zip(weight, row, strict=True)) / math.fsum(weight)
+            square = math.fsum(w * (z - mean) ** 2 for w, z in zip(weight, row, strict=True))
+            slope.append(mean - row[label])
+            curvature.append(square / math.fsum(weight))
+            size.append(max(row) - min(row))
+        # Either side sums 4 products, of exponentials with rounded arguments, and 60 rows; and
+        # beta itself is rounded.
+        bound = 2 * (4 + 60 + 16) * EPS * math.fsum(size) + 4 * EPS * beta * math.fsum(curvature)
+        errors.append(abs(math.fsum(slope)) / bound)
+    return max(errors), len(errors)
+
+
+# --- TFB --------------------------------------------------------------------------------------
+
+TOLERANCE, RESOLUTION, SAMPLES = 0.1, 0.01, 3
+
+
+def widened(device: torch.device) -> tuple[Llama, Llama, Batch, float]:
+    """A model before and after tfb, its calibration batch, and sigma_q."""
+    model, batch = small_model(device), prompts(device, 4, 5)
+    before = copy.deepcopy(model)
+    sigma = tfb(model, [batch], TOLERANCE, SAMPLES, seed=4, resolution=RESOLUTION)
+    return before, model, batch, sigma
+
+
+def tfb_rotation(_: Op, device: torch.device) -> tuple[float, int]:
+    """B' A' = B A, logits stay, and the columns' covariance is sigma_q^2 B (B^T B)^-1 B^T."""
+    before, after, batch, sigma = widened(device)
+    logits = merged_logits(before, batch, weights_of(before))
+    errors = [distance(class_logits(after, batch, None), logits, NETWORK * EPS_32)]
+    for name, adapter in adapters(after).items():
+        new, old = parts(adapter), parts(adapters(before)[name])
+        A, B = new["A"], new["B"]
+        # Both factors are rounded to float32 once, by half a unit.
+        size = B.abs() @ A.abs()
+        errors.append(ratio(B @ A, old["B"] @ old["A"], size, 1.1 * EPS_32))
+        gram = old["B"].T @ old["B"]
+        projector = old["B"] @ torch.linalg.solve(gram, old["B"].T)
+        spread = B * new["sigma"]
+        size = spread.abs() @ spread.abs().T
+        errors.append(ratio(spread @ spread.T, sigma**2 * projector, size, 2.2 * EPS_32))
+    return max(errors), len(errors)
+
+
+def tfb_width(_: Op, device: torch.device) -> tuple[float, int]:
+    """sigma_q keeps to the tolerance and (1 + resolution) sigma_q does not.
+
+    The larger of change / tolerance for the one and its inverse for the other, so just below 1.
+    """
+    before, after, batch, sigma = widened(device)
+    means = merged_logits(before, batch, weights_of(before)).softmax(1)
+    answers = means.argmax(1)
+
+    def change(width: float) -> float:
+        """Of the NLL of the mean model's answers, relative to the tolerance."""
+        nlls = [-p[rows, answers].log().mean() for p in (means, drawn(after, batch, width))]
+        return float((nlls[1] / nlls[0] - 1).abs()) / TOLERANCE
+
+    rows = torch.arange(len(answers))
+    return max(change(sigma), 1 / change(sigma * (1 + RESOLUTION))), 2
+
+
+def drawn(model: Llama, batch: Batch, width: float) -> Tensor:
+    """Mixture (B, C) of copies with each example's own A merged, by draws of training.
+
+    Row k of A' has the standard deviation width / |column k of B'|.
+    """
+    rows, of_rows = [], ("tokens", "lengths", "labels", "ids")
+    for row, group in enumerate(batch.ids.tolist()):
+        one = replace(batch, **{name: getattr(batch, name)[row : row + 1] for name in of_rows})
+        logits = []
+        for i in range(SAMPLES):
+            state, noise = weights_of(model), Noise(4, FIRST_TRAINING_DRAW + i)
+            for name, adapter in adapters(model).items():
+                sd = width / state[f"{name}.B"].norm(dim=0)[:, None]
+                state[f"{name}.A"] += sd * flips(adapter, noise, group) * entries(adapter, noise)
+            logits.append(merged_logits(model, one, state))
+        rows.append(mixed(logits))
+    return torch.cat(rows)
+
+
+# --- Laplace ----------------------------------------------------------------------------------
+
+PRECISION = 0.7
+# Targets, and lengths of training prompts, for which a matrix' gradient is g a^T, with its input a
+# at the last token: where there is no other token, or only the last one reaches the answer.
+FITS: list[tuple[tuple[str, ...], int]] = [
+    (("v_proj", "up_proj", "lm_head"), 1),
+    (("q_proj", "up_proj", "lm_head"), 5),
+]
+
+
+class Fit(NamedTuple):
+    """blocks: of F, dense, by matrix. log_likelihood: of the five prompts that it is fitted to."""
+
+    model: Llama
+    laplace: Laplace
+    blocks: dict[str, Tensor]
+    log_likelihood: float
+
+
+def fit(device: torch.device, targets: tuple[str, ...], tokens: int) -> Fit:
+    """F = N E[g g^T] x E[a a^T], with g from gradients by the matrix itself, class by class."""
+    model, batch = small_model(device, targets), prompts(device, 5, tokens)
+    inputs, (logits, J) = last_inputs(model, batch), jacobians(model, batch)
+    p, blocks = logits.softmax(1), {}
+    for name, gradients in J.items():
+        a = inputs[name]
+        g = (gradients @ (a / a.square().sum(1, keepdim=True))[:, None, :, None])[..., 0]
+        left = torch.zeros(g.shape[-1], g.shape[-1]).to(g)
+        for of_class, weight in zip(g, p, strict=True):  # (C, m), (C,)
+            left += of_class.T @ (weight.diag() - torch.outer(weight, weight)) @ of_class
+        blocks[name] = torch.kron(left, a.T @ a / len(a))
+    log_likelihood = sum(math.log(p[i, label]) for i, label in enumerate(batch.labels.tolist()))
+    return Fit(model, Laplace.fit(model, [batch], precision=PRECISION), blocks, log_likelihood)
+
+
+def jacobians(model: Llama, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits (B, C) and their gradients by A and B, (B, C, m, n): one example, one class a time."""
+    weights = {f"{name}.{key}": adapter.get_parameter(key)
+               for name, adapter in adapters(model).items() for key in "AB"}  # fmt: skip
+    logits, J = class_logits(model, batch, None), {}
+    for name, weight in weights.items():
+        each = [torch.autograd.grad(value, weight, retain_graph=True)[0]
+                for value in logits.flatten()]  # fmt: skip
+        J[name] = torch.stack(each).view(*logits.shape, *weight.shape)
+    return logits.detach(), J
+
+
+def last_inputs(model: Llama, batch: Batch) -> dict[str, Tensor]:
+    """Of every matrix at the last token: x for A and A x for B, (B, n)."""
+    seen: dict[str, Tensor] = {}
+    inputs = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda module, x, y: seen.update({name: x[0].detach()})
+
+    handles = [model.get_submodule(n).register_forward_hook(keep(n)) for n in adapters(model)]
+    class_logits(model, batch, None)
+    for handle in handles:
+        handle.remove()
+    for name, adapter in adapters(model).items():
+        x = seen[name]
+        if x.dim() == 3:  # the head sees no other
+            ends = zip(x, batch.lengths.tolist(), strict=True)
+            x = torch.stack([row[end - 1] for row, end in ends])
+        inputs[f"{name}.A"], inputs[f"{name}.B"] = x, x @ adapter.A.detach().T
+    return inputs
+
+
+def laplace_logits(_: Op, device: torch.device) -> tuple[float, int]:
+    """Mean and covariance at other prompts, and draws by the covariance's root."""
+    errors: list[float] = []
+    batch = prompts(device, 3, 5, first=20)
+    eps = torch.stack([normals(Noise(9, 0), LOGITS_LAYER, id, 3) for id in batch.ids.tolist()])
+    for case in FITS:
+        model, laplace, blocks, _likelihood = fit(device, *case)
+        logits, J = jacobians(model, batch)
+        covariance, largest = torch.zeros(3, 3, 3).to(logits), 0.0
+        for name, F in blocks.items():
+            posterior = torch.linalg.inv(F + PRECISION * torch.eye(len(F)).to(F))
+            covariance += J[name].flatten(2) @ posterior @ J[name].flatten(2).mT
+            largest = max(largest, float(F.trace()))
+        mean, got = laplace.logits(model, batch)
+        draw = draw_logits(mean, got, batch.ids, 1, seed=9)[0]
+        roots = torch.stack([square_root(c) for c in covariance.cpu()])
+        expected = mean.cpu() + (roots @ eps[..., None])[..., 0]
+        inverse = NETWORK * (1 + largest / PRECISION) * EPS  # the condition of what is inverted
+        condition = max(float(torch.linalg.cond(c)) for c in covariance.cpu())
+        errors += [distance(mean, logits, NETWORK * EPS), distance(got, covariance, inverse),
+                   distance(draw, expected, inverse * condition)]  # fmt: skip
+    return max(errors), len(errors)
+
+
+def square_root(matrix: Tensor) -> Tensor:
+    """The symmetric positive root, by Denman and Beavers' iteration."""
+    root, inverse = matrix, torch.eye(len(matrix)).to(matrix)
+    for _ in range(40):
+        root, inverse = ((root + torch.linalg.inv(inverse)) / 2,
+                         (inverse + torch.linalg.inv(root)) / 2)  # fmt: skip
+    return root
+
+
+def laplace_evidence(_: Op, device: torch.device) -> tuple[float, int]:
+    """By dense determinants; and the best lambda has lambda |theta|^2 = tr (F + lambda I)^-1 F."""
+    errors = []
+    for case in FITS:
+        model, laplace, blocks, log_likelihood = fit(device, *case)
+        F = torch.block_diag(*blocks.values())
+        unit, theta = torch.eye(len(F)).to(F), weights_of(model).values()
+        squares = math.fsum(w * w for values in theta for w in values.flatten().tolist())
+        log_ratio = float(torch.linalg.slogdet(unit + F / PRECISION)[1])
+        expected = log_likelihood - PRECISION * squares / 2 - log_ratio / 2
+        best = laplace.optimise_prior().precision
+        determined = float(torch.trace(torch.linalg.solve(F + best * unit, F)))
+        eps = NETWORK * (1 + float(F.trace()) / min(PRECISION, best)) * EPS  # by the condition
+        size = abs(log_likelihood) + PRECISION * squares + log_ratio
+        errors += [abs(laplace.log_evidence() - expected) / (eps * size),
+                   abs(best * squares - determined) / (eps * determined)]  # fmt: skip
+    return max(errors), len(errors)
+
+
+METHOD_CHECKS = [
+    Check("BLoB", "(11) A + diag(t) (Omega * E) diag(u), row by row",
+          row_by_row(drawn_by_flipout, method="blob")),
+    Check("BLoB, KL", "(12) entry by entry; its gradient by hand", blob_kl),
+    Check("TFB, rotation", "(13) B' A' = B A, sigma_q in every direction of B", tfb_rotation),
+    Check("TFB, width", "(14) sigma_q fits the tolerance, 1 % more does not", tfb_width),
+    Check("Laplace", "(15) to (17) J (F + lambda I)^-1 J', dense; a draw", laplace_logits),
+    Check("Laplace, evidence", "(18) dense; its slope where it is largest", laplace_evidence),
+    Check("fitted priors", "(19) the least KL, whatever the scale is", fitted_priors),
+    Check("full covariance", "(20) diag(s + L eps) A, row by row",
+          row_by_row(correlated, covariance="full")),
+    Check("full covariance, KL", "(20) by determinants; gradient by differences", full_kl),
+    Check("MAP", "MAP: -log N(A, B; 0, sigma_p^2 I), entry by entry", map_density),
+    Check("dropout", "dropout: inputs kept with probability 1 - p, row by row",
+          row_by_row(thinned, method="dropout", dropout=0.3)),
+    Check("ensemble", "ensembles: (8) of models with merged weights", ensemble),
+    Check("SWAG", "SWAG: moments, draws, (8) of merged weights", swag),
+    Check("temperature", "temperature: d NLL / d (1 / T) = 0, in loops", temperature),
+]  # fmt: skip

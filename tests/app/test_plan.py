@@ -1,0 +1,240 @@
+"""Plans: what a pass keeps, tensor by tensor, and which bases fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from scalabl_ref import AdapterConfig, InputError, Llama, LlamaConfig, Noise, add_adapters
+from scalabl_ref.app import cli
+from scalabl_ref.app.plan import (
+    BASES,
+    Rates,
+    Workload,
+    exchanged,
+    kept,
+    measured_rates,
+    memory,
+    seconds,
+    work_of,
+)
+from scalabl_ref.core.adapter import TARGETS, adapters
+from scalabl_ref.core.objective import class_logits
+from scalabl_ref.data import Batch
+from scalabl_ref.training.trainer import KeptOnCpu
+
+SHAPE = LlamaConfig(100, 64, 160, 4, 8, 4, 8)
+ALL = tuple(TARGETS)
+
+
+def prepared(work: Workload, base: str, padded: int = 0) -> tuple[Llama, Batch]:
+    """The model, and rows of which one is `padded` tokens shorter, so that rows are packed."""
+    dtype, kind = BASES[base]
+    model = Llama(work.config, dtype=dtype).init_random_()
+    if kind:
+        model.quantize_(kind)
+    add_adapters(model.trim_head([1, 2]), work.adapter)
+    lengths = torch.full((work.rows,), work.tokens)
+    lengths[0] -= padded
+    labels = torch.zeros(work.rows, dtype=torch.long)
+    tokens = torch.ones(work.rows, work.tokens, dtype=torch.long)
+    return model, Batch(tokens, lengths, labels, torch.arange(work.rows), torch.tensor([1, 2]))
+
+
+def measured(work: Workload, base: str, padded: int = 0) -> float:
+    """Bytes that a pass keeps, by the tensors it saves: each storage once, parameters left out."""
+    model, batch = prepared(work, base, padded)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        class_logits(model, batch, Noise(0, 0))
+    return sum(t.untyped_storage().nbytes() for p, t in saved.items() if p not in own)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj", "lm_head"), ("o_proj",), ALL])
+@pytest.mark.parametrize("base", list(BASES))
+def test_what_is_kept_is_what_the_model_says(base, targets):
+    """To 2 %: masks, cosines, and scales are left out, a few vectors each."""
+    shape = dataclasses.replace(SHAPE, qk_norm=targets is ALL, qkv_bias=targets is ALL)
+    work = Workload(shape, 4, 32, AdapterConfig(rank=4, targets=targets))
+    model = sum(kept(work, BASES[base][0].itemsize, BASES[base][1] is not None))
+    assert model == pytest.approx(measured(work, base), rel=0.02)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("base", ["float32", "nf4"])
+def test_what_is_kept_can_wait_on_the_cpu(base, recompute):
+    """All of it goes there, what `kept` counts or, computed again, blocks' inputs; no weight."""
+    work = Workload(SHAPE, 4, 32, AdapterConfig(rank=4, targets=ALL))
+    model, batch = prepared(work, base)
+    model.recompute = recompute
+    hooks, sizes, stayed = KeptOnCpu(torch.device("cpu")), [], []
+    pack = hooks.pack_hook
+
+    def copy(tensor):  # as to another device, where this CPU's would be the tensor itself
+        sizes.append(tensor.nbytes)
+        return tensor.device, tensor.clone()
+
+    def note(tensor):
+        packed = pack(tensor)
+        if isinstance(packed, torch.Tensor):
+            stayed.append(packed)
+        return packed
+
+    hooks.copy, hooks.pack_hook = copy, note
+    parameters = [p for adapter in adapters(model).values() for p in adapter.parameters()]
+    expected = torch.autograd.grad(class_logits(model, batch, Noise(0, 0)).sum(), parameters)
+    with hooks:
+        logits = class_logits(model, batch, Noise(0, 0))
+    for ours, theirs in zip(torch.autograd.grad(logits.sum(), parameters), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert stayed and {t.untyped_storage().data_ptr() for t in stayed} <= own
+    width, rows = BASES[base][0].itemsize, work.rows * work.tokens
+    size = sum(kept(work, width, base == "nf4"))
+    if recompute:
+        size = SHAPE.num_hidden_layers * rows * SHAPE.hidden_size * width
+    assert sum(sizes) == pytest.approx(size, rel=0.05 if recompute else 0.02)
+
+
+def test_packed_rows_keep_no_more():
+    """Of 3 tokens of padding in 128: attention alone has them."""
+    work = Workload(SHAPE, 4, 32, AdapterConfig(rank=4))
+    assert measured(work, "float32", padded=3) <= measured(work, "float32")
+
+
+def test_a_pass_keeps_less_of_what_needs_no_gradient():
+    """The block below the first adapter's products keeps nothing, nor does one of nothing."""
+    none = Workload(SHAPE, 4, 32, AdapterConfig(rank=4, targets=("lm_head",)))
+    assert not any(kept(none, 4)[:-1]) and kept(none, 4)[-1] > 0
+    work = Workload(SHAPE, 4, 32, AdapterConfig(rank=4))
+    first, second, third, last, head = kept(work, 4)
+    assert head < last < first < second == third
+
+
+def test_memory_is_the_sum_of_its_parts():
+    """The base's bytes by its parameters; sharding and checkpointing take away what they should."""
+    work = Workload(SHAPE, 4, 32, AdapterConfig(rank=4))
+    for base, (dtype, kind) in BASES.items():
+        model = Llama(SHAPE, dtype=dtype).init_random_()
+        if kind:
+            model.quantize_(kind)
+        model.trim_head([1, 2])
+        plan = memory(work, base)
+        own = sum(p.nbytes for p in model.parameters()) - model.lm_head.weight.nbytes
+        assert plan.base == own
+        parts = plan.base + plan.adapters + plan.activations + plan.workspace
+        assert 0 < plan.peak - parts < 1e9  # the program
+        assert memory(work, base, checkpointing=True).activations < plan.activations
+        assert memory(work, base, shards=4).base < plan.base + 3 * SHAPE.vocab_size * 64 * 4
+        offloaded, spread = memory(work, base, offloaded=True), memory(work, base, shards=4)
+        assert 4 * (spread.base - offloaded.base) == own
+    sizes = [memory(work, base).base for base in BASES]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_an_exchange_has_the_gradients_in_double_precision():
+    """Twice their size for each of two copies, beside themselves: more than the optimiser has."""
+    work = Workload(SHAPE, 1, 1, AdapterConfig(rank=8, targets=ALL))
+    alone, shared = memory(work, "float32"), memory(work, "float32", devices=2)
+    assert shared.workspace - alone.workspace == pytest.approx(2 / 3 * alone.adapters)
+
+
+def test_flop_are_counted_by_hand():
+    """Of a model whose products can be written down: two blocks, one token of one row each way."""
+    shape = LlamaConfig(10, 4, 6, 2, 2, 1, 2)
+    work = Workload(shape, 1, 1, AdapterConfig(rank=1))
+    q, kv, o, mlp = 4 * 4, 2 * 4 * 2, 4 * 4, 3 * 4 * 6
+    forward = 2 * 2 * (q + kv + o + mlp)
+    backward = forward - 2 * (q + kv)  # the embedding needs no gradient
+    attention = 2 * 1 * 4 * (1 + 2.5)  # of the first block; one query's is nothing
+    once = work_of(work, "float32")
+    assert once[:2] == (forward + backward, attention) and once.unpacked == 0
+    assert work_of(work, "nf4").unpacked == 2 * 2 * (q + kv + o + mlp)
+    again = work_of(work, "float32", checkpointing=True)
+    assert again.flop == once.flop + forward and again.bytes > once.bytes
+    assert again.attention == attention + 2 * 1 * 4
+
+
+def test_exchanges_are_counted_by_hand():
+    """Gradients go round in float64; a spread base comes in twice, and its ends once."""
+    shape = LlamaConfig(10, 4, 6, 2, 2, 1, 2)
+    work = Workload(shape, 1, 1, AdapterConfig(rank=1))
+    blocks = 2 * 4 * (4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 6 + 2 * 4)
+    ends = memory(work, "float32").base - blocks
+    q, v, head = (d_in + d_out + 2 for d_in, d_out in ((4, 4), (4, 2), (4, 2)))
+    ring = 2 * 8 * (2 * q + 2 * v + head)
+    base = 2 * blocks + ends
+    assert exchanged(work, "float32") == (0, 0)
+    assert exchanged(work, "float32", devices=4) == (0.75 * ring, 0)
+    assert exchanged(work, "float32", 4, 4) == (0.75 * (base + ring), 2.5 * base)
+    assert exchanged(work, "float32", offloaded=True) == (base, 4 * base)
+    offloaded = 0.75 * (base + ring) + base / 4
+    assert exchanged(work, "float32", 4, 4, True) == (offloaded, 2.5 * base)
+    slow = Rates(math.inf, math.inf, math.inf, link=2.0)
+    free = seconds(work, "float32", slow)
+    assert seconds(work, "float32", slow, devices=4) == free + 0.75 * ring / 2
+
+
+def test_time_follows_the_rates():
+    work = Workload(SHAPE, 4, 32)
+    fast = Rates(1e10, 1e10, 1e9, 1e-9)
+    for slow in (fast._replace(flop=1e9), fast._replace(attention=1e9), fast._replace(bytes=1e8)):
+        assert seconds(work, "float32", slow) > seconds(work, "float32", fast)
+    measured = measured_rates(Workload(SHAPE, 2, 8), "nf4")
+    assert all(0 < rate < math.inf for rate in measured[:4]) and measured.link == math.inf
+    assert seconds(work, "nf4", fast) > seconds(work, "nf4", fast._replace(unpack=0.0))
+
+
+PLAN = "plan --config llama-2-7b --rate 500 --bandwidth 2000 --json"
+
+
+def plan(arguments: str, capsys) -> dict:
+    assert cli.main([*PLAN.split(), *arguments.split()]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_command_says_what_fits(capsys):
+    assert plan("--memory 80", capsys)["best"]["kind"] == "bfloat16"
+    small = plan("--memory 10 --rows 1", capsys)
+    assert small["best"]["kind"] in ("int8", "nf4")
+    assert {p["kind"] for p in small["plans"] if not p["fits"]} >= {"float32", "bfloat16"}
+    spread = plan("--memory 10 --rows 1 --gpus 8", capsys)["best"]
+    assert spread["kind"] == "bfloat16" and spread["shards"] == 8
+    assert plan("--memory 1", capsys)["best"] is None
+    linked = [plan(f"--memory {room} --rows 1 --link 25", capsys)["best"] for room in (10, 3)]
+    assert [p["offloaded"] for p in linked] == [False, True]
+    assert linked[0]["kind"] in ("int8", "nf4") and linked[1]["kind"] == "bfloat16"
+    both = plan("--memory 80 --gpus 4 --link 25", capsys)["plans"]
+    ways = {(p["shards"], p["offloaded"]) for p in both}
+    assert ways == {(1, False), (4, False), (4, True)}
+    took = {(p["shards"], p["offloaded"]): p["seconds"] for p in both if p["kind"] == "bfloat16"}
+    assert took[1, False] < took[4, False] < took[4, True]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--memory 1 --tokens 5000", "5000 tokens, but the model has only 4096 positions"),
+        ("--memory 1 --rows 0", "rows must be at least 1"),
+        ("--memory 0", "other numbers must be above 0"),
+        ("--memory 1 --link 0", "other numbers must be above 0"),
+        ("--memory 1 --gpus 0 --link 1", "--link is of GPUs"),
+        ("--memory 1 --bandwidth -1", "other numbers must be above 0"),
+        ("--memory 1 --config nothing", "'nothing' is neither a file nor a known model"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(arguments, message, capsys):
+    assert cli.main([*PLAN.split(), *arguments.split()]) == 2
+    assert message in capsys.readouterr().err
+    with pytest.raises(InputError, match="rows must be at least 1"):
+        Workload(SHAPE, rows=0)

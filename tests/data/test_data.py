@@ -1,0 +1,1002 @@
+"""Data: every format, every malformed row, encoding, and orders that are functions of the seed."""
+
+import csv
+import io
+import json
+import time
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scalabl_ref import data
+from scalabl_ref.core.philox import philox4x32
+from scalabl_ref.data import (
+    FORMATS,
+    Columns,
+    Encoded,
+    Example,
+    TrainingOrder,
+    Wording,
+    batches,
+    collate,
+    encode,
+    evaluation_batches,
+    format_of,
+    label_names,
+    load,
+    num_classes,
+    question,
+    read_template,
+    split,
+)
+from scalabl_ref.data.rows import nested
+from scalabl_ref.data.tokenizer import Tokenizer, load_tokenizer
+from scalabl_ref.support.errors import InputError
+
+
+class Characters(Tokenizer):
+    """One token per character, 0 for BOS; but a space and a letter together are one token."""
+
+    bos_id, eos_id, files, _prefix = 0, None, {}, [0]
+
+    def token_id(self, piece):
+        return ord(piece) if len(piece) == 1 else None
+
+    def _encode(self, text):
+        tokens = text.replace(" A", "\ue000").replace(" B", "\ue001")
+        return [ord(character) for character in tokens]
+
+    def _decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+def lines(*rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def arc_row(key, names, texts=None, id="q1"):
+    texts = texts or [f"text {name}" for name in names]
+    choices = [{"text": t, "label": n} for t, n in zip(texts, names, strict=True)]
+    return {"id": id, "question": {"stem": "Why?", "choices": choices}, "answerKey": key}
+
+
+def without(row, key):
+    return {k: v for k, v in row.items() if k != key}
+
+
+GAP = {"qID": "w-1", "sentence": "The _ is big.", "option1": "cup", "option2": "tree"}
+HEADER = "question,choice0,choice1,choice2,choice3,answer\n"
+
+
+# --- formats -----------------------------------------------------------------------------------
+
+# format, content of the file, its examples
+FIXTURES = [
+    (
+        "jsonl",
+        "\ufeff"  # as some editors begin a file
+        + lines(
+            {"prompt": "1 + 1?", "choices": ["2", "3\u2028"], "label": 0, "id": "sum"},
+            {"prompt": "Q\nAnswer:", "choices": ["A", "B", "C"], "label": 2},
+            {"prompt": "größe", "choices": ["{x}", "B", "C"], "label": 1, "id": 7},
+        ),
+        [
+            Example("1 + 1?\nA. 2\nB. 3\u2028\nAnswer:", 0, "sum", ("2", "3\u2028")),
+            Example("Q\nAnswer:", 2, "1", ("A", "B", "C")),
+            Example("größe\nA. {x}\nB. B\nC. C\nAnswer:", 1, "7", ("{x}", "B", "C")),
+        ],
+    ),
+    (
+        "arc",
+        lines(arc_row("D", "ABCDE")) + "\n" + lines(arc_row("3", "123")),
+        [
+            Example(
+                "Why?\nA. text A\nB. text B\nC. text C\nD. text D\nE. text E\nAnswer:",
+                3,
+                "q1",
+                ("text A", "text B", "text C", "text D", "text E"),
+            ),
+            Example(
+                "Why?\nA. text 1\nB. text 2\nC. text 3\nAnswer:",
+                2,
+                "q1",
+                ("text 1", "text 2", "text 3"),
+            ),
+        ],
+    ),
+    (
+        "obqa",
+        lines(arc_row("B", "AB", ["u", "v"], id="8-1")),
+        [Example("Why?\nA. u\nB. v\nAnswer:", 1, "8-1", ("u", "v"))],
+    ),
+    (
+        "winogrande",
+        lines(GAP | {"answer": "2"}),
+        [Example("The _ is big.\nA. cup\nB. tree\nAnswer:", 1, "w-1", ("cup", "tree"))],
+    ),
+    (
+        "boolq",
+        lines({"question": "is it so", "title": "T", "answer": True, "passage": "It is."}),
+        [Example("It is.\nis it so?\nA. No\nB. Yes\nAnswer:", 1, "0", ("No", "Yes"))],
+    ),
+    (
+        "mmlu",
+        HEADER + '"Which,\nof ""these""?",a,b,"c, d",e,2\r\nNext?,1,2,3,4,0\n',
+        [
+            Example(
+                'Which,\nof "these"?\nA. a\nB. b\nC. c, d\nD. e\nAnswer:',
+                2,
+                "0",
+                ("a", "b", "c, d", "e"),
+            ),
+            Example("Next?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:", 0, "1", ("1", "2", "3", "4")),
+        ],
+    ),
+    (
+        "mmlu",  # as its authors publish it
+        '"Which, of these?",a,b,c,d,D\nNext?,1,2,3,4,A\n',
+        [
+            Example("Which, of these?\nA. a\nB. b\nC. c\nD. d\nAnswer:", 3, "0", (*"abcd",)),
+            Example("Next?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:", 0, "1", (*"1234",)),
+        ],
+    ),
+    (
+        "sst2",
+        "0 crème brûlée .\r\n1 a gem .\n",
+        [
+            Example("crème brûlée .\nSentiment:", 0, "0", ("negative", "positive")),
+            Example("a gem .\nSentiment:", 1, "1", ("negative", "positive")),
+        ],
+    ),
+    (
+        "trec",
+        "".join(f"{c}:x Who ?\n" for c in ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")),
+        [
+            Example("Who ?\nType:", label, str(label), data.FIXED_CHOICES["trec"])
+            for label in range(6)
+        ],
+    ),
+    (
+        "csv",
+        '\ufeffid,Text,note, label\r\nr1,"a, ""b""\r\nc",,pos\r\n\r\n,d,x, neg \r\n',
+        [
+            Example('a, "b"\r\nc\nA. neg\nB. pos\nAnswer:', 1, "r1", ("neg", "pos")),
+            Example("d\nA. neg\nB. pos\nAnswer:", 0, "1", ("neg", "pos")),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize("format, content, expected", FIXTURES, ids=[f[0] for f in FIXTURES])
+def test_format(tmp_path, format, content, expected):
+    path = tmp_path / "file"
+    path.write_bytes(content.encode())
+    assert load(path, format) == expected
+    assert load(path, format, limit=1) == expected[:1]
+    assert load(path, format, limit=10**9) == expected
+
+
+def test_every_format_has_a_fixture():
+    assert list(dict.fromkeys(fixture[0] for fixture in FIXTURES)) == list(FORMATS)
+
+
+def numpy_text(value):
+    """A column's value as pandas' to_csv writes it: lists are NumPy's arrays there."""
+    if isinstance(value, dict):
+        arrays = (
+            f"{k!r}: array([{', '.join(map(repr, v))}], dtype=object)" for k, v in value.items()
+        )
+        return "{" + ", ".join(arrays).replace("', '", "',\n       '") + "}"
+    return "[" + "\n ".join(map(repr, value)) + "]" if isinstance(value, list) else value
+
+
+def written(rows, how):
+    """The rows as the Hub's library writes them: to_json, to_csv; or otherwise, as people do."""
+    if how == "lines":
+        return lines(*rows)
+    if how in ("array", "indented"):
+        return json.dumps(rows, indent=None if how == "array" else 2, ensure_ascii=False)
+    out = io.StringIO(newline="")
+    table = csv.DictWriter(out, rows[0], delimiter={"csv": ",", "tsv": "\t"}[how])
+    table.writeheader()
+    table.writerows({k: numpy_text(v) for k, v in row.items()} for row in rows)
+    return out.getvalue()
+
+
+TWO_LISTS = {"text": ["it's \\ hot", "süß"], "label": ["A", "B"]}
+FOUR = ("1", 'a "b"', "it's", "4")
+HUB_GAP = without(GAP, "qID")
+
+# format, a row as the Hub has it, its example
+HUB = [
+    (
+        "arc",
+        {"id": "q", "question": "Why?", "choices": TWO_LISTS, "answerKey": "B"},
+        Example("Why?\nA. it's \\ hot\nB. süß\nAnswer:", 1, "q", ("it's \\ hot", "süß")),
+    ),
+    (
+        "obqa",
+        {"id": "q", "question_stem": "The", "choices": TWO_LISTS, "answerKey": "A"},
+        Example("The\nA. it's \\ hot\nB. süß\nAnswer:", 0, "q", ("it's \\ hot", "süß")),
+    ),
+    (
+        "winogrande",
+        HUB_GAP | {"answer": "2"},
+        Example("The _ is big.\nA. cup\nB. tree\nAnswer:", 1, "0", ("cup", "tree")),
+    ),
+    (
+        "mmlu",
+        {"question": "1+1?", "subject": "maths", "choices": [*FOUR], "answer": 2},
+        Example('1+1?\nA. 1\nB. a "b"\nC. it\'s\nD. 4\nAnswer:', 2, "0", FOUR),
+    ),
+    (
+        "boolq",
+        {"question": "is it", "passage": "It\nis.", "answer": True},
+        Example("It\nis.\nis it?\nA. No\nB. Yes\nAnswer:", 1, "0", ("No", "Yes")),
+    ),
+    (
+        "boolq",  # as SuperGLUE has it
+        {"question": "is it", "passage": "It is.", "idx": 5, "label": 0},
+        Example("It is.\nis it?\nA. No\nB. Yes\nAnswer:", 0, "0", ("No", "Yes")),
+    ),
+    (
+        "sst2",
+        {"idx": 0, "sentence": "a , fine film ", "label": 1},
+        Example("a , fine film\nSentiment:", 1, "0", ("negative", "positive")),
+    ),
+    (
+        "trec",
+        {"text": "Who ?", "coarse_label": 1, "fine_label": 7},
+        Example("Who ?\nType:", 2, "0", data.FIXED_CHOICES["trec"]),
+    ),
+]
+
+
+@pytest.mark.parametrize("how", ["lines", "array", "indented", "csv", "tsv"])
+@pytest.mark.parametrize("format, row, example", HUB, ids=[f[0] for f in HUB])
+def test_the_hubs_columns(tmp_path, format, row, example, how):
+    path = tmp_path / f"file.{how}"
+    path.write_text(written([row, row], how), newline="", encoding="utf-8")
+    first, second = load(path, format)
+    assert first == example and second.prompt == example.prompt and second.label == example.label
+    key = list(row)[-1 if format != "trec" else 1]
+    path.write_text(written([row | {key: "" if key == "answerKey" else -1}], how), newline="")
+    with pytest.raises(InputError, match=rf"[1-4]: {key!r} is .*: this split has no labels"):
+        load(path, format)
+
+
+def test_the_hubs_order_of_question_types(tmp_path):
+    """It counts ABBR, ENTY, DESC, HUM, LOC, NUM, where the published names are sorted here."""
+    path = tmp_path / "file"
+    path.write_text(lines(*({"text": "Who ?", "coarse_label": i} for i in (*range(6), "ENTY"))))
+    assert [e.label for e in load(path, "trec")] == [0, 2, 1, 3, 4, 5, 2]
+
+
+def test_glue_s_own_files(tmp_path):
+    path = tmp_path / "train.tsv"
+    path.write_text('sentence\tlabel\n"a , fine film \t1\nso "bad" \t0\na " b"\t1\n')
+    assert [(e.prompt, e.label) for e in load(path, "sst2")] == [
+        ('"a , fine film\nSentiment:', 1),
+        ('so "bad"\nSentiment:', 0),
+        ('a " b"\nSentiment:', 1),
+    ]
+    path.write_text("index\tsentence\n0\ta fine film\n")
+    with pytest.raises(InputError, match=r"line 2: key 'label' is missing: .*'index', 'sentence'"):
+        load(path, "sst2")
+
+
+@pytest.mark.parametrize(
+    "format, row", [("sst2", "1 caf\xe9 \x85 ."), ("trec", "LOC:x caf\xe9 \x85 ?")]
+)
+def test_latin_1(tmp_path, format, row):
+    """Files that are not UTF-8 are Latin-1, whose U+0085 is no line break."""
+    (tmp_path / "file").write_bytes((row + "\n" + row).encode("latin-1"))
+    first, second = load(tmp_path / "file", format)
+    assert first.prompt == second.prompt and first.prompt.startswith("caf\xe9 \x85")
+
+
+def test_winogrande_labels_beside_the_file(tmp_path):
+    rows = [{**GAP, "qID": str(i)} for i in range(3)]
+    (tmp_path / "train.jsonl").write_text(lines(*rows))
+    (tmp_path / "train-labels.lst").write_text("2\n1\n2\n")
+    assert [e.label for e in load(tmp_path / "train.jsonl", "winogrande")] == [1, 0, 1]
+    assert [e.label for e in load(tmp_path / "train.jsonl", "winogrande", 2)] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "labels, row, message",
+    [
+        ("2\n1\n", GAP, r"set-labels\.lst: 2 labels for the 1 rows of .*set\.jsonl"),
+        ("2\n", GAP | {"answer": "1"}, r"set\.jsonl, line 1: set-labels\.lst gives another answer"),
+        ("3\n", GAP, r"set\.jsonl, line 1: 'answer' must be one of 1, 2, not '3'"),
+        (None, GAP, r"set\.jsonl, line 1: key 'answer' is missing"),
+    ],
+)
+def test_winogrande_labels_that_do_not_fit(tmp_path, labels, row, message):
+    (tmp_path / "set.jsonl").write_text(lines(row))
+    if labels is not None:
+        (tmp_path / "set-labels.lst").write_text(labels)
+    with pytest.raises(InputError, match=message):
+        load(tmp_path / "set.jsonl", "winogrande")
+
+
+# file under the assets, format, rows as counted there, classes
+REAL = [
+    ("arc/ARC-Easy-Train.jsonl", "arc", 2251, 5),
+    ("arc/ARC-Easy-Dev.jsonl", "arc", 570, 5),
+    ("arc/ARC-Easy-Test.jsonl", "arc", 2376, 5),
+    ("arc/ARC-Challenge-Train.jsonl", "arc", 1119, 5),
+    ("arc/ARC-Challenge-Dev.jsonl", "arc", 299, 5),
+    ("arc/ARC-Challenge-Test.jsonl", "arc", 1172, 5),
+    ("openbookqa/train.jsonl", "obqa", 4957, 4),
+    ("openbookqa/dev.jsonl", "obqa", 500, 4),
+    ("openbookqa/test.jsonl", "obqa", 500, 4),
+    ("winogrande/train_xs.jsonl", "winogrande", 160, 2),
+    ("winogrande/train_s.jsonl", "winogrande", 640, 2),
+    ("winogrande/dev.jsonl", "winogrande", 1267, 2),
+    ("boolq/dev.jsonl", "boolq", 3270, 2),
+    ("mmlu/college_chemistry_test.csv", "mmlu", 100, 4),
+    ("mmlu/college_physics_test.csv", "mmlu", 102, 4),
+    ("mmlu/conceptual_physics_test.csv", "mmlu", 235, 4),
+    ("mmlu/high_school_chemistry_test.csv", "mmlu", 203, 4),
+    ("mmlu/high_school_physics_test.csv", "mmlu", 151, 4),
+    ("sst2/stsa.binary.train", "sst2", 6920, 2),
+    ("sst2/stsa.binary.dev", "sst2", 872, 2),
+    ("sst2/stsa.binary.test", "sst2", 1821, 2),
+    ("trec/TREC.train", "trec", 5452, 6),
+    ("trec/TREC.test", "trec", 500, 6),
+]
+
+
+@pytest.mark.parametrize("name, format, rows, classes", REAL, ids=[r[0] for r in REAL])
+def test_real_files(assets, name, format, rows, classes):
+    """Row counts, and every letter one token after every prompt of two very unlike tokenizers."""
+    examples = load(assets / "data" / name, format)
+    assert len(examples) == rows and num_classes(examples) == classes
+    assert all(0 <= e.label < len(e.choices) and e.prompt[-1] == ":" for e in examples)
+    for model in ("stories260K/tok512.model", "tokenizers/llama2_tokenizer.model"):
+        encoded = encode(examples, load_tokenizer(assets / model))
+        assert len(encoded.tokens) == rows and len(set(encoded.classes)) == classes
+
+
+def as_on_the_hub(path, format):
+    """The rows of a published file in the Hub's columns."""
+    text = path.read_bytes().decode("utf-8" if format != "trec" else "latin-1")
+    rows = [line for line in text.split("\n") if line.strip()]
+    if format == "mmlu":
+        for row in csv.DictReader(io.StringIO(text, newline="")):
+            choices = [row[f"choice{i}"] for i in range(4)]
+            yield {"question": row["question"], "choices": choices, "answer": int(row["answer"])}
+    elif format == "sst2":
+        for row in rows:
+            yield {"sentence": row[2:].strip() + " ", "label": int(row[0])}
+    elif format == "trec":
+        order = ["ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"]
+        for row in rows:
+            kind, text = row.split(" ", 1)
+            yield {"text": text.strip(), "coarse_label": order.index(kind.split(":")[0])}
+    elif format == "winogrande":
+        labels = path.with_name(f"{path.stem}-labels.lst").read_text().split()
+        for row, answer in zip(map(json.loads, rows), labels, strict=True):
+            yield without(row, "qID") | {"answer": answer}
+    elif format == "boolq":
+        for row in map(json.loads, rows):
+            kept = {key: row[key] for key in ("question", "passage")}
+            yield kept | {"label": int(row["answer"])}
+    else:
+        stem = "question" if format == "arc" else "question_stem"
+        for row in map(json.loads, rows):
+            of = row["question"]
+            lists = {key: [choice[key] for choice in of["choices"]] for key in ("text", "label")}
+            yield {"id": row["id"], stem: of["stem"], "choices": lists,
+                   "answerKey": row["answerKey"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["lines", "array", "csv", "tsv"])
+@pytest.mark.parametrize("name, format", [r[:2] for r in REAL], ids=[r[0] for r in REAL])
+def test_real_rows_in_the_hubs_columns(assets, tmp_path, name, format, how):
+    """The same questions and answers come out of either layout."""
+    published = load(assets / "data" / name, format)
+    path = tmp_path / f"file.{how}"
+    rows = list(as_on_the_hub(assets / "data" / name, format))
+    path.write_text(written(rows, how), newline="", encoding="utf-8")
+    found = load(path, format)
+    assert [(e.prompt, e.label, e.choices) for e in found] == [
+        (e.prompt, e.label, e.choices) for e in published
+    ]
+
+
+def test_real_text_is_decoded_right(assets):
+    sst2 = load(assets / "data/sst2/stsa.binary.test", "sst2", 2)
+    assert "crème brûlée" in sst2[1].prompt
+    trec = load(assets / "data/trec/TREC.train", "trec", 66)
+    assert "sister\xf0city" in trec[65].prompt
+
+
+def test_majority_classes(assets):
+    """Two counts taken by other means (cut, sort, uniq): the label order is the documented one."""
+    trec = Counter(e.label for e in load(assets / "data/trec/TREC.train", "trec"))
+    assert [trec[i] for i in range(6)] == [86, 1162, 1250, 1223, 835, 896]
+    boolq = Counter(e.label for e in load(assets / "data/boolq/dev.jsonl", "boolq"))
+    assert boolq == {0: 1237, 1: 2033}
+
+
+# --- malformed files -----------------------------------------------------------------------------
+
+ROW = {"prompt": "p", "choices": ["x", "y"], "label": 1}
+PLACE = r"label must be the place in choices, from 0 \(here {}\), or one of their names"
+
+
+LONE = without(ROW, "choices")
+HUB_ROW = {"id": "q", "question": "Why?", "choices": TWO_LISTS, "answerKey": "A"}
+SCORES = "text,label\n" + "".join(f"a,{i}\n" for i in range(27))
+
+# format, a whole file, what the message must say after the file's name
+MALFORMED = [
+    ("jsonl", b"", ": holds no examples"),
+    ("jsonl", b"\n \n", ": holds no examples"),
+    ("jsonl", lines(ROW) + "{", ", line 2: not JSON"),
+    ("jsonl", lines(ROW) + "\n[1]\n", ", line 3: expected a JSON object, found .1"),
+    ("jsonl", "[" * 100_000, ", entry 1: not JSON"),
+    ("jsonl", '{"label": ' + "1" * 5000 + "}", "(, line 1: not JSON|different labels)"),
+    ("jsonl", lines(ROW).encode() + b'{"prompt": "\xff"}', ", line 2: expected UTF-8 text"),
+    ("jsonl", lines(without(ROW, "prompt")), ", line 1: key 'prompt' is missing"),
+    (
+        "jsonl",
+        lines(without(ROW, "choices")),
+        ": expected 2 to 26 different labels in 'label', as no row has 'choices', found 1: .'1'",
+    ),
+    ("jsonl", lines(without(ROW, "label")), ", line 1: key 'label' is missing"),
+    ("jsonl", lines(ROW | {"prompt": 3}), ", line 1: 'prompt' must be a text, not 3"),
+    ("jsonl", lines(ROW | {"prompt": " "}), ", line 1: 'prompt' is empty"),
+    ("jsonl", '{"prompt": "\\ud800", "choices": ["x", "y"], "label": 0}', "half of a surrogate"),
+    ("jsonl", lines(ROW | {"choices": "xy"}), ", line 1: 'choices' must be a list, not 'xy'"),
+    ("jsonl", lines(ROW | {"choices": ["x", 1]}), ", line 1: a choice must be a text, not 1"),
+    ("jsonl", lines(ROW | {"choices": ["x", ""]}), ", line 1: a choice is empty"),
+    ("jsonl", lines(ROW | {"choices": ["x"], "label": 0}), "expected 2 to 26 choices, found 1"),
+    ("jsonl", lines(ROW | {"choices": [], "label": 0}), ", line 1: 'choices' is empty"),
+    ("jsonl", lines(ROW | {"choices": ["x"] * 27}), ", line 1: expected 2 to 26 choices, found 27"),
+    ("jsonl", lines(ROW | {"label": 2}), f", line 1: {PLACE.format('0 to 1')}, not 2$"),
+    ("jsonl", lines(ROW | {"label": -1}), f", line 1: {PLACE.format('0 to 1')}, not -1$"),
+    ("jsonl", lines(ROW | {"label": "1"}), f", line 1: {PLACE.format('1')}, not '1'$"),
+    ("jsonl", lines(ROW | {"label": "2"}), f", line 1: {PLACE.format('0 to 1')}, not '2'$"),
+    ("jsonl", lines(ROW | {"label": 1.0}), f", line 1: {PLACE.format('0 to 1')}, not 1.0$"),
+    ("jsonl", lines(ROW | {"label": True}), f", line 1: {PLACE.format('0 to 1')}, not True$"),
+    ("jsonl", lines(ROW | {"label": "Y"}), rf"{PLACE.format('1')}, not 'Y': did you mean 'y'\?$"),
+    ("jsonl", lines(ROW | {"choices": ["x", "x"], "label": "x"}), "choices, .*, not 'x'$"),
+    (
+        "jsonl",
+        lines(ROW | {"prompt": ["x" * 999]}),
+        "'prompt' must be a text, not .'x{50,60}[.]{3}$",
+    ),
+    ("jsonl", lines(ROW | {"id": [1]}), r", line 1: 'id' must be a text or a number, not \[1\]"),
+    ("arc", lines(arc_row("F", "ABCD")), "'answerKey' must be one of A, B, C, D, not 'F'"),
+    ("arc", lines(arc_row("A", "ABA")), "'answerKey' must be one of A, B, A, not 'A'"),
+    ("arc", lines(arc_row("A", "A")), ", line 1: expected 2 to 26 choices, found 1"),
+    ("arc", lines(arc_row(1, "AB")), ", line 1: 'answerKey' must be one of A, B, not 1"),
+    ("arc", lines({"id": "1", "question": "Why?"}), "key 'choices' is missing: there are ."),
+    ("arc", lines(arc_row("A", "AB", ["", "v"])), ", line 1: 'text' is empty"),
+    (
+        "obqa",
+        lines({"id": "1", "question": {"stem": "?", "choices": ["u", "v"]}, "answerKey": "A"}),
+        ", line 1: expected an object with the key 'label', found 'u'",
+    ),
+    ("winogrande", lines(without(GAP, "option2") | {"answer": "1"}), "key 'option2' is missing"),
+    ("winogrande", lines(GAP | {"answer": "0"}), "'answer' must be one of 1, 2, not '0'"),
+    (
+        "boolq",
+        lines({"question": "q", "answer": "yes", "passage": "p"}),
+        "must be one of false, true",
+    ),
+    (
+        "boolq",
+        lines({"question": "q", "answer": 1, "passage": "p"}),
+        "must be one of false, true, not 1",
+    ),
+    ("mmlu", "a,b\n", ", line 1: expected 6 columns, found 2"),
+    ("mmlu", "", ": holds no examples"),
+    ("mmlu", "q,a,b,c,d,A\n" + HEADER, ", line 2: 'answer' must be one of A, .*not 'answer'"),
+    ("mmlu", HEADER, ": holds no examples"),
+    ("mmlu", HEADER + "q,a,b,c,d,1\nq,a,b,c,1\n", ", line 3: expected 6 columns, found 5"),
+    ("mmlu", HEADER + "q,a,b,c,d,E\n", ", line 2: 'answer' must be one of A, B, .* not 'E'"),
+    ("mmlu", HEADER + " ,a,b,c,d,1\n", ", line 2: 'question' is empty"),
+    ("mmlu", HEADER + 'q,a,b,"c,d,1\n', ", line 2: not CSV: unexpected end of data"),
+    ("sst2", "2 text\n", ", line 1: the label before the text must be one of 0, 1, not '2'"),
+    ("sst2", "1 text\n0\n", ", line 2: the text is empty"),
+    ("trec", "HUM:ind Who ?\nWho ?\n", ", line 2: the type before the question must be one of"),
+    ("trec", "HUM:ind\n", ", line 1: the question is empty"),
+    ("jsonl", lines(ROW).encode("utf-16"), ": is UTF-16 text: save it as UTF-8$"),
+    ("jsonl", "[]", ": holds no examples"),
+    ("jsonl", json.dumps([ROW, ROW, 3]), ", entry 3: expected a JSON object, found 3"),
+    ("jsonl", json.dumps([ROW, ROW | {"label": 3}], indent=2), ", entry 2: label must be"),
+    ("jsonl", json.dumps([ROW])[:-1], ": not JSON: expected , or . and no more after entry 1"),
+    ("jsonl", json.dumps([ROW]) + "{}", ": not JSON: expected , or . and no more after entry 1"),
+    ("jsonl", json.dumps([ROW])[:-1] + " x", ": not JSON: expected , or . .* after entry 1"),
+    ("jsonl", json.dumps([ROW])[:-1] + ",]", ", entry 2: not JSON"),
+    ("jsonl", lines(ROW) + json.dumps(ROW, indent=2)[:-2], ", line 2: not JSON"),
+    ("jsonl", json.dumps(ROW, indent=2) + "\n\n{}", ", line 10: key 'prompt' is missing"),
+    (
+        "jsonl",
+        lines({"question": "p", "choices": ["x", "y"], "answer": 1}),
+        r", line 1: key 'prompt' is missing \(--text-column names another\): there are .'question'",
+    ),
+    (
+        "jsonl",
+        lines(without(ROW, "label") | {"answer": 1}),
+        r"key 'label' is missing \(--label-column names another\): .*'choices', 'answer'",
+    ),
+    ("jsonl", lines(LONE, ROW), ", line 2: has 'choices', and the rows before have none"),
+    ("jsonl", lines(ROW, LONE), ", line 2: key 'choices' is missing"),
+    ("jsonl", lines(LONE, LONE | {"label": 0.5}), ", line 2: 'label' must be a text, not 0.5"),
+    ("jsonl", lines(LONE, LONE | {"label": True}), ", line 2: 'label' must be a text, not True"),
+    ("arc", lines(HUB_ROW | {"choices": {"text": ["u"], "label": [*"AB"]}}), "has 2 labels for 1"),
+    ("arc", lines(HUB_ROW | {"choices": ["u", "v"]}), "'choices' must be an object, not .'u'"),
+    ("arc", lines(HUB_ROW | {"choices": {"text": [1, "v"], "label": [*"AB"]}}), "must be a text"),
+    ("arc", "id,question,choices,answerKey\nq,Why?,\"['u' 'v\",A\n", ", line 2: 'choices' must be"),
+    ("arc", "id,question,answerKey\nq,Why?,A\n", ", line 2: key 'choices' is missing"),
+    (
+        "mmlu",
+        lines({"question": "?", "choices": [*"abc"], "answer": 1}),
+        "expected 4 choices, found",
+    ),
+    (
+        "mmlu",
+        lines({"question": "?", "choices": [*"abcd"], "answer": 4}),
+        "'answer' must be one of",
+    ),
+    ("mmlu", lines({"question": "?", "choices": [*"abcd"], "answer": 1.0}), "'answer' must be one"),
+    ("sst2", lines({"sentence": "a", "label": True}), "'label' must be one of 0, 1, not True"),
+    ("sst2", "sentence\tlabel\na\t2\n", ", line 2: 'label' must be one of 0, 1, not '2'"),
+    (
+        "trec",
+        lines({"text": "Who ?", "coarse_label": 6}),
+        "'coarse_label' must be one of ABBR, ENTY",
+    ),
+    ("winogrande", lines(GAP | {"answer": ""}), "'answer' is '': this split has no labels"),
+    ("winogrande", lines(GAP | {"answer": None}), "'answer' is None: this split has no labels"),
+    ("csv", "", ": holds no examples"),
+    ("csv", "text,label\n", ": holds no examples"),
+    ("csv", "text,label\na,x\nb,\n", ", line 3: 'label' is empty"),
+    ("csv", 'text,label\n"a\nb",x\n ,y\n', ", line 4: 'text' is empty"),
+    (
+        "csv",
+        "text,label\na,x\nb, c,y\n",
+        ", line 3: expected 2 columns, found 3: a text with a com",
+    ),
+    ("csv", "text;label\na;x\nb\n", ", line 3: expected 2 columns, found 1$"),
+    ("csv", 'text,label\na,x\n"b,y\nc,x\n', ", line 3: not CSV: unexpected end of data"),
+    ("csv", "body,label\na,x\n", ": no column is called text, .*: give --text-column one of .'bod"),
+    ("csv", "text,y\na,x\n", ": no column is called label, labels, class, .*: give --label-column"),
+    (
+        "csv",
+        "text,Sentence,label\na,b,x\n",
+        ": 2 columns are called text, sentence, .*--text-column",
+    ),
+    ("csv", "text,label,label\na,x,y\n", ": 2 columns are called label, .*'label', 'label'"),
+    (
+        "csv",
+        "text,label\na,x\nb,x\n",
+        ": expected 2 to 26 different labels in 'label', found 1: .'x'",
+    ),
+    (
+        "csv",
+        SCORES,
+        ": expected 2 to 26 different labels in 'label', found 27: .'0', '1', '2', '3'.",
+    ),
+    ("csv", "text,label\na,0.25\nb,1e0\n", ": 'label' must have names or whole numbers, not 0.25"),
+    ("csv", b"text,label\ncaf\xe9,x\n", ", line 2: expected UTF-8 text"),
+]
+
+
+@pytest.mark.parametrize("format, content, message", MALFORMED)
+def test_malformed(tmp_path, format, content, message):
+    path = tmp_path / "file.x"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    with pytest.raises(InputError, match=message) as caught:
+        load(path, format)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_a_field_too_long_for_csv(tmp_path):
+    path = tmp_path / "file.csv"
+    path.write_text(HEADER + "x" * (csv.field_size_limit() + 1) + ",a,b,c,d,1\n")
+    with pytest.raises(InputError, match=r"file\.csv, line 2: not CSV: field larger than"):
+        load(path, "mmlu")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" + lines(ROW, ROW).replace("}\n{", "},{") + "]", json.dumps(ROW, indent=2) * 2]
+)
+def test_json_over_several_lines(tmp_path, text):
+    (tmp_path / "file").write_text("\ufeff\n" + text + "\n")
+    assert [e.id for e in load(tmp_path / "file", "jsonl")] == ["0", "1"]
+    assert len(load(tmp_path / "file", "jsonl", limit=1)) == 1
+
+
+def test_a_label_by_name(tmp_path):
+    """A name that looks like a place is still a name; a place is a number."""
+    rows = [{"prompt": "p", "choices": ["2", "0", "y"], "label": k} for k in ("0", "y", "2", 0)]
+    (tmp_path / "file").write_text(lines(*rows))
+    assert [e.label for e in load(tmp_path / "file", "jsonl")] == [1, 2, 0, 0]
+
+
+def labels(path, format="csv", **options):
+    """Labels and choices, which all examples share."""
+    examples = load(path, format, **options)
+    assert [label_names(examples)] == list({e.choices for e in examples})
+    return [e.label for e in examples], label_names(examples)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.csv", "text,label\nu,b\nv,a\nw,b\n"),
+        ("a.tsv", "text\tlabel\nu\tb\nv\ta\nw\tb\n"),
+        ("a.txt", "text\tlabel\nu\tb\nv\ta\nw\tb\n"),
+        ("a.csv", "text;label\nu;b\nv;a\nw;b\n"),
+        ("a.csv", ",Target,n,Sentence\r\n0,b,,u\r\n1,a,,v\r\n2,b,,w\r\n"),
+        ("a.jsonl", lines(*({"prompt": t, "label": k} for t, k in ("ub", "va", "wb")))),
+    ],
+)
+def test_labels_of_the_file_are_the_choices(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(content, newline="")
+    format = "jsonl" if name == "a.jsonl" else "csv"
+    assert labels(path, format) == ([1, 0, 1], ("a", "b"))
+    assert [e.prompt for e in load(path, format, limit=1)] == ["u\nA. a\nB. b\nAnswer:"]
+    # What a model was trained on: other labels, in another order.
+    assert labels(path, format, names=["b", "c", "a"]) == ([0, 2, 0], ("b", "c", "a"))
+    with pytest.raises(
+        InputError, match=f"{name}, line [23]: label 'a' is not one of .'b', 'aa'.: "
+    ):
+        load(path, format, names=["b", "aa"])
+
+
+def test_numbers_as_labels_are_sorted_as_numbers(tmp_path):
+    path = tmp_path / "file.csv"
+    path.write_text("text,label\na,10\nb,9\nc,-1\n")
+    assert labels(path) == ([2, 1, 0], ("-1", "9", "10"))
+    path.write_text(lines(*({"prompt": "p", "label": i} for i in (10, 9, -1))))
+    assert labels(path, "jsonl") == ([2, 1, 0], ("-1", "9", "10"))
+
+
+def test_labels_that_are_letters_are_choices(tmp_path):
+    (tmp_path / "grades.csv").write_text("text,label\nessay,A\nother,B\n")
+    prompts = [e.prompt for e in load(tmp_path / "grades.csv", "csv")]
+    assert prompts == [f"{text}\nA. A\nB. B\nAnswer:" for text in ("essay", "other")]
+
+
+def test_an_unknown_label_is_named_with_a_near_one(tmp_path):
+    path = tmp_path / "file.csv"
+    path.write_text("text,label\na,Sports\nb,Sport\n")
+    message = "line 3: label 'Sport' is not one of .'News', 'Sports'.: did you mean 'Sports'"
+    with pytest.raises(InputError, match=message):
+        load(path, "csv", names=["News", "Sports"])
+
+
+def test_columns_by_name(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("text,body,label,sort\nu,x,1,b\nu,y,1,a\n")
+    assert labels(path, columns=Columns("body", "sort")) == ([1, 0], ("a", "b"))
+    assert load(path, "csv", columns=Columns("body", "sort"))[1].prompt.startswith("y\n")
+    for columns, option in ((Columns("Body"), "--text-"), (Columns("body", "x"), "--label-")):
+        with pytest.raises(
+            InputError, match=f"file: no column is called '.*': give {option}column"
+        ):
+            load(path, "csv", columns=columns)
+    path.write_text(lines({"text": "u", "sort": "b", "choices": ["a", "b"]}))
+    (example,) = load(path, "jsonl", columns=Columns("text", "sort"))
+    assert example.prompt.startswith("u\n") and example.label == 1
+    with pytest.raises(InputError, match="are for formats csv and jsonl, not for arc"):
+        load(path, "arc", columns=Columns("text"))
+
+
+def test_a_tsv_file_with_lone_quotes(tmp_path):
+    """A quote that begins a cell could close rows later, and the rows between would be lost."""
+    path = tmp_path / "file.tsv"
+    path.write_text('text\tlabel\n"u\tx\nv\ty\nw"\tx\n')
+    assert labels(path) == ([0, 1, 0], ("x", "y"))
+    path.write_text('text\tlabel\n"u ""1""\n2"\tx\nv\ty\n')
+    assert load(path, "csv")[0].prompt.startswith('u "1"\n2\nA. x')
+
+
+def test_label_names_of_examples_with_choices_of_their_own():
+    assert label_names([question("q", "xyz"[:n], "arc") for n in (2, 3)]) is None
+    assert label_names([question("q", "xy", "arc")] * 2) == ("x", "y")
+
+
+def test_the_format_follows_from_the_name():
+    names = ("a.csv", "b/a.TSV", "a.json", "a.jsonl", "a", "csv")
+    assert [format_of(name) for name in names] == ["csv", "csv", *["jsonl"] * 4]
+
+
+@pytest.mark.parametrize(
+    "cell, value",
+    [
+        ('["a", 1]', ["a", 1]),
+        ("['a' 'b']", ["a", "b"]),
+        ("['a',\n 'b', \"c's\"]", ["a", "b", "c's"]),
+        ("{'t': array(['x) array(', 'y'], dtype=object)}", {"t": ["x) array(", "y"]}),
+        (
+            r"['\\ \n \' \" \x41 \u00fc \U0001f600 \q \xzz']",
+            ["\\ \n ' \" A ü \U0001f600 \\q \\xzz"],
+        ),
+        ("['a", "['a"),
+        ("plain", "plain"),
+        ("[" * 100_000, "[" * 100_000),
+    ],
+)
+def test_lists_in_a_cell(cell, value):
+    assert nested(cell) == value
+
+
+def test_a_cell_of_quotes_takes_no_long_time():
+    cell = "['" + "\\'" * 30_000  # every quote could begin a text that never ends
+    start = time.process_time()
+    assert nested(cell) == cell
+    assert time.process_time() - start < 5  # under 0.1 s; looked at from each quote on: some 20 s
+
+
+def test_arguments(tmp_path):
+    with pytest.raises(InputError, match="format must be one of jsonl, arc, obqa.*, not 'squad'"):
+        load(tmp_path / "x", "squad")
+    with pytest.raises(InputError, match="x: no such file"):
+        load(tmp_path / "x", "jsonl")
+    with pytest.raises(InputError, match="cannot be read"):
+        load(tmp_path, "jsonl")
+    with pytest.raises(InputError, match="limit must be at least 1"):
+        load(tmp_path / "x", "jsonl", limit=0)
+
+
+def test_question():
+    assert question("Why?", ["x", "y"], "arc").prompt == "Why?\nA. x\nB. y\nAnswer:"
+    assert question("whole prompt", ["A", "B"], "arc").prompt == "whole prompt"
+    assert question("who ?", ["a"] * 6, "trec").prompt == "who ?\nType:"
+    with pytest.raises(InputError, match="format trec has 6 choices, not 2"):
+        question("who ?", ["x", "y"], "trec")
+    with pytest.raises(InputError, match="the question is empty"):
+        question("", ["A", "B"], "arc")
+    with pytest.raises(InputError, match="the format must be one of"):
+        question("Why?", ["x", "y"], "squad")
+
+
+def test_a_prompt_template(tmp_path):
+    path = tmp_path / "own.txt"
+    path.write_text('Q {"a": {}}: {question}|{choices}|{question}\n\r\n', newline="")
+    template = read_template(path)
+    assert template == 'Q {"a": {}}: {question}|{choices}|{question}\n'
+    # What a row says is not looked at for places a second time.
+    example = question("{choices}", ["{question}", "y"], "arc", template=template)
+    assert example.prompt == 'Q {"a": {}}: {choices}|A. {question}\nB. y|{choices}\n'
+    whole = question("whole prompt", ["A", "B"], "arc", template=template)
+    assert whole.prompt == "whole prompt"
+    (tmp_path / "set").write_text("1 a gem .\n")
+    (found,) = load(tmp_path / "set", "sst2", template="{question} {choices} =>")
+    assert found.prompt == "a gem . A. negative\nB. positive =>"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"{choices}", r"own\.txt: .* there is no \{question\}"),
+        (b"{question} {text}", r"own\.txt: .* \{text\} is neither"),
+        (b"{question} \xff", r"own\.txt, line 1: expected UTF-8"),
+        (None, r"own\.txt: no such file"),
+    ],
+)
+def test_templates_that_cannot_be(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "own.txt").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_template(tmp_path / "own.txt")
+
+
+def test_num_classes():
+    examples = [question("q", "xyzuv"[:n], "arc") for n in (2, 5, 3)]
+    assert num_classes(examples) == 5 and num_classes([]) == 0
+
+
+# --- encoding ----------------------------------------------------------------------------------
+
+
+def prompts(*texts, label=0):
+    return [Example(text, label, f"id{i}", ("A", "B")) for i, text in enumerate(texts)]
+
+
+def test_encode():
+    examples = prompts("ab:", "c:", label=1)
+    encoded = encode(examples, Characters())
+    assert encoded.tokens == [[0, 97, 98, 58], [0, 99, 58]] and encoded.labels == [1, 1]
+    assert encoded.classes == [0xE000, 0xE001] and encoded.examples == examples
+    assert encode(examples, Characters(), classes=4, wording=BARE).classes == [65, 66, 67, 68]
+    with pytest.raises(InputError, match=r"example 0 \(id id0\): its answer is B.*1 classes, to A"):
+        encode(examples, Characters(), classes=1)
+    assert encode(examples, Characters(), classes=1, answerable=False).labels == [1, 1]
+    with pytest.raises(InputError, match="27 answer classes: there are letters for 26"):
+        encode(examples, Characters(), classes=27)
+
+
+BARE = Wording(labels="letters", answer_tokens="bare")
+
+
+def test_prompts_that_are_too_long():
+    examples = prompts("abcd:", "abcdefg:")
+    assert len(encode(examples, Characters(), max_length=9).tokens[1]) == 9
+    with pytest.raises(InputError, match=r"id1\).* 9 tokens.*at most 8: --max-length 8"):
+        encode(examples, Characters(), max_length=8)
+    cut = encode(examples, Characters(), max_length=8, truncate=True)
+    assert cut.tokens[0] == [0, *map(ord, "abcd:")] and cut.tokens[1] == [0, *map(ord, "bcdefg:")]
+
+
+def test_nothing_to_encode():
+    with pytest.raises(InputError, match="no examples"):
+        encode([], Characters())
+
+
+def some_encoded(lengths):
+    return Encoded(
+        [[1 + i] * n for i, n in enumerate(lengths)],
+        [i % 3 for i in range(len(lengths))],
+        [7, 8, 9],
+    )
+
+
+some_lengths = st.lists(st.integers(1, 40), min_size=1, max_size=200)
+seeds = st.integers(0, 2**64 - 1)
+
+
+def test_collate():
+    batch = collate(some_encoded([1, 3, 2]), [2, 0, 1])
+    assert batch.tokens.tolist() == [[3, 3, 0], [1, 0, 0], [2, 2, 2]]
+    assert batch.lengths.tolist() == [2, 1, 3]
+    assert batch.labels.tolist() == [2, 0, 1] and batch.ids.tolist() == [2, 0, 1]
+    assert batch.classes.tolist() == [7, 8, 9]
+    assert {tensor.dtype for tensor in vars(batch).values()} == {torch.int64}
+    assert batch.to("meta").tokens.is_meta
+
+
+@given(lengths=some_lengths, size=st.integers(1, 50))
+def test_evaluation_drops_nothing_and_pads_least(lengths, size):
+    encoded = some_encoded(lengths)
+    batches = list(evaluation_batches(encoded, size))
+    ids = torch.cat([batch.ids for batch in batches]).tolist()
+    assert sorted(ids) == list(range(len(lengths)))
+    assert [lengths[i] for i in ids] == sorted(lengths, reverse=True)
+    for batch in batches:
+        assert len(batch.ids) <= size
+        for i, row, n in zip(batch.ids, batch.tokens, batch.lengths, strict=True):
+            assert row.tolist() == encoded.tokens[i] + [0] * (len(row) - int(n))
+            assert batch.tokens.shape[1] == batch.lengths.max()
+
+
+# --- order -------------------------------------------------------------------------------------
+
+
+def epoch_of(order, epoch):
+    steps = order.steps_per_epoch
+    return [order.indices(epoch * steps + i) for i in range(steps)]
+
+
+@given(lengths=some_lengths, size=st.integers(1, 50), seed=seeds, epoch=st.integers(0, 2**20))
+def test_every_epoch_shows_every_example_once(lengths, size, seed, epoch):
+    order = TrainingOrder(lengths, size, seed)
+    batches = epoch_of(order, epoch)
+    assert sorted(sum(batches, [])) == list(range(len(lengths)))
+    sizes = sorted(map(len, batches), reverse=True)
+    assert sizes[:-1] == [size] * (len(sizes) - 1) and 1 <= sizes[-1] <= size
+
+
+@given(
+    lengths=some_lengths,
+    size=st.integers(1, 8),
+    seed=seeds,
+    steps=st.lists(st.integers(0, 1000), min_size=1, max_size=8),
+)
+def test_a_step_depends_on_nothing_but_seed_and_step(lengths, size, seed, steps):
+    """Asked in any order, by a fresh object or one that has served other steps: the same."""
+    served = TrainingOrder(lengths, size, seed)
+    first = [served.indices(step) for step in steps]
+    for step, indices in zip(steps, first, strict=True):
+        assert TrainingOrder(lengths, size, seed).indices(step) == indices
+    assert [served.indices(step) for step in reversed(steps)] == first[::-1]
+
+
+def test_epochs_and_seeds_differ():
+    orders = [
+        tuple(map(tuple, epoch_of(TrainingOrder([5] * 40, 4, seed), epoch)))
+        for seed in (0, 1, 2**63)
+        for epoch in range(3)
+    ]
+    assert len(set(orders)) == len(orders)
+
+
+def test_batches_are_other_examples_in_another_epoch_or_seed():
+    """Not merely the same batches in another order, however few they are."""
+    for examples in (20, 160):
+        lengths = list(range(1, examples + 1))
+        batches = [
+            frozenset(map(frozenset, epoch_of(TrainingOrder(lengths, 4, seed), epoch)))
+            for seed in (0, 1)
+            for epoch in (0, 1)
+        ]
+        assert len(set(batches)) == len(batches)
+
+
+def test_the_order_is_pinned():
+    """A change here breaks the resumption of runs that earlier versions began."""
+    order = TrainingOrder([3, 1, 2, 5, 4, 9, 7, 8], 3, seed=1)
+    assert epoch_of(order, 0) == [[1, 3, 7], [0, 5], [2, 4, 6]]
+    assert epoch_of(order, 1) == [[1, 2, 5], [0, 4], [3, 6, 7]]
+
+
+@given(lengths=some_lengths, size=st.integers(1, 4), seed=seeds, epoch=st.integers(0, 9))
+def test_the_order_is_the_documented_one(lengths, size, seed, epoch):
+    """Against the definition, in plain Python on the block function."""
+
+    def permutation(n, stream):
+        words = []
+        for block in range(0, n, 4):
+            words += philox4x32((block // 4, stream % 2**32, 2**32 - 1, stream >> 32), key)
+        return sorted(range(n), key=words.__getitem__)
+
+    key = (seed % 2**32, seed >> 32)
+    shuffled = permutation(len(lengths), 2**48 + epoch)
+    window = max(1, min(16, -(-len(lengths) // size) // 4)) * size
+    windows = [shuffled[i : i + window] for i in range(0, len(lengths), window)]
+    examples = [i for window in windows for i in sorted(window, key=lengths.__getitem__)]
+    batches = [examples[i : i + size] for i in range(0, len(lengths), size)]
+    expected = [batches[i] for i in permutation(len(batches), 2 * 2**48 + epoch)]
+    assert epoch_of(TrainingOrder(lengths, size, seed), epoch) == expected
+
+
+def padding(lengths, batches):
+    return sum(max(lengths[i] for i in b) * len(b) - sum(lengths[i] for i in b) for b in batches)
+
+
+@given(seed=seeds, size=st.integers(2, 16))
+def test_bucketing_reduces_padding(seed, size):
+    """Against the same shuffle cut into batches unsorted; on 64 batches, to a third or less."""
+    lengths = [1 + (37 * i) % (64 * size) for i in range(64 * size)]
+    order = TrainingOrder(lengths, size, seed)
+    shuffled = batches._permutation(len(lengths), seed, batches._EXAMPLES)
+    plain = [shuffled[i : i + size] for i in range(0, len(shuffled), size)]
+    assert padding(lengths, epoch_of(order, 0)) * 3 <= padding(lengths, plain)
+
+
+def test_batches_come_in_mixed_order_of_length():
+    lengths = list(range(1, 65))
+    longest = [max(lengths[i] for i in b) for b in epoch_of(TrainingOrder(lengths, 4, 0), 0)]
+    assert longest != sorted(longest)
+
+
+@pytest.mark.parametrize("lengths, size", [([], 4), ([1], 0), ([1], -1)])
+def test_impossible_orders(lengths, size):
+    with pytest.raises(InputError, match="cannot make batches"):
+        TrainingOrder(lengths, size, 0)
+
+
+@given(n=st.integers(2, 300), percent=st.integers(0, 99), seed=seeds)
+def test_split(n, percent, seed):
+    examples = [Example(str(i), 0, str(i), ("A", "B")) for i in range(n)]
+    fraction = percent / 100
+    if percent and not 0 < round(fraction * n) < n:
+        with pytest.raises(InputError, match="does not split"):
+            split(examples, fraction, seed)
+        return
+    rest, held_out = split(examples, fraction, seed)
+    assert (rest, held_out) == split(examples, fraction, seed)
+    assert len(held_out) == round(fraction * n)
+    assert sorted(rest + held_out, key=examples.index) == examples
+    for part in (rest, held_out):
+        assert part == sorted(part, key=examples.index)
+
+
+def test_split_depends_on_the_seed():
+    examples = [Example(str(i), 0, str(i), ("A", "B")) for i in range(40)]
+    assert split(examples, 0.5, 0) != split(examples, 0.5, 1)
+    for fraction in (-0.1, 1.0, float("nan")):
+        with pytest.raises(InputError, match="fraction held out must be in"):
+            split(examples, fraction, 0)

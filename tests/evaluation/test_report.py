@@ -1,0 +1,367 @@
+"""The report: well formed, self-contained, reproducible, and showing what it was given."""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import cache
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scalabl_ref import InputError
+from scalabl_ref.evaluation import metrics
+from scalabl_ref.evaluation.report import _ticks, write_report
+
+from ..tolerances import rounding
+
+VOID = {"meta"}
+PLACES = {"x", "y", "x1", "y1", "x2", "y2", "cx", "cy", "r", "width", "height", "points", "viewbox"}
+
+
+class Page(HTMLParser):
+    """Checks that tags nest and close; keeps what the tests ask about."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[tuple[str, str]] = []  # (enclosing tag, text)
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        assert len(dict(attrs)) == len(attrs)  # no attribute twice
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and data.strip():
+            self.words.append((self.open[-1], data))
+
+    def text(self, *within: str) -> str:
+        return " ".join(words for tag, words in self.words if not within or tag in within)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@cache
+def _model(rows: int, classes: int, seed: int) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    probs = (2 * torch.randn(rows, classes, generator=generator)).double().softmax(1)
+    labels = torch.multinomial(probs, 1, generator=generator)[:, 0]
+    values = {name: getattr(metrics, name)(probs, labels) for name in ("ece", "nll", "brier")}
+    values["acc"] = metrics.accuracy(probs, labels)
+    values["aurc"] = metrics.risk_coverage(probs, labels).area
+    intervals = metrics.bootstrap_intervals(probs, labels, replicates=50)
+    return {"probs": probs, "labels": labels, "metrics": values, "intervals": intervals}
+
+
+def model(name: str = "mle", rows: int = 60, classes: int = 4, seed: int = 0, **more) -> dict:
+    return {"name": name, **_model(rows, classes, seed), **more}
+
+
+def ood(name: str = "elsewhere") -> dict:
+    scores = (torch.linspace(0, 1, 30), torch.linspace(0.5, 1.5, 20))
+    values = {"n": 20, "acc": 0.25, "intervals": {"acc": (0.125, 0.375)}}
+    values["auroc_entropy"] = 0.8125
+    return {
+        "name": name,
+        "metrics": values,
+        "auroc_mutual_information": 0.6875,
+        "scores": {"mutual_information": scores},
+    }
+
+
+def full() -> dict:
+    return {
+        "title": "Report",
+        "subtitle": "Of a test",
+        "about": {"model": "tiny", "kl": None, "bins": 10, "n": 60},
+        "models": [model("mle", ood=ood()), model("scalabl", seed=1), model("mle, T = 2", seed=2)],
+        "bounds": {"label": "best possible", "nll": 0.4321, "acc": 0.8765},
+        "notes": ["Look at the gaps.", "Then at the line."],
+    }
+
+
+@pytest.fixture
+def render(tmp_path):
+    def write(results: dict) -> str:
+        write_report(tmp_path / "report.html", results)
+        assert [p.name for p in tmp_path.iterdir()] == ["report.html"]  # no temporary file is left
+        return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+    return write
+
+
+def charts(text: str) -> list[ElementTree.Element]:
+    """Every SVG, parsed by a strict XML parser."""
+    parts = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert len(parts) == text.count("<svg")
+    return [ElementTree.fromstring(part) for part in parts]
+
+
+def named(text: str) -> dict[str, ElementTree.Element]:
+    """Charts by title; pieces of a legend have none."""
+    found = {c.find("title").text: c for c in charts(text) if c.get("role") == "img"}
+    assert None not in found
+    return found
+
+
+def check(text: str) -> Page:
+    page = Page(text)
+    charts(text)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in page.tags:
+        for target in (attributes.get("aria-labelledby") or "").split():
+            assert target in ids
+        for value in attributes.values():
+            reference = re.fullmatch(r"url\(#(.*)\)", value or "")
+            assert reference is None or reference[1] in ids
+        for key in PLACES & attributes.keys():
+            numbers = re.split(r"[ ,]", attributes[key])
+            assert all(math.isfinite(float(number)) for number in numbers)
+            assert key not in ("width", "height") or float(numbers[0]) >= 0
+    return page
+
+
+def test_it_holds_everything_it_was_given(render):
+    results = full()
+    page = check(render(results))
+    text = page.text()
+    for words in ("Report", "Of a test", "tiny", *results["notes"], "best possible", "elsewhere"):
+        assert words in text
+    assert "kl" not in page.text("dt")  # a fact without a value is left out
+    for m in results["models"]:
+        assert m["name"] in page.text("th")
+        for value in m["metrics"].values():
+            assert f"{value:.3f}" in page.text("td")
+        for low, high in m["intervals"].values():
+            assert f"[{low:.3f}, {high:.3f}]" in page.text("small")
+    for words in ("0.432", "0.876", "0.812", "0.688", "0.250"):
+        assert words in page.text("td")
+    assert "[0.125, 0.375]" in page.text("small")
+
+
+def test_charts(render):
+    results = full()
+    found = named(render(results))
+    assert all(c.find("desc").text for c in found.values())
+    for m in results["models"]:
+        table = metrics.reliability(m["probs"], m["labels"], 10)
+        filled = int((table.rows > 0).sum())
+        for kind in ("Reliability", "Confidence"):
+            bars = found[f"{kind} of {m['name']}"].findall(".//rect[@class='fill']")
+            assert len(bars) == filled
+        chart = found[f"Reliability of {m['name']}"]
+        assert len(chart.findall(".//rect[@class='gap']")) == filled
+        counts = [t.text for t in found[f"Confidence of {m['name']}"].iter("text")
+                  if t.get("class") == "count"]  # fmt: skip
+        assert counts == [str(n) for n in table.rows.tolist() if n]
+    assert len(found["Risk and coverage"].findall(".//polyline")) == 3
+    assert "mutual information inside and outside" in found
+    assert len(found["NLL with 95 % intervals"].findall(".//line[@class='best']")) == 1
+    assert not found["ECE with 95 % intervals"].findall(".//line[@class='best']")
+
+
+def test_bars_stand_where_the_numbers_are(render):
+    """One bin, [.5, 1]: confidence .75, accuracy .5, read back from the SVG through its axes."""
+    probs = torch.tensor([[0.75, 0.25]] * 4, dtype=torch.float64)
+    labels = torch.tensor([0, 0, 1, 1])
+    only = {"name": "m", "probs": probs, "labels": labels, "metrics": {}}
+    text = render({"title": "t", "about": {"bins": 2}, "models": [only]})
+    chart = named(text)["Reliability of m"]
+    diagonal = chart.find(".//line[@class='diagonal']")
+    x0, y0, x1, y1 = (float(diagonal.get(k)) for k in ("x1", "y1", "x2", "y2"))
+    assert x0 < x1 and y0 > y1  # to the right and up
+
+    def place(rect, key):
+        start, size = (
+            float(rect.get(k)) for k in (("x", "width") if key == "x" else ("y", "height"))
+        )
+        low, high = (x0, x1) if key == "x" else (y0, y1)
+        return sorted((v - low) / (high - low) for v in (start, start + size))
+
+    # Places are written with two decimals; bars are 0.75 units narrower at either side.
+    rounding, hair = 0.02 / abs(y1 - y0), 0.8 / (x1 - x0)
+    fill, gap = (chart.find(f".//rect[@class='{css}']") for css in ("fill", "gap"))
+    tick = chart.find(".//line[@class='tick']")
+    for found, expected, slack in (
+        (place(fill, "y"), (0, 0.5), rounding),
+        (place(gap, "y"), (0.5, 0.75), rounding),
+        (place(fill, "x"), (0.5, 1), hair),
+    ):
+        assert all(abs(a - b) <= slack for a, b in zip(found, expected, strict=True))
+    assert abs((float(tick.get("y1")) - y0) / (y1 - y0) - 0.75) <= rounding
+
+
+def test_nothing_is_loaded_and_nothing_runs(render):
+    text = render(full())
+    page = check(text)
+    assert not re.search(r"https?:|//\w|@import|<script|javascript:|\bon\w+=", text)
+    assert not {name for name, _ in page.tags} & {"script", "link", "img", "iframe", "object"}
+    assert not any({"src", "href"} & attributes.keys() for _, attributes in page.tags)
+    policy = next(m["content"] for m in page.all("meta") if "http-equiv" in m)
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def test_it_can_be_read_by_a_screen_reader(render):
+    page = check(render(full()))
+    assert page.all("html") == [{"lang": "en"}]
+    assert all(th.get("scope") in ("row", "col") for th in page.all("th"))
+    assert len(page.all("caption")) == len(page.all("table"))
+    for svg in page.all("svg"):
+        assert svg.get("aria-hidden") == "true" or svg["role"] == "img" and svg["aria-labelledby"]
+
+
+def test_the_same_results_give_the_same_bytes(tmp_path):
+    results = full()
+    for name in ("a", "b"):
+        write_report(tmp_path / name, results)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+HOSTILE = "</title></style><script>alert(1)</script>\"'><img src=x onerror=y>&amp; \x00\x1b\x85"
+
+
+def hostile(words: str) -> dict:
+    results = full()
+    results.update(title=words, subtitle=words, notes=[words], about={words: words})
+    results["bounds"]["label"] = words
+    results["models"] = [model(words, rows=5, ood=ood(words))]
+    scores = results["models"][0]["ood"]["scores"]
+    scores[words] = scores.pop("mutual_information")
+    return results
+
+
+def test_hostile_words_stay_words(render):
+    page = check(render(hostile(HOSTILE)))
+    assert not {name for name, _ in page.tags} & {"script", "img"}
+    shown = HOSTILE.replace("\x00", "\ufffd").replace("\x1b", "\ufffd").replace("\x85", "\ufffd")
+    for tag in ("title", "h1", "p", "dt", "dd", "th"):
+        assert shown in page.text(tag)
+    assert f"Calibration of {shown}" in [div.get("aria-label") for div in page.all("div")]
+    assert not any(key.startswith("on") for _, attributes in page.tags for key in attributes)
+
+
+@settings(max_examples=40)
+@given(st.text(st.characters(exclude_categories=()), min_size=1, max_size=20))
+def test_any_words_give_a_well_formed_page(tmp_path_factory, words):
+    path = tmp_path_factory.mktemp("report") / "r.html"
+    write_report(path, hostile(words))
+    check(path.read_text(encoding="utf-8"))
+
+
+def test_little_and_infinite_results(render):
+    """One row, one model, an infinite NLL, no intervals, no facts."""
+    one = {
+        "name": "m",
+        "probs": torch.tensor([[1.0, 0.0]]),
+        "labels": torch.tensor([1]),
+        "metrics": {"acc": 0.0, "nll": math.inf},
+    }
+    page = check(render({"title": "t", "models": [one]}))
+    assert "∞" in page.text("td")
+    assert "NLL with 95 % intervals" not in page.text("title")
+    two = model("finite", intervals={"nll": (0.5, math.inf)})
+    page = check(render({"title": "t", "models": [one, two]}))
+    assert "[0.500, ∞]" in page.text("desc")
+
+
+def test_many_models_and_rows(render):
+    """Eight models share six colours but no line; a long curve is thinned, its end kept."""
+    models = [model(f"model {i}", rows=5000 if i == 0 else 20, seed=i) for i in range(8)]
+    text = render({"title": "t", "models": models})
+    check(text)
+    chart = named(text)["Risk and coverage"]
+    groups = [g for g in chart.findall("g") if g.find("polyline") is not None]
+    looks = [(g.get("class"), g.find("polyline").get("stroke-dasharray")) for g in groups]
+    assert len(set(looks)) == 8
+    points = groups[0].find("polyline").get("points").split()
+    assert len(points) < 500
+    ends = [g.find("polyline").get("points").split()[-1].split(",")[0] for g in groups]
+    assert len(set(ends)) == 1  # all reach coverage 1
+
+
+@given(st.floats(-10, 10), st.floats(1e-6, 1e6))
+def test_ticks_are_few_and_inside(low, span):
+    ticks = _ticks(low, low + span)
+    assert 1 <= len(ticks) <= 8
+    slack = 1e-9 * span + rounding(torch.float64, 8) * (abs(low) + span)  # 1e-9: _ticks' own
+    assert all(low - slack <= tick <= low + span + slack for tick, _ in ticks)
+    assert len({label for _, label in ticks}) == len(ticks)
+
+
+def test_bad_predictions_write_nothing(tmp_path):
+    bad = model()
+    bad["probs"] = bad["probs"] * 2
+    with pytest.raises(InputError, match="must sum to one"):
+        write_report(tmp_path / "report.html", {"title": "t", "models": [bad]})
+    with pytest.raises(InputError, match="cannot be written"):
+        write_report(tmp_path / "missing" / "report.html", full())
+    assert list(tmp_path.iterdir()) == []
+
+
+def _series(**changes):
+    series = [("one", [(10, 2.0), (100, 1.0)]), ("two", [(10, 3.0)])]
+    plot = {"title": "NLL and size", "x": "examples", "y": "NLL", "log": True, "series": series}
+    return {**plot, **changes}
+
+
+def _circles(tmp_path, plot) -> list[tuple[float, float]]:
+    results = {"title": "t", "models": [{"name": "m", **_model(20, 3, 0)}], "plots": [plot]}
+    write_report(tmp_path / "r.html", results)
+    text = (tmp_path / "r.html").read_text()
+    found = re.search(r'<svg[^>]*aria-labelledby="plot-0-title.*?</svg>', text, re.DOTALL)
+    if found is None:
+        return []
+    svg = ElementTree.fromstring(found[0])
+    return [(float(c.get("cx")), float(c.get("cy"))) for c in svg.iter("circle")]
+
+
+def test_series_stand_where_their_numbers_say(tmp_path):
+    """On a logarithmic axis equal ratios are equal distances; y grows upwards."""
+    points = [(1, 1.0), (10, 2.0), (100, 4.0)]
+    (x0, y0), (x1, y1), (x2, y2) = _circles(tmp_path, _series(series=[("a", points)]))
+    assert abs((x1 - x0) - (x2 - x1)) <= 0.02 and x0 < x1
+    assert abs(2 * (y0 - y1) - (y1 - y2)) <= 0.02 and y0 > y1
+    linear = _circles(tmp_path, _series(series=[("a", points)], log=False))
+    assert abs((linear[2][0] - linear[1][0]) - 10 * (linear[1][0] - linear[0][0])) <= 0.1
+    zero = [(0, 1.0), (10, 2.0)]
+    assert len(_circles(tmp_path, _series(series=[("a", zero)]))) == 2  # no logarithm of 0
+    infinite = [(1, math.inf), (10, 2.0)]
+    assert len(_circles(tmp_path, _series(series=[("a", infinite)]))) == 1
+    assert _circles(tmp_path, _series(series=[("a", [(1, math.inf)])])) == []
+
+
+def test_tables_plots_and_the_word_for_intervals(tmp_path):
+    rows = [("mle", ["0.5 ± 0.1", "<b>"], [True, False])]
+    table = {"title": "All", "heads": ["ACC", "x"], "rows": rows, "words": "What it is."}
+    model = {"name": "m", "intervals": {"acc": (0.1, 0.2)}, **_model(20, 3, 0)}
+    results = {"title": "t", "models": [model], "tables": [table], "plots": [_series()],
+               "spread": "least and greatest seed"}  # fmt: skip
+    write_report(tmp_path / "r.html", results)
+    page = Page((tmp_path / "r.html").read_text())
+    assert page.text("strong") == "0.5 ± 0.1"
+    assert "<b>" in page.text("td") and "What it is." in page.text("p")
+    assert "In brackets: least and greatest seed." in page.text("p")
+    assert "bootstrap" not in page.text()
+    assert [w for tag, w in page.words if tag == "li" and w in ("one", "two")] == ["one", "two"]
+    assert "two (10, 3)" in page.text("desc")
+
+
+def test_a_page_without_models_has_its_plots(tmp_path):
+    write_report(tmp_path / "r.html", {"title": "t", "models": [], "plots": [_series()]})
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("<svg") == 1 and "<table" not in page

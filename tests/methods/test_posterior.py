@@ -1,0 +1,185 @@
+"""`scalabl posterior`: what it writes answers as the method itself would, from the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from scalabl_ref import InputError, adapters, load_run, predict
+from scalabl_ref.data import encode, evaluation_batches, load, split
+from scalabl_ref.data.tokenizer import load_tokenizer
+from scalabl_ref.evaluation.predict import predict_all
+from scalabl_ref.methods import Ensemble, Laplace, Swag, load_posterior, tfb
+
+from ..app.test_cli import ok, refused
+from ..models import questions_file, tiny_batch, tiny_folder, tiny_model
+
+TRAIN = "train --model model --data train.jsonl --steps 8 --batch 4 --rank 2 --lr 0.02"
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch, capsys):
+    """Two runs of mle from different seeds, with SWAG's averages, and a test set."""
+    monkeypatch.chdir(tmp_path)
+    tiny_folder(tmp_path / "model")
+    questions_file(tmp_path / "train.jsonl")
+    questions_file(tmp_path / "test.jsonl", rows=9)
+    for seed in (0, 1):
+        ok(f"{TRAIN} --method mle --swag 0.5 --holdout 0.25 --seed {seed} --out run{seed}", capsys)
+    return tmp_path
+
+
+def probabilities(folder, capsys) -> torch.Tensor:
+    """What `scalabl evaluate` writes for a run folder, with 4 draws of seed 0."""
+    ok(f"evaluate --run {folder} --data test.jsonl --samples 4", capsys)
+    lines = (folder / "predictions.jsonl").read_text().splitlines()
+    return torch.tensor([json.loads(line)["probs"] for line in lines], dtype=torch.float64)
+
+
+def data(work, name: str, batch: int):
+    encoded = encode(load(work / name, "jsonl"), load_tokenizer(work / "model"), classes=3)
+    return list(evaluation_batches(encoded, batch))
+
+
+def expected(work, model, posterior=None) -> torch.Tensor:
+    return predict_all(model, data(work, "test.jsonl", 32), 4, 0, posterior=posterior).probs
+
+
+def test_laplace(work, capsys):
+    told = ok("posterior laplace --run run0 --data train.jsonl --out made", capsys)
+    model, _ = load_run("run0")
+    posterior = Laplace.fit(model, data(work, "train.jsonl", 8)).optimise_prior()
+    assert told["precision"] == posterior.precision
+    assert torch.equal(probabilities(work / "made", capsys), expected(work, model, posterior))
+    assert json.loads((work / "made/metrics.json").read_text())["method"] == "laplace"
+    last = ok("posterior laplace --run run0 --layers last --kron-rank 2 --out last", capsys)
+    assert last["precision"] != told["precision"]
+    assert set(load_posterior("last", {"posterior": "laplace"}).curvature) == {
+        "lm_head.A", "lm_head.B"
+    }  # fmt: skip
+
+
+def test_without_data_it_is_the_runs_own_less_its_hold_out(work, capsys):
+    told = ok("posterior laplace --run run0 --out made", capsys)
+    whole = ok("posterior laplace --run run0 --data train.jsonl --out whole", capsys)
+    kept = [json.loads(line) for line in (work / "train.jsonl").read_text().splitlines()]
+    rest, _ = split(kept, 0.25, 0)
+    (work / "rest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rest))
+    same = ok("posterior laplace --run run0 --data rest.jsonl --out same", capsys)
+    assert told["precision"] == same["precision"] != whole["precision"]
+
+
+def test_swag(work, capsys):
+    ok("posterior swag --run run0 --out made", capsys)
+    model, _ = load_run("run0")
+    posterior = Swag.load("run0")
+    assert posterior.count == 4
+    assert torch.equal(probabilities(work / "made", capsys), expected(work, model, posterior))
+
+
+def test_ensemble(work, capsys):
+    ok("posterior ensemble --run run0 run1 --out made", capsys)
+    parts = [expected(work, load_run(name)[0]) for name in ("run0", "run1")]
+    assert not torch.equal(*parts)
+    both = torch.stack(parts).mean(0)
+    assert (probabilities(work / "made", capsys) - both).abs().max() < 1e-12
+
+
+def test_metrics_say_how_many_draws_there_were(work, capsys):
+    """Not how many were asked for: of plain LoRA none, of an ensemble its members."""
+    ok("posterior ensemble --run run0 run1 --out ensemble", capsys)
+    ok("posterior swag --run run0 --out swag", capsys)
+    ok("posterior tfb --run run0 --tolerance 0.05 --out tfb", capsys)
+    for run, draws in (("run0", 0), ("ensemble", 2), ("swag", 5), ("tfb", 5)):
+        for asked in (5, 0):
+            expected = draws if asked else 0
+            command = f"evaluate --run {run} --data test.jsonl --ood train.jsonl --samples {asked}"
+            metrics = ok(command, capsys)
+            assert metrics["samples"] == metrics["ood"]["samples"] == expected
+            assert metrics["method"] == ("mle" if run == "run0" else run)
+            assert ("design" in metrics) == (run == "tfb" and asked > 0)
+            command = f"predict --run {run} --prompt hello --choices a b c --samples {asked}"
+            assert ok(command, capsys)["samples"] == expected
+
+
+def test_tfb(work, capsys):
+    told = ok("posterior tfb --run run0 --data train.jsonl --tolerance 0.05 --out made", capsys)
+    model, _ = load_run("run0")
+    assert told["sigma"] == tfb(model, data(work, "train.jsonl", 8), 0.05)
+    assert torch.equal(probabilities(work / "made", capsys), expected(work, model))
+    kinds = {type(adapter).__name__ for adapter in adapters(load_run("made")[0]).values()}
+    assert kinds == {"TfbAdapter"}
+    assert json.loads((work / "made/metrics.json").read_text())["design"] == "independent"
+    assert "design" not in ok("evaluate --run run0 --data test.jsonl --samples 4", capsys)
+
+
+def test_predict_uses_it(work, capsys):
+    ok("posterior ensemble --run run0 run1 --out made", capsys)
+    ask = "predict --prompt hello --choices one two three --run"
+    plain, both = ok(f"{ask} run0", capsys), ok(f"{ask} made", capsys)
+    assert plain["mutual_information"] == 0 < both["mutual_information"]
+
+
+def test_what_cannot_be_made_is_refused(work, capsys):
+    ok(f"{TRAIN} --method mle --rank 3 --out wide", capsys)
+    shutil.copytree(work / "run0", work / "again")
+    for command, message in (
+        (
+            "posterior swag --run wide --out x",
+            "wide: has no swag.safetensors",
+        ),
+        ("posterior ensemble --run run0 run1 run0 --out x", "run0: has the same weights as run0"),
+        ("posterior ensemble --run run0 ./again --out x", "again: has the same weights as run0"),
+        (
+            "posterior ensemble --run run0 --out x",
+            "takes two runs or more in --run, not 1",
+        ),
+        ("posterior swag --run run0 run1 --out x", "swag takes one run in --run, not 2"),
+        ("posterior ensemble --run run0 wide --out x", "wide: differs from run0 in adapter"),
+        ("posterior laplace --run nowhere --out x", "nowhere: no such folder: expected a run"),
+    ):
+        assert message in refused(command, capsys)
+        assert not (work / "x").exists()
+    ok("posterior swag --run run0 --out made", capsys)
+    assert "has a posterior already, swag" in refused("posterior swag --run made --out x", capsys)
+    last = refused("posterior ensemble --run run0 run1 made --out x", capsys)
+    assert "made: has a posterior already, swag" in last
+    assert "cannot write text" in refused("generate --run made --prompt a", capsys)
+
+
+@pytest.mark.parametrize("method", ["scalabl", "blob", "dropout", "tfb"])
+def test_what_draws_by_itself_is_not_made_into_another(work, capsys, method):
+    """Only its mean model would predict."""
+    if method == "tfb":
+        ok("posterior tfb --run run0 --tolerance 0.05 --out ours", capsys)
+        shutil.copy(work / "run0/swag.safetensors", work / "ours")
+    else:
+        ok(f"{TRAIN} --method {method} --swag 0.5 --out ours", capsys)
+    for name, runs in (("laplace", ""), ("tfb", ""), ("swag", ""), ("ensemble", "run0 run1")):
+        said = refused(f"posterior {name} --run {runs} ours --out x", capsys)
+        assert f"ours: {name} is made of runs of mle or map, not of {method}" in said
+    assert not (work / "x").exists()
+
+
+def test_broken_files_are_named(work, capsys):
+    ok("posterior ensemble --run run0 run1 --out made", capsys)
+    path = work / "made" / "ensemble.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    assert "ensemble.safetensors" in refused("evaluate --run made --data test.jsonl", capsys)
+    info = json.loads((work / "made/run.json").read_text())
+    (work / "made/run.json").write_text(json.dumps({**info, "posterior": "magic"}))
+    assert "unknown posterior 'magic'" in refused("evaluate --run made --data test.jsonl", capsys)
+    (work / "run0/swag.safetensors").write_bytes((work / "run0/adapter.safetensors").read_bytes())
+    assert "swag.safetensors: not written by this program" in refused(
+        "posterior swag --run run0 --out x", capsys
+    )
+
+
+def test_another_models_weights_are_refused():
+    model = tiny_model(method="mle")
+    other = {"layers.0.attn.q_proj.A": torch.zeros(3, 16)}
+    with pytest.raises(InputError, match="do not both have the tensor"):
+        predict(model, tiny_batch(), posterior=Ensemble([other]))

@@ -1,0 +1,185 @@
+"""The self-audit passes on what is right, and names what is wrong in an op with a fault."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from scalabl_ref import InputError, Noise, subspace_lora_linear
+from scalabl_ref.app import cli
+from scalabl_ref.fast import native
+from scalabl_ref.verify.checks import (
+    FALSE_FAILURE,
+    OP_CHECKS,
+    gradient_scores,
+    load_op,
+    moment_scores,
+    moments,
+    verify,
+)
+
+from ..stats import ZTest
+
+CPU = torch.device("cpu")
+
+
+def failed(results) -> set[str]:
+    return {result.name for result in results if not result.passed}
+
+
+@pytest.mark.parametrize("core", ["native", "PyTorch"])
+def test_what_is_right_passes(core, monkeypatch):
+    if core == "PyTorch":
+        monkeypatch.setattr(native, "core", lambda: None)
+    results = verify()
+    assert failed(results) == set(), [r for r in results if not r.passed]
+    assert all(result.cases > 0 for result in results)
+
+
+# The statistics of verify, under other seeds; verify itself checks them at the seeds it has.
+ZTest(
+    "verify: moments",
+    lambda seed, n: moment_scores(Noise(seed, 0), n) / n**0.5,
+    n=2**20,
+    rate=FALSE_FAILURE,
+    count=6,
+    replay=2**15,
+    exact=False,
+)
+ZTest(
+    "verify: unbiased",
+    lambda seed, n: gradient_scores(subspace_lora_linear, CPU, Noise(seed, 0), n) / n**0.5,
+    n=100_000,
+    rate=FALSE_FAILURE,
+    count=2,
+    replay=2**13,
+    exact=False,
+)
+
+
+class DropsEps(torch.autograd.Function):
+    """The identity on s + sigma eps whose gradient of sigma forgets eps."""
+
+    @staticmethod
+    def forward(ctx, s, sigma, eps):
+        return s + sigma * eps
+
+    @staticmethod
+    def backward(ctx, grad):
+        while grad.dim() > 1:
+            grad = grad.sum(0)
+        return grad, grad, None
+
+
+def faulty(change=lambda a: None, combine=None, bias=True, after=lambda y: y, **fixed):
+    """An op with one fault: its arguments changed, or its formula."""
+
+    def op(x, weight, bias_, A, B, s, sigma, scaling, noise, layer=0, sampling="example",
+           groups=None):  # fmt: skip
+        a = {"x": x, "weight": weight, "bias": bias_ if bias else None, "A": A, "B": B, "s": s,
+             "sigma": sigma, "scaling": scaling, "noise": noise, "layer": layer,
+             "sampling": sampling, "groups": groups, **fixed}  # fmt: skip
+        a.update(change(a) or {})
+        if combine is not None:
+            return combine(a)
+        return after(subspace_lora_linear(**a))
+
+    return op
+
+
+def without_base_gradient(a):
+    """grad x lacks W' g."""
+    with torch.no_grad():
+        base = F.linear(a["x"], a["weight"], a["bias"])
+    update = subspace_lora_linear(**{**a, "bias": None, "weight": torch.zeros_like(a["weight"])})
+    return base + update
+
+
+def eps_forgotten(a):
+    if a["noise"] is None or a["x"].dim() < 2 or a["sampling"] != "batch":
+        return subspace_lora_linear(**a)
+    eps = a["noise"].normal(a["layer"], 1, len(a["s"]))[0].to(a["x"].dtype)
+    scale = DropsEps.apply(a["s"], a["sigma"], eps)
+    update = F.linear(F.linear(a["x"], a["A"]) * (a["scaling"] * scale), a["B"])
+    return F.linear(a["x"], a["weight"], a["bias"]) + update
+
+
+def previous_draw(a):
+    noise = a["noise"]
+    return noise and {"noise": Noise(noise.seed, noise.draw - 1)}
+
+
+FAULTS = {
+    "variance for standard deviation": (faulty(lambda a: {"sigma": a["sigma"] ** 2}), "forward"),
+    "scaling left out": (faulty(scaling=1.0), "forward"),
+    "scaling squared": (faulty(lambda a: {"scaling": a["scaling"] ** 2}), "mean model"),
+    "noise left out": (faulty(noise=None), "a draw is a function"),
+    "noise without s": (faulty(lambda a: {"s": 0 * a["s"]}), "gradient of s"),
+    "one draw for the batch": (faulty(sampling="batch"), "rows are independent"),
+    "a draw for every token": (faulty(sampling="token", groups=None), "rows are independent"),
+    "group ids ignored": (faulty(groups=None), "forward"),
+    "layer ignored": (faulty(layer=0), "a draw is a function"),
+    "draw off by one": (faulty(previous_draw), "forward"),
+    "bias left out": (faulty(bias=False), "mean model"),
+    "s in place of log s": (faulty(lambda a: {"s": a["s"].abs().log()}), "affine in s"),
+    "ranks in the opposite order": (
+        faulty(lambda a: {k: a[k].flip(-1) for k in ("s", "B")} | {"A": a["A"].flip(0)}),
+        "ranks add up",
+    ),
+    "A detached": (faulty(lambda a: {"A": a["A"].detach()}), "gradient of A"),
+    "sigma detached": (faulty(lambda a: {"sigma": a["sigma"].detach()}), "unbiased"),
+    "grad x without the base": (faulty(combine=without_base_gradient), "adjoint"),
+    "grad sigma without eps": (faulty(combine=eps_forgotten), "gradient of sigma"),
+    "computed in bfloat16": (
+        faulty(lambda a: {"x": a["x"].bfloat16().to(a["x"].dtype)}), "linear in x"
+    ),
+    "nonlinear in x": (faulty(after=torch.tanh), "linear in B"),
+    "wrong shape": (faulty(after=lambda y: y[..., :-1]), "forward"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_caught_by_the_property_it_breaks(name):
+    op, expected = FAULTS[name]
+    assert expected in failed(verify(op))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda z: z + 0.02, lambda z: 1.02 * z, lambda z: z.clamp(-2.5, 2.5)]
+)
+def test_normals_that_are_not_are_caught(change, monkeypatch):
+    original = Noise.normal
+    monkeypatch.setattr(Noise, "normal", lambda *a: change(original(*a)))
+    assert moments(subspace_lora_linear, CPU)[0] > 1
+
+
+def test_every_check_of_the_op_catches_something():
+    """No check is there for show: each fails for at least one of the faults."""
+    caught = set()
+    for op, _ in FAULTS.values():
+        caught |= failed(verify(op))
+    assert caught == {check.name for check in OP_CHECKS}
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    assert cli.main(["verify", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert all(check["passed"] for check in report["checks"]) and report["path"]
+    (tmp_path / "theirs.py").write_text(
+        "from scalabl_ref import subspace_lora_linear as ours\n"
+        "def op(*a, **k):\n    k['scaling'] = 1.0\n    return ours(*a, **k)\n"
+        "def broken(**k):\n    raise RuntimeError('no such kernel')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["verify", "--against", "theirs:op"]) == 1
+    out, err = capsys.readouterr()
+    assert "theirs.op" in out and "failed: forward: (1a)" in err
+    assert cli.main(["verify", "--against", "theirs:broken"]) == 1
+    assert "RuntimeError: no such kernel" in capsys.readouterr().out
+    for name in ("theirs", "theirs:none", "nowhere:op"):
+        assert cli.main(["verify", "--against", name]) == 2
+    with pytest.raises(InputError, match="is not callable"):
+        load_op("math:pi")

@@ -1,0 +1,191 @@
+"""The kit: what it writes, and that it grades a right port as right and a wrong one as wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from scalabl_ref import InputError, Noise
+from scalabl_ref.app import cli
+from scalabl_ref.support.tensors import load_tensors, save_tensors
+from scalabl_ref.verify.conformance import check, export, grade_case
+
+from ..conftest import ROOT
+from ..own_port import cases, port
+from ..tolerances import rounding
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kit") / "vectors"
+    assert export(folder) >= 60
+    return folder
+
+
+def grade(folder, tmp_path, results, precision="float32"):
+    save_tensors(tmp_path / "out.safetensors", results.items())
+    return check(folder, tmp_path / "out.safetensors", precision)[0]
+
+
+def bad(kit, tmp_path, results, precision="float32"):
+    """The one case that fails."""
+    (grade_,) = (g for g in grade(kit, tmp_path, results, precision) if not g.passed)
+    return grade_
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_a_right_port_passes_every_case(kit, tmp_path, precision):
+    results = port(kit, getattr(torch, precision))
+    if precision == "float64":  # RoPE's frequencies are float32 numbers, whatever the port
+        results = {name: t for name, t in results.items() if not name.startswith("rope-")}
+    grades = grade(kit, tmp_path, results, precision)
+    assert [g for g in grades if not g.passed] == []
+    left_out = 0 if precision == "float32" else 3
+    assert len(grades) == sum(1 for _ in cases(kit)) - left_out
+
+
+def moved(noise, seed=0, draw=0):
+    return noise and Noise(noise.seed + seed, noise.draw + draw)
+
+
+BUGS = {
+    "variance for standard deviation": lambda c: {"sigma": c["sigma"] ** 2},
+    "scaling left out": lambda c: {"scaling": 1.0},
+    "noise left out": lambda c: {"noise": None},
+    "one draw for all": lambda c: {"sampling": "batch"},
+    "groups ignored": lambda c: {"groups": None},
+    "layer off by one": lambda c: {"layer": c["layer"] + 1},
+    "draw off by one": lambda c: {"noise": moved(c["noise"], draw=1)},
+    "seed cut to 32 bits": lambda c: {"noise": moved(c["noise"], seed=-(2**63))},
+    "bias left out": lambda c: {"bias": None},
+    "s detached": lambda c: {"s": c["s"].detach()},
+    "sigma detached": lambda c: {"sigma": c["sigma"].detach()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_bug_in_a_port_is_seen(kit, tmp_path, name):
+    results = port(kit, torch.float32, BUGS[name], {"op forward", "op backward"})
+    assert any(not g.passed for g in grade(kit, tmp_path, results))
+
+
+def test_the_vectors_in_the_repository_are_these(kit):
+    """To the last bit but one: logarithms and exponentials are the machine's."""
+    kept = ROOT / "tests" / "vectors"
+    assert (kept / "schema.json").read_text() == (kit / "schema.json").read_text()
+    identity = [
+        [(c["id"], c["parameters"], sorted(c["outputs"])) for c, _ in cases(f)] for f in (kit, kept)
+    ]
+    assert identity[0] == identity[1]
+    ours, theirs = (load_tensors(f / "vectors.safetensors")[0] for f in (kit, kept))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        if not value.is_floating_point():
+            assert torch.equal(value, theirs[name]), name
+        else:
+            size = value.abs().max().clamp(min=1e-300)
+            assert (value - theirs[name]).abs().max() <= rounding(torch.float64, 64) * size, name
+    written = [f.stat().st_size for f in kept.iterdir()]
+    assert len(written) == 3 and sum(written) < 3_000_000
+
+
+def test_the_manifest_follows_its_schema(kit):
+    """By hand, as far as the schema goes: the package does without a validator."""
+    manifest = json.loads((kit / "manifest.json").read_text())
+    schema = json.loads((kit / "schema.json").read_text())
+    assert set(schema["required"]) == set(manifest)
+    case_schema = schema["properties"]["cases"]["items"]
+    seen = set()
+    for case in manifest["cases"]:
+        assert set(case) == set(case_schema["required"]) and case["id"] not in seen
+        seen.add(case["id"])
+        assert case["catches"] and all(isinstance(c, str) for c in case["catches"])
+        for output in case["outputs"].values():
+            assert set(output) == {"tensor", "terms", "size"} and output["terms"] >= 0
+
+
+def test_every_output_is_graded(kit, tmp_path):
+    """A thousandth more in any one output fails its case, and names the output."""
+    right = port(kit, torch.float32)
+    truth, _ = load_tensors(kit / "vectors.safetensors")
+    tried = 0
+    for case, _ in cases(kit):
+        for output, entry in case["outputs"].items():
+            value = right[entry["tensor"]]
+            wrong = value * 1.001 + 1e-3 if value.is_floating_point() else value + 1
+            result = grade_case(case, truth, {**right, entry["tensor"]: wrong}, "float32")
+            assert [p.split(":")[0] for p in result.problems] == [output], case["id"]
+            tried += 1
+    assert tried == len(right)
+
+
+def test_inputs_are_numbers_that_float32_holds(kit):
+    for case, inputs in cases(kit):
+        for name, t in inputs.items():
+            if t.is_floating_point():
+                assert t.dtype == torch.float64 and torch.equal(t, t.float().double()), case["id"]
+            else:
+                assert t.dtype == torch.int64, (case["id"], name)
+
+
+def test_what_is_odd_is_named(kit, tmp_path):
+    right = port(kit, torch.float32, levels={"op backward"})
+    name = next(iter(right))
+    case, output = name.rsplit("/", 1)
+    missing = {k: v for k, v in right.items() if k != name}
+    assert bad(kit, tmp_path, missing).problems == [f"{output} is missing"]
+    cut = {**right, name: right[name][..., :-1].contiguous()}
+    assert "has shape" in bad(kit, tmp_path, cut).problems[0]
+    for odd in (math.nan, math.inf):
+        assert bad(kit, tmp_path, {**right, name: right[name] * odd}).worst == math.inf
+    with pytest.raises(InputError, match=f"{case}/Z is the result of no case: is {case}/. meant"):
+        grade(kit, tmp_path, {**right, f"{case}/Z": torch.zeros(1)})
+    with pytest.raises(InputError, match=r"\? is the result of no case \(results are named CASE"):
+        grade(kit, tmp_path, {**right, "?": torch.zeros(1)})
+    with pytest.raises(InputError, match="has results for no case"):
+        grade(kit, tmp_path, {})
+    with pytest.raises(InputError, match="exists already"):
+        export(kit)
+
+
+def test_a_failure_says_where_and_how_much(kit, tmp_path):
+    right = port(kit, torch.float64, levels={"op backward"})
+    name = next(name for name in right if name.endswith("/sigma") and "mean" not in name)
+    wrong = right[name].clone()
+    wrong[1] += 1
+    result = bad(kit, tmp_path, {**right, name: wrong}, "float64")
+    assert result.id == name.rsplit("/", 1)[0] and "x" in result.right
+    (problem,) = result.problems
+    assert problem.startswith("sigma: 1 of 3 elements beyond the bound; worst at [1]: got ")
+    assert f"expected {right[name][1].item():.10g}" in problem
+    result = bad(kit, tmp_path, {**right, name: right[name].float()}, "float64")
+    assert result.problems[0].endswith("stored as float32, graded as float64")
+
+
+def test_command(kit, tmp_path, capsys):
+    assert cli.main(["conformance", "export", str(tmp_path / "v"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cases"] >= 60
+    for file in ("manifest.json", "schema.json", "vectors.safetensors"):
+        assert (tmp_path / "v" / file).read_bytes() == (kit / file).read_bytes()
+    results = port(kit, torch.float32, levels={"KL"})
+    save_tensors(tmp_path / "o.safetensors", results.items())
+    assert cli.main(["conformance", "check", str(kit), str(tmp_path / "o.safetensors")]) == 0
+    total = sum(1 for _ in cases(kit))
+    expected = f"6 of 6 cases passed, float32; {total - 6} not attempted"
+    assert expected in capsys.readouterr().out
+    swapped = {k: results[k.replace("forward", "official")] for k in results if "forward" in k}
+    save_tensors(tmp_path / "o.safetensors", swapped.items())
+    assert cli.main(["conformance", "check", str(kit), str(tmp_path / "o.safetensors")]) == 1
+    assert "KL in the other direction" in capsys.readouterr().out
+    save_tensors(tmp_path / "o.safetensors", {k: v * math.nan for k, v in results.items()}.items())
+    assert (
+        cli.main(["conformance", "check", str(kit), str(tmp_path / "o.safetensors"), "--json"]) == 1
+    )
+    report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert report["cases"][0]["worst"] is None and len(report["not_attempted"]) == total - 6
+    capsys.readouterr()
+    assert cli.main(["conformance", "check", str(kit)]) == 2
+    assert "needs a file of OUTPUTS" in capsys.readouterr().err

@@ -1,0 +1,358 @@
+"""Verify's checks of the other methods: each notices the faults that it is there for."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from scalabl_ref import Noise, adapters, kl_forward, kl_official, methods, subspace_lora_linear
+from scalabl_ref.core.adapter import MapAdapter, fitted_prior_std
+from scalabl_ref.core.objective import class_logits
+from scalabl_ref.evaluation import metrics
+from scalabl_ref.methods import blob, ensemble, full, laplace
+from scalabl_ref.verify.checks import run
+from scalabl_ref.verify.method_checks import METHOD_CHECKS, distance, golden_section, slopes
+
+CHECKS = {check.name: check for check in METHOD_CHECKS}
+FAULTS = {}
+
+
+def fault(name: str, target: str, check: str):
+    """`target`, module:attribute of the package, becomes what is decorated; `check` must notice."""
+
+    def register(value):
+        assert name not in FAULTS
+        FAULTS[name] = (target, value, check)
+        return value
+
+    return register
+
+
+def with_config(function, **changes):
+    """A method of an adapter under another configuration: each field what `changes` makes of it."""
+
+    def call(self, *a, **k):
+        before = self.config
+        fields = {name: change(getattr(before, name)) for name, change in changes.items()}
+        self.config = dataclasses.replace(before, **fields)
+        try:
+            return function(self, *a, **k)
+        finally:
+            self.config = before
+
+    return call
+
+
+# --- BLoB -----------------------------------------------------------------------------------------
+
+ONE_FOR_ALL = {"sampling": lambda sampling: "batch"}
+flipout, signs = blob.FlipoutAdapter.forward, blob.FlipoutAdapter.signs
+fault("one sign pattern", "methods.blob:FlipoutAdapter.signs", "BLoB")(
+    with_config(signs, **ONE_FOR_ALL)
+)
+fault("flipout: scaling", "methods.blob:FlipoutAdapter.forward", "BLoB")(
+    with_config(flipout, alpha=lambda alpha: 2 * alpha)
+)
+
+
+@fault("signs the other way round", "methods.blob:FlipoutAdapter.signs", "BLoB")
+def _(self, *a):
+    return -signs(self, *a).flip(-1)
+
+
+@fault("G not squared", "methods.blob:BlobAdapter.omega", "BLoB")
+def _(self):
+    return self.G.abs()
+
+
+@fault("G detached", "methods.blob:BlobAdapter.omega", "BLoB")
+def _(self):
+    return self.G.detach().square()
+
+
+fault("BLoB: the other KL", "methods.blob:kl_forward", "BLoB, KL")(kl_official)
+
+
+@fault("BLoB: the published 1e-6", "methods.blob:kl_forward", "BLoB, KL")
+def _(s, sigma, prior_std):
+    return kl_forward(s, sigma + 1e-6, prior_std + 1e-6)
+
+
+@fault("BLoB: A detached in the KL", "methods.blob:kl_forward", "BLoB, KL")
+def _(s, sigma, prior_std):
+    return kl_forward(s.detach(), sigma, prior_std)
+
+
+# --- TFB ------------------------------------------------------------------------------------------
+
+tfb = importlib.import_module("scalabl_ref.methods.tfb")  # `methods.tfb` is the function
+rotate, largest = tfb._rotate, tfb.largest
+fault("TFB: draws of prediction", "methods.tfb:FIRST_TRAINING_DRAW", "TFB, width")(0)
+
+
+@fault("TFB: d for 1 / d", "methods.tfb:_rotate", "TFB, rotation")
+def _(point):
+    adapter, inverse = rotate(point)
+    return adapter, 1 / inverse
+
+
+@fault("TFB: another mean", "methods.tfb:_rotate", "TFB, rotation")
+def _(point):
+    adapter, inverse = rotate(point)
+    adapter.A.mul_(1 + 1e-6)
+    return adapter, inverse
+
+
+@fault("TFB: one width for all rows", "methods.tfb:_rotate", "TFB, rotation")
+def _(point):
+    adapter, inverse = rotate(point)
+    return adapter, torch.ones_like(inverse)
+
+
+@fault("TFB: the end that does not fit", "methods.tfb:largest", "TFB, width")
+def _(*a):
+    return 1.01 * largest(*a)
+
+
+@fault("TFB: too narrow", "methods.tfb:largest", "TFB, width")
+def _(*a):
+    return 0.98 * largest(*a)
+
+
+@fault("TFB: variance for standard deviation", "methods.tfb:TfbAdapter.omega", "TFB, width")
+def _(self):
+    return self.sigma[:, None].square()
+
+
+@fault("TFB: logits averaged", "methods.tfb:_log_mixture", "TFB, width")
+def _(model, batches, draws):
+    each = [[class_logits(model, batch, noise) for noise in draws] for batch in batches]
+    return torch.cat([torch.stack(logits).mean(0) for logits in each]).log_softmax(-1)
+
+
+# --- Laplace --------------------------------------------------------------------------------------
+
+covariance, fit = laplace.Curvature.covariance, laplace.Laplace.fit
+matrices, optimise = laplace._matrices, laplace.Laplace.optimise_prior
+
+
+@fault("Laplace: half the precision", "methods.laplace:Curvature.covariance", "Laplace")
+def _(self, J, precision):
+    return covariance(self, J, precision / 2)
+
+
+@fault("Laplace: the prior alone", "methods.laplace:Curvature.covariance", "Laplace")
+def _(self, J, precision):
+    return J.flatten(2) @ J.flatten(2).mT / precision
+
+
+@fault("Laplace: scores not centred", "methods.laplace:_scores", "Laplace")
+def _(g, log_p):
+    return (log_p.exp().T[..., None].sqrt() * g.double()).flatten(0, 1)
+
+
+@fault("Laplace: the first token", "methods.laplace:_last", "Laplace")
+def _(x, batch):
+    return x if x.dim() == 2 else x[:, 0]
+
+
+@fault("Laplace: scaling left out", "methods.laplace:_matrices", "Laplace")
+def _(adapter, x, g):
+    return matrices(adapter, x, g / adapter.config.scaling)
+
+
+@fault("Laplace: curvature without N", "methods.laplace:Laplace.fit", "Laplace")
+def _(*a, **k):
+    found = fit(*a, **k)
+    parts = {name: c._replace(values=c.values / 5) for name, c in found.curvature.items()}
+    return dataclasses.replace(found, curvature=parts)
+
+
+@fault("Laplace: another root", "verify.method_checks:draw_logits", "Laplace")
+def _(mean, covariance, ids, samples, seed):
+    eps = Noise(seed, 0).normal(laplace.LOGITS_LAYER, ids, mean.shape[1]).double()
+    return mean + (torch.linalg.cholesky(covariance) @ eps[..., None])[None, ..., 0]
+
+
+@fault("evidence: half the determinant", "methods.laplace:Laplace._values", "Laplace, evidence")
+def _(self):
+    return torch.cat([c.values.flatten() for c in self.curvature.values()]) / 2
+
+
+@fault("evidence: norms not squared", "methods.laplace:_squares", "Laplace, evidence")
+def _(weights):
+    return math.fsum(float(weight.double().norm()) for weight in weights.values())
+
+
+@fault("evidence: the best prior 0.01 % off", "methods.laplace:Laplace.optimise_prior",
+       "Laplace, evidence")  # fmt: skip
+def _(self):
+    best = optimise(self)
+    return dataclasses.replace(best, precision=1.0001 * best.precision)
+
+
+# --- variants of ours -----------------------------------------------------------------------------
+
+factor = full.FullAdapter.factor
+FULL = "methods.full:FullAdapter.factor"
+
+
+@fault("prior not the best", "core.adapter:fitted_prior_std", "fitted priors")
+def _(second, config, kl):
+    return 1.0001 * fitted_prior_std(second, config, kl)
+
+
+@fault("one prior for all layers", "core.adapter:fitted_prior_std", "fitted priors")
+def _(second, config, kl):
+    return second.mean().sqrt()
+
+
+@fault("priors of a full covariance fixed", "methods.full:fitted_prior_std", "fitted priors")
+def _(second, config, kl):
+    return config.prior_std
+
+
+@fault("L transposed", FULL, "full covariance")
+def _(self):
+    return factor(self).T
+
+
+@fault("L by columns", FULL, "full covariance")
+def _(self):
+    places = torch.tensor([1, 2, 2]), torch.tensor([0, 0, 1])
+    return torch.diag(self.log_sigma.exp()).index_put(places, self.lower.flip(0))
+
+
+@fault("full KL: lower left out", FULL, "full covariance, KL")
+def _(self):
+    return torch.diag(self.log_sigma.exp())
+
+
+@fault("full KL: lower detached", FULL, "full covariance, KL")
+def _(self):
+    L = factor(self)
+    return L.detach().tril(-1) + L.diagonal().diag()
+
+
+# --- MAP, dropout, ensembles, SWAG, temperature ---------------------------------------------------
+
+MAP, DROPOUT = "core.adapter:MapAdapter.complexity", "methods.dropout:DropoutAdapter.forward"
+drop, penalty = methods.DropoutAdapter.forward, MapAdapter.complexity
+fault("dropout: 1 - p for p", DROPOUT, "dropout")(with_config(drop, dropout=lambda p: 1 - p))
+fault("dropout: one mask", DROPOUT, "dropout")(with_config(drop, **ONE_FOR_ALL))
+fault("dropout: not scaled", DROPOUT, "dropout")(with_config(drop, alpha=lambda alpha: 0.7 * alpha))
+
+
+@fault("MAP: variance for standard deviation", MAP, "MAP")
+@classmethod
+def _(cls, layers, kl):
+    return penalty(layers, kl) * layers[0].config.prior_std
+
+
+@fault("MAP: A alone", MAP, "MAP")
+@classmethod
+def _(cls, layers, kl):
+    return sum(a.A.double().square().sum() for a in layers) / (2 * layers[0].config.prior_std ** 2)
+
+
+@fault("ensemble: logits averaged", "methods.ensemble:Ensemble.log_probs", "ensemble")
+def _(self, model, batch, samples, seed):
+    with torch.no_grad():
+        each = [ensemble._mean_log_probs(model, batch, member) for member in self.members]
+    return torch.stack(each).mean(0).log_softmax(-1)[None]
+
+
+@fault("ensemble: weights left there", "methods.ensemble:_weights", "ensemble")
+@contextmanager
+def _(model, state):
+    for name, adapter in adapters(model).items():
+        for key, parameter in adapter.named_parameters():
+            parameter.data = state[f"{name}.{key}"].to(parameter)
+    yield
+
+
+def swag_draw(sd):
+    """`Swag.draw` with sd(variance, count) for its standard deviations."""
+
+    def draw(self, noise):
+        out = {}
+        for index, (name, mean) in enumerate(self.mean.items()):
+            eps = noise.normal(ensemble.FIRST_SWAG_LAYER + index, 1, mean.numel())
+            variance = self.square[name] - mean.square()
+            out[name] = mean + sd(variance, self.count) * eps.view(mean.shape)
+        return out
+
+    return draw
+
+
+fault("SWAG: variance for sd", "methods.ensemble:Swag.draw", "SWAG")(swag_draw(lambda v, n: v))
+fault("SWAG: n - 1", "methods.ensemble:Swag.draw", "SWAG")(
+    swag_draw(lambda v, n: (v * n / (n - 1)).sqrt())
+)
+
+
+@fault("SWAG: an average that forgets", "methods.ensemble:Swag.collect", "SWAG")
+def _(self, model):
+    self.count += 1
+    for name, value in ensemble._state(model).items():
+        for kept, new in ((self.mean, value), (self.square, value.square())):
+            kept[name] = 0.9 * kept[name] + 0.1 * new if name in kept else new
+
+
+@fault("temperature: 0.01 % off", "verify.method_checks:fit_temperature", "temperature")
+def _(logits, labels):
+    return 1.0001 * metrics.fit_temperature(logits, labels)
+
+
+@fault("temperature: 1 / T", "verify.method_checks:fit_temperature", "temperature")
+def _(logits, labels):
+    return 1 / metrics.fit_temperature(logits, labels)
+
+
+# --- tests ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_caught_by_its_methods_check(name, monkeypatch):
+    target, value, check = FAULTS[name]
+    module, _, path = target.partition(":")
+    *owners, attribute = path.split(".")
+    owner = importlib.import_module(f"scalabl_ref.{module}")
+    for part in owners:
+        owner = getattr(owner, part)
+    monkeypatch.setattr(owner, attribute, value)
+    result = run(CHECKS[check], subspace_lora_linear, torch.device("cpu"))
+    assert result.worst > 1 and not result.note  # by what it compares, not by an exception
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_every_check_has_a_fault_and_passes_without(name):
+    assert name in {check for *_, check in FAULTS.values()}
+    result = run(CHECKS[name], subspace_lora_linear, torch.device("cpu"))
+    assert result.passed and result.cases > 1, result
+
+
+def test_the_measures_measure():
+    """A slope that is wrong in one place is seen; the smallest value is found; so is a distance."""
+
+    class Halves(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 1 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * torch.tensor([1.0, 1.0, 1 + 1e-5]).double()
+
+    x = torch.tensor([1.0, 2.0, 3.0]).double().requires_grad_()
+    before = x.detach().clone()
+    assert slopes(lambda: x.exp().sum(), [x]) <= 1 and torch.equal(x, before)
+    assert slopes(lambda: Halves.apply(x).exp().sum(), [x]) > 1
+    assert abs(golden_section(lambda t: math.cosh(t - 1.5)) - 1) <= 1e-15
+    one = torch.tensor([1.0, 2.0]).double()
+    assert abs(distance(one + 0.25, one, 0.25) - 0.5) <= 1e-15
