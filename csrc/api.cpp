@@ -3,8 +3,8 @@
 #include <cstring>
 #include <new>
 
-#include "cpu.h"
-#include "cuda.h"
+#include "fast/cpu.h"
+#include "fast/cuda.h"
 #include "scalabl.h"
 #include "subspace_lora.h"
 

@@ -3,7 +3,7 @@
 #include <cstring>
 #include <memory>
 
-#include "device.h"
+#include "fast/device.h"
 #include "known_answers.h"
 #include "problem.h"
 
