@@ -11,8 +11,8 @@
 #include <tuple>
 #include <vector>
 
-#include "dlpack.h"
 #include "scalabl.h"
+#include "third_party/dlpack.h"
 
 namespace py = pybind11;
 
@@ -148,21 +148,21 @@ class Array {
     Array(const char *name, const py::object &source, int32_t dimensions, Access access)
         : name_(name), capsule_(export_of(source)) {
         const char *const kind = PyCapsule_GetName(capsule_.ptr());
-        if (kind && std::string(kind) == dlpack::VERSIONED) {
-            const auto *managed = static_cast<const dlpack::ManagedTensorVersioned *>(
+        if (kind && std::string(kind) == "dltensor_versioned") {
+            const auto *managed = static_cast<const DLManagedTensorVersioned *>(
                 PyCapsule_GetPointer(capsule_.ptr(), kind));
-            if (managed->version.major != dlpack::MAJOR) fail("DLPack 1 is understood, not this");
-            if (access == WRITE && managed->flags & dlpack::READ_ONLY) fail("is read-only");
+            if (managed->version.major != DLPACK_MAJOR_VERSION) fail("DLPack 1 is understood, not this");
+            if (access == WRITE && managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY) fail("is read-only");
             tensor_ = &managed->dl_tensor;
-        } else if (kind && std::string(kind) == dlpack::CAPSULE) {
+        } else if (kind && std::string(kind) == "dltensor") {
             // JAX's arrays come like this, and must not be changed.
             if (access == WRITE) fail("its DLPack (before 1.0) does not say that it may be changed");
-            tensor_ = &static_cast<const dlpack::ManagedTensor *>(
+            tensor_ = &static_cast<const DLManagedTensor *>(
                            PyCapsule_GetPointer(capsule_.ptr(), kind))->dl_tensor;
         } else {
             fail("__dlpack__ gave no DLPack capsule");
         }
-        if (tensor_->device.device_type != dlpack::CPU) fail("is not in the memory of the CPU");
+        if (tensor_->device.device_type != kDLCPU) fail("is not in the memory of the CPU");
         if (tensor_->ndim != dimensions) {
             fail(std::to_string(tensor_->ndim) + " dimensions, expected " +
                  std::to_string(dimensions));
@@ -188,14 +188,14 @@ class Array {
     // A floating-point type of the core.
     int32_t dtype() const {
         const int code = tensor_->dtype.code, bits = tensor_->dtype.bits;
-        if (code == dlpack::FLOAT && bits == 32) return SCALABL_FLOAT32;
-        if (code == dlpack::FLOAT && bits == 64) return SCALABL_FLOAT64;
-        if (code == dlpack::BFLOAT && bits == 16) return SCALABL_BFLOAT16;
-        if (code == dlpack::FLOAT && bits == 16) return SCALABL_FLOAT16;
+        if (code == kDLFloat && bits == 32) return SCALABL_FLOAT32;
+        if (code == kDLFloat && bits == 64) return SCALABL_FLOAT64;
+        if (code == kDLBfloat && bits == 16) return SCALABL_BFLOAT16;
+        if (code == kDLFloat && bits == 16) return SCALABL_FLOAT16;
         fail("dtype must be float32, float64, bfloat16 or float16");
     }
     bool is_int64() const {
-        return tensor_->dtype.code == dlpack::INT && tensor_->dtype.bits == 64;
+        return tensor_->dtype.code == kDLInt && tensor_->dtype.bits == 64;
     }
 
     void require_dtype(const Array &other) const {
@@ -217,20 +217,20 @@ class Array {
   private:
     const char *name_;
     py::object capsule_;
-    const dlpack::Tensor *tensor_ = nullptr;
+    const DLTensor *tensor_ = nullptr;
 
     py::object export_of(const py::object &source) const {
         if (!py::hasattr(source, "__dlpack__") || !py::hasattr(source, "__dlpack_device__")) {
             fail("expected an array with __dlpack__");
         }
         const py::tuple device = source.attr("__dlpack_device__")();
-        if (py::int_(py::object(device[0])).cast<int64_t>() != dlpack::CPU) {
+        if (py::int_(py::object(device[0])).cast<int64_t>() != kDLCPU) {
             fail("is not in the memory of the CPU");
         }
         const py::object give = source.attr("__dlpack__");
         py::object capsule;
         try {
-            capsule = give(py::arg("max_version") = py::make_tuple(dlpack::MAJOR, 0));
+            capsule = give(py::arg("max_version") = py::make_tuple(DLPACK_MAJOR_VERSION, 0));
         } catch (py::error_already_set &error) {
             if (!error.matches(PyExc_TypeError)) throw;
             capsule = give();  // a library from before DLPack had versions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import sys
@@ -104,3 +105,12 @@ def test_no_framework_header(source):
     assert not [name for name in included if re.match(r"torch/|ATen/|c10/", name)]
     if source.name != "bindings.cpp":
         assert not [name for name in included if re.match(r"pybind11/|Python\.h", name)]
+
+
+def test_files_of_other_projects_are_unchanged():
+    """Their README names the release and the digest of each."""
+    folder = ROOT / "csrc" / "third_party"
+    digests = dict(re.findall(r"\| (\S+) \|.*`([0-9a-f]{64})`", (folder / "README.md").read_text()))
+    assert sorted(digests) == sorted(file.name for file in folder.glob("*.h"))
+    for name, digest in digests.items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
