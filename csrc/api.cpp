@@ -3,8 +3,8 @@
 #include <cstring>
 #include <new>
 
-#include "cpu.h"
-#include "cuda.h"
+#include "fast/cpu.h"
+#include "fast/cuda.h"
 #include "scalabl.h"
 #include "subspace_lora.h"
 
@@ -12,20 +12,25 @@ namespace {
 
 constexpr int64_t WORDS = int64_t{1} << 32;
 
-// That the draw of every id, `draw` and the id's high word, is a word.
-bool groups_in_range(const int64_t *groups, int64_t count, uint32_t draw) {
-    return std::all_of(groups, groups + count, [draw](int64_t id) {
-        return 0 <= id && (id >> 32) + draw < WORDS;
-    });
+// That `count` numbers, where they are given, lie in [0, end).
+bool in_range(const int64_t *numbers, int64_t count, int64_t end) {
+    return !numbers || std::all_of(numbers, numbers + count,
+                                   [end](int64_t number) { return 0 <= number && number < end; });
 }
 
-scalabl_status check_normals(uint32_t draw, uint32_t layer, const int64_t *groups, int64_t count,
-                             int64_t rank, const float *out) {
+scalabl_status check_groups(const int64_t *groups, const int64_t *draws, int64_t count,
+                            uint32_t draw) {
+    if (!in_range(groups, count, WORDS)) return SCALABL_GROUP;
+    return in_range(draws, count, WORDS - draw) ? SCALABL_OK : SCALABL_DRAW;
+}
+
+scalabl_status check_normals(uint32_t draw, uint32_t layer, const int64_t *groups,
+                             const int64_t *draws, int64_t count, int64_t rank, const float *out) {
     if (layer == UINT32_MAX) return SCALABL_LAYER;
     if (count < 0 || count > WORDS) return SCALABL_COUNT;
     if (rank < 1 || rank > 4 * WORDS) return SCALABL_RANK;
     if (count > 0 && (!groups || !out)) return SCALABL_NULL;
-    return groups_in_range(groups, count, draw) ? SCALABL_OK : SCALABL_GROUP;
+    return check_groups(groups, draws, count, draw);
 }
 
 // That every offset (row * stride + column) * size is a sum that fits.
@@ -46,7 +51,7 @@ bool known_dtypes(const scalabl_update &op) {
     return known && (op.adapter_dtype == SCALABL_FLOAT32 || op.adapter_dtype == op.dtype);
 }
 
-enum class Memory { HOST, DEVICE };  // group ids on a device cannot be looked at from here
+enum class Memory { HOST, DEVICE };  // groups and draws on a device cannot be looked at from here
 
 scalabl_status check_noise(const scalabl_update &op, Memory memory) {
     if (!op.noisy) return SCALABL_OK;
@@ -54,8 +59,8 @@ scalabl_status check_noise(const scalabl_update &op, Memory memory) {
     if (op.rows_per_group < 1) return SCALABL_COUNT;
     const int64_t groups = scalabl::count_groups(op.rows, op.rows_per_group);
     if (groups > WORDS) return SCALABL_COUNT;
-    if (!op.groups || memory == Memory::DEVICE) return SCALABL_OK;
-    return groups_in_range(op.groups, groups, op.draw) ? SCALABL_OK : SCALABL_GROUP;
+    if (memory == Memory::DEVICE) return SCALABL_OK;
+    return check_groups(op.groups, op.draws, groups, op.draw);
 }
 
 // Everything but x, whose need depends on the call.
@@ -122,8 +127,7 @@ const char *scalabl_message(int status) {
         case SCALABL_ROUNDS: return "rounds must be in [1, 16]";
         case SCALABL_LAYER: return "layer must be in [0, 2^32 - 1)";
         case SCALABL_COUNT: return "the number of groups must be in [0, 2^32]";
-        case SCALABL_GROUP:
-            return "group id must be in [0, 2^63), its high word and the draw below 2^32";
+        case SCALABL_GROUP: return "group id must be in [0, 2^32)";
         case SCALABL_RANK: return "rank must be in [1, 2^34], or [1, 256] in a layer";
         case SCALABL_DTYPE: return "unknown dtype, or an adapter neither float32 nor of x's dtype";
         case SCALABL_SIZE: return "a size is negative, or too large";
@@ -132,6 +136,7 @@ const char *scalabl_message(int status) {
         case SCALABL_THREADS: return "threads must be at least 1";
         case SCALABL_ISA: return "instruction set unknown, or not this machine's";
         case SCALABL_DEVICE: return "CUDA reported an error, or was not compiled in";
+        case SCALABL_DRAW: return "draws must be at least 0, and draw + draws[g] below 2^32";
     }
     return "unknown status";
 }
@@ -153,16 +158,18 @@ scalabl_status scalabl_box_muller(uint32_t a, uint32_t b, double *out) {
 }
 
 scalabl_status scalabl_normals(uint64_t seed, uint32_t draw, uint32_t layer, const int64_t *groups,
-                               int64_t count, int64_t rank, float *out) {
-    const scalabl_status status = check_normals(draw, layer, groups, count, rank, out);
+                               const int64_t *draws, int64_t count, int64_t rank, float *out) {
+    const scalabl_status status = check_normals(draw, layer, groups, draws, count, rank, out);
     if (status != SCALABL_OK) return status;
-    const scalabl::Coordinates at = {seed, draw, layer};
+    const auto at = [&](int64_t g) {
+        return scalabl::coordinates(seed, draw, layer, groups, draws, g);
+    };
     for (int64_t g = 0; g < count; ++g) {
         float *row = out + g * rank;
-        if (g > 0 && groups[g] == groups[g - 1]) {
+        if (g > 0 && at(g) == at(g - 1)) {
             std::copy(row - rank, row, row);
         } else {
-            scalabl::normal_row(at, groups[g], rank, row);
+            scalabl::normal_row(at(g), rank, row);
         }
     }
     return SCALABL_OK;

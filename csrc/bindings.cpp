@@ -11,8 +11,8 @@
 #include <tuple>
 #include <vector>
 
-#include "dlpack.h"
 #include "scalabl.h"
+#include "third_party/dlpack.h"
 
 namespace py = pybind11;
 
@@ -46,14 +46,15 @@ std::array<double, 2> box_muller(uint32_t a, uint32_t b) {
     return out;
 }
 
-// groups: address of `count` int64 ids; out: address of count * rank float32, row-major.
-void normals(uint64_t seed, uint32_t draw, uint32_t layer, uintptr_t groups, int64_t count,
-             int64_t rank, uintptr_t out) {
+// groups, draws: addresses of `count` int64 numbers each, draws 0 for none; out: address of
+// count * rank float32, row-major.
+void normals(uint64_t seed, uint32_t draw, uint32_t layer, uintptr_t groups, uintptr_t draws,
+             int64_t count, int64_t rank, uintptr_t out) {
     scalabl_status status;
     {
         const py::gil_scoped_release release;
         status = scalabl_normals(seed, draw, layer, reinterpret_cast<const int64_t *>(groups),
-                                 count, rank, reinterpret_cast<float *>(out));
+                                 reinterpret_cast<const int64_t *>(draws), count, rank, reinterpret_cast<float *>(out));
     }
     check(status);
 }
@@ -64,7 +65,7 @@ struct Update : scalabl_update {
            int64_t rank_, uintptr_t x_, int64_t x_stride_, uintptr_t A_, int64_t A_stride_,
            uintptr_t B_, int64_t B_stride_, uintptr_t s_, uintptr_t sigma_, double scaling_,
            bool noisy_, uint64_t seed_, uint32_t draw_, uint32_t layer_, uintptr_t groups_,
-           int64_t rows_per_group_, int32_t threads_)
+           uintptr_t draws_, int64_t rows_per_group_, int32_t threads_)
         : scalabl_update{dtype_,
                          adapter_dtype_,
                          rows_,
@@ -85,6 +86,7 @@ struct Update : scalabl_update {
                          layer_,
                          seed_,
                          reinterpret_cast<const int64_t *>(groups_),
+                         reinterpret_cast<const int64_t *>(draws_),
                          rows_per_group_,
                          threads_} {}
 };
@@ -148,21 +150,21 @@ class Array {
     Array(const char *name, const py::object &source, int32_t dimensions, Access access)
         : name_(name), capsule_(export_of(source)) {
         const char *const kind = PyCapsule_GetName(capsule_.ptr());
-        if (kind && std::string(kind) == dlpack::VERSIONED) {
-            const auto *managed = static_cast<const dlpack::ManagedTensorVersioned *>(
+        if (kind && std::string(kind) == "dltensor_versioned") {
+            const auto *managed = static_cast<const DLManagedTensorVersioned *>(
                 PyCapsule_GetPointer(capsule_.ptr(), kind));
-            if (managed->version.major != dlpack::MAJOR) fail("DLPack 1 is understood, not this");
-            if (access == WRITE && managed->flags & dlpack::READ_ONLY) fail("is read-only");
+            if (managed->version.major != DLPACK_MAJOR_VERSION) fail("DLPack 1 is understood, not this");
+            if (access == WRITE && managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY) fail("is read-only");
             tensor_ = &managed->dl_tensor;
-        } else if (kind && std::string(kind) == dlpack::CAPSULE) {
+        } else if (kind && std::string(kind) == "dltensor") {
             // JAX's arrays come like this, and must not be changed.
             if (access == WRITE) fail("its DLPack (before 1.0) does not say that it may be changed");
-            tensor_ = &static_cast<const dlpack::ManagedTensor *>(
+            tensor_ = &static_cast<const DLManagedTensor *>(
                            PyCapsule_GetPointer(capsule_.ptr(), kind))->dl_tensor;
         } else {
             fail("__dlpack__ gave no DLPack capsule");
         }
-        if (tensor_->device.device_type != dlpack::CPU) fail("is not in the memory of the CPU");
+        if (tensor_->device.device_type != kDLCPU) fail("is not in the memory of the CPU");
         if (tensor_->ndim != dimensions) {
             fail(std::to_string(tensor_->ndim) + " dimensions, expected " +
                  std::to_string(dimensions));
@@ -188,14 +190,14 @@ class Array {
     // A floating-point type of the core.
     int32_t dtype() const {
         const int code = tensor_->dtype.code, bits = tensor_->dtype.bits;
-        if (code == dlpack::FLOAT && bits == 32) return SCALABL_FLOAT32;
-        if (code == dlpack::FLOAT && bits == 64) return SCALABL_FLOAT64;
-        if (code == dlpack::BFLOAT && bits == 16) return SCALABL_BFLOAT16;
-        if (code == dlpack::FLOAT && bits == 16) return SCALABL_FLOAT16;
+        if (code == kDLFloat && bits == 32) return SCALABL_FLOAT32;
+        if (code == kDLFloat && bits == 64) return SCALABL_FLOAT64;
+        if (code == kDLBfloat && bits == 16) return SCALABL_BFLOAT16;
+        if (code == kDLFloat && bits == 16) return SCALABL_FLOAT16;
         fail("dtype must be float32, float64, bfloat16 or float16");
     }
     bool is_int64() const {
-        return tensor_->dtype.code == dlpack::INT && tensor_->dtype.bits == 64;
+        return tensor_->dtype.code == kDLInt && tensor_->dtype.bits == 64;
     }
 
     void require_dtype(const Array &other) const {
@@ -217,20 +219,20 @@ class Array {
   private:
     const char *name_;
     py::object capsule_;
-    const dlpack::Tensor *tensor_ = nullptr;
+    const DLTensor *tensor_ = nullptr;
 
     py::object export_of(const py::object &source) const {
         if (!py::hasattr(source, "__dlpack__") || !py::hasattr(source, "__dlpack_device__")) {
             fail("expected an array with __dlpack__");
         }
         const py::tuple device = source.attr("__dlpack_device__")();
-        if (py::int_(py::object(device[0])).cast<int64_t>() != dlpack::CPU) {
+        if (py::int_(py::object(device[0])).cast<int64_t>() != kDLCPU) {
             fail("is not in the memory of the CPU");
         }
         const py::object give = source.attr("__dlpack__");
         py::object capsule;
         try {
-            capsule = give(py::arg("max_version") = py::make_tuple(dlpack::MAJOR, 0));
+            capsule = give(py::arg("max_version") = py::make_tuple(DLPACK_MAJOR_VERSION, 0));
         } catch (py::error_already_set &error) {
             if (!error.matches(PyExc_TypeError)) throw;
             capsule = give();  // a library from before DLPack had versions
@@ -256,13 +258,14 @@ class Array {
 // What both functions take, checked; `rows` is y or grad_y.
 struct Arguments {
     Array rows, x, A, B, s, sigma;
-    std::optional<Array> groups;
+    std::optional<Array> groups, draws;
     scalabl_update op;
 
     Arguments(const char *rows_name, const py::object &rows_, Access access, const py::object &x_,
               const py::object &A_, const py::object &B_, const py::object &s_,
               const py::object &sigma_, double scaling, const py::object &noise,
-              const py::object &groups_, int64_t rows_per_group, int32_t threads)
+              const py::object &groups_, const py::object &draws_, int64_t rows_per_group,
+              int32_t threads)
         : rows(rows_name, rows_, 2, access),
           x("x", x_, 2, READ),
           A("A", A_, 2, READ),
@@ -283,11 +286,9 @@ struct Arguments {
         s.require_dtype(A);
         sigma.require_dtype(A);
         if (rows_per_group < 1) refuse("rows_per_group: must be at least 1");
-        if (!groups_.is_none()) {
-            groups.emplace("groups", groups_, 1, READ);
-            if (!groups->is_int64()) groups->fail("dtype must be int64");
-            groups->require_shape({count / rows_per_group + (count % rows_per_group != 0)});
-        }
+        const int64_t all = count / rows_per_group + (count % rows_per_group != 0);
+        borrow(groups, "groups", groups_, all);
+        borrow(draws, "draws", draws_, all);
         op.dtype = x.dtype();
         op.adapter_dtype = A.dtype();
         op.rows = count;
@@ -306,10 +307,19 @@ struct Arguments {
         op.noisy = !noise.is_none();
         if (op.noisy) std::tie(op.seed, op.draw, op.layer) = numbers_of(noise);
         op.groups = groups ? static_cast<const int64_t *>(groups->data()) : nullptr;
+        op.draws = draws ? static_cast<const int64_t *>(draws->data()) : nullptr;
         op.rows_per_group = rows_per_group;
         op.threads = threads;
     }
 
+    // One int64 for each group, or None.
+    static void borrow(std::optional<Array> &out, const char *name, const py::object &source,
+                       int64_t groups) {
+        if (source.is_none()) return;
+        out.emplace(name, source, 1, READ);
+        if (!out->is_int64()) out->fail("dtype must be int64");
+        out->require_shape({groups});
+    }
     static std::tuple<uint64_t, uint32_t, uint32_t> numbers_of(const py::object &noise) {
         try {
             return noise.cast<std::tuple<uint64_t, uint32_t, uint32_t>>();
@@ -321,10 +331,10 @@ struct Arguments {
 
 void add_update(const py::object &y, const py::object &x, const py::object &A, const py::object &B,
                 const py::object &s, const py::object &sigma, double scaling,
-                const py::object &noise, const py::object &groups, int64_t rows_per_group,
-                int32_t threads) {
-    const Arguments all("y", y, WRITE, x, A, B, s, sigma, scaling, noise, groups, rows_per_group,
-                        threads);
+                const py::object &noise, const py::object &groups, const py::object &draws,
+                int64_t rows_per_group, int32_t threads) {
+    const Arguments all("y", y, WRITE, x, A, B, s, sigma, scaling, noise, groups, draws,
+                        rows_per_group, threads);
     scalabl_status status;
     {
         const py::gil_scoped_release release;
@@ -336,10 +346,10 @@ void add_update(const py::object &y, const py::object &x, const py::object &A, c
 void update_gradients(const py::object &grad_y, const py::object &x, const py::object &A,
                       const py::object &B, const py::object &s, const py::object &sigma,
                       double scaling, const py::object &noise, const py::object &groups,
-                      int64_t rows_per_group, int32_t threads, const py::object &grad_x,
-                      const py::object &grad_A, const py::object &grad_B, const py::object &grad_s,
-                      const py::object &grad_sigma) {
-    const Arguments all("grad_y", grad_y, READ, x, A, B, s, sigma, scaling, noise, groups,
+                      const py::object &draws, int64_t rows_per_group, int32_t threads,
+                      const py::object &grad_x, const py::object &grad_A, const py::object &grad_B,
+                      const py::object &grad_s, const py::object &grad_sigma) {
+    const Arguments all("grad_y", grad_y, READ, x, A, B, s, sigma, scaling, noise, groups, draws,
                         rows_per_group, threads);
     const scalabl_update &op = all.op;
     const auto result = [](const char *name, const py::object &source, const Array &like,
@@ -378,10 +388,10 @@ float64, bfloat16 or float16: y of x's dtype; A, B, s and sigma of one dtype, fl
 changed, so it must come through DLPack 1.0 (as NumPy's do from 2.1 on) and not be read-only, and
 it must not overlap the others.
 
-noise is None (eps = 0) or (seed, draw, layer). Rows i with the same i // rows_per_group share the
-draw of groups[i // rows_per_group] (int64, one id each; its high word counts draws further on: id
-g + 2^32 i is group g of draw + i), or of i // rows_per_group itself where groups is None. At most
-`threads` threads work; the result does not depend on it.
+noise is None (eps = 0) or (seed, draw, layer). Rows i with the same g = i // rows_per_group share
+the eps of group groups[g], or of group g where groups is None, and of draw + draws[g], or of draw
+where draws is None. groups and draws are int64; groups[g] and draw + draws[g] must be below 2^32.
+At most `threads` threads work; the result does not depend on it.
 
 Raises ValueError, naming the argument, before anything is changed.)";
 
@@ -404,12 +414,13 @@ PYBIND11_MODULE(_native, module) {
     module.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"), py::arg("rounds"));
     module.def("box_muller", &box_muller, py::arg("a"), py::arg("b"));
     module.def("normals", &normals, py::arg("seed"), py::arg("draw"), py::arg("layer"),
-               py::arg("groups"), py::arg("count"), py::arg("rank"), py::arg("out"));
+               py::arg("groups"), py::arg("draws"), py::arg("count"), py::arg("rank"),
+               py::arg("out"));
 
     py::class_<Update>(module, "Update")
         .def(py::init<int32_t, int32_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, int64_t,
                       uintptr_t, int64_t, uintptr_t, int64_t, uintptr_t, uintptr_t, double, bool,
-                      uint64_t, uint32_t, uint32_t, uintptr_t, int64_t, int32_t>())
+                      uint64_t, uint32_t, uint32_t, uintptr_t, uintptr_t, int64_t, int32_t>())
         .def("forward", &update_forward, py::arg("y"), py::arg("y_stride"), py::arg("h"))
         .def("backward", &update_backward, py::arg("grad_y"), py::arg("grad_y_stride"),
              py::arg("h"), py::arg("grad_x"), py::arg("grad_x_stride"), py::arg("grad_A"),
@@ -423,11 +434,13 @@ PYBIND11_MODULE(_native, module) {
     module.def("add_update", &add_update, ADD_UPDATE + 1, py::arg("y"), py::arg("x"), py::arg("A"),
                py::arg("B"), py::arg("s"), py::arg("sigma"), py::arg("scaling"),
                py::arg("noise") = py::none(), py::arg("groups") = py::none(),
-               py::arg("rows_per_group") = 1, py::arg("threads") = 1);
+               py::arg("draws") = py::none(), py::arg("rows_per_group") = 1,
+               py::arg("threads") = 1);
     module.def("update_gradients", &update_gradients, UPDATE_GRADIENTS + 1, py::arg("grad_y"),
                py::arg("x"), py::arg("A"), py::arg("B"), py::arg("s"), py::arg("sigma"),
                py::arg("scaling"), py::arg("noise") = py::none(), py::arg("groups") = py::none(),
-               py::arg("rows_per_group") = 1, py::arg("threads") = 1, py::kw_only(),
+               py::arg("draws") = py::none(), py::arg("rows_per_group") = 1,
+               py::arg("threads") = 1, py::kw_only(),
                py::arg("grad_x") = py::none(), py::arg("grad_A") = py::none(),
                py::arg("grad_B") = py::none(), py::arg("grad_s") = py::none(),
                py::arg("grad_sigma") = py::none());

@@ -84,27 +84,39 @@ SCALABL_BOTH void box_muller(uint32_t a, uint32_t b, T *z) {
     z[1] = static_cast<T>(radius * sin);
 }
 
-// Where in the noise a block of four normals lies.
+// Where in the noise the eps of one group lies.
 struct Coordinates {
     uint64_t seed;
-    uint32_t draw, layer;
+    uint32_t draw, layer, group;
+
+    SCALABL_MEMBER bool operator==(const Coordinates &other) const {
+        return seed == other.seed && draw == other.draw && layer == other.layer &&
+               group == other.group;
+    }
 };
 
-// Components 4 * block .. 4 * block + 3 of eps of one group, whose id's high word counts draws.
-SCALABL_BOTH void normal4(const Coordinates &at, int64_t id, uint32_t block, float *z) {
-    const uint32_t group = static_cast<uint32_t>(id), later = static_cast<uint32_t>(id >> 32);
-    const Block counter = {{block, group, at.layer, at.draw + later}};
+// The coordinates of entry g of a list: group groups[g], or g itself where groups is null, of
+// draw + draws[g], or of draw where draws is null. Both are taken modulo 2^32.
+SCALABL_BOTH Coordinates coordinates(uint64_t seed, uint32_t draw, uint32_t layer, const int64_t *groups,
+                               const int64_t *draws, int64_t g) {
+    return {seed, draw + (draws ? static_cast<uint32_t>(draws[g]) : 0u), layer,
+            static_cast<uint32_t>(groups ? groups[g] : g)};
+}
+
+// Components 4 * block .. 4 * block + 3 of eps.
+SCALABL_BOTH void normal4(const Coordinates &at, uint32_t block, float *z) {
+    const Block counter = {{block, at.group, at.layer, at.draw}};
     const Block w = philox4x32(counter, static_cast<uint32_t>(at.seed),
                                static_cast<uint32_t>(at.seed >> 32), 10);
     box_muller(w.word[0], w.word[1], z);
     box_muller(w.word[2], w.word[3], z + 2);
 }
 
-// The first `rank` components of one group; the last block may be needed in part only.
-SCALABL_BOTH void normal_row(const Coordinates &at, int64_t id, int64_t rank, float *row) {
+// The first `rank` components of eps; the last block may be needed in part only.
+SCALABL_BOTH void normal_row(const Coordinates &at, int64_t rank, float *row) {
     float z[4];
     for (int64_t k = 0; k < rank; ++k) {
-        if (k % 4 == 0) normal4(at, id, static_cast<uint32_t>(k / 4), z);
+        if (k % 4 == 0) normal4(at, static_cast<uint32_t>(k / 4), z);
         row[k] = z[k % 4];
     }
 }

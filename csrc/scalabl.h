@@ -15,7 +15,7 @@ typedef enum {
     SCALABL_ROUNDS = 2,  /* rounds outside 1 .. 16 */
     SCALABL_LAYER = 3,   /* layer id 2^32 - 1 */
     SCALABL_COUNT = 4,   /* a negative number of groups, or more than 2^32 */
-    SCALABL_GROUP = 5,   /* a group id is negative, or its draw is no word */
+    SCALABL_GROUP = 5,   /* a group id outside 0 .. 2^32 - 1 */
     SCALABL_RANK = 6,    /* rank outside 1 .. 2^34 (noise) or 1 .. 256 (the layer) */
     SCALABL_DTYPE = 7,   /* an unknown dtype, or adapters neither float32 nor of the rows' dtype */
     SCALABL_SIZE = 8,    /* a size is negative, or a product of sizes overflows */
@@ -23,7 +23,8 @@ typedef enum {
     SCALABL_MEMORY = 10, /* no memory for the scratch space */
     SCALABL_THREADS = 11, /* fewer than one thread */
     SCALABL_ISA = 12,    /* an instruction set that is unknown, or that this machine has not */
-    SCALABL_DEVICE = 13  /* CUDA reported an error, or was not compiled in */
+    SCALABL_DEVICE = 13, /* CUDA reported an error, or was not compiled in */
+    SCALABL_DRAW = 14    /* an entry of draws is negative, or draw + entry is 2^32 or more */
 } scalabl_status;
 
 /* One sentence on a status; "unknown status" for a number that is none. Never null, never freed. */
@@ -40,10 +41,10 @@ scalabl_status scalabl_philox4x32(const uint32_t *counter, const uint32_t *key, 
 scalabl_status scalabl_box_muller(uint32_t a, uint32_t b, double *out);
 
 /* eps of `count` groups of one layer, row-major (count, rank), version 1 of docs/conformance.md.
- * groups: `count` ids. An id below 2^32 is the group itself; its high word counts draws further on,
- * so that id g + 2^32 i is group g of draw + i, which must be below 2^32. */
+ * groups: `count` ids in [0, 2^32). draws: null, and every row is of draw `draw`; or `count`
+ * numbers, and row g is of draw + draws[g], which must be in [draw, 2^32). */
 scalabl_status scalabl_normals(uint64_t seed, uint32_t draw, uint32_t layer, const int64_t *groups,
-                               int64_t count, int64_t rank, float *out);
+                               const int64_t *draws, int64_t count, int64_t rank, float *out);
 
 /* --- The subspace-sampled low-rank update --------------------------------------------------- */
 
@@ -78,9 +79,9 @@ typedef struct {
                               not read */
     uint32_t draw, layer;  /* layer below 2^32 - 1 */
     uint64_t seed;
-    const int64_t *groups; /* rows i with the same i / rows_per_group share groups[i / rows_per_group],
-                              an id as in scalabl_normals; null: they share the id
-                              i / rows_per_group itself */
+    const int64_t *groups; /* rows i with the same g = i / rows_per_group share the eps of group
+                              groups[g], an id in [0, 2^32); null: of group g */
+    const int64_t *draws;  /* and of draw + draws[g], as in scalabl_normals; null: of draw */
     int64_t rows_per_group; /* at least 1 */
     int32_t threads;       /* at most so many; the result does not depend on it */
 } scalabl_update;
@@ -100,7 +101,7 @@ scalabl_status scalabl_update_backward(const scalabl_update *op, const void *gra
                                        void *grad_s, void *grad_sigma);
 
 /* The same for memory on a GPU, enqueued on a cudaStream_t: all pointers of op and of the arguments
- * are then of that device, group ids and draws are taken modulo 2^32, `threads` is not used, and
+ * are then of that device, groups and draws are taken modulo 2^32, `threads` is not used, and
  * nothing waits.
  * scratch: *scratch_bytes bytes of device memory that stay untouched until the stream has passed.
  * With scratch null, *scratch_bytes receives how many are needed and nothing else happens. */

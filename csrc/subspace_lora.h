@@ -26,10 +26,9 @@ SCALABL_BOTH int64_t count_groups(int64_t rows, int64_t rows_per_group) {
     return rows / rows_per_group + (rows % rows_per_group != 0);
 }
 
-// The group whose draw row `row` uses; meaningful only if the update is noisy.
-SCALABL_BOTH int64_t group_of_row(const scalabl_update &op, int64_t row) {
-    const int64_t index = row / op.rows_per_group;
-    return op.groups ? op.groups[index] : index;
+// Where the eps of the rows i with i / rows_per_group == g lies, if the update is noisy.
+SCALABL_BOTH Coordinates coordinates(const scalabl_update &op, int64_t g) {
+    return coordinates(op.seed, op.draw, op.layer, op.groups, op.draws, g);
 }
 
 // scaling * (s + sigma * eps), the factor between h and u.

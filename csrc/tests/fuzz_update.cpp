@@ -131,10 +131,10 @@ constexpr int64_t MOST_BYTES = 1 << 18, MOST_WORK = 1 << 19;
 
 struct Call {
     scalabl_update op;
-    bool backward, x, A, B, s, sigma, rows_given, with_groups;  // which pointers are given
+    bool backward, x, A, B, s, sigma, rows_given, with_groups, with_draws;  // which pointers are given
     bool h, grad_x, grad_A, grad_B, grad_s, grad_sigma;
     int64_t rows_stride, grad_x_stride;  // of y or grad_y, and of grad_x
-    std::vector<int64_t> ids;
+    std::vector<int64_t> ids, further;  // of groups, of draws
 
     explicit Call(Choices &in) {
         std::memset(&op, 0, sizeof op);
@@ -167,16 +167,22 @@ struct Call {
         grad_s = backward && outputs & 16;
         grad_sigma = backward && outputs & 32;
         with_groups = outputs & 64;
+        with_draws = outputs & 128;
         x = !in.rarely();
         A = !in.rarely();
         B = !in.rarely();
         s = !in.rarely();
         sigma = !in.rarely();
         rows_given = !in.rarely();
-        if (with_groups && groups() <= 4096) {
-            for (int64_t g = 0; g < static_cast<int64_t>(groups()); ++g) {
-                ids.push_back(in.rarely() && in.rarely() ? in.strange() : in.byte());
-            }
+        if (with_groups) choose(in, ids);
+        if (with_draws) choose(in, further);
+    }
+
+    // A number for each group, unless there are very many.
+    void choose(Choices &in, std::vector<int64_t> &out) const {
+        if (groups() > 4096) return;
+        for (int64_t g = 0; g < static_cast<int64_t>(groups()); ++g) {
+            out.push_back(in.rarely() && in.rarely() ? in.strange() : in.byte());
         }
     }
 
@@ -213,15 +219,19 @@ struct Call {
         if (!op.noisy) return false;
         if (op.layer == UINT32_MAX || op.rows_per_group < 1) return true;
         if (groups() > Wide{1} << 32) return true;
+        const Wide words = Wide{1} << 32;
         for (const int64_t id : ids) {
-            if (id < 0 || op.draw + (id >> 32) >= int64_t{1} << 32) return true;
+            if (id < 0 || id >= words) return true;
+        }
+        for (const int64_t count : further) {
+            if (count < 0 || op.draw + Wide{count} >= words) return true;
         }
         return false;
     }
 
     Verdict verdict() const {
         // Groups that are not here cannot be shown to the core, whatever else is wrong.
-        if (op.noisy && with_groups && groups() > static_cast<Wide>(ids.size())) return TOO_LARGE;
+        if (op.noisy && (with_groups || with_draws) && groups() > 4096) return TOO_LARGE;
         if (wrong_number() || missing_pointer() || wrong_noise()) return BAD;
         const Extent y = rows_of(op.d_out, rows_stride), to_x = rows_of(op.d_in, grad_x_stride);
         if (backward ? grad_x && to_x.overlaps() : y.overlaps()) return BAD;
@@ -250,14 +260,19 @@ struct Call {
         Array to_B(own(op.d_out, op.rank, op.rank), grad_B, good);
         Array to_s(own(1, op.rank, op.rank), grad_s, good);
         Array to_sigma(own(1, op.rank, op.rank), grad_sigma, good);
-        const std::unique_ptr<int64_t[]> exact(new int64_t[ids.size()]);
-        std::copy(ids.begin(), ids.end(), exact.get());
+        const auto exact = [](const std::vector<int64_t> &from) {
+            std::unique_ptr<int64_t[]> copy(new int64_t[from.size()]);
+            std::copy(from.begin(), from.end(), copy.get());
+            return copy;
+        };
+        const auto groups_ = exact(ids), draws_ = exact(further);
         op.x = x_.data;
         op.A = A_.data;
         op.B = B_.data;
         op.s = s_.data;
         op.sigma = sigma_.data;
-        op.groups = with_groups ? exact.get() : nullptr;
+        op.groups = with_groups ? groups_.get() : nullptr;
+        op.draws = with_draws ? draws_.get() : nullptr;
         const auto call = [&] {
             return backward ? scalabl_update_backward(&op, rows.data, rows_stride, h_.data,
                                                       to_x.data, grad_x_stride, to_A.data,

@@ -79,7 +79,7 @@ struct Matrix {
 struct Problem {
     scalabl_update op;
     Matrix x, A, B, s, sigma, y, grad_y, grad_x;
-    std::vector<int64_t> groups;
+    std::vector<int64_t> groups, draws;
 
     Problem(int32_t dtype, int32_t own, int64_t rows, int64_t d_in, int64_t d_out, int64_t rank,
             int64_t gap, int64_t per_group)
@@ -92,18 +92,42 @@ struct Problem {
           grad_y(dtype, rows, d_out, gap),
           grad_x(dtype, rows, d_in, gap) {
         for (int64_t g = 0; g * per_group < rows; ++g) {
-            groups.push_back((g / 2 * 7919) % 100003 + (g / 2 % 5 << 32));  // in pairs
+            groups.push_back((g / 2 * 7919) % 100003);  // in pairs, most of one draw
+            draws.push_back(g / 2 % 5 + (g % 7 == 3));
         }
-        op = scalabl_update{dtype, own, rows, d_in, d_out, rank, x.data(), x.stride, A.data(),
-                            A.stride, B.data(), B.stride, s.data(), sigma.data(), 0.75, 1, 3, 5,
-                            0xfedcba9876543210u, groups.data(), per_group, 2};
+        op = {};
+        op.dtype = dtype;
+        op.adapter_dtype = own;
+        op.rows = rows;
+        op.d_in = d_in;
+        op.d_out = d_out;
+        op.rank = rank;
+        op.x = x.data();
+        op.x_stride = x.stride;
+        op.A = A.data();
+        op.A_stride = A.stride;
+        op.B = B.data();
+        op.B_stride = B.stride;
+        op.s = s.data();
+        op.sigma = sigma.data();
+        op.scaling = 0.75;
+        op.noisy = 1;
+        op.draw = 3;
+        op.layer = 5;
+        op.seed = 0xfedcba9876543210u;
+        op.groups = groups.data();
+        op.draws = draws.data();
+        op.rows_per_group = per_group;
+        op.threads = 2;
     }
     std::vector<float> eps(int64_t row) const {
         std::vector<float> out(static_cast<size_t>(op.rank));
         if (op.noisy) {
             const int64_t index = row / op.rows_per_group;
             const int64_t id = op.groups ? op.groups[index] : index;
-            CHECK(scalabl_normals(op.seed, op.draw, op.layer, &id, 1, op.rank, out.data()) == 0);
+            const int64_t *draw = op.draws ? op.draws + index : nullptr;
+            CHECK(scalabl_normals(op.seed, op.draw, op.layer, &id, draw, 1, op.rank,
+                                  out.data()) == SCALABL_OK);
         }
         return out;
     }
@@ -238,6 +262,8 @@ void compare_all(const Forward &forward, const Backward &backward) {
             Problem p(pair[0], pair[1], c.rows, c.d_in, c.d_out, c.rank, c.gap, c.per_group);
             compare(p, forward, backward);
             p.op.groups = nullptr;
+            compare(p, forward, backward);
+            p.op.draws = nullptr;
             compare(p, forward, backward);
             p.op.noisy = 0;
             compare(p, forward, backward);

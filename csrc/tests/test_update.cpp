@@ -150,6 +150,9 @@ void test_bad_arguments() {
     CHECK(forward([](Op &op) { op.x = nullptr; }) == SCALABL_NULL);
     static const int64_t outside[] = {0, 1, -1, 2};
     CHECK(forward([](Op &op) { op.groups = outside; }) == SCALABL_GROUP);
+    CHECK(forward([](Op &op) { op.draws = outside; }) == SCALABL_DRAW);
+    static const int64_t further[] = {0, 1, 0, 0};
+    CHECK(forward([](Op &op) { op.draws = further, op.draw = UINT32_MAX; }) == SCALABL_DRAW);
     CHECK(scalabl_update_forward(nullptr, y.data(), 5, nullptr) == SCALABL_NULL);
     CHECK(scalabl_update_forward(&good.op, nullptr, 5, nullptr) == SCALABL_NULL);
     CHECK(scalabl_update_forward(&good.op, y.data(), 4, nullptr) == SCALABL_STRIDE);

@@ -94,7 +94,7 @@ int main(void) {
     fill(&grad_y[0][0], ROWS * D_OUT);
 
     /* Forward, in loops and in the library. */
-    need(scalabl_normals(op.seed, op.draw, op.layer, groups, GROUPS, RANK, &eps[0][0]),
+    need(scalabl_normals(op.seed, op.draw, op.layer, groups, NULL, GROUPS, RANK, &eps[0][0]),
          "scalabl_normals");
     for (i = 0; i < ROWS; ++i) {
         for (j = 0; j < D_OUT; ++j) expected[i][j] = y[i][j];

@@ -55,7 +55,7 @@ def refused(what: str, function, *arguments, **options) -> None:
 def normals() -> np.ndarray:
     """eps (ROWS, RANK) of the noise, a row for each row of x."""
     eps = np.empty((len(GROUPS), RANK), np.float32)
-    _native.normals(*NOISE, GROUPS.ctypes.data, len(GROUPS), RANK, eps.ctypes.data)
+    _native.normals(*NOISE, GROUPS.ctypes.data, 0, len(GROUPS), RANK, eps.ctypes.data)
     return eps.repeat(ROWS_PER_GROUP, axis=0)
 
 
@@ -132,6 +132,7 @@ def check_refusals() -> None:
     call = (_native.add_update, *t.values(), SCALING)
     for groups in (np.array([1], np.int64), np.arange(ROWS, dtype=np.int32)):
         refused("groups", *call, noise=NOISE, groups=groups)
+        refused("draws", *call, noise=NOISE, draws=groups)
     refused("rows_per_group", *call, noise=NOISE, rows_per_group=0)
     for noise in ((-1, 0, 0), (1, 2), (1, 2**32, 3), "noise"):
         refused("noise", *call, noise=noise)

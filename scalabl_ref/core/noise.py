@@ -79,7 +79,9 @@ class Noise:
         if core is None:
             return _normals(self.seed, self.draw, layer, ids, rank)
         out = torch.empty(len(ids), rank, dtype=torch.float32, device="cpu")
-        core.normals(self.seed, self.draw, layer, ids.data_ptr(), len(ids), rank, out.data_ptr())
+        groups, draws = ids & 0xFFFFFFFF, ids >> 32
+        lists = groups.data_ptr(), draws.data_ptr(), len(ids)
+        core.normals(self.seed, self.draw, layer, *lists, rank, out.data_ptr())
         return out
 
     def _designed(self, layer: int, ids: Tensor, rank: int) -> Tensor:

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]  # the repository, in an editable install
+SOURCES = (".h", ".cpp", ".cu")
 REBUILD = "build it with: pip install -e ."
 
 
@@ -22,10 +23,11 @@ def source_digest(root: Path) -> str | None:
     """The digest that CMakeLists.txt compiles in, of the sources under `root`; None if it has none.
 
     sha256 of the lines "<sha256 of the file>  <its path>" over CMakeLists.txt and csrc's headers
-    and sources, ordered by path.
+    and sources, the tests excepted, ordered by path.
     """
     files = [root / "CMakeLists.txt"]
-    files += [file for ending in ("h", "cpp", "cu") for file in (root / "csrc").glob(f"*.{ending}")]
+    for folder in ("csrc", "csrc/fast", "csrc/third_party"):
+        files += [file for file in (root / folder).glob("*.*") if file.suffix in SOURCES]
     if len(files) == 1 or not files[0].is_file():
         return None
     digests = {

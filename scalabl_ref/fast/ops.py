@@ -343,17 +343,19 @@ def _update(core: Any, x: Tensor, t: Inputs, draws: Draws) -> tuple[Any, Any]:
     _, _, _, A, B, s, sigma, scaling = t
     noisy, seed, draw, layer, ids, per_group, _ = draws
     A, B, s, sigma = _rows(A), _rows(B), s.contiguous(), sigma.contiguous()
+    later = None
     if ids is not None:
-        ids = ids.to(x.device, torch.int64).contiguous()
+        ids = ids.to(x.device, torch.int64)
+        ids, later = (ids & 0xFFFFFFFF).contiguous(), (ids >> 32).contiguous()
     rows, d_in = x.shape
     d_out, rank = B.shape
     op = core.Update(
         _DTYPES[x.dtype], _DTYPES[A.dtype], rows, d_in, d_out, rank, x.data_ptr(), x.stride(0),
         A.data_ptr(), A.stride(0), B.data_ptr(), B.stride(0), s.data_ptr(), sigma.data_ptr(),
-        scaling, noisy, seed & MASK, draw, layer, 0 if ids is None else ids.data_ptr(), per_group,
-        torch.get_num_threads(),
+        scaling, noisy, seed & MASK, draw, layer, 0 if ids is None else ids.data_ptr(),
+        0 if later is None else later.data_ptr(), per_group, torch.get_num_threads(),
     )  # fmt: skip
-    return op, (x, A, B, s, sigma, ids)
+    return op, (x, A, B, s, sigma, ids, later)
 
 
 def _native_forward(core: Any, t: Inputs, draws: Draws, keep: bool) -> tuple[Tensor, Tensor | None]:

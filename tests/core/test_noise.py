@@ -57,7 +57,9 @@ def native():
 
 def native_normals(native, seed, draw, layer, ids, rank):
     out = torch.empty(len(ids), rank)
-    native.normals(seed, draw, layer, ids.data_ptr(), len(ids), rank, out.data_ptr())
+    groups, draws = torch.where(ids < 0, ids, ids & 0xFFFFFFFF), ids.clamp(min=0) >> 32
+    lists = groups.data_ptr(), draws.data_ptr(), len(ids)
+    native.normals(seed, draw, layer, *lists, rank, out.data_ptr())
     return out
 
 

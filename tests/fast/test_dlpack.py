@@ -54,14 +54,20 @@ def operands(dtype=torch.float32, own=torch.float32):
 def test_agrees_with_the_formula(core, dtype, own):
     t = operands(dtype, own)
     wide = [value.to(torch.float64, copy=True).requires_grad_() for value in t]
-    groups = torch.tensor([8, 2**32 - 1, 5])
-    eps = Noise(*NOISE[:2]).normal(NOISE[2], groups, RANK).repeat_interleave(PER_GROUP, 0)[:ROWS]
+    groups, draws = torch.tensor([8, 2**32 - 1, 8]), torch.tensor([1, 0, 2])
+    seed, first, layer = NOISE
+    rows = [
+        Noise(seed, first + int(draw)).normal(layer, groups[g : g + 1], RANK)
+        for g, draw in enumerate(draws)
+    ]
+    eps = torch.cat(rows).repeat_interleave(PER_GROUP, 0)[:ROWS]
     y, x, A, B, s, sigma = wide
     expected = y + 0.5 * ((x @ A.T) * (s + sigma * eps.double())) @ B.T
     grad_y = torch.ones_like(t[0])
     gradients = torch.autograd.grad(expected.sum(), wide[1:])
 
-    options = {"noise": NOISE, "groups": groups, "rows_per_group": PER_GROUP, "threads": 2}
+    options = {"noise": NOISE, "groups": groups, "draws": draws}
+    options |= {"rows_per_group": PER_GROUP, "threads": 2}
     core.add_update(*t, 0.5, **options)
     names = ["grad_x", "grad_A", "grad_B", "grad_s", "grad_sigma"]
     out = {name: torch.zeros_like(p) for name, p in zip(names, t[1:], strict=True)}
@@ -81,6 +87,10 @@ def test_bad_input_is_the_package_s_error(core):
         core.add_update(*t[:4], t[4][1:], t[5], 0.5)
     with pytest.raises(InputError, match="group id"):
         core.add_update(*t, 0.5, noise=NOISE, groups=torch.full((ROWS,), -1))
+    with pytest.raises(InputError, match="below 2\\^32"):
+        core.add_update(*t, 0.5, noise=NOISE, draws=torch.full((ROWS,), 2**32 - 3))
+    with pytest.raises(InputError, match=r"^draws: shape \(1,\), expected \(10,\)"):
+        core.add_update(*t, 0.5, noise=NOISE, draws=torch.zeros(1, dtype=torch.int64))
 
 
 # --- Capsules made by hand ------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import sys
@@ -61,15 +62,17 @@ def test_stale_core_is_reported_and_not_used(tmp_path, monkeypatch, undecided):
     assert torch.equal(Noise(1, 2).normal(3, 4, 5), expected)
 
 
-@pytest.mark.parametrize("change", ["CMakeLists.txt", "csrc/cpu.cpp", "new file", "renamed"])
+@pytest.mark.parametrize(
+    "change", ["CMakeLists.txt", "csrc/api.cpp", "csrc/fast/cpu.cpp", "new file", "renamed"]
+)
 def test_digest_sees_every_change(tmp_path, change):
     shutil.copy(ROOT / "CMakeLists.txt", tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     before = native.source_digest(tmp_path)
     if change == "new file":
-        (tmp_path / "csrc" / "new.cu").write_text("")
+        (tmp_path / "csrc" / "fast" / "new.cu").write_text("")
     elif change == "renamed":
-        (tmp_path / "csrc" / "cpu.cpp").rename(tmp_path / "csrc" / "host.cpp")
+        (tmp_path / "csrc" / "fast" / "cpu.cpp").rename(tmp_path / "csrc" / "fast" / "host.cpp")
     else:
         (tmp_path / change).write_text((tmp_path / change).read_text() + "\n")
     assert native.source_digest(tmp_path) != before
@@ -103,3 +106,12 @@ def test_no_framework_header(source):
     assert not [name for name in included if re.match(r"torch/|ATen/|c10/", name)]
     if source.name != "bindings.cpp":
         assert not [name for name in included if re.match(r"pybind11/|Python\.h", name)]
+
+
+def test_files_of_other_projects_are_unchanged():
+    """Their README names the release and the digest of each."""
+    folder = ROOT / "csrc" / "third_party"
+    digests = dict(re.findall(r"\| (\S+) \|.*`([0-9a-f]{64})`", (folder / "README.md").read_text()))
+    assert sorted(digests) == sorted(file.name for file in folder.glob("*.h"))
+    for name, digest in digests.items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest

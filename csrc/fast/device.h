@@ -114,8 +114,8 @@ struct Mix {
         if (row >= op.rows) return;
         float eps[4] = {};
         if (op.noisy) {
-            const Coordinates at = {op.seed, op.draw, op.layer};
-            normal4(at, group_of_row(op, row), static_cast<uint32_t>(block), eps);
+            const Coordinates at = coordinates(op, row / op.rows_per_group);
+            normal4(at, static_cast<uint32_t>(block), eps);
         }
         for (int i = 0; i < 4 && 4 * block + i < op.rank; ++i) {
             one(row, 4 * block + i, static_cast<T>(eps[i]));

@@ -183,15 +183,12 @@ struct Scales {
         if (op.noisy) noise = buffer<float>(groups * rank);
         const T scaling = static_cast<T>(op.scaling);
         for (int64_t g = 0; g < groups; ++g) {
-            if (op.noisy && op.groups && g > 0 && op.groups[g] == op.groups[g - 1]) {
+            if (op.noisy && g > 0 && coordinates(op, g) == coordinates(op, g - 1)) {
                 std::copy_n(&noise[(g - 1) * rank], rank, &noise[g * rank]);
                 std::copy_n(&factors[(g - 1) * rank], rank, &factors[g * rank]);
                 continue;
             }
-            if (op.noisy) {
-                const Coordinates at = {op.seed, op.draw, op.layer};
-                normal_row(at, group_of_row(op, g * rows_per_group), rank, &noise[g * rank]);
-            }
+            if (op.noisy) normal_row(coordinates(op, g), rank, &noise[g * rank]);
             for (int64_t k = 0; k < rank; ++k) {
                 const T eps = op.noisy ? static_cast<T>(noise[g * rank + k]) : T(0);
                 const T s = value_of<P, T>(op.s, k), sigma = value_of<P, T>(op.sigma, k);
