@@ -62,10 +62,9 @@ class Case:
         """eps of every row, (rows, r) float64, row by row from the meaning of the groups."""
         shape, rank = tuple(self.x.shape[:-1]), len(self.s)
         count = math.prod(shape)
-        if self.noise is None:
-            return torch.zeros(count, rank).double().to(self.x.device)
         ids = [reference.group_of_row(r, shape, self.sampling, self.groups) for r in range(count)]
-        return self.noise.normal(self.layer, torch.tensor(ids), rank).double().to(self.x.device)
+        eps = [reference.eps_of_group(self.noise, self.layer, group, rank) for group in ids]
+        return torch.tensor(eps, dtype=torch.float64, device=self.x.device).reshape(count, rank)
 
 
 def cases(device: torch.device, noisy: bool = True) -> Iterator[Case]:

@@ -1,16 +1,17 @@
 """The slow truth: the method's formulas as explicit loops over Python floats (float64).
 
 `tolist` gives these from any dtype. Nothing here is vectorised, fused or clever; every line can be
-laid beside its equation in docs/method.md. `ops`, `elbo` and `predict` are tested against this file
-and never imported by it.
+laid beside its equation in docs/method.md. The package's own code is tested against this file. This
+file shares no line with that code: it has its own noise too, from Python integers and `math`.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import struct
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,75 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ..core.noise import Noise
     from ..fast.ops import Sampling
+
+
+# --- Noise ------------------------------------------------------------------------------------
+
+
+def philox4x32(counter: Sequence[int], key: Sequence[int], rounds: int = 10) -> list[int]:
+    """Four words from four counter words and two key words: docs/conformance.md, step 1."""
+    (a, b, c, d), (k, m) = counter, key
+    for _ in range(rounds):
+        p, q = 0xD2511F53 * a, 0xCD9E8D57 * c
+        a, b, c, d = q >> 32 ^ b ^ k, q & 0xFFFFFFFF, p >> 32 ^ d ^ m, p & 0xFFFFFFFF
+        k, m = (k + 0x9E3779B9) & 0xFFFFFFFF, (m + 0xBB67AE85) & 0xFFFFFFFF
+    return [a, b, c, d]
+
+
+def box_muller(a: int, b: int) -> tuple[float, float]:
+    """sqrt(-2 ln u) (cos, sin) of the angle 2 pi b / 2^32, u = (a + 1/2) / 2^32, in float64.
+
+    The whole quarter turns come off as integers, because a rounded pi / 2 is not a zero of the
+    cosine. If `math` has ln, cos and sin to one unit in the last place, a relative 2 * 2^-53, and a
+    correctly rounded root, then the relative error is at most 7 * 2^-53: root 1 + 1, angle 1.4,
+    cosine or sine 2, product 1.
+    """
+    radius = math.sqrt(-2 * math.log((a + 0.5) / 2**32))
+    quarter = (b + 2**29) // 2**30
+    x = (b - quarter * 2**30) * math.pi / 2**31  # within an eighth of a turn of 0
+    cos, sin = math.cos(x), math.sin(x)
+    for _ in range(quarter):
+        cos, sin = -sin, cos
+    return radius * cos, radius * sin
+
+
+def normal(seed: int, draw: int, layer: int, group: int, k: int) -> float:
+    """The k-th component of eps of one group, rounded to float32 once.
+
+    Equal to the noise of the package unless the exact value is within 2^-25 of a float32's last
+    place of a tie between two float32 numbers. Then the two may round to different sides.
+    """
+    words = philox4x32([k // 4, group, layer, draw], [seed % 2**32, seed // 2**32])
+    pair = words[:2] if k % 4 < 2 else words[2:]
+    return float(struct.unpack("<f", struct.pack("<f", box_muller(*pair)[k % 2]))[0])
+
+
+def eps_of_group(noise: Noise | None, layer: int, group: int, rank: int) -> list[float]:
+    """eps (r,) of a group; zeros without noise. Draws are independent, whatever `noise.design`.
+
+    The high word of a group's id counts draws: id g + 2^32 i is group g of draw `noise.draw` + i.
+    """
+    if noise is None:
+        return [0.0] * rank
+    draw, group = noise.draw + group // 2**32, group % 2**32
+    return [normal(noise.seed, draw, layer, group, k) for k in range(rank)]
+
+
+def group_of_row(
+    row: int, shape: tuple[int, ...], sampling: Sampling, groups: Tensor | None
+) -> int:
+    """The group id of row number `row` (row-major over `shape` = x.shape[:-1])."""
+    if groups is not None:
+        group = groups.reshape(-1).tolist()[row // math.prod(shape[groups.dim() :])]
+        return group - group % 2**32 if sampling == "batch" else group
+    if sampling == "batch":
+        return 0
+    if sampling == "token":
+        return row
+    return row // math.prod(shape[1:])
+
+
+# --- The layer --------------------------------------------------------------------------------
 
 
 def subspace_lora_linear(
@@ -34,27 +104,16 @@ def subspace_lora_linear(
     sampling: Sampling = "example",
     groups: Tensor | None = None,
 ) -> Tensor:
-    """y = W x + bias + c B ((A x) * (s + sigma eps)), one output number at a time.
+    """y = W x + bias + c B ((A x) * (s + sigma eps)), one output number at a time: (1a).
 
-    Same arguments and shapes as `ops.subspace_lora_linear`; computed and returned in float64
-    whatever the inputs' dtype, without gradient.
+    Same arguments and shapes as `scalabl_ref.subspace_lora_linear`; computed and returned in
+    float64 whatever the inputs' dtype, without gradient.
     """
-    d_out, rank = len(weight), len(s)
-    W, a, b = weight.tolist(), A.tolist(), B.tolist()
-    mean, sd = s.tolist(), sigma.tolist()
-    offset = [0.0] * d_out if bias is None else bias.tolist()
-    out = []
-    for row, vector in enumerate(x.reshape(-1, x.shape[-1]).tolist()):
-        eps = [0.0] * rank
-        if noise is not None:
-            group = group_of_row(row, tuple(x.shape[:-1]), sampling, groups)
-            eps = noise.normal(layer, torch.tensor([group]), rank)[0].tolist()
-        h = [_dot(a[k], vector) * (mean[k] + sd[k] * eps[k]) for k in range(rank)]
-        out += [
-            _dot(W[i], vector) + offset[i] + scaling * sum(b[i][k] * h[k] for k in range(rank))
-            for i in range(d_out)
-        ]
-    return torch.tensor(out, dtype=torch.float64).reshape(*x.shape[:-1], d_out)
+    W, b = weight.tolist(), B.tolist()
+    offset = [0.0] * len(W) if bias is None else bias.tolist()
+    rows = _rows(x, None, A, B, s, sigma, scaling, noise, layer, sampling, groups)
+    y = [[_dot(W[i], row.x) + offset[i] + _dot(b[i], row.u) for i in range(len(W))] for row in rows]
+    return _tensor(y, (*x.shape[:-1], len(W)))
 
 
 def subspace_lora_linear_gradients(
@@ -77,51 +136,66 @@ def subspace_lora_linear_gradients(
     grad_y (..., d_out); the rest as `subspace_lora_linear`. Returns float64 tensors under the names
     x, weight, bias, A, B, s, sigma, each of its argument's shape (bias (d_out,) in any case).
     """
+    W_columns, A_columns = weight.T.tolist(), A.T.tolist()
     (d_out, d_in), rank = weight.shape, len(s)
-    W, a, b = weight.tolist(), A.tolist(), B.tolist()
-    mean, sd = s.tolist(), sigma.tolist()
-    to_x: list[list[float]] = []
-    to_W, to_A, to_B = _zeros(d_out, d_in), _zeros(rank, d_in), _zeros(d_out, rank)
-    to_bias, to_s, to_sigma = [0.0] * d_out, [0.0] * rank, [0.0] * rank
-    rows = zip(
-        x.reshape(math.prod(x.shape[:-1]), d_in).tolist(),
-        grad_y.reshape(math.prod(x.shape[:-1]), d_out).tolist(),
-        strict=True,
-    )
-    for row, (vector, g) in enumerate(rows):
-        eps = [0.0] * rank
-        if noise is not None:
-            group = group_of_row(row, tuple(x.shape[:-1]), sampling, groups)
-            eps = noise.normal(layer, torch.tensor([group]), rank)[0].tolist()
-        dh = [0.0] * rank
-        for k in range(rank):
-            h = _dot(a[k], vector)
-            factor = scaling * (mean[k] + sd[k] * eps[k])
-            d = sum(b[i][k] * g[i] for i in range(d_out))  # (1b)
-            dh[k] = factor * d
-            to_s[k] += scaling * h * d  # (1e)
-            to_sigma[k] += scaling * h * d * eps[k]
-            for j in range(d_in):
-                to_A[k][j] += dh[k] * vector[j]  # (1d)
-            for i in range(d_out):
-                to_B[i][k] += g[i] * factor * h
-        for i in range(d_out):
-            to_bias[i] += g[i]
-            for j in range(d_in):
-                to_W[i][j] += g[i] * vector[j]
-        to_x.append(
-            [
-                sum(W[i][j] * g[i] for i in range(d_out))
-                + sum(a[k][j] * dh[k] for k in range(rank))  # (1c)
-                for j in range(d_in)
-            ]
-        )
-    lists = {
-        "x": (to_x, x), "weight": (to_W, weight), "A": (to_A, A), "B": (to_B, B),
-        "s": (to_s, s), "sigma": (to_sigma, sigma),
-    }  # fmt: skip
-    out = {n: torch.tensor(v, dtype=torch.float64).reshape(t.shape) for n, (v, t) in lists.items()}
-    return {**out, "bias": torch.tensor(to_bias, dtype=torch.float64)}
+    rows = _rows(x, grad_y, A, B, s, sigma, scaling, noise, layer, sampling, groups)
+
+    def over_rows(term: Callable[..., float], *sizes: int) -> Tensor:
+        """sum_i term(row i, index, ...) for every index below the sizes."""
+        indices = itertools.product(*map(range, sizes))
+        return _tensor([sum(term(row, *index) for row in rows) for index in indices], sizes)
+
+    to_x = [
+        [_dot(W_columns[j], row.g) + _dot(A_columns[j], row.dh) for j in range(d_in)]
+        for row in rows
+    ]
+    return {
+        "x": _tensor(to_x, x.shape),  # (1c)
+        "A": over_rows(lambda row, k, j: row.dh[k] * row.x[j], rank, d_in),  # (1d)
+        "B": over_rows(lambda row, i, k: row.g[i] * row.u[k], d_out, rank),
+        "weight": over_rows(lambda row, i, j: row.g[i] * row.x[j], d_out, d_in),
+        "bias": over_rows(lambda row, i: row.g[i], d_out),
+        "s": over_rows(lambda row, k: row.ds[k], rank),  # (1e)
+        "sigma": over_rows(lambda row, k: row.ds[k] * row.eps[k], rank),
+    }
+
+
+class _Row(NamedTuple):
+    """A row of the layer's input, its upstream gradient, and its symbols in (1a) to (1e)."""
+
+    x: list[float]  # (d_in,)
+    g: list[float]  # (d_out,); zeros in the forward pass
+    eps: list[float]  # (r,), like u, dh and ds
+    u: list[float]
+    dh: list[float]
+    ds: list[float]
+
+
+def _rows(
+    x: Tensor, grad_y: Tensor | None, A: Tensor, B: Tensor, s: Tensor, sigma: Tensor,
+    scaling: float, noise: Noise | None, layer: int, sampling: Sampling, groups: Tensor | None,
+) -> list[_Row]:  # fmt: skip
+    """(1a) and (1b) of every row, up to the products with W and B."""
+    lead, rank = tuple(x.shape[:-1]), len(s)
+    A_rows, B_columns, mean, sd = A.tolist(), B.T.tolist(), s.tolist(), sigma.tolist()
+    upstream = torch.zeros(*lead, len(B)) if grad_y is None else grad_y
+    vectors = x.reshape(math.prod(lead), x.shape[-1]).tolist()
+    gradients = upstream.reshape(math.prod(lead), len(B)).tolist()
+    rows = []
+    for number, (vector, g) in enumerate(zip(vectors, gradients, strict=True)):
+        group = group_of_row(number, lead, sampling, groups)
+        eps = eps_of_group(noise, layer, group, rank)
+        h = [_dot(A_rows[k], vector) for k in range(rank)]
+        f = [scaling * (mean[k] + sd[k] * eps[k]) for k in range(rank)]
+        u = [f[k] * h[k] for k in range(rank)]
+        d = [_dot(B_columns[k], g) for k in range(rank)]
+        dh = [f[k] * d[k] for k in range(rank)]
+        ds = [scaling * h[k] * d[k] for k in range(rank)]
+        rows.append(_Row(vector, g, eps, u, dh, ds))
+    return rows
+
+
+# --- The objective and the prediction ---------------------------------------------------------
 
 
 def kl_forward(s: Tensor, sigma: Tensor, prior_std: float) -> float:
@@ -220,23 +294,9 @@ def _log_sum_exp(values: list[float]) -> float:
     return largest + math.log(sum(math.exp(value - largest) for value in values))
 
 
-def _zeros(rows: int, columns: int) -> list[list[float]]:
-    return [[0.0] * columns for _ in range(rows)]
-
-
 def _dot(u: list[float], v: list[float]) -> float:
     return sum(p * q for p, q in zip(u, v, strict=True))
 
 
-def group_of_row(
-    row: int, shape: tuple[int, ...], sampling: Sampling, groups: Tensor | None
-) -> int:
-    """The group id of row number `row` (row-major over `shape` = x.shape[:-1])."""
-    if groups is not None:
-        group = groups.reshape(-1).tolist()[row // math.prod(shape[groups.dim() :])]
-        return group - group % 2**32 if sampling == "batch" else group
-    if sampling == "batch":
-        return 0
-    if sampling == "token":
-        return row
-    return row // math.prod(shape[1:])
+def _tensor(values: list, shape: tuple[int, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64).reshape(shape)

@@ -8,7 +8,7 @@ import math
 import re
 import struct
 from collections import Counter
-from decimal import Decimal, localcontext
+from decimal import Decimal
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import NormalDist
@@ -27,6 +27,7 @@ from scalabl_ref.fast import ops
 from scalabl_ref.fast.native import core
 from scalabl_ref.training.trainer import TrainConfig, Trainer
 
+from ..exact import exact_normals
 from ..models import CLASSES, tiny_model
 from ..stats import ChiSquare, KSTest, ZTest
 from ..tolerances import normal_double, normal_ulps, rounding
@@ -34,7 +35,6 @@ from ..tolerances import normal_double, normal_ulps, rounding
 WORDS = st.integers(0, 2**32 - 1)
 SEEDS = st.integers(0, 2**64 - 1)
 LAYERS = st.integers(0, 2**32 - 2)
-PI = "3.14159265358979323846264338327950288419716939937510582097494459230781640628620899"
 
 # Random123, kat_vectors: rounds, counter, key, answer
 KNOWN = """
@@ -301,23 +301,6 @@ def test_native_core_checks_for_itself(native):
 
 
 # --- accuracy ------------------------------------------------------------------------------------
-
-
-def exact_normals(word_a: int, word_b: int) -> list[Decimal]:
-    """Box-Muller to 60 digits, by another road: no reduction of the angle, decimal logarithm."""
-    with localcontext() as context:
-        context.prec = 60
-        radius = (-2 * ((Decimal(word_a) + Decimal("0.5")) / 2**32).ln()).sqrt()
-        angle = 2 * Decimal(PI) * word_b / 2**32
-        if word_b % 2**30 == 0:  # whole quarter turns, where 80 digits of pi are not enough
-            cos, sin = ((1, 0), (0, 1), (-1, 0), (0, -1))[word_b >> 30]
-            return [radius * cos, radius * sin]
-        term, sums, k = Decimal(1), [Decimal(0)] * 2, 0  # e^{i angle} by its power series
-        while abs(term) > Decimal(10) ** -58:
-            sums[k % 2] += -term if k & 2 else term
-            k += 1
-            term = term * angle / k
-        return [radius * sums[0], radius * sums[1]]
 
 
 @given(WORDS, WORDS)
