@@ -24,15 +24,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core import philox
 from ..core.noise import Noise
 from ..core.objective import kl_forward, kl_official
-from ..core.philox import normal, philox4x32
 from ..evaluation.predict import predictive
 from ..fast import native
 from ..fast.ops import SAMPLING, Sampling, subspace_lora_linear
 from ..support.errors import InputError
 from . import reference
 from .check import FALSE_FAILURE, Check, Op, Result, normal_limit, ratio
+from .known_answers import box_muller_answers, philox_answers
 from .method_checks import METHOD_CHECKS
 
 # --- Cases ------------------------------------------------------------------------------------
@@ -345,22 +346,16 @@ OP_CHECKS = [
 
 
 def known_answers(_: Op, device: torch.device) -> tuple[float, int]:
-    """Random123's answers for 7 and 10 rounds, in Python and in the native core."""
-    ones, pi = (2**32 - 1,) * 4, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
-    answers = {
-        (7, (0,) * 4, (0, 0)): (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48),
-        (7, ones, ones[:2]): (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662),
-        (10, (0,) * 4, (0, 0)): (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
-        (10, ones, ones[:2]): (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
-        (10, pi, (0xA4093822, 0x299F31D0)): (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-    }
-    core, wrong, count = native.core(), 0, 0
-    for (rounds, counter, key), answer in answers.items():
-        got = [tuple(philox4x32(counter, key, rounds))]
-        if core is not None:
-            got.append(tuple(core.philox4x32(counter, key, rounds)))
-        wrong += sum(words != answer for words in got)
-        count += len(got)
+    """The file's answers, in Python and in the native core."""
+    bodies = [body for body in (philox, native.core()) if body is not None]
+    wrong, count = 0, 0
+    for body in bodies:
+        for p in philox_answers():
+            wrong += tuple(body.philox4x32(p.counter, p.key, p.rounds)) != p.words
+            count += 1
+        for b in box_muller_answers():
+            wrong += tuple(body.box_muller(*b.words)) != b.normals
+            count += 1
     return math.inf if wrong else 0.0, count
 
 
@@ -370,7 +365,7 @@ def normals_bit_for_bit(_: Op, device: torch.device) -> tuple[float, int]:
     for seed, draw, layer in ((0, 0, 0), (2**64 - 1, 2**32 - 1, 2**32 - 2), (12345, 678, 90)):
         ids = torch.tensor([0, 1, 2**32 - 1, 77])
         got = Noise(seed, draw).normal(layer, ids, 9)
-        slow = [[normal(seed, draw, layer, int(g), k) for k in range(9)] for g in ids]
+        slow = [[philox.normal(seed, draw, layer, int(g), k) for k in range(9)] for g in ids]
         if not torch.equal(got, torch.tensor(slow, dtype=torch.float64).float()):
             return math.inf, count
         count += got.numel()
@@ -427,7 +422,7 @@ def mixture(_: Op, device: torch.device) -> tuple[float, int]:
 
 
 OWN_CHECKS = [
-    Check("Philox", "noise, step 1: Random123's known answers", known_answers),
+    Check("Philox", "noise, steps 1 to 5: known answers of Random123 and ours", known_answers),
     Check("normals", "noise, steps 2 to 5: the bits of plain Python", normals_bit_for_bit),
     Check("moments", "noise: standard normal, uncorrelated", moments),
     Check("KL", "(5), (6) KL(q || p) and KL(p || q)", kl_values),

@@ -10,7 +10,6 @@ import struct
 from collections import Counter
 from decimal import Decimal
 from functools import lru_cache, partial
-from pathlib import Path
 from statistics import NormalDist
 
 import pytest
@@ -26,7 +25,10 @@ from scalabl_ref.evaluation.predict import predict_all
 from scalabl_ref.fast import ops
 from scalabl_ref.fast.native import core
 from scalabl_ref.training.trainer import TrainConfig, Trainer
+from scalabl_ref.verify import reference
+from scalabl_ref.verify.known_answers import box_muller_answers, philox_answers
 
+from ..conftest import ROOT
 from ..exact import exact_normals
 from ..models import CLASSES, tiny_model
 from ..stats import ChiSquare, KSTest, ZTest
@@ -35,16 +37,6 @@ from ..tolerances import normal_double, normal_ulps, rounding
 WORDS = st.integers(0, 2**32 - 1)
 SEEDS = st.integers(0, 2**64 - 1)
 LAYERS = st.integers(0, 2**32 - 2)
-
-# Random123, kat_vectors: rounds, counter, key, answer
-KNOWN = """
-7  00000000 00000000 00000000 00000000  00000000 00000000  5f6fb709 0d893f64 4f121f81 4f730a48
-7  ffffffff ffffffff ffffffff ffffffff  ffffffff ffffffff  5207ddc2 45165e59 4d8ee751 8c52f662
-7  243f6a88 85a308d3 13198a2e 03707344  a4093822 299f31d0  4dfccaba 190a87f0 c47362ba b6b5242a
-10 00000000 00000000 00000000 00000000  00000000 00000000  6627e8d5 e169c58d bc57ac4c 9b00dbd8
-10 ffffffff ffffffff ffffffff ffffffff  ffffffff ffffffff  408f276d 41c83b0e a20bc7c6 6d5451fd
-10 243f6a88 85a308d3 13198a2e 03707344  a4093822 299f31d0  d16cfe09 94fdcceb 5001e420 24126ea1
-"""
 
 
 @pytest.fixture
@@ -68,30 +60,45 @@ def bits(z: torch.Tensor) -> list:
     return z.view(torch.int32 if z.dtype == torch.float32 else torch.int64).tolist()
 
 
-def known_answers():
-    for line in KNOWN.split("\n")[1:-1]:
-        rounds, *words = line.split()
-        words = [int(word, 16) for word in words]
-        yield int(rounds), words[:4], words[4:6], tuple(words[6:])
-
-
 # --- known answers -------------------------------------------------------------------------------
 
 
+def bodies():
+    """The definition in Python, and the native core if there is one."""
+    return [body for body in (philox, core()) if body is not None]
+
+
 def test_philox_known_answers():
-    assert len(list(known_answers())) == 6
-    for rounds, counter, key, answer in known_answers():
-        assert philox4x32(counter, key, rounds) == answer
+    assert len(philox_answers()) == 6
+    for answer in philox_answers():
+        for body in [*bodies(), reference]:
+            words = body.philox4x32(answer.counter, answer.key, answer.rounds)
+            assert tuple(words) == answer.words, body
 
 
-def test_philox_known_answers_native(native):
-    for rounds, counter, key, answer in known_answers():
-        assert tuple(native.philox4x32(counter, key, rounds)) == answer
+def test_box_muller_known_answers():
+    """To the last bit, which a fused multiply-add changes in three of them."""
+    assert len(box_muller_answers()) == 7
+    for words, normals in box_muller_answers():
+        for body in bodies():
+            assert tuple(body.box_muller(*words)) == normals, body
+
+
+def test_the_porting_guide_prints_the_known_answers():
+    text = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (7|10) \| ([0-9a-f ]+) \| ([0-9a-f ]+) \| ([0-9a-f ]+) \|$", text, re.M)
+    printed = [(int(rounds), *(tuple(int(word, 16) for word in cell.split()) for cell in cells))
+               for rounds, *cells in rows]  # fmt: skip
+    assert printed == philox_answers()
+    doubles = re.findall(r"^\| \d+ \| ([0-9a-f]{8}) \| (\S+) \| [0-9a-f]{8} \|$", text, re.M)
+    words, normals = zip(*((int(w, 16), float.fromhex(z)) for w, z in doubles), strict=True)
+    pairs = [(words[i : i + 2], normals[i : i + 2]) for i in range(0, 8, 2)]
+    assert pairs == box_muller_answers()[:4]
 
 
 def test_worked_example_of_the_porting_guide():
     """docs/conformance.md prints words and normals: they are what the code gives."""
-    text = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text()
+    text = (ROOT / "docs" / "conformance.md").read_text()
     seed, draw, layer, group = (
         int(value) for value in re.search(r"seed (\d+), draw (\d+), layer (\d+), group (\d+)", text)
         .groups()
@@ -286,7 +293,7 @@ def test_no_block_is_computed_in_vain(monkeypatch):
 
 
 def test_the_version_and_the_series_are_the_documented_ones():
-    text = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text()
+    text = (ROOT / "docs" / "conformance.md").read_text()
     assert f"## Noise, version {noise.NOISE_VERSION}\n" in text
     degrees = [int(re.search(rf"p = {name}\[(\d+)\]", text)[1]) for name in "LSC"]
     assert degrees == [len(c) - 1 for c in (philox.ATANH, philox.SIN, philox.COS)]
