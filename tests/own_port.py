@@ -1,12 +1,17 @@
-"""Our own fast paths in the part of a port: results for the conformance kit's cases.
+"""Results for the conformance kit's cases, by two ports: the package itself, and the page.
 
-Expected values come from `reference`, closed forms and float64 models; the code here calls what
-users call, and shares none of that.
+`port` calls the functions that users call. The kit expects values of `reference`, of closed forms
+and of float64 models for all levels but two: its schedules and metrics are the package's.
+`port_of_the_page` therefore computes these two, and the noise, from docs/conformance.md alone: in
+integers, fractions and 60 decimal digits.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from decimal import Decimal, localcontext
+from fractions import Fraction
 from types import SimpleNamespace
 from unittest import mock
 
@@ -33,6 +38,8 @@ from scalabl_ref.evaluation.predict import predictive
 from scalabl_ref.model.llama import MLP, Context, RMSNorm, RopeConfig, Rows
 from scalabl_ref.support.tensors import load_tensors
 from scalabl_ref.training.trainer import TrainConfig, Trainer, kl_period, kl_weight, warmup_linear
+
+from .exact import PI, exact_normals
 
 TENSORS = ("x", "weight", "bias", "A", "B", "s", "sigma")
 
@@ -61,7 +68,7 @@ def op(case, t, dtype, bug):
 
 
 def port(folder, dtype, bug=lambda call: {}, levels=None):
-    """Results of the package's fast paths, which share no code with `reference`."""
+    """Results of the package's own functions."""
     out = {}
     for case, t in cases(folder):
         p, level = case["parameters"], case["level"]
@@ -206,3 +213,114 @@ def training_step(p, t, dtype):
 
 def double(value):
     return torch.tensor(value, dtype=torch.float64)
+
+
+# --- the page alone ------------------------------------------------------------------------------
+
+
+def port_of_the_page(folder):
+    """Results for the levels philox, normals, schedules and metrics, without the package."""
+    out = {}
+    for case, t in cases(folder):
+        p, kind = case["parameters"], case["id"].split("-")[0]
+        if case["level"] in ("philox", "normals", "schedules", "metrics"):
+            result = PAGE[kind](p, {name: value.tolist() for name, value in t.items()})
+            out.update({f"{case['id']}/{name}": torch.tensor(value, dtype=torch.float64
+                        if isinstance(flat(value)[0], float) else torch.int64)
+                        for name, value in result.items()})  # fmt: skip
+    return out
+
+
+def flat(value):
+    return [v for part in value for v in flat(part)] if isinstance(value, list) else [value]
+
+
+def block(counter, key, rounds):
+    """Step 1."""
+    c, k = list(counter), list(key)
+    for _ in range(rounds):
+        p, q = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        (hi_p, lo_p), (hi_q, lo_q) = divmod(p, 2**32), divmod(q, 2**32)
+        c = [hi_q ^ c[1] ^ k[0], lo_q, hi_p ^ c[3] ^ k[1], lo_p]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    return c
+
+
+def page_philox(p, t):
+    return {
+        "words": [block(c, k, p["rounds"]) for c, k in zip(t["counter"], t["key"], strict=True)]
+    }
+
+
+def page_box_muller(p, t):
+    return {"normals": [[float(z) for z in exact_normals(a, b)] for a, b in t["words"]]}
+
+
+def page_noise(p, t):
+    seed, rows = int(p["seed"]), []
+    for group in t["groups"]:
+        row = []
+        for j in range(-(-p["rank"] // 4)):
+            w = block([j, group, p["layer"], p["draw"]], [seed % 2**32, seed // 2**32], 10)
+            row += exact_normals(w[0], w[1]) + exact_normals(w[2], w[3])
+        rows.append([float32(z) for z in row[: p["rank"]]])
+    return {"eps": rows}
+
+
+def float32(z):
+    """The nearest float32 number to a Decimal, by its 24 bits as an integer; ties to even."""
+    exponent = math.frexp(z)[1] - 24
+    return float(round(Fraction(z) / Fraction(2) ** exponent) * Fraction(2) ** exponent)
+
+
+def page_warmup(p, t):
+    steps, rise = p["steps"], math.floor(p["warmup"] * p["steps"])
+    up = {i: Fraction(i, rise) for i in range(rise)}
+    down = {i: Fraction(steps - i, steps - rise) for i in range(rise, steps)}
+    return {"factor": [float({**up, **down}[i]) for i in t["step"]]}
+
+
+def page_kl_weight(p, t):
+    with localcontext() as context:
+        context.prec = 60
+        power = (Decimal(PI) / 8 * Decimal(p["num_examples"]).ln()).exp()
+        M = max(1, int(100 * power / p["batch"]))
+    weights = [Fraction(2 ** (step % M + 1), 2 ** (M + 1) - 1) for step in t["step"]]
+    return {"period": M, "weight": [float(weight) for weight in weights]}
+
+
+def page_ece(p, t):
+    bins, N = {}, len(t["labels"])
+    for row, label in zip(t["probs"], t["labels"], strict=True):
+        confidence = max(row)
+        place = min(math.floor(confidence * p["bins"]), p["bins"] - 1)
+        right = row.index(confidence) == label
+        bins.setdefault(place, []).append((Fraction(right), Fraction(confidence)))
+    ece = Fraction(0)
+    for rows in bins.values():
+        accuracy, mean = (sum(column) / len(rows) for column in zip(*rows, strict=True))
+        ece += Fraction(len(rows), N) * abs(accuracy - mean)
+    return {"ece": float(ece)}
+
+
+def page_scores(p, t):
+    rows = [([Fraction(v) for v in row], label)
+            for row, label in zip(t["probs"], t["labels"], strict=True)]  # fmt: skip
+    right = sum(row.index(max(row)) == label for row, label in rows)
+    squares = sum((v - (c == label)) ** 2 for row, label in rows for c, v in enumerate(row))
+    logs = sum(Decimal(row[label]).ln() for row, label in zip(t["probs"], t["labels"], strict=True))
+    n = len(rows)
+    return {"acc": float(Fraction(right, n)), "nll": float(-logs / n), "brier": float(squares / n)}
+
+
+def page_auroc(p, t):
+    rows = list(zip(t["scores"], t["positive"], strict=True))
+    pairs = [(a, b) for a, is_one in rows if is_one for b, is_other in rows if not is_other]
+    won = sum(Fraction(1 if a > b else 0) + Fraction(a == b, 2) for a, b in pairs)
+    return {"auroc": float(won / len(pairs))}
+
+
+PAGE = {
+    "philox": page_philox, "box": page_box_muller, "noise": page_noise, "warmup": page_warmup,
+    "kl": page_kl_weight, "ece": page_ece, "scores": page_scores, "auroc": page_auroc,
+}  # fmt: skip
