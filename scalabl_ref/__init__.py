@@ -10,17 +10,27 @@ try:
         warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
         import torch as _torch  # noqa: F401
 
+    from . import fast
+
+    fast.install()
+
     from . import methods
-    from .core.adapter import AdapterConfig, adapters, add_adapters
-    from .core.noise import Noise, philox4x32
+    from .core.adapter import SubspaceAdapter, adapters
+    from .core.config import AdapterConfig
+    from .core.noise import Noise
     from .core.objective import Elbo, elbo, kl_forward, kl_official
+    from .core.philox import philox4x32
+    from .core.predictive import Prediction
     from .evaluation import metrics
-    from .evaluation.predict import Prediction, predict
+    from .evaluation.predict import predict
     from .fast.native import native_status
-    from .fast.ops import subspace_lora_linear
-    from .model.llama import Llama, LlamaConfig
+    from .model.attach import add_adapters
+    from .model.config import LlamaConfig
+    from .model.llama import Llama
     from .training.trainer import load_run, save_run
     from .verify import reference
+
+    subspace_lora_linear = SubspaceAdapter.op
 except BaseException as error:  # ctrl-C or want of memory, before cli.main can catch it
     leave_command(error)
     raise

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from scalabl_ref import AdapterConfig, Llama, LlamaConfig, adapters, add_adapters
-from scalabl_ref.data import Batch
+from scalabl_ref.core.objective import Batch
 from scalabl_ref.support.tensors import save_tensors
 
 TINY = LlamaConfig(

@@ -30,12 +30,16 @@ from scalabl_ref import (
     philox4x32,
     subspace_lora_linear,
 )
-from scalabl_ref.core.adapter import Linear, SubspaceAdapter, initial_matrix, initial_values
+from scalabl_ref.core.adapter import SubspaceAdapter, initial_matrix, initial_values
 from scalabl_ref.core.philox import box_muller
+from scalabl_ref.core.predictive import predictive
 from scalabl_ref.data import Encoded
 from scalabl_ref.evaluation import metrics
-from scalabl_ref.evaluation.predict import predictive
-from scalabl_ref.model.llama import MLP, Context, RMSNorm, RopeConfig, Rows
+from scalabl_ref.fast.rows import Rows, packed_context
+from scalabl_ref.model.attach import Linear
+from scalabl_ref.model.config import RopeConfig
+from scalabl_ref.model.inputs import Inputs
+from scalabl_ref.model.llama import MLP, Context, RMSNorm
 from scalabl_ref.support.tensors import load_tensors
 from scalabl_ref.training.trainer import TrainConfig, Trainer, kl_period, kl_weight, warmup_linear
 
@@ -157,11 +161,13 @@ def llama(id, p, t):
         model = Llama(config).to(t["x"].dtype)
         layer = model.layers[0].attn
         load(layer, t)
-        return {"y": layer(t["x"], model._context(Rows(*t["x"].shape[:2])))}
+        B, T = t["x"].shape[:2]
+        tokens = torch.zeros(B, T, dtype=torch.int64)
+        return {"y": layer(t["x"], packed_context(model, Inputs(tokens), Rows(B, T)))}
     if id == "swiglu":
         mlp = MLP(LlamaConfig(40, 16, 24, 1, 4, 2, 4)).to(t["x"].dtype)
         load(mlp, t)
-        return {"y": mlp(t["x"], Context(Rows(*t["x"].shape[:2]), t["x"], t["x"]))}
+        return {"y": mlp(t["x"], Context(t["x"], t["x"], None, None))}
     model = Llama(LlamaConfig(**p)).to(t["norm.weight"].dtype)
     load(model, t)
     return {"logits": model(t["tokens"])}

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from hypothesis import strategies as st
 
 from scalabl_ref import Noise
-from scalabl_ref.core.noise import later
-from scalabl_ref.fast.ops import SAMPLING
+from scalabl_ref.core.layer import SAMPLING
 from scalabl_ref.verify.checks import Case
 
 
+@dataclass(frozen=True)
 class OpCase(Case):
     """Arguments of `subspace_lora_linear`, and what tests know of them by other means."""
+
+    draws: torch.Tensor | None = None
 
     def arguments(self) -> dict:
         return dict(vars(self))
@@ -32,15 +36,22 @@ class OpCase(Case):
         if self.groups is not None:
             ids = self.groups.reshape(*self.groups.shape, *[1] * (len(shape) - self.groups.dim()))
             ids = ids.expand(shape)
-            if self.sampling == "batch":  # group 0 of the draw that the id says
-                ids = ids // 2**32 * 2**32
-        elif self.sampling == "batch":
+        if self.sampling == "batch":
             ids = torch.zeros_like(index)
+        elif self.groups is not None:
+            pass
         elif self.sampling == "token":
             ids = index
         else:
             ids = index // shape[1:].numel()
-        rows = [self.noise.normal(self.layer, g.reshape(1), rank) for g in ids.reshape(-1)]
+        draws = torch.zeros_like(index)
+        if self.draws is not None:
+            extra = [1] * (len(shape) - self.draws.dim())
+            draws = self.draws.reshape(*self.draws.shape, *extra).expand(shape)
+        rows = [
+            Noise(self.noise.seed, self.noise.draw + int(d)).normal(self.layer, g.reshape(1), rank)
+            for g, d in zip(ids.reshape(-1), draws.reshape(-1), strict=True)
+        ]
         return torch.cat(rows).double() if rows else torch.zeros(0, rank).double()
 
 
@@ -48,10 +59,10 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @st.composite
-def op_cases(draw, dtype=None, sampling=None, dtypes=DTYPES[:2], widest=17) -> OpCase:
+def op_cases(draw, dtype=None, sampling=None, dtypes=DTYPES[:2], widest=17, joint=False) -> OpCase:
     """Shapes up to `widest` columns, any leading dimensions (empty ones too), row strides, dtypes.
 
-    The adapter is in the dtype of x or in float32.
+    The adapter is in the dtype of x or in float32. joint: rows of several draws, half of the time.
     """
     dtype = dtype or draw(st.sampled_from(dtypes))
     own = draw(st.sampled_from([dtype, torch.float32]))
@@ -77,7 +88,10 @@ def op_cases(draw, dtype=None, sampling=None, dtypes=DTYPES[:2], widest=17) -> O
         leading = draw(st.integers(1, len(shape)))
         pool = torch.randint(0, 2**32, (draw(st.integers(1, 20)),), generator=generator)
         choice = torch.randint(0, len(pool), shape[:leading], generator=generator)
-        groups = later(pool[choice], torch.randint(0, 3, shape[:leading], generator=generator))
+        groups = pool[choice]
+    draws = None
+    if joint and draw(st.booleans()):
+        draws = torch.randint(0, 3, shape[: draw(st.integers(1, len(shape)))], generator=generator)
     seed = st.integers(0, 2**64 - 1) | st.sampled_from((2**63, 2**64 - 1))
     noise = Noise(draw(seed), draw(st.integers(0, 2**32 - 3)))
     return OpCase(
@@ -93,4 +107,5 @@ def op_cases(draw, dtype=None, sampling=None, dtypes=DTYPES[:2], widest=17) -> O
         layer=draw(st.integers(0, 1000)),
         sampling=sampling or draw(st.sampled_from(SAMPLING)),
         groups=groups,
+        draws=draws,
     )

@@ -10,7 +10,7 @@ import pytest
 from scalabl_ref import adapters
 from scalabl_ref.app import cli
 from scalabl_ref.app.study import Study
-from scalabl_ref.core.objective import kl_divergence
+from scalabl_ref.core.objective import complexity
 from scalabl_ref.data import TEMPLATES
 from scalabl_ref.verify.vectors import vectors
 
@@ -74,7 +74,7 @@ def test_the_kl_starts_where_the_method_says():
     text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     (said,) = re.findall(r"the forward KL is about (\S+) nats per dimension", text)
     model = tiny_model(rank=8, layers=12, trim=False, wake=False)
-    start = kl_divergence(model).item() / (8 * len(adapters(model)))
+    start = complexity(model).item() / (8 * len(adapters(model)))
     assert f"{start:.1f}" == said
 
 

@@ -26,8 +26,8 @@ from scalabl_ref import (
     subspace_lora_linear,
 )
 from scalabl_ref.core import objective
-from scalabl_ref.core.adapter import Linear
-from scalabl_ref.evaluation.predict import predictive
+from scalabl_ref.core.predictive import predictive
+from scalabl_ref.model.attach import Linear
 from scalabl_ref.training.trainer import parameter_groups
 from scalabl_ref.verify.known_answers import philox_answers
 

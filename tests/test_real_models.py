@@ -7,7 +7,7 @@ import json
 import pytest
 
 from scalabl_ref.app import cli
-from scalabl_ref.core.adapter import TARGETS
+from scalabl_ref.core.config import TARGETS
 
 from .tools.test_convert import convert_hf
 

@@ -91,7 +91,7 @@ class Ours:
         return self.models[key]
 
     def batch(self, rows: list[list[int]], classes: list[int]) -> Any:
-        from scalabl_ref.data import Batch
+        from scalabl_ref.core.objective import Batch
 
         torch = self.torch
         lengths = torch.tensor([len(row) for row in rows])
@@ -107,7 +107,7 @@ class Ours:
             return timed(lambda: float(model(tokens).abs().max()))
 
     def generate(self, task: Task) -> dict[str, Any]:
-        from scalabl_ref.evaluation.predict import generate
+        from scalabl_ref.evaluation.generate import generate
 
         model = self.model("plain", None)
         return timed(lambda: [t.id for t in generate(model, task["rows"][0], task["count"])])

@@ -37,7 +37,9 @@ import torch
 
 from scalabl_ref.data.tokenizer import companion_files, tokenizer_files
 from scalabl_ref.fast.quantize import KINDS, Kind
-from scalabl_ref.model.llama import Llama, LlamaConfig, as_stored, check_model
+from scalabl_ref.model.config import LlamaConfig
+from scalabl_ref.model.llama import Llama
+from scalabl_ref.model.weights import as_stored, check_model
 from scalabl_ref.support.errors import InputError, atomic_write_text, ending, make_folder
 from scalabl_ref.support.hub import hub_name, model_folder
 from scalabl_ref.support.progress import progress_bar

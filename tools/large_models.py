@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from scalabl_ref import AdapterConfig, Llama, add_adapters, predict
 from scalabl_ref.app.configs import find_config
 from scalabl_ref.data import Encoded, collate
-from scalabl_ref.fast.quantize import KINDS
+from scalabl_ref.fast.quantize import KINDS, quantize_model
 from scalabl_ref.support.tensors import save_tensors
 from scalabl_ref.training.trainer import TrainConfig, Trainer
 
@@ -77,7 +77,7 @@ def write(args: argparse.Namespace) -> None:
                 one = Llama(dataclasses.replace(ends, vocab_size=1), dtype=torch.bfloat16)
                 fill(one.layers, generator)
                 if args.quantize:
-                    one.quantize_(args.quantize)
+                    quantize_model(one, args.quantize)
             block = one.layers[0].state_dict()
             save(f"block-{i:03}.safetensors", {f"layers.{i}.{k}": v for k, v in block.items()})
         with torch.device("meta"):

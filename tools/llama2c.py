@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalabl_ref.model.llama import LlamaConfig, RopeConfig
+from scalabl_ref.model.config import LlamaConfig, RopeConfig
 from scalabl_ref.support.errors import InputError, atomic_write
 from scalabl_ref.support.tensors import PIECE, Stored, buffer
 

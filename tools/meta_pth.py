@@ -15,7 +15,7 @@ import torch
 from llama2c import half_split
 from torch import Tensor
 
-from scalabl_ref.model.llama import LlamaConfig, RopeConfig
+from scalabl_ref.model.config import LlamaConfig, RopeConfig
 from scalabl_ref.support.errors import InputError
 from scalabl_ref.support.tensors import Stored, open_tensors, read_json
 

@@ -13,14 +13,16 @@ import scalabl_ref  # noqa: F401  before torch, whose warning about a missing Nu
 import torch
 from torch import Tensor
 
-from scalabl_ref.fast.quantize import Kind, Quantized, quantize
-from scalabl_ref.model.llama import Llama, LlamaConfig
+from scalabl_ref.fast.quantize import Codes, Kind, quantize
+from scalabl_ref.model.config import LlamaConfig
+from scalabl_ref.model.llama import Llama
+from scalabl_ref.model.weights import block_linears
 from scalabl_ref.support.errors import InputError
 from scalabl_ref.support.tensors import FLOATS, Stored, is_finite
 
 
 def packed(tensors: Mapping[str, Stored], config: LlamaConfig, kind: Kind) -> dict[str, Stored]:
-    """A model's tensors, by our names, with the weights packed that `Llama.quantize_` packs.
+    """A model's tensors, by our names, with the weights packed that `quantize_model` packs.
 
     A weight's codes and scale come one after the other; read so, they are of one computation.
     Raises InputError for another kind, and for a weight of another shape (codes no longer tell how
@@ -28,7 +30,7 @@ def packed(tensors: Mapping[str, Stored], config: LlamaConfig, kind: Kind) -> di
     """
 
     @lru_cache(maxsize=1)
-    def pack(name: str) -> Quantized:
+    def pack(name: str) -> Codes:
         weight = tensors[name].read()
         if not is_finite(weight):
             raise InputError(f"tensor {name} has NaN or infinite values")
@@ -38,7 +40,7 @@ def packed(tensors: Mapping[str, Stored], config: LlamaConfig, kind: Kind) -> di
         return Stored(like.dtype, tuple(like.shape), lambda: getattr(pack(name), part), packed=True)
 
     one = Llama(dataclasses.replace(config, num_hidden_layers=1), device="meta")
-    shapes = {name.removeprefix("0."): linear.weight.shape for name, linear in one.block_linears()}
+    shapes = {name.removeprefix("0."): linear.weight.shape for name, linear in block_linears(one)}
     out: dict[str, Stored] = {}
     for name, tensor in tensors.items():
         layer = re.sub(r"^layers\.\d+\.(.+)\.weight$", r"\1", name)

@@ -37,6 +37,7 @@ from scalabl_ref import AdapterConfig, Llama, LlamaConfig, add_adapters
 from scalabl_ref.app.configs import CONFIGS
 from scalabl_ref.app.plan import BASES, Workload, measured_rates, memory, seconds
 from scalabl_ref.data import Encoded
+from scalabl_ref.fast.quantize import quantize_model
 from scalabl_ref.training import ranks as distributed
 from scalabl_ref.training.trainer import TrainConfig, Trainer
 
@@ -84,7 +85,7 @@ def _measure(number: int, clock: Callable[[], float]) -> dict[str, float]:
     work = Workload(MODELS[name], rows, tokens, AdapterConfig(rank=8))
     model = Llama(work.config, dtype=dtype).init_random_()
     if kind:
-        model.quantize_(kind)
+        quantize_model(model, kind)
     add_adapters(model.trim_head([5, 7]), work.adapter)
     block = sum(p.nbytes for p in model.layers[0].parameters() if not p.requires_grad)
     if shards > 1:

@@ -23,7 +23,7 @@ from ..support.hub import model_folder
 from .arguments import Parser
 
 if TYPE_CHECKING:
-    from ..core.adapter import AdapterConfig
+    from ..core.config import AdapterConfig
     from ..data import Columns, Encoded, Example, Wording
     from ..data.tokenizer import Tokenizer
     from ..evaluation.evaluate import Answers, Samples
@@ -299,7 +299,7 @@ def _on_ranks(command: Callable[[argparse.Namespace], Result]) -> Callable[..., 
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..core.adapter import TARGETS, AdapterConfig
+    from ..core.config import TARGETS, AdapterConfig
 
     adapter = AdapterConfig()
     add = parser.add_argument
@@ -399,8 +399,8 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
 
 def _add_adapter(parser: argparse.ArgumentParser, method: str) -> None:
     """What an adapter is, beside rank, alpha and targets. method: what is said of its default."""
-    from ..core.adapter import ADAPTERS, COVARIANCES, PRIORS, AdapterConfig
-    from ..fast.ops import SAMPLING
+    from ..core.config import ADAPTERS, COVARIANCES, PRIORS, AdapterConfig
+    from ..core.layer import SAMPLING
 
     default, add = AdapterConfig(), parser.add_argument
     trained = tuple(name for name, kind in ADAPTERS.items() if kind.trained)
@@ -492,7 +492,7 @@ def _trained(args: argparse.Namespace) -> Result:
 
 def _configs(args: argparse.Namespace) -> tuple[AdapterConfig, TrainConfig]:
     """What the options say of the adapters, as --init has them else, and of the training."""
-    from ..core.adapter import AdapterConfig
+    from ..core.config import AdapterConfig
     from ..training.trainer import TrainConfig, run_facts
 
     given = _given(AdapterConfig, args)
@@ -509,8 +509,8 @@ def _configs(args: argparse.Namespace) -> tuple[AdapterConfig, TrainConfig]:
 
 def _start(args: argparse.Namespace, model: Llama, adapter: AdapterConfig) -> dict[str, str] | None:
     """Put adapters on the model, with --init's values if it is given; returns what that is."""
-    from ..core.adapter import add_adapters
     from ..interop.adapters import read_run, start_from
+    from ..model.attach import add_adapters
     from ..support.tensors import sha256
 
     add_adapters(model, adapter, args.seed)
@@ -1005,7 +1005,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _generate(args: argparse.Namespace) -> Result:
     from ..data.tokenizer import load_tokenizer
-    from ..evaluation.predict import generate
+    from ..evaluation.generate import generate
     from ..model.llama import Llama
 
     if args.run:
@@ -1091,7 +1091,7 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(args: argparse.Namespace) -> Result:
-    from ..core.adapter import AdapterConfig
+    from ..core.config import AdapterConfig
     from ..data import Wording
     from ..interop.adapters import import_adapter
 
@@ -1133,7 +1133,7 @@ def _import(args: argparse.Namespace) -> Result:
 
 
 def _count_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..core.adapter import TARGETS, AdapterConfig
+    from ..core.config import TARGETS, AdapterConfig
 
     add = parser.add_argument
     add("--config", required=True, help="name such as qwen2.5-7b, or a config.json")
@@ -1163,7 +1163,7 @@ def _count(args: argparse.Namespace) -> Result:
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..core.adapter import TARGETS, AdapterConfig
+    from ..core.config import TARGETS, AdapterConfig
     from .plan import Workload
 
     add = parser.add_argument
@@ -1189,7 +1189,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace) -> Result:
-    from ..core.adapter import AdapterConfig
+    from ..core.config import AdapterConfig
     from .configs import find_config
     from .plan import BASES, Rates, Workload, best, measured_rates, plans
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..core.adapter import AdapterConfig, adapters, add_adapters
-from ..model.llama import Llama, LlamaConfig, RopeConfig, read_config
+from ..core.adapter import adapters
+from ..core.config import AdapterConfig
+from ..model.attach import add_adapters
+from ..model.config import LlamaConfig, RopeConfig
+from ..model.llama import Llama
+from ..model.weights import read_config
 from ..support.errors import InputError, expected
 
 _LLAMA3_ROPE = RopeConfig("llama3", 500000.0, 8.0, 1.0, 4.0, 8192)

@@ -26,12 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.adapter import AdapterConfig, add_adapters
+from ..core.config import AdapterConfig
 from ..data import Example, encode, evaluation_batches, question
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..evaluation import metrics
 from ..evaluation.predict import check_samples, predict_all
 from ..evaluation.report import write_report
+from ..model.attach import add_adapters
 from ..model.llama import Llama
 from ..support.errors import InputError, atomic_write_text, make_folder
 from ..support.fields import json_text

@@ -21,9 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.adapter import AdapterConfig, adapters, add_adapters
-from ..fast.quantize import Kind, quantize
-from ..model.llama import Llama, LlamaConfig, RMSNorm, SwiGLU
+from ..core.adapter import adapters
+from ..core.config import AdapterConfig
+from ..fast.quantize import Kind, quantize, quantize_model, whole
+from ..fast.rows import SwiGLU
+from ..model.attach import add_adapters
+from ..model.config import LlamaConfig
+from ..model.llama import Llama, RMSNorm
 from ..support.errors import InputError
 
 BASES: dict[str, tuple[torch.dtype, Kind | None]] = {
@@ -165,7 +169,7 @@ def _sizes(work: Workload, base: str) -> tuple[float, float, float]:
     dtype, kind = BASES[base]
     model = Llama(work.config, dtype=dtype, device="meta")
     if kind:
-        model.quantize_(kind)
+        quantize_model(model, kind)
     blocks = sum(p.nbytes for p in model.layers.parameters())
     ends = sum(p.nbytes for p in model.parameters()) - blocks
     if work.classes:
@@ -373,8 +377,10 @@ def measured_rates(
     attention /= median_seconds(lambda: grad(attend(), (asked, keys, values), asked))
     unpack = 0.0
     if kind:
-        packed = quantize(weight, kind)
-        unpack = median_seconds(lambda: packed.whole(dtype)) / weight.numel()
+        codes, scale = quantize(weight, kind)
+        unpack = (
+            median_seconds(lambda: whole(codes, scale, weight.shape[1], dtype)) / weight.numel()
+        )
     return Rates(flop / took, attention, (f * bytes_swiglu + d * bytes_norm) / moved, unpack)
 
 

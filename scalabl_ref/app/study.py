@@ -37,7 +37,8 @@ from typing import Any, Literal, get_type_hints
 
 import torch
 
-from ..core.adapter import AdapterConfig, adapters, add_adapters
+from ..core.adapter import adapters
+from ..core.config import AdapterConfig
 from ..data import (
     FORMATS,
     Columns,
@@ -60,7 +61,9 @@ from ..evaluation.metrics import checked_bins
 from ..evaluation.predict import check_samples, predict_all
 from ..methods import Laplace, Posterior, tfb
 from ..methods.ensemble import Ensemble, Swag
-from ..model.llama import Llama, read_config
+from ..model.attach import add_adapters
+from ..model.llama import Llama
+from ..model.weights import read_config
 from ..support.errors import (
     InputError,
     Interrupted,

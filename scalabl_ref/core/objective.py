@@ -1,38 +1,104 @@
 """The objective: negative log-likelihood plus beta times a KL term over N, one scalar, logged.
 
-    loss = NLL (mean per example) + beta * KL / N
+    loss = NLL (mean per example) + beta * KL / N                                            (4)
 
 With beta = 1 and the forward KL, -N * loss is an unbiased estimate of the evidence lower bound
-E_q[log p(D | s~)] - KL(q || p), with one draw of s~ per sampling group.
+E_q[log p(D | s~)] - KL(q || p), under two assumptions:
+
+- Sampling "batch" or "example": each likelihood then is one of a network with one s~. Under "token"
+  every token has an s~ of its own, and the expectation is that of another model: the loss then
+  bounds no evidence of the paper's model.
+- All batches have equal size. The NLL is a mean over the batch, so the examples of a short last
+  batch weigh more than the others, by batch size / short size.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..model.llama import Llama
 from ..support.errors import InputError
-from .adapter import Adapter, adapters
-from .divergence import KL, KLS, kl_forward, kl_official
 from .noise import Noise
 
 if TYPE_CHECKING:
-    from ..data import Batch
+    from .adapter import Adapter
+    from .config import AdapterConfig
 
-__all__ = [
-    "KL",
-    "KLS",
-    "Elbo",
-    "class_logits",
-    "elbo",
-    "kl_divergence",
-    "kl_forward",
-    "kl_official",
-]
+KL = Literal["forward", "official"]
+
+
+def kl_forward(s: Tensor, sigma: Tensor, prior_std: float | Tensor) -> Tensor:
+    """(5): KL(q || p), q = N(s, diag(sigma^2)), p = N(0, prior_std^2 I): the textbook direction.
+
+    s and sigma (r,), or any one shape that prior_std broadcasts to. Returns a float64 scalar in
+    nats, sum_k log(prior_std / sigma_k) + (sigma_k^2 + s_k^2) / (2 prior_std^2) - 1/2.
+
+    >>> kl_forward(torch.zeros(3), torch.ones(3), prior_std=1.0)
+    tensor(0., dtype=torch.float64)
+    """
+    s, sigma = s.double(), sigma.double()
+    log_ratio = torch.log(prior_std / sigma)
+    return (log_ratio + (sigma**2 + s**2) / (2 * prior_std**2) - 0.5).sum()
+
+
+def kl_official(s: Tensor, sigma: Tensor, prior_std: float | Tensor) -> Tensor:
+    """(6): KL(p || q), the direction that the official code computes; shapes as `kl_forward`.
+
+    sum_k log(sigma_k / prior_std) + (prior_std^2 + s_k^2) / (2 sigma_k^2) - 1/2.
+
+    >>> kl_official(torch.zeros(3), torch.ones(3), prior_std=1.0)
+    tensor(0., dtype=torch.float64)
+    """
+    s, sigma = s.double(), sigma.double()
+    log_ratio = torch.log(sigma / prior_std)
+    return (log_ratio + (prior_std**2 + s**2) / (2 * sigma**2) - 0.5).sum()
+
+
+KLS: dict[str, Callable[[Tensor, Tensor, float | Tensor], Tensor]] = {
+    "forward": kl_forward,
+    "official": kl_official,
+}
+
+
+def fitted_prior_std(second: Tensor, config: AdapterConfig, kl: str) -> float | Tensor:
+    """sigma_p: the fixed one, or (19), from the second moments (layers, r) of the scales under q.
+
+    The forward KL is smallest over sigma_p where sigma_p^2 is the mean of E_q[s~_k^2]. The rest of
+    it does not change with (s, sigma) / a and a B: that arbitrary scale is gone.
+
+    Raises InputError for the official direction, whose minimum over sigma_p is another.
+    """
+    if config.prior == "fixed":
+        return config.sigma_p
+    if kl != "forward":
+        raise InputError(f"prior {config.prior!r} is fitted by the forward KL, not by {kl!r}")
+    return second.mean(1, keepdim=True).sqrt() if config.prior == "layer" else second.sqrt()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts side by side. tokens (B, T), padded on the right with 0; lengths, labels (class
+    indices) and ids (indices in the data set) (B,); classes (C,) token ids. All int64.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    labels: Tensor
+    ids: Tensor
+    classes: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+
+    def rows(self, index: Tensor) -> Batch:
+        """The examples at `index`, (b,) int64."""
+        at = index.to(self.tokens.device)
+        return Batch(self.tokens[at], self.lengths[at], self.labels[at], self.ids[at], self.classes)
 
 
 class Elbo(NamedTuple):
@@ -43,24 +109,26 @@ class Elbo(NamedTuple):
     kl: Tensor
 
 
-def kl_divergence(model: torch.nn.Module, kl: KL = "forward") -> Tensor:
-    """Sum of the KL over the model's adapters, a float64 scalar in nats; 0 for method "mle".
+def elbo(
+    model: nn.Module,
+    batch: Batch,
+    noise: Noise | None,
+    beta: float,
+    num_examples: int,
+    kl: KL = "forward",
+) -> Elbo:
+    """(4): one-sample estimate of the objective on a batch, differentiable.
 
-    For method "map" it is minus the log prior density, up to a constant.
-
-    Raises InputError for an unknown `kl`.
+    model: a `Llama`. beta: weight of the KL (1 is the ELBO). num_examples: N, size of the training
+    set. Raises InputError for an unknown `kl`.
     """
-    if kl not in KLS:
-        raise InputError(f"kl must be one of {', '.join(KLS)}, not {kl!r}")
-    kinds: dict[type[Adapter], list[Adapter]] = {}
-    for adapter in adapters(model).values():
-        kinds.setdefault(type(adapter), []).append(adapter)
-    parts = [kind.complexity(layers, kl) for kind, layers in kinds.items()]
-    return sum(parts, torch.zeros((), dtype=torch.float64))
+    nll = F.cross_entropy(class_logits(model, batch, noise), batch.labels)
+    divergence = complexity(model, kl)
+    return Elbo(nll + beta * divergence.to(nll) / num_examples, nll, divergence)
 
 
 def class_logits(
-    model: Llama, batch: Batch, noise: Noise | None, draws: int = 1, padded: bool = False
+    model: nn.Module, batch: Batch, noise: Noise | None, draws: int = 1, padded: bool = False
 ) -> Tensor:
     """Logits of the answer classes at each row's last token, (draws B, C) float32 or wider.
 
@@ -71,23 +139,22 @@ def class_logits(
         batch.tokens, noise=noise, groups=batch.ids, lengths=batch.lengths, draws=draws,
         last_only=True, padded=padded,
     )  # fmt: skip
-    if model.config.head_tokens is None:
+    if model.config.head_tokens is None:  # type: ignore[union-attr]
         logits = logits[:, batch.classes]
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
-def elbo(
-    model: Llama,
-    batch: Batch,
-    noise: Noise | None,
-    beta: float,
-    num_examples: int,
-    kl: KL = "forward",
-) -> Elbo:
-    """One-sample estimate of the objective on a batch, differentiable.
+def complexity(model: nn.Module, kl: KL = "forward") -> Tensor:
+    """The second term of (4) before its weight, a float64 scalar in nats, over all adapters.
 
-    beta: weight of the KL (1 is the ELBO). num_examples: N, size of the training set.
+    The KL of the methods that have a posterior, minus the log prior density (up to a constant) for
+    method "map", 0 for method "mle". Raises InputError for an unknown `kl`.
     """
-    nll = F.cross_entropy(class_logits(model, batch, noise), batch.labels)
-    divergence = kl_divergence(model, kl)
-    return Elbo(nll + beta * divergence.to(nll) / num_examples, nll, divergence)
+    if kl not in KLS:
+        raise InputError(f"kl must be one of {', '.join(KLS)}, not {kl!r}")
+    kinds: dict[type[Adapter], list[Adapter]] = {}
+    for module in model.modules():
+        if (adapter := getattr(module, "adapter", None)) is not None:
+            kinds.setdefault(type(adapter), []).append(adapter)
+    parts = [kind.complexity(layers, kl) for kind, layers in kinds.items()]
+    return sum(parts, torch.zeros((), dtype=torch.float64))

@@ -3,9 +3,9 @@
     coordinates --philox4x32--> four 32-bit words --box_muller--> four standard normals
 
 docs/conformance.md says the same in words. Every step is either an integer operation or one of the
-IEEE 754 double operations + - * / sqrt, in a fixed order and never fused, so that this file, the
-vectorised PyTorch code (noise.py) and the C++ core (csrc/normal.h) agree bit for bit, and agree
-with the exact mathematics within (1/2 + 2^-25) ulp of float32.
+IEEE 754 double operations + - * / sqrt, in a fixed order and never fused. So this file, the
+vectorised PyTorch code (fast/normals.py) and the C++ core (csrc/normal.h) agree bit for bit, and
+agree with the exact mathematics within (1/2 + 2^-25) ulp of float32.
 
 Philox: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC11.
 """
@@ -23,7 +23,7 @@ WORD = 1 << 32  # words, counters and keys are integers in [0, WORD)
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # of counter words 0 and 2
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1, added to the key each round
-MAX_ROUNDS = 16
+ROUNDS, MAX_ROUNDS = 10, 16
 
 SQRT_HALF = 0.7071067811865476  # 0x1.6a09e667f3bcdp-1
 LN_2 = 0.6931471805599453  # 0x1.62e42fefa39efp-1
@@ -35,7 +35,7 @@ COS = tuple((-1.0) ** k / math.factorial(2 * k) for k in range(9))
 
 
 def philox4x32(
-    counter: Sequence[int], key: Sequence[int], rounds: int = 10
+    counter: Sequence[int], key: Sequence[int], rounds: int = ROUNDS
 ) -> tuple[int, int, int, int]:
     """The Philox 4x32 block function: four and two 32-bit words in, four out.
 
@@ -62,12 +62,29 @@ def box_muller(word_a: int, word_b: int) -> tuple[float, float]:
     return radius * cos, radius * sin
 
 
-def normal(seed: int, draw: int, layer: int, group: int, k: int) -> float:
-    """The k-th component of eps of one group, rounded to float32 (and returned as a float)."""
-    words = philox4x32((k // 4, group, layer, draw), (seed % WORD, seed // WORD))
-    pair = k % 4 // 2 * 2  # words (0, 1) give components 0 and 1, words (2, 3) give 2 and 3
-    z: float = struct.unpack("f", struct.pack("f", box_muller(*words[pair : pair + 2])[k % 2]))[0]
-    return z
+def normal_block(seed: int, draw: int, layer: int, group: int, j: int) -> list[float]:
+    """Components 4j .. 4j + 3 of eps of one group, each rounded to float32 (and a Python float).
+
+    Words 0 and 1 of counter (j, group, layer, draw) give the first two, words 2 and 3 the others.
+    """
+    w = philox4x32((j, group, layer, draw), (seed % WORD, seed // WORD))
+    doubles = (*box_muller(w[0], w[1]), *box_muller(w[2], w[3]))
+    return list(struct.unpack("4f", struct.pack("4f", *doubles)))
+
+
+def normal_row(seed: int, draw: int, layer: int, group: int, rank: int) -> list[float]:
+    """eps of one group: its first `rank` components."""
+    blocks = (normal_block(seed, draw, layer, group, j) for j in range((rank + 3) // 4))
+    return [z for block in blocks for z in block][:rank]
+
+
+def word_stream(seed: int, stream: int, layer: int, n: int) -> list[int]:
+    """n words: 4j .. 4j + 3 are of counter (j, stream mod 2^32, layer, stream div 2^32)."""
+    words: list[int] = []
+    for j in range((n + 3) // 4):
+        counter = (j, stream % WORD, layer, stream // WORD)
+        words += philox4x32(counter, (seed % WORD, seed // WORD))
+    return words[:n]
 
 
 def _ln(u: float) -> float:

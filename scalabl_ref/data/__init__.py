@@ -4,7 +4,8 @@ Every example is a prompt and the index of its answer: class 0 is the token "A",
 on, directly after the prompt's last character.
 """
 
-from .batches import Batch, Encoded, TrainingOrder, collate, encode, evaluation_batches, split
+from ..core.objective import Batch
+from .batches import Encoded, TrainingOrder, collate, encode, evaluation_batches, split
 from .chat import ChatTemplate
 from .formats import Columns, files, format_of, load
 from .prompts import (

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from ..core.noise import philox_words
+from ..core.objective import Batch
 from ..support.errors import InputError
 from .answers import Answers, answer_tokens
 from .chat import ChatTemplate
@@ -36,27 +36,6 @@ class Encoded:
     notice: str | None = None
     cut: int = 0
     left_out: int = 0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Prompts side by side. tokens (B, T), padded on the right with 0; lengths, labels (class
-    indices) and ids (indices in the data set) (B,); classes (C,) token ids. All int64.
-    """
-
-    tokens: Tensor
-    lengths: Tensor
-    labels: Tensor
-    ids: Tensor
-    classes: Tensor
-
-    def to(self, device: torch.device | str) -> Batch:
-        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
-
-    def rows(self, index: Tensor) -> Batch:
-        """The examples at `index`, (b,) int64."""
-        at = index.to(self.tokens.device)
-        return Batch(self.tokens[at], self.lengths[at], self.labels[at], self.ids[at], self.classes)
 
 
 def encode(

@@ -12,9 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..core.adapter import ADAPTERS, random_adapters
+from ..core.adapter import random_adapters
+from ..core.config import ADAPTERS
 from ..core.noise import Noise
-from ..data import Batch, Encoded, Example, Wording, encode, evaluation_batches
+from ..core.objective import Batch
+from ..core.predictive import Prediction, predictive
+from ..data import Encoded, Example, Wording, encode, evaluation_batches
 from ..data.tokenizer import Tokenizer
 from ..methods import Ensemble, Posterior
 from ..model.llama import Llama
@@ -25,7 +28,7 @@ from ..support.tensors import read_json
 from ..training import ranks as distributed
 from ..training import savepoints
 from . import metrics
-from .predict import Design, Prediction, pass_log_probs, passes_over, predict, predictive
+from .predict import Draws, pass_log_probs, predict
 from .quadrature import predict_exact
 from .report import document
 from .sequential import Auto, predict_auto
@@ -83,7 +86,7 @@ def answer(
     batch: int = 32,
     title: str = "evaluate",
     posterior: Posterior | None = None,
-    design: Design = "independent",
+    design: str = "independent",
     answerable: bool = True,
     wording: Wording | None = None,
 ) -> Answers:
@@ -137,7 +140,7 @@ def _taken(model: Llama, samples: Samples, posterior: Posterior | None) -> Sampl
 
 @torch.no_grad()
 def _share_draws(
-    model: Llama, batches: list[Batch], samples: int, seed: int, design: Design
+    model: Llama, batches: list[Batch], samples: int, seed: int, design: str
 ) -> Iterator[tuple[Tensor, Prediction]]:
     """`predict` of each batch, with its ids, on all ranks; each pass is done by one of them.
 
@@ -150,7 +153,7 @@ def _share_draws(
         tables = []  # (S, B, C) of each batch
         for i, batch in enumerate(group):
             done = 0
-            for noise, draws in passes_over(model, batch, samples, seed, design):
+            for noise, draws in Draws(samples, seed, design).passes_over(model, batch):
                 work.append((i, slice(done, done + draws), noise))
                 done += draws
             size = done, len(batch.ids), len(batch.classes)
@@ -173,7 +176,7 @@ def _whole_batch(
     samples: Samples,
     seed: int,
     posterior: Posterior | None,
-    design: Design,
+    design: str,
 ) -> Tensor:
     """Probabilities, the three numbers beside them, and draws where those differ: (B, C + 4)."""
     taken = torch.zeros(len(batch.ids))
@@ -234,7 +237,7 @@ def evaluate(
     answers: Answers,
     *,
     seed: int,
-    design: Design = "independent",
+    design: str = "independent",
     bins: int = 15,
     calibration: Answers | None = None,
     ood: Answers | None = None,

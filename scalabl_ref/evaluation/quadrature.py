@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import SubspaceAdapter, adapters
-from ..core.objective import class_logits
-from ..data import Batch
+from ..core.objective import Batch, class_logits
+from ..core.predictive import Prediction, predictive
 from ..model.llama import Llama
 from ..support.errors import InputError
 from ..verify.reference import gauss_hermite
-from .predict import Prediction, predictive
 
 NODES = (96, 48, 32)  # along each direction, where there are one, two or three
 

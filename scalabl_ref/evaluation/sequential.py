@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import random_adapters
-from ..data import Batch
+from ..core.objective import Batch
+from ..core.predictive import Prediction, predictive
 from ..model.llama import Llama
 from ..support.errors import InputError
 from ..training import ranks as distributed
-from .predict import Prediction, check_samples, log_probs, predictive
+from .predict import Draws, check_samples, log_probs
 
 BETS = 20  # equally spaced sizes of a bet, over which the wealth is averaged
 FIRST_LOOK, GROWTH = 4, 1.5  # draws before the first look, and before each look over the last
@@ -104,11 +105,12 @@ def predict_auto(
     B = len(batch.labels)
     taken = torch.zeros(B, dtype=torch.int64)
     if not B or not random_adapters(model):
-        return predictive(log_probs(model, batch, 0, seed).cpu()), taken
+        return predictive(log_probs(model, batch, Draws(0, seed)).cpu()), taken
     parts: list[list[Tensor]] = [[] for _ in range(B)]  # of each example, (S, C)
     race, open_rows, done = None, torch.arange(B), 0
     for look in auto.looks():
-        drawn = log_probs(model, batch.rows(open_rows), look - done, seed, first=done).cpu()
+        draws = Draws(look - done, seed, first=done)
+        drawn = log_probs(model, batch.rows(open_rows), draws).cpu()
         if distributed.sharded(model):
             distributed.as_first(drawn)  # rounding must not tell ranks to make other passes
         race = race or Race(auto, B, drawn.shape[-1])

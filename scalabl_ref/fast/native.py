@@ -16,6 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]  # the repository, in an editable install
 SOURCES = (".h", ".cpp", ".cu")
+SETTLED: list[ModuleType | None] = []  # the answer of `core`; torch.compile follows no cache
 REBUILD = "build it with: pip install -e ."
 
 
@@ -67,10 +68,11 @@ def native_status() -> dict[str, Any]:
     }
 
 
-@cache
 def core() -> ModuleType | None:
     """The extension module if it is to be used, else None."""
-    return _import()[0] if native_status()["used"] else None
+    if not SETTLED:
+        SETTLED.append(_import()[0] if native_status()["used"] else None)
+    return SETTLED[0]
 
 
 def _import() -> tuple[ModuleType | None, str]:

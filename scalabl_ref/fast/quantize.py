@@ -11,15 +11,17 @@ distribution, which weights resemble. Its rows are padded with zeros to a multip
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..core.noise import Keys
+from ..model.attach import Linear
+from ..model.llama import Llama
+from ..model.weights import block_linears
 from ..support.errors import InputError
 
 Kind = Literal["int8", "nf4"]
@@ -34,60 +36,91 @@ LEVELS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """A frozen weight (d_out, d_in), which `F.linear` takes in a weight's place.
-
-    codes: (d_out, d_in) int8, or nf4's (d_out, padded d_in / 2) uint8, where a byte's low half is
-    the first of its two. scale: (d_out, 1), or (d_out, padded d_in / 64), bfloat16.
-    """
+class Codes(NamedTuple):
+    """A weight (d_out, d_in) in codes; shapes and dtypes are those of `QuantizedLinear`."""
 
     codes: Tensor
     scale: Tensor
-    d_in: int
-    dtype = None  # whatever that of the input is
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((len(self.codes), self.d_in))
-
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    def to(self, dtype: torch.dtype) -> Quantized:
-        """Itself: what is cast under autocast is cast already."""
-        return self
-
-    def whole(self, dtype: torch.dtype) -> Tensor:
-        """The weight (d_out, d_in) in a floating-point dtype, in which scales are multiplied."""
-        nf4 = self.codes.dtype == torch.uint8
-        width = 2 * self.codes.shape[1] if nf4 else self.d_in
-        weight = torch.empty(len(self.codes), width, dtype=dtype, device=self.device)
-        parts = (t.split(ROWS) for t in (weight, self.codes, self.scale.to(dtype)))
-        for part, codes, scale in zip(*parts, strict=True):
-            if nf4:
-                pairs = _pairs(dtype, self.device)
-                into = part.view(pairs.dtype).view(-1)
-                torch.index_select(pairs, 0, codes.flatten().int(), out=into)
-                part.view(len(part), -1, GROUP).mul_(scale[..., None])
-            else:
-                part.copy_(codes).mul_(scale)
-        return weight[:, : self.d_in]
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if function is not F.linear or kwargs:
-            return NotImplemented
-        x, weight, *bias = args
-        y = _Product.apply(x, weight.codes, weight.scale)
-        return y if not bias or bias[0] is None else y + bias[0]
 
 
-def quantize(weight: Tensor, kind: Kind) -> Quantized:
-    """The nearest weight of that kind, (d_out, d_in) of any floating-point dtype; few rows at once.
+class QuantizedLinear(Linear):
+    """A frozen linear layer whose weight is kept as codes, and made whole only for a product.
+
+    weight: the codes, (d_out, d_in) int8, or nf4's (d_out, padded d_in / 2) uint8, where a byte's
+    low half is the first of its two. scale: (d_out, 1), or (d_out, padded d_in / 64), bfloat16.
+    """
+
+    def __init__(self, like: Linear, codes: Tensor, scale: Tensor) -> None:
+        super().__init__(like.d_in, like.d_out, device="meta")
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.bias, self.adapter = like.bias, like.adapter
+
+    def forward(self, x: Tensor, keys: Keys | None = None) -> Tensor:
+        if not torch.is_grad_enabled():  # nothing keeps the whole weight
+            weight = whole(self.weight, self.scale, self.d_in, product_dtype(x))
+            if self.adapter is None:
+                return F.linear(x, weight, self.bias)
+            return self.adapter(x, weight, self.bias, keys)
+        y = _Product.apply(x.to(product_dtype(x)), self.weight, self.scale)
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if self.adapter is None else y + self.adapter.update(x.to(y.dtype), keys)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a product with x: its own, or the one that autocast gives it."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def whole(codes: Tensor, scale: Tensor, d_in: int, dtype: torch.dtype) -> Tensor:
+    """The weight (d_out, d_in) in a floating-point dtype, in which scales are multiplied."""
+    nf4 = codes.dtype == torch.uint8
+    width = 2 * codes.shape[1] if nf4 else d_in
+    weight = torch.empty(len(codes), width, dtype=dtype, device=codes.device)
+    parts = (t.split(ROWS) for t in (weight, codes, scale.to(dtype)))
+    for part, code, factor in zip(*parts, strict=True):
+        if nf4:
+            pairs = _pairs(dtype, codes.device)
+            into = part.view(pairs.dtype).view(-1)
+            torch.index_select(pairs, 0, code.flatten().int(), out=into)
+            part.view(len(part), -1, GROUP).mul_(factor[..., None])
+        else:
+            part.copy_(code).mul_(factor)
+    return weight[:, :d_in]
+
+
+def quantize_model(model: Llama, kind: str) -> Llama:
+    """Every linear layer of the blocks in 8 or 4 bits, see `quantize`; returns the model.
+
+    Embedding, head, norms and biases stay as they are. Raises InputError for another kind, or
+    if the model is quantised already.
+    """
+    if model.quantized:
+        raise InputError(f"the base is quantised already, to {model.quantized}")
+    for name, linear in block_linears(model):
+        parent, _, child = name.rpartition(".")
+        codes, scale = quantize(linear.weight.detach(), kind)
+        setattr(model.layers.get_submodule(parent), child, QuantizedLinear(linear, codes, scale))
+    model.quantized = kind
+    return model
+
+
+class Quantizer:
+    """What model/weights.py needs to read a base into codes."""
+
+    def layers(self, model: Llama, kind: str) -> None:
+        quantize_model(model, kind)
+
+    def pack(self, weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+        return quantize(weight, kind)
+
+
+def quantize(weight: Tensor, kind: str) -> Codes:
+    """Codes and scales of the nearest weight of that kind; see `QuantizedLinear` for the shapes.
+
+    weight: (d_out, d_in) of any floating-point dtype; few rows are worked on at once.
 
     A weight on the meta device gives codes and scales without values. Raises InputError for another
     kind.
@@ -102,7 +135,7 @@ def quantize(weight: Tensor, kind: Kind) -> Quantized:
     codes = torch.empty(shape, dtype=dtype, device=weight.device)
     scale = torch.empty(d_out, groups, dtype=torch.bfloat16, device=weight.device)
     if weight.is_meta:
-        return Quantized(codes, scale, d_in)
+        return Codes(codes, scale)
     between = [(low + high) / 2 for low, high in itertools.pairwise(LEVELS)]
     for w, code, top in zip(weight.split(ROWS), codes.split(ROWS), scale.split(ROWS), strict=True):
         w = F.pad(w.float(), (0, groups * group - d_in)).view(len(w), groups, group)
@@ -115,7 +148,7 @@ def quantize(weight: Tensor, kind: Kind) -> Quantized:
             for threshold in between:  # many times as fast as a search for each weight
                 level += (w > threshold).view(level.shape)
             code.copy_(level[:, ::2] | level[:, 1::2] << 4)
-    return Quantized(codes, scale, d_in)
+    return Codes(codes, scale)
 
 
 class _Product(torch.autograd.Function):
@@ -125,7 +158,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-        return F.linear(x, Quantized(codes, scale, x.shape[-1]).whole(x.dtype))
+        return F.linear(x, whole(codes, scale, x.shape[-1], x.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -135,7 +168,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         codes, scale = ctx.saved_tensors
-        return grad @ Quantized(codes, scale, ctx.d_in).whole(grad.dtype), None, None
+        return grad @ whole(codes, scale, ctx.d_in, grad.dtype), None, None
 
 
 @cache

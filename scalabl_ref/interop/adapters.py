@@ -22,25 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.adapter import (
-    ADAPTERS,
-    COVARIANCES,
-    TARGETS,
-    Adapter,
-    AdapterConfig,
-    Device,
-    Linear,
-    adapters,
-    add_adapters,
-    random_adapters,
-)
+from ..core.adapter import Adapter, adapters, random_adapters
+from ..core.config import ADAPTERS, COVARIANCES, TARGETS, AdapterConfig
 from ..core.noise import Noise
-from ..core.objective import KL, kl_divergence
+from ..core.objective import KL, complexity
 from ..data.answers import answer_tokens
 from ..data.tokenizer import Tokenizer, companion_files, letters, load_tokenizer
 from ..evaluation.predict import check_samples
 from ..methods import Ensemble, Posterior, Swag
-from ..model.llama import Llama, as_stored, check_model, read_config
+from ..model.attach import Device, Linear, add_adapters
+from ..model.llama import Llama
+from ..model.weights import as_stored, check_model, read_config
 from ..support.errors import InputError, atomic_write_text, make_folder
 from ..support.hub import hub_name
 from ..support.tensors import (
@@ -105,7 +97,7 @@ class Trained:
             base=self.base_name,
             config=self.config,
             info=self.info,
-            kl=f"{kl}, {kl_divergence(self.model, kl).item():.6g} nats" if drawn else None,
+            kl=f"{kl}, {complexity(self.model, kl).item():.6g} nats" if drawn else None,
             metrics=read_json(metrics) if metrics.exists() else None,
             answers=[f"{tokenizer.decode([i])!r} ({i})" if tokenizer else str(i) for i in head],
         )
@@ -460,7 +452,7 @@ def _built(
         raise InputError(
             f"{file}: tensor {next(iter(names.values()))}: the model has no layer {layer}"
         )
-    d_out, d_in = linear.frozen.shape
+    d_out, d_in = linear.d_out, linear.d_in
     if config.rank > d_in:
         raise InputError(
             f"{file}: rank {config.rank} is larger than a dimension of {layer} {d_out, d_in}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..core.adapter import AdapterConfig
+from ..core.config import AdapterConfig
 from ..core.noise import NOISE_VERSION
 
 # What of a layout is written: library, relation to the base, in words, how it is loaded.

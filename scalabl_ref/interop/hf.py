@@ -30,17 +30,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.adapter import TARGETS, AdapterConfig, adapters, layer_id, new_adapter
-from ..core.adapter import Linear as Adapted
-from ..core.noise import FIRST_TRAINING_DRAW, Noise, token_groups
-from ..core.objective import KL, kl_divergence
-from ..evaluation.predict import Prediction, passes, predictive
+from ..core.adapter import adapters
+from ..core.config import TARGETS, AdapterConfig
+from ..core.noise import FIRST_TRAINING_DRAW, Keys, Noise, token_groups
+from ..core.objective import KL, complexity
+from ..core.predictive import Prediction, predictive
+from ..evaluation.predict import Draws
+from ..model.attach import Linear as Adapted
+from ..model.attach import layer_id, new_adapter
 from ..support.errors import InputError, atomic_write_text, make_folder
 from ..support.tensors import load_tensors, read_json, save_tensors
 from ..training.trainer import adapter_state, load_adapter_state, parameter_groups
 
 if TYPE_CHECKING:
-    from ..data import Batch
+    from ..core.objective import Batch
 
 __all__ = [
     "Attached",
@@ -218,8 +221,6 @@ def _in_backward() -> bool:
 class Linear(Adapted, nn.Linear):  # type: ignore[misc]  # one says Parameter, one Tensor
     """An nn.Linear with an adapter; the draw is that of the call that it runs in."""
 
-    scale = None  # its weight is never quantised by us
-
     label: str  # the layer's name in its model
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -234,9 +235,11 @@ class Linear(Adapted, nn.Linear):  # type: ignore[misc]  # one says Parameter, o
                 "there: give checkpoint hf.carrying(function), not function"
             )
         call = call or _MEAN
-        if call.noise is None or adapter.config.sampling == "batch":
-            return super().forward(x, call.noise)
-        return super().forward(x, call.noise, call.groups(x, self.label))
+        if call.noise is None:
+            return super().forward(x)
+        if adapter.config.sampling == "batch":
+            return super().forward(x, Keys(call.noise))
+        return super().forward(x, Keys(call.noise, call.groups(x, self.label)))
 
 
 class Head(Linear):
@@ -346,7 +349,15 @@ def attach(
     ids, made = layer_ids(model), {}
     for name, module in layers.items():
         weight = head.weight if head is not None and module is whole else module.weight
-        made[name] = new_adapter(name, weight, config, ids[name], seed, module is whole)
+        made[name] = new_adapter(
+            name,
+            (weight.shape[0], weight.shape[1]),
+            config,
+            ids[name],
+            seed,
+            module is whole,
+            weight.device,
+        )
     if head is not None:
         model.set_output_embeddings(head)  # type: ignore[operator]
         if hasattr(model, "config"):
@@ -401,8 +412,8 @@ def _cut(whole: nn.Module | None, classes: Sequence[int]) -> Head:
 
 
 def kl(attached: Attached, kl: KL = "forward") -> Tensor:
-    """The KL of all adapters, a float64 scalar in nats: `elbo.kl_divergence`."""
-    return kl_divergence(attached.model, kl)
+    """The KL of all adapters, a float64 scalar in nats: `elbo.complexity`."""
+    return complexity(attached.model, kl)
 
 
 @dataclass(frozen=True)
@@ -443,7 +454,7 @@ class Objective:
         count = (targets != -100).sum()
         items = count if num_items_in_batch is None else num_items_in_batch
         if self.attached.model.training:
-            divergence = kl_divergence(self.attached.model, self.kl).to(nll)
+            divergence = complexity(self.attached.model, self.kl).to(nll)
             nll = nll + count * self.beta * divergence / self.num_examples
         return nll / items
 
@@ -496,7 +507,7 @@ def predict(
         given["logits_to_keep"] = T - int(last.min())
     parts = []
     with _evaluating(attached.model):
-        for noise, _ in passes(attached.model, samples, seed):
+        for noise, _ in Draws(samples, seed).passes(attached.model):
             logits = attached(**given, noise=noise, groups=groups).logits
             chosen = logits[torch.arange(B, device=logits.device), last - T]  # from the end
             chosen = chosen if classes is None else chosen[:, list(classes)]

@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from ..core.adapter import ADAPTERS, COVARIANCES
+from ..core.config import ADAPTERS, COVARIANCES
 from ..support.errors import InputError
 from .blob import BlobAdapter
 from .dropout import DropoutAdapter
 from .ensemble import Ensemble, Swag
 from .full import FullAdapter
 from .laplace import Laplace
+from .map import MapAdapter
 from .tfb import TfbAdapter, tfb
 
 if TYPE_CHECKING:
-    from ..data import Batch
+    from ..core.objective import Batch
     from ..model.llama import Llama
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Ensemble",
     "FullAdapter",
     "Laplace",
+    "MapAdapter",
     "POSTERIORS",
     "Posterior",
     "Swag",
@@ -39,7 +41,7 @@ __all__ = [
     "tfb",
 ]
 
-ADAPTERS.update(blob=BlobAdapter, dropout=DropoutAdapter, tfb=TfbAdapter)
+ADAPTERS.update(map=MapAdapter, blob=BlobAdapter, dropout=DropoutAdapter, tfb=TfbAdapter)
 COVARIANCES["full"]["scalabl"] = FullAdapter
 
 

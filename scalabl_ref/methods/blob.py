@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.adapter import MIN_LOG_SIGMA, Adapter, initial_widths
-from ..core.divergence import kl_forward
-from ..core.noise import Noise
-from ..fast.ops import adapted_linear, row_noise
+from ..core.layer import row_noise
+from ..core.noise import Keys, Noise
+from ..core.objective import kl_forward
 from ..support.errors import InputError
 
 # Added to a layer's id for the counters of its signs, so that none of them is one of E's.
@@ -43,40 +43,29 @@ class FlipoutAdapter(Adapter):
         """Standard deviations of A's entries, (r, d_in) or (r, 1)."""
         raise NotImplementedError
 
-    def forward(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        noise: Noise | None,
-        groups: Tensor | None,
-    ) -> Tensor:
-        if noise is None:
-            return super().forward(x, weight, bias, None, groups)
-        rank, d_in = self.A.shape
-        signs = self.signs(x.shape[:-1], noise, groups)
-        E = noise.normal(self.layer, 1, rank * d_in).view(rank, d_in)
-
-        def hidden(x: Tensor, A: Tensor) -> Tensor:
-            u, t = signs.to(x).split([d_in, rank], dim=-1)  # (..., d_in), (..., r)
-            drawn = F.linear(x, A) + t * F.linear(u * x, self.omega().to(x) * E.to(x))
-            return self.config.scaling * drawn
-
-        return adapted_linear(x, weight, bias, self.A, self.B, hidden)
+    def hidden(self, x: Tensor, A: Tensor, keys: Keys | None) -> Tensor:
+        """(10): c (A x + t * (Omega * E) (u * x)), (..., r)."""
+        if keys is None:
+            return super().hidden(x, A, None)
+        rank, d_in = A.shape
+        u, t = self.signs(x.shape[:-1], keys).to(x).split([d_in, rank], dim=-1)  # (..., d_in or r)
+        E = keys.noise.normal(self.layer, 1, rank * d_in).view(rank, d_in).to(x)
+        drawn = F.linear(x, A) + t * F.linear(u * x, self.omega().to(x) * E)
+        return self.config.scaling * drawn
 
     def lora_A(self, noise: Noise | None = None) -> Tensor:
         A = self.A.double()
         if noise is None:
             return A
         rank, d_in = A.shape
-        u, t = self.signs(torch.Size([1]), noise, None)[0].to(A).split([d_in, rank])  # group 0's
+        u, t = self.signs(torch.Size([1]), Keys(noise))[0].to(A).split([d_in, rank])  # group 0's
         E = noise.normal(self.layer, 1, rank * d_in).view(rank, d_in).to(A)
         return A + torch.outer(t, u) * self.omega().double() * E
 
-    def signs(self, shape: torch.Size, noise: Noise, groups: Tensor | None) -> Tensor:
+    def signs(self, shape: torch.Size, keys: Keys) -> Tensor:
         """u and t of every row, (*shape, d_in + r) float32."""
         sampling, count = self.config.sampling, sum(self.A.shape)
-        z = row_noise(shape, noise, SIGNS + self.layer, sampling, groups, count)
+        z = row_noise(shape, keys, SIGNS + self.layer, sampling, count)
         return torch.where(z < 0, -1.0, 1.0)
 
 
@@ -109,7 +98,7 @@ class BlobAdapter(FlipoutAdapter):
             torch.cat([layer.get_parameter(name).flatten() for layer in layers]).double()
             for name in ("A", "G")
         )
-        return kl_forward(A, G.square(), layers[0].config.prior_std)
+        return kl_forward(A, G.square(), layers[0].config.sigma_p)
 
     @torch.no_grad()
     def bound_(self) -> None:

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.adapter import Adapter
-from ..core.noise import Noise
-from ..fast.ops import adapted_linear, row_noise
+from ..core.layer import row_noise
+from ..core.noise import Keys, Noise
 
 
 class DropoutAdapter(Adapter):
@@ -20,24 +20,13 @@ class DropoutAdapter(Adapter):
 
     random = True
 
-    def forward(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        noise: Noise | None,
-        groups: Tensor | None,
-    ) -> Tensor:
-        if noise is None or self.config.dropout == 0:
-            return super().forward(x, weight, bias, None, groups)
+    def hidden(self, x: Tensor, A: Tensor, keys: Keys | None) -> Tensor:
         p, sampling = self.config.dropout, self.config.sampling
-        z = row_noise(x.shape[:-1], noise, self.layer, sampling, groups, x.shape[-1])
-
-        def hidden(x: Tensor, A: Tensor) -> Tensor:
-            kept = self.kept(z).to(x) * (self.config.scaling / (1 - p))
-            return F.linear(x * kept, A)
-
-        return adapted_linear(x, weight, bias, self.A, self.B, hidden)
+        if keys is None or p == 0:
+            return super().hidden(x, A, None)
+        z = row_noise(x.shape[:-1], keys, self.layer, sampling, x.shape[-1])  # (..., d_in)
+        kept = self.kept(z).to(x) * (self.config.scaling / (1 - p))
+        return F.linear(x * kept, A)
 
     def kept(self, z: Tensor) -> Tensor:
         """m of standard normals z, of their shape, bool."""

@@ -18,7 +18,7 @@ from ..support.errors import InputError, make_folder
 from ..support.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
-    from ..data import Batch
+    from ..core.objective import Batch
     from ..model.llama import Llama
 
 State = dict[str, Tensor]  # adapter parameters by name, as `train.adapter_state` gives them

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, SubspaceAdapter, fitted_prior_std
-from ..core.noise import Noise
-from ..fast.ops import adapted_linear, row_noise
+from ..core.adapter import Adapter, SubspaceAdapter
+from ..core.layer import row_noise
+from ..core.noise import Keys
+from ..core.objective import fitted_prior_std
 from ..support.errors import InputError
 
 
@@ -35,24 +36,17 @@ class FullAdapter(SubspaceAdapter):
         L = torch.diag(self.log_sigma.exp())
         return L.index_put((row, column), self.lower)
 
-    def forward(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        noise: Noise | None,
-        groups: Tensor | None,
-    ) -> Tensor:
-        if noise is None:
-            return super().forward(x, weight, bias, None, groups)
-        rank, sampling = self.config.rank, self.config.sampling
-        eps = row_noise(x.shape[:-1], noise, self.layer, sampling, groups, rank)
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, keys: Keys | None) -> Tensor:
+        if keys is None:
+            return super().forward(x, weight, bias, None)
+        return Adapter.forward(self, x, weight, bias, keys)
 
-        def hidden(x: Tensor, A: Tensor) -> Tensor:
-            s, L = self.log_s.exp().to(x), self.factor().to(x)
-            return F.linear(x, A) * (self.config.scaling * (s + eps.to(x) @ L.T))
-
-        return adapted_linear(x, weight, bias, self.A, self.B, hidden)
+    def hidden(self, x: Tensor, A: Tensor, keys: Keys | None) -> Tensor:
+        if keys is None:
+            return super().hidden(x, A, None)
+        eps = row_noise(x.shape[:-1], keys, self.layer, self.config.sampling, self.config.rank)
+        s, L = self.log_s.exp().to(x), self.factor().to(x)
+        return F.linear(x, A) * (self.config.scaling * (s + eps.to(x) @ L.T))
 
     def deviation(self, eps: Tensor) -> Tensor:
         return self.factor().double() @ eps

@@ -33,7 +33,7 @@ from ..support.errors import InputError, make_folder
 from ..support.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
-    from ..data import Batch
+    from ..core.objective import Batch
     from ..model.llama import Llama
 
 Layers = Literal["all", "last"]
@@ -121,7 +121,7 @@ class Laplace:
             (U, of_gradients), (V, of_inputs) = left.eigen(), right.eigen()
             curvature[name] = Curvature(U, V, torch.outer(of_gradients, of_inputs / examples))
         if precision is None:
-            precision = next(iter(chosen.values())).config.prior_std ** -2
+            precision = next(iter(chosen.values())).config.sigma_p ** -2
         return cls(curvature, log_likelihood, _squares(weights), precision)
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ from ..support.errors import InputError
 from .blob import FlipoutAdapter
 
 if TYPE_CHECKING:
-    from ..data import Batch
+    from ..core.objective import Batch
     from ..model.llama import Llama
 
 

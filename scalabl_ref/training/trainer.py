@@ -24,12 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..core.adapter import Adapter, AdapterConfig, Device, adapters, add_adapters
+from ..core.adapter import Adapter, adapters
+from ..core.config import AdapterConfig
 from ..core.noise import FIRST_TRAINING_DRAW, Noise
-from ..core.objective import KL, KLS, class_logits, kl_divergence
+from ..core.objective import KL, KLS, class_logits, complexity
 from ..data import FORMATS, AnswerTokens, Encoded, Labels, Style, TrainingOrder, collate
 from ..fast.quantize import Kind
+from ..fast.rows import compile_blocks
 from ..methods.ensemble import Swag
+from ..model.attach import Device, add_adapters
 from ..model.llama import Llama
 from ..support.errors import (
     InputError,
@@ -67,7 +70,7 @@ class TrainConfig:
     kl_lr: that SGD rate. seed: of data order, noise and initial values.
     recompute: of each block keep its input alone, and compute the rest again in the backward pass:
         less memory, a third more time. offload_activations: what is kept waits in the CPU's memory.
-        compile: the blocks, see `Llama.compile_blocks`.
+        compile: the blocks, see `rows.compile_blocks`.
     swag: share of the steps, the last ones, whose weights are collected for `methods.Swag`.
     checkpoint_every: steps between checkpoints.
 
@@ -231,9 +234,9 @@ class Trainer:
         c = self.config
         self.model.recompute = c.recompute
         if c.compile:
-            self.model.compile_blocks()
+            compile_blocks(self.model)
         self.adapters = list(adapters(self.model).values())
-        kl_divergence(self.model, c.kl)  # raises now what else the first step would
+        complexity(self.model, c.kl)  # raises now what else the first step would
         groups = parameter_groups(self.adapters, c.lr, c.variational_lr)
         self.variational = [p for group in groups[1:] for p in group["params"]]
         self.optimizer = torch.optim.AdamW(
@@ -255,7 +258,7 @@ class Trainer:
         nll = self._accumulate_nll(
             self.order.indices(step), Noise(c.seed, FIRST_TRAINING_DRAW + step)
         )
-        kl = kl_divergence(self.model, c.kl)
+        kl = complexity(self.model, c.kl)
         loss = nll
         if kl.requires_grad and c.objective == "elbo":
             loss = nll + c.beta * kl.item() / len(self.data.labels)
@@ -302,7 +305,7 @@ class Trainer:
         period = kl_period(len(self.data.labels), c.batch)
         rate = c.kl_lr * factor * kl_weight(self.done, period)
         parameters = [p for adapter in self.adapters for p in adapter.parameters()]
-        kl = kl_divergence(self.model, c.kl)
+        kl = complexity(self.model, c.kl)
         gradients = torch.autograd.grad(kl, parameters, allow_unused=True)
         with torch.no_grad():
             for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -18,19 +18,21 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, AdapterConfig, Linear, adapters, add_adapters
-from ..core.noise import FIRST_TRAINING_DRAW, Noise
-from ..core.objective import class_logits, kl_divergence
-from ..core.philox import normal
-from ..data import Batch
+from ..core.adapter import Adapter, adapters
+from ..core.config import AdapterConfig
+from ..core.layer import SAMPLING
+from ..core.noise import FIRST_TRAINING_DRAW, Keys, Noise
+from ..core.objective import Batch, class_logits, complexity
+from ..core.philox import normal_row
 from ..evaluation.metrics import fit_temperature
 from ..evaluation.predict import predict
-from ..fast.ops import SAMPLING
 from ..methods.blob import SIGNS
 from ..methods.ensemble import FIRST_SWAG_LAYER, Ensemble, State, Swag
 from ..methods.laplace import LOGITS_LAYER, Laplace, draw_logits
 from ..methods.tfb import tfb
-from ..model.llama import Llama, LlamaConfig
+from ..model.attach import Linear, add_adapters
+from ..model.config import LlamaConfig
+from ..model.llama import Llama
 from . import reference
 from .check import Check, Op, ratio
 
@@ -51,7 +53,7 @@ def draws(seed: int, *size: int) -> Tensor:
 
 def normals(noise: Noise, layer: int, group: int, count: int) -> Tensor:
     """The first components of a group's noise, (count,) float64, from plain Python."""
-    z = [normal(noise.seed, noise.draw, layer, group, k) for k in range(count)]
+    z = normal_row(noise.seed, noise.draw, layer, group, count)
     return torch.tensor(z, dtype=torch.float64)
 
 
@@ -143,7 +145,8 @@ def row_by_row(terms: Terms, **config: Any) -> Callable[[Op, torch.device], tupl
 
     def outputs(linear: Linear, x: Tensor, ids: Tensor | None) -> float:
         adapter, errors = cast(Adapter, linear.adapter), []
-        y = linear(x, noise, None if ids is None else ids.to(x.device)).detach().cpu()
+        keys = Keys(noise, None if ids is None else ids.to(x.device))
+        y = linear(x, keys).detach().cpu()
         weight, bias = (cast(Tensor, t).detach().cpu() for t in (linear.weight, linear.bias))
         cB = adapter.config.scaling * parts(adapter)["B"]
         for row, (got, vector) in enumerate(zip(y.view(6, 5), x.cpu().view(6, 6), strict=True)):
@@ -159,7 +162,7 @@ def row_by_row(terms: Terms, **config: Any) -> Callable[[Op, torch.device], tupl
     def gradients(linear: Linear, x: Tensor) -> float:
         leaf, u = x.clone().requires_grad_(), draws(8, 2, 3, 5).to(x)
         tensors = [leaf, *cast(Adapter, linear.adapter).parameters()]
-        return slopes(lambda: (u * linear(leaf, noise)).sum(), tensors)
+        return slopes(lambda: (u * linear(leaf, Keys(noise))).sum(), tensors)
 
     def run(_: Op, device: torch.device) -> tuple[float, int]:
         errors, x = [], draws(7, *shape, 6).to(device)
@@ -240,7 +243,7 @@ def blob_kl(_: Op, device: torch.device) -> tuple[float, int]:
     errors = []
     for prior_std in (0.2, 1.0):
         model = layers(device, method="blob", prior_std=prior_std)
-        kl, expected, size = kl_divergence(model), 0.0, 0.0
+        kl, expected, size = complexity(model), 0.0, 0.0
         kl.backward()
         for adapter in adapters(model).values():
             A, G = (parts(adapter)[name] for name in "AG")
@@ -268,7 +271,7 @@ def map_density(_: Op, device: torch.device) -> tuple[float, int]:
     errors = []
     for prior_std in (0.5, 3.0):
         model = layers(device, method="map", prior_std=prior_std)
-        penalty, expected, size = kl_divergence(model), 0.0, 0.0
+        penalty, expected, size = complexity(model), 0.0, 0.0
         penalty.backward()
         norm = math.sqrt(2 * math.pi) * prior_std
         for adapter in adapters(model).values():
@@ -302,10 +305,10 @@ def full_kl(_: Op, device: torch.device) -> tuple[float, int]:
         own = adapters(model).values()
         expected = sum(dense_kl(*gaussian(adapter), prior_std) for adapter in own)
         condition = max(float(torch.linalg.cond(gaussian(adapter)[1])) ** 2 for adapter in own)
-        error = abs(float(kl_divergence(model).detach()) - expected)
+        error = abs(float(complexity(model).detach()) - expected)
         errors.append(error / (100 * condition * EPS * expected))
         trained = [adapter.get_parameter(n) for adapter in own for n in type(adapter).variational]
-        errors.append(slopes(partial(kl_divergence, model), [*trained]))
+        errors.append(slopes(partial(complexity, model), [*trained]))
     return max(errors), len(errors)
 
 
@@ -324,7 +327,7 @@ def fitted_priors(_: Op, device: torch.device) -> tuple[float, int]:
         for prior in ("layer", "component"):
             model = layers(device, covariance=covariance, prior=prior)
             own = adapters(model).values()
-            got = float(kl_divergence(model).detach())
+            got = float(complexity(model).detach())
             expected = sum(smallest_kl(*gaussian(a), shared=prior == "layer") for a in own)
             with torch.no_grad():
                 for adapter in own:
@@ -332,7 +335,7 @@ def fitted_priors(_: Op, device: torch.device) -> tuple[float, int]:
                     adapter.get_parameter("log_sigma").sub_(math.log(3))
                     if covariance == "full":
                         adapter.get_parameter("lower").div_(3)
-            scaled = float(kl_divergence(model).detach())
+            scaled = float(complexity(model).detach())
             bound = 1000 * EPS * (10 + abs(expected))
             errors += [abs(got - expected) / bound, abs(got - scaled) / bound]
     return max(errors), len(errors)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from ..core.layer import Sampling
     from ..core.noise import Noise
-    from ..fast.ops import Sampling
 
 
 # --- Noise ------------------------------------------------------------------------------------
@@ -62,29 +62,34 @@ def normal(seed: int, draw: int, layer: int, group: int, k: int) -> float:
     return float(struct.unpack("<f", struct.pack("<f", box_muller(*pair)[k % 2]))[0])
 
 
-def eps_of_group(noise: Noise | None, layer: int, group: int, rank: int) -> list[float]:
-    """eps (r,) of a group; zeros without noise. Draws are independent, whatever `noise.design`.
-
-    The high word of a group's id counts draws: id g + 2^32 i is group g of draw `noise.draw` + i.
-    """
+def eps_of_group(
+    noise: Noise | None, layer: int, group: int, rank: int, later: int = 0
+) -> list[float]:
+    """eps (r,) of a group under draw `noise.draw` + later; zeros without noise."""
     if noise is None:
         return [0.0] * rank
-    draw, group = noise.draw + group // 2**32, group % 2**32
-    return [normal(noise.seed, draw, layer, group, k) for k in range(rank)]
+    return [normal(noise.seed, noise.draw + later, layer, group, k) for k in range(rank)]
 
 
 def group_of_row(
     row: int, shape: tuple[int, ...], sampling: Sampling, groups: Tensor | None
 ) -> int:
     """The group id of row number `row` (row-major over `shape` = x.shape[:-1])."""
-    if groups is not None:
-        group = groups.reshape(-1).tolist()[row // math.prod(shape[groups.dim() :])]
-        return group - group % 2**32 if sampling == "batch" else group
     if sampling == "batch":
         return 0
+    if groups is not None:
+        return entry_of_row(row, shape, groups)
     if sampling == "token":
         return row
     return row // math.prod(shape[1:])
+
+
+def entry_of_row(row: int, shape: tuple[int, ...], values: Tensor | None) -> int:
+    """The entry that row number `row` takes of integers that lead the rows; 0 without any."""
+    if values is None:
+        return 0
+    entries: list[int] = values.reshape(-1).tolist()
+    return entries[row // math.prod(shape[values.dim() :])]
 
 
 # --- The layer --------------------------------------------------------------------------------
@@ -103,6 +108,7 @@ def subspace_lora_linear(
     layer: int = 0,
     sampling: Sampling = "example",
     groups: Tensor | None = None,
+    draws: Tensor | None = None,
 ) -> Tensor:
     """y = W x + bias + c B ((A x) * (s + sigma eps)), one output number at a time: (1a).
 
@@ -111,7 +117,7 @@ def subspace_lora_linear(
     """
     W, b = weight.tolist(), B.tolist()
     offset = [0.0] * len(W) if bias is None else bias.tolist()
-    rows = _rows(x, None, A, B, s, sigma, scaling, noise, layer, sampling, groups)
+    rows = _rows(x, None, A, B, s, sigma, scaling, noise, layer, sampling, groups, draws)
     y = [[_dot(W[i], row.x) + offset[i] + _dot(b[i], row.u) for i in range(len(W))] for row in rows]
     return _tensor(y, (*x.shape[:-1], len(W)))
 
@@ -130,6 +136,7 @@ def subspace_lora_linear_gradients(
     layer: int = 0,
     sampling: Sampling = "example",
     groups: Tensor | None = None,
+    draws: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Gradients of sum(grad_y * y), by hand: docs/method.md, equations (1b) to (1e).
 
@@ -138,7 +145,7 @@ def subspace_lora_linear_gradients(
     """
     W_columns, A_columns = weight.T.tolist(), A.T.tolist()
     (d_out, d_in), rank = weight.shape, len(s)
-    rows = _rows(x, grad_y, A, B, s, sigma, scaling, noise, layer, sampling, groups)
+    rows = _rows(x, grad_y, A, B, s, sigma, scaling, noise, layer, sampling, groups, draws)
 
     def over_rows(term: Callable[..., float], *sizes: int) -> Tensor:
         """sum_i term(row i, index, ...) for every index below the sizes."""
@@ -174,6 +181,7 @@ class _Row(NamedTuple):
 def _rows(
     x: Tensor, grad_y: Tensor | None, A: Tensor, B: Tensor, s: Tensor, sigma: Tensor,
     scaling: float, noise: Noise | None, layer: int, sampling: Sampling, groups: Tensor | None,
+    draws: Tensor | None,
 ) -> list[_Row]:  # fmt: skip
     """(1a) and (1b) of every row, up to the products with W and B."""
     lead, rank = tuple(x.shape[:-1]), len(s)
@@ -184,7 +192,7 @@ def _rows(
     rows = []
     for number, (vector, g) in enumerate(zip(vectors, gradients, strict=True)):
         group = group_of_row(number, lead, sampling, groups)
-        eps = eps_of_group(noise, layer, group, rank)
+        eps = eps_of_group(noise, layer, group, rank, entry_of_row(number, lead, draws))
         h = [_dot(A_rows[k], vector) for k in range(rank)]
         f = [scaling * (mean[k] + sd[k] * eps[k]) for k in range(rank)]
         u = [f[k] * h[k] for k in range(rank)]

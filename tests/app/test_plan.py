@@ -22,9 +22,10 @@ from scalabl_ref.app.plan import (
     seconds,
     work_of,
 )
-from scalabl_ref.core.adapter import TARGETS, adapters
-from scalabl_ref.core.objective import class_logits
-from scalabl_ref.data import Batch
+from scalabl_ref.core.adapter import adapters
+from scalabl_ref.core.config import TARGETS
+from scalabl_ref.core.objective import Batch, class_logits
+from scalabl_ref.fast.quantize import quantize_model
 from scalabl_ref.training.trainer import KeptOnCpu
 
 SHAPE = LlamaConfig(100, 64, 160, 4, 8, 4, 8)
@@ -36,7 +37,7 @@ def prepared(work: Workload, base: str, padded: int = 0) -> tuple[Llama, Batch]:
     dtype, kind = BASES[base]
     model = Llama(work.config, dtype=dtype).init_random_()
     if kind:
-        model.quantize_(kind)
+        quantize_model(model, kind)
     add_adapters(model.trim_head([1, 2]), work.adapter)
     lengths = torch.full((work.rows,), work.tokens)
     lengths[0] -= padded
@@ -127,7 +128,7 @@ def test_memory_is_the_sum_of_its_parts():
     for base, (dtype, kind) in BASES.items():
         model = Llama(SHAPE, dtype=dtype).init_random_()
         if kind:
-            model.quantize_(kind)
+            quantize_model(model, kind)
         model.trim_head([1, 2])
         plan = memory(work, base)
         own = sum(p.nbytes for p in model.parameters()) - model.lm_head.weight.nbytes

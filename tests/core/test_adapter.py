@@ -11,8 +11,10 @@ import torch
 
 from scalabl_ref import AdapterConfig, Llama, adapters, add_adapters, philox4x32
 from scalabl_ref.app.configs import CONFIGS, count_parameters, find_config
-from scalabl_ref.core.adapter import ADAPTERS, MIN_LOG_SIGMA, TARGETS, Linear
+from scalabl_ref.core.adapter import MIN_LOG_SIGMA
+from scalabl_ref.core.config import ADAPTERS, TARGETS
 from scalabl_ref.core.noise import Noise
+from scalabl_ref.model.attach import Linear
 from scalabl_ref.support.errors import InputError
 
 from ..models import TINY, tiny_batch, tiny_model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 import re
 import struct
@@ -17,13 +16,16 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from scalabl_ref import InputError, Noise, native_status, philox4x32
+from scalabl_ref import InputError, Noise, fast, native_status, philox4x32
 from scalabl_ref.core import noise, philox
-from scalabl_ref.core.noise import later
+from scalabl_ref.core.adapter import SubspaceAdapter
 from scalabl_ref.data import Encoded, batches, evaluation_batches, split
 from scalabl_ref.evaluation.predict import predict_all
-from scalabl_ref.fast import ops
+from scalabl_ref.fast import normals, ops
+from scalabl_ref.fast.designs import Design, DesignedNoise
 from scalabl_ref.fast.native import core
+from scalabl_ref.model import attach
+from scalabl_ref.model.inputs import Inputs
 from scalabl_ref.training.trainer import TrainConfig, Trainer
 from scalabl_ref.verify import reference
 from scalabl_ref.verify.known_answers import box_muller_answers, philox_answers
@@ -47,12 +49,15 @@ def native():
     return core()
 
 
-def native_normals(native, seed, draw, layer, ids, rank):
-    out = torch.empty(len(ids), rank)
-    groups, draws = torch.where(ids < 0, ids, ids & 0xFFFFFFFF), ids.clamp(min=0) >> 32
-    lists = groups.data_ptr(), draws.data_ptr(), len(ids)
+def native_normals(native, seed, draw, layer, groups, rank, draws=None):
+    out = torch.empty(len(groups), rank)
+    lists = groups.data_ptr(), 0 if draws is None else draws.data_ptr(), len(groups)
     native.normals(seed, draw, layer, *lists, rank, out.data_ptr())
     return out
+
+
+def vectorised(seed, draw, layer, groups, rank, draws=None):
+    return normals.vectorised_normals(Noise(seed, draw), layer, groups, draws, rank)
 
 
 def bits(z: torch.Tensor) -> list:
@@ -79,9 +84,9 @@ def test_philox_known_answers():
 def test_box_muller_known_answers():
     """To the last bit, which a fused multiply-add changes in three of them."""
     assert len(box_muller_answers()) == 7
-    for words, normals in box_muller_answers():
+    for words, answer in box_muller_answers():
         for body in bodies():
-            assert tuple(body.box_muller(*words)) == normals, body
+            assert tuple(body.box_muller(*words)) == answer, body
 
 
 def test_the_porting_guide_prints_the_known_answers():
@@ -114,7 +119,7 @@ def test_worked_example_of_the_porting_guide():
         assert struct.pack(">f", z[k]).hex() == single
 
 
-# --- the three bodies agree bit for bit ----------------------------------------------------------
+# --- the bodies agree bit for bit ----------------------------------------------------------
 
 
 GROUPS = st.tuples(WORDS, st.integers(0, 3), st.integers(1, 3))  # group, draws later, repeats
@@ -122,29 +127,30 @@ GROUPS = st.tuples(WORDS, st.integers(0, 3), st.integers(1, 3))  # group, draws 
 
 @given(SEEDS, st.integers(0, 2**32 - 4), LAYERS, st.lists(GROUPS, max_size=5), st.integers(1, 19))
 def test_three_bodies_agree(seed, draw, layer, groups, rank):
-    rows = [(group, draw + i) for group, i, repeats in groups for _ in range(repeats)]
-    ids = torch.tensor([later(g, d - draw) for g, d in rows], dtype=torch.int64)
-    scalar = [[philox.normal(seed, d, layer, g, k) for k in range(rank)] for g, d in rows]
+    rows = [(group, i) for group, i, repeats in groups for _ in range(repeats)]
+    ids, draws = torch.tensor(rows, dtype=torch.int64).view(-1, 2).T.contiguous()
+    scalar = [philox.normal_row(seed, draw + i, layer, g, rank) for g, i in rows]
     expected = bits(torch.tensor(scalar, dtype=torch.float32).reshape(len(rows), rank))
-    assert bits(noise._normals(seed, draw, layer, ids, rank)) == expected
-    assert bits(Noise(seed, draw).normal(layer, ids, rank)) == expected
+    assert bits(vectorised(seed, draw, layer, ids, rank, draws)) == expected
+    assert bits(Noise(seed, draw).normal(layer, ids, rank, draws)) == expected
+    with fast.plain():
+        assert bits(Noise(seed, draw).normal(layer, ids, rank, draws)) == expected
     if core() is not None:
-        assert bits(native_normals(core(), seed, draw, layer, ids, rank)) == expected
+        assert bits(native_normals(core(), seed, draw, layer, ids, rank, draws)) == expected
 
 
 def test_many_normals_agree(native):
     """200,000 at once, so that whatever differs in one case of thousands shows."""
     ids = torch.arange(25_000)
-    fast = native_normals(native, 3, 1, 4, ids, 8)
-    assert torch.equal(fast, noise._normals(3, 1, 4, ids, 8))
+    assert torch.equal(native_normals(native, 3, 1, 4, ids, 8), vectorised(3, 1, 4, ids, 8))
 
 
 def test_doubles_agree_before_rounding():
     """Rounding to float32 hides almost every difference of a last bit: compare the doubles."""
     words = noise.philox_words(seed=11, stream=0, n=40_000).reshape(2, -1)
-    vectorised = torch.stack(noise._box_muller(words[0], words[1]), dim=1)
+    doubles = torch.stack(normals.box_muller(words[0], words[1]), dim=1)
     scalar = [philox.box_muller(a, b) for a, b in words.T.tolist()]
-    assert bits(vectorised) == bits(torch.tensor(scalar, dtype=torch.float64))
+    assert bits(doubles) == bits(torch.tensor(scalar, dtype=torch.float64))
 
 
 def test_doubles_agree_before_rounding_native(native):
@@ -159,6 +165,8 @@ def test_philox_words_are_blocks_of_the_reserved_layer(seed, stream, n):
     counters = [(j, stream % 2**32, 2**32 - 1, stream // 2**32) for j in range(4)]
     expected = [word for counter in counters for word in philox4x32(counter, key)]
     assert noise.philox_words(seed, stream, n).tolist() == expected[:n]
+    with fast.plain():
+        assert noise.philox_words(seed, stream, n).tolist() == expected[:n]
 
 
 # --- a pure function of its coordinates ----------------------------------------------------------
@@ -185,7 +193,7 @@ def test_every_bit_of_every_coordinate_counts(seed, draw, layer, group, which, b
     there[which] ^= 1 << (bit if which == 0 else bit % 32)
     if there[2] == 2**32 - 1:  # reserved
         return
-    rows = [[philox.normal(*at[:4], 4 * at[4] + k) for k in range(4)] for at in (here, there)]
+    rows = [philox.normal_block(*at) for at in (here, there)]
     assert all(a != b for a, b in zip(*rows, strict=True))
 
 
@@ -196,7 +204,7 @@ def test_noise_ignores_and_leaves_alone_the_global_state():
     try:
         with torch.device("meta"):
             again = Noise(1, 2).normal(3, 4, 5)
-            slow = noise._normals(1, 2, 3, noise._group_ids(4, 2), 5)
+            slow = vectorised(1, 2, 3, torch.arange(4, device="cpu"), 5)
             words = noise.philox_words(1, 2, 3)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -228,7 +236,18 @@ def test_noise_is_immutable_and_comparable():
         (lambda: Noise(0, 0).normal(0, 1, 0), "rank must be in"),
         (lambda: Noise(0, 0).normal(0, torch.tensor([0, -1]), 1), "group id must be in"),
         (lambda: Noise(0, 2**32 - 1).normal(0, torch.tensor([0, 2**32]), 1), "group id must be in"),
-        (lambda: Noise(0, 0).normal(0, later(torch.tensor([7]), 2**31), 1), "group id must be in"),
+        (
+            lambda: Noise(0, 1).normal(0, torch.tensor([7]), 1, torch.tensor([2**32 - 1])),
+            "draw must be",
+        ),
+        (
+            lambda: Noise(0, 0).normal(0, torch.tensor([7]), 1, torch.tensor([-1])),
+            "draw must be in",
+        ),
+        (
+            lambda: Noise(0, 0).normal(0, 2, 1, torch.tensor([1])),
+            "draws must have 2 entries, one a group, not 1",
+        ),
         (lambda: Noise(0, 0).normal(0, torch.zeros(2), 1), "1-D integer tensor"),
         (lambda: Noise(0, 0).normal(0, torch.zeros(2, 2).long(), 1), "1-D integer tensor"),
         (lambda: philox4x32((0, 0, 0), (0, 0)), "counter must have 4 words"),
@@ -278,20 +297,6 @@ def test_every_range_is_checked_and_stated(call, name, low, high, wrong, body, m
     call(low)
 
 
-def test_no_block_is_computed_in_vain(monkeypatch):
-    blocks, original = [], noise._philox
-
-    def spy(block, *rest):
-        blocks.append(len(block))
-        return original(block, *rest)
-
-    monkeypatch.setattr(noise, "_philox", spy)
-    for n in range(1, 10):
-        noise.philox_words(1, 2, n)
-        noise._normals(1, 2, 3, torch.tensor([4]), n)
-    assert blocks == [-(-n // 4) for n in range(1, 10) for _ in range(2)]
-
-
 def test_the_version_and_the_series_are_the_documented_ones():
     text = (ROOT / "docs" / "conformance.md").read_text()
     assert f"## Noise, version {noise.NOISE_VERSION}\n" in text
@@ -331,14 +336,11 @@ def test_normals_are_accurate(word_a, word_b):
 # --- no counter serves twice ---------------------------------------------------------------------
 
 
-ADAPTERS = importlib.import_module("scalabl_ref.core.adapter")
-
-
 @pytest.fixture(params=["native", "PyTorch"])
 def counters(request, monkeypatch):
-    """What reaches the generator: how often each (seed, draw, layer, group, block) was used.
+    """How often each counter (seed, draw, layer, group, block) was used.
 
-    first: by philox_words and by forward passes. again: outside of them, which is backward.
+    first: by philox_words and by forward passes. again: by backward passes.
     """
     if request.param == "native":
         request.getfixturevalue("native")
@@ -347,35 +349,44 @@ def counters(request, monkeypatch):
     used = {"first": Counter(), "again": Counter()}
     inside = []
 
-    def record(seed, draw, layer, group, blocks):
-        kind = "first" if inside or layer == noise.RESERVED_LAYER else "again"
-        both = torch.broadcast_tensors(*map(torch.as_tensor, (draw, group)))
-        pairs = zip(*(words.flatten().tolist() for words in both), strict=True)
-        used[kind].update((seed, d, layer, g, j) for d, g in pairs for j in range(blocks))
+    def record(kind, seed, layer, coordinates, blocks):
+        """coordinates: pairs of draw and group, each once."""
+        used[kind].update((seed, d, layer, g, j) for d, g in coordinates for j in range(blocks))
 
-    def update(core, x, t, draws):
-        if draws.noisy:
-            count = -(-len(x) // draws.rows_per_group)
-            ids = torch.arange(count) if draws.ids is None else draws.ids.unique_consecutive()
-            draw, group = draws.draw + ids // 2**32, ids % 2**32
-            record(draws.seed, draw, draws.layer, group, -(-len(t.s) // 4))
-        return original["update"](core, x, t, draws)
+    def normals_(at, layer, groups, draws, rank):
+        later = torch.zeros_like(groups) if draws is None else draws
+        pairs = set(zip((at.draw + later).tolist(), groups.tolist(), strict=True))
+        record("first", at.seed, layer, pairs, -(-rank // 4))
+        return original["normals"](at, layer, groups, draws, rank)
 
-    def philox_(block, group, layer, draw, seed):
-        record(seed, draw, layer, group, len(block))
-        return original["philox"](block, group, layer, draw, seed)
+    def words(seed, stream, n):
+        pairs = {(stream // 2**32, stream % 2**32)}
+        record("first", seed, noise.RESERVED_LAYER, pairs, -(-n // 4))
+        return original["words"](seed, stream, n)
 
-    def op(*arguments):
+    def arguments(core, x, t, d):
+        if d.noisy:
+            count = -(-len(x) // d.rows_per_group)
+            groups = torch.arange(count) if d.groups is None else d.groups
+            draws = torch.zeros_like(groups) if d.draws is None else d.draws
+            pairs = set(zip((d.draw + draws).tolist(), groups.tolist(), strict=True))
+            kind = "first" if inside else "again"
+            record(kind, d.seed, d.layer, pairs, -(-len(t.s) // 4))
+        return original["arguments"](core, x, t, d)
+
+    def op(*values):
         inside.append(True)
         try:
-            return original["op"](*arguments)
+            return original["op"](*values)
         finally:
             inside.pop()
 
-    original = {"update": ops._update, "philox": noise._philox, "op": ops.subspace_lora_linear}
-    monkeypatch.setattr(ops, "_update", update)
-    monkeypatch.setattr(noise, "_philox", philox_)
-    monkeypatch.setattr(ADAPTERS, "subspace_lora_linear", op)
+    original = {"normals": Noise.normals, "words": Noise.words, "arguments": ops.arguments,
+                "op": SubspaceAdapter.op}  # fmt: skip
+    monkeypatch.setattr(Noise, "normals", staticmethod(normals_))
+    monkeypatch.setattr(Noise, "words", staticmethod(words))
+    monkeypatch.setattr(ops, "arguments", arguments)
+    monkeypatch.setattr(SubspaceAdapter, "op", staticmethod(op))
     return used
 
 
@@ -411,7 +422,7 @@ def prediction_among_the_steps(monkeypatch):
 
 
 def one_layer_id(monkeypatch):
-    monkeypatch.setattr(ADAPTERS, "layer_id", lambda name, target: 3)
+    monkeypatch.setattr(attach, "layer_id", lambda name, target: 3)
 
 
 def one_stream(monkeypatch):
@@ -419,13 +430,9 @@ def one_stream(monkeypatch):
 
 
 def examples_share(monkeypatch):
-    original = ops.row_groups
-
-    def zeros(shape, sampling, groups):
-        ids, rows = original(shape, sampling, groups)
-        return torch.zeros_like(ids), rows
-
-    monkeypatch.setattr(ops, "row_groups", zeros)
+    """Every row of a batch draws as example 0 does, though each is told to draw its own."""
+    original = Inputs.row_groups
+    monkeypatch.setattr(Inputs, "row_groups", lambda self: torch.zeros_like(original(self)))
 
 
 @pytest.mark.parametrize(
@@ -442,14 +449,14 @@ def test_a_counter_used_twice_is_noticed(counters, fault, monkeypatch):
 
 
 @lru_cache(maxsize=1)
-def normals(seed: int, n: int) -> torch.Tensor:
+def sampled(seed: int, n: int) -> torch.Tensor:
     return Noise(seed, 0).normal(0, n // 8, 8).flatten()
 
 
 def moment(power: int, seed: int, n: int) -> float:
     """Mean of z^power minus its expectation."""
     expected = 0 if power % 2 else math.prod(range(1, power, 2))
-    return float((normals(seed, n).double() ** power).mean()) - expected
+    return float((sampled(seed, n).double() ** power).mean()) - expected
 
 
 MOMENTS = [
@@ -461,14 +468,14 @@ MOMENTS = [
 
 KOLMOGOROV = KSTest(
     "normal distribution",
-    lambda seed, n: torch.special.ndtr(normals(seed, n).double()),
+    lambda seed, n: torch.special.ndtr(sampled(seed, n).double()),
     n=2**18,
     replay=2**15,
 )
 
 NORMAL_BINS = ChiSquare(
     "normals in 256 bins",
-    lambda seed, n: cells(normals(seed, n), 256),
+    lambda seed, n: cells(sampled(seed, n), 256),
     n=2**18,
     replay=2**15,
 )
@@ -644,21 +651,21 @@ def failing(monkeypatch, faulty) -> set[str]:
         return original(Noise(at["seed"], at["draw"]), at["layer"], at["group"], rank)
 
     def broken(self, layer, groups, rank):
-        ids = noise._group_ids(groups, self.draw)
+        ids = groups if isinstance(groups, torch.Tensor) else torch.arange(groups)
         return faulty(
             normal, {"seed": self.seed, "draw": self.draw, "layer": layer, "group": ids}, rank
         )
 
     with monkeypatch.context() as patch:
         patch.setattr(Noise, "normal", broken)
-        for cached in (normals, pairs):
+        for cached in (sampled, pairs):
             cached.cache_clear()
         found = {
             a.name
             for a in SAMPLER
             if a.statistic(a.sample(8, a.replay), a.replay) > a.limit(a.replay)
         }
-    for cached in (normals, pairs):
+    for cached in (sampled, pairs):
         cached.cache_clear()
     return found
 
@@ -685,31 +692,43 @@ def test_every_assertion_of_the_sampler_catches_something(monkeypatch):
 # --- draws that depend on each other --------------------------------------------------------------
 
 
-def designed(design, draws, seed=0, layer=3, groups=5, rank=4):
-    """Draws 0 .. draws - 1 of all groups at once: (draws, groups, rank)."""
-    ids = later(torch.arange(groups), torch.arange(draws)[:, None]).flatten()
-    return Noise(seed, 0, design).normal(layer, ids, rank).view(draws, groups, rank)
+def designed(size, draws, seed=0, layer=3, groups=5, rank=4):
+    """Draws 0 .. draws - 1 of all groups at once: (draws, groups, rank); size 1: independent."""
+    at = Noise(seed, 0) if size == 1 else DesignedNoise(seed, 0, Design.LATIN, size)
+    return all_draws(at, draws, layer, groups, rank)
+
+
+def all_draws(at, draws, layer=3, groups=5, rank=4):
+    number = torch.arange(draws).repeat_interleave(groups)
+    ids = torch.arange(groups).repeat(draws)
+    return at.normal(layer, ids, rank, number).view(draws, groups, rank)
 
 
 @given(SEEDS, st.integers(0, 2**30), LAYERS, st.integers(1, 7), st.integers(0, 7))
-def test_designs_give_a_draw_whatever_is_drawn_with_it(seed, draw, layer, rank, design):
+def test_designs_give_a_draw_whatever_is_drawn_with_it(seed, draw, layer, rank, size):
     """One call for two draws of three groups, or six calls; with repeats, in any order."""
     groups = torch.tensor([4, 0, 2**32 - 1])
-    both = torch.cat((later(groups, 1), groups, groups[:1]))
-    together = Noise(seed, draw, design).normal(layer, both, rank)
-    alone = [Noise(seed, draw + i, design).normal(layer, groups, rank) for i in (1, 0)]
+
+    def at(draw):
+        if size < 2:
+            return DesignedNoise(seed, draw, Design.ANTITHETIC) if size else Noise(seed, draw)
+        return DesignedNoise(seed, draw, Design.LATIN, size)
+
+    both, draws = torch.cat((groups, groups, groups[:1])), torch.tensor([1] * 3 + [0] * 4)
+    together = at(draw).normal(layer, both, rank, draws)
+    alone = [at(draw + i).normal(layer, groups, rank) for i in (1, 0)]
     assert bits(together) == bits(torch.cat((*alone, alone[1][:1])))
 
 
 def test_antithetic_draws_come_in_pairs():
-    z, independent = designed(noise.ANTITHETIC, 6), designed(noise.INDEPENDENT, 3)
+    z, independent = all_draws(DesignedNoise(0, 0, Design.ANTITHETIC), 6), designed(1, 3)
     assert bits(z[::2]) == bits(independent)
     assert bits(z[1::2]) == bits(-independent)
 
 
 @given(SEEDS, st.integers(2, 12))
 def test_latin_draws_lie_one_in_each_interval_in_the_order_of_independent_ones(seed, n):
-    z, independent = (designed(design, 2 * n, seed) for design in (n, noise.INDEPENDENT))
+    z, independent = (designed(size, 2 * n, seed) for size in (n, 1))
     u = torch.special.ndtr(z.double())
     for block in (slice(0, n), slice(n, 2 * n)):
         intervals = (n * u[block]).floor().long()
@@ -719,7 +738,7 @@ def test_latin_draws_lie_one_in_each_interval_in_the_order_of_independent_ones(s
 def test_latin_draws_equal_the_definition():
     """Worked out with Python's own normal distribution, value by value."""
     normal, n = NormalDist(), 4
-    z, independent = (designed(design, n, groups=1, rank=3)[:, 0] for design in (n, 0))
+    z, independent = (designed(size, n, groups=1, rank=3)[:, 0] for size in (n, 1))
     for k in range(3):
         column = [float(value) for value in independent[:, k]]
         u = [*sorted(normal.cdf(value) for value in column), 1.0]
@@ -732,8 +751,8 @@ def test_latin_draws_equal_the_definition():
 
 def latin_place(seed: int, n: int) -> torch.Tensor:
     """Phi of one draw of Latin hypercubes of 5, n components in all."""
-    ids = later(torch.arange(n // 8), 7)
-    return torch.special.ndtr(Noise(seed, 0, 5).normal(0, ids, 8).flatten().double())
+    at, draws = DesignedNoise(seed, 0, Design.LATIN, 5), torch.full((n // 8,), 7)
+    return torch.special.ndtr(at.normal(0, n // 8, 8, draws).flatten().double())
 
 
 def latin_inside(seed: int, n: int) -> torch.Tensor:
@@ -764,9 +783,10 @@ def test_latin_draws_are_normal_each_and_independent_otherwise(record):
 
 
 def test_designs_end_where_training_begins():
-    last = Noise(0, noise.FIRST_TRAINING_DRAW - 1, 4)
+    last = DesignedNoise(0, noise.FIRST_TRAINING_DRAW - 1, Design.LATIN, 4)
     assert last.normal(0, 1, 1).shape == (1, 1)
     with pytest.raises(InputError, match="last draw of a design"):
-        Noise(0, noise.FIRST_TRAINING_DRAW, 4).normal(0, 1, 1)
-    with pytest.raises(InputError, match="design"):
-        Noise(0, 0, -1)
+        DesignedNoise(0, noise.FIRST_TRAINING_DRAW, Design.LATIN, 4).normal(0, 1, 1)
+    for design, size in ((Design.LATIN, 1), (Design.ANTITHETIC, 3), (Design.LATIN, 2**31)):
+        with pytest.raises(InputError, match="size of a design must be in"):
+            DesignedNoise(0, 0, design, size)

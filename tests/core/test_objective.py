@@ -14,9 +14,8 @@ from torch.distributions import MultivariateNormal, Normal
 from torch.distributions import kl_divergence as torch_kl
 
 from scalabl_ref import Llama, Noise, adapters, elbo, kl_forward, kl_official, subspace_lora_linear
-from scalabl_ref.core.objective import class_logits
-from scalabl_ref.core.objective import kl_divergence as model_kl
-from scalabl_ref.data import Batch
+from scalabl_ref.core.objective import Batch, class_logits
+from scalabl_ref.core.objective import complexity as model_kl
 from scalabl_ref.support.errors import InputError
 from scalabl_ref.verify import reference
 

@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scalabl_ref import InputError, Noise, adapters, predict, subspace_lora_linear
-from scalabl_ref.core.adapter import TARGETS
+from scalabl_ref.core.config import TARGETS
 from scalabl_ref.core.objective import class_logits
-from scalabl_ref.evaluation.predict import generate, predict_all, predictive
+from scalabl_ref.core.predictive import predictive
+from scalabl_ref.evaluation.generate import generate
+from scalabl_ref.evaluation.predict import Draws, predict_all
 from scalabl_ref.evaluation.sequential import predict_auto
 from scalabl_ref.methods.ensemble import Ensemble, Swag
 from scalabl_ref.verify import reference
@@ -120,8 +122,8 @@ def test_an_example_does_not_depend_on_its_batch():
 def test_draws_of_a_design_are_those_of_its_noise(design, monkeypatch):
     """One by one, all in one pass, and so few tokens at once that there are several passes."""
     model, batch = tiny_model(init_sigma=1.0), tiny_batch()
-    number = {"independent": 0, "antithetic": 1, "latin": 6}[design]
-    each = [class_logits(model, batch, Noise(5, i, number)).double() for i in range(6)]
+    draws = Draws(6, 5, design)
+    each = [class_logits(model, batch, draws.noise(i)).double() for i in range(6)]
     expected = predictive(torch.stack(each).log_softmax(-1)).probs
     for tokens in (predict_module.TOKENS_AT_ONCE, 2 * int(batch.lengths.sum())):
         monkeypatch.setattr(predict_module, "TOKENS_AT_ONCE", tokens)
@@ -132,8 +134,9 @@ def test_draws_of_a_design_are_those_of_its_noise(design, monkeypatch):
 def test_antithetic_draws_of_the_head_average_to_its_mean():
     """What is linear in the noise is averaged exactly by a pair."""
     model, batch = tiny_model(targets=("lm_head",), init_sigma=1.0), tiny_batch()
-    pair = predict_module.log_probs(model, batch, 2, 0, "antithetic")
-    logits = [class_logits(model, batch, noise) for noise in (Noise(0, 0, 1), Noise(0, 1, 1), None)]
+    draws = Draws(2, 0, "antithetic")
+    pair = predict_module.log_probs(model, batch, draws)
+    logits = [class_logits(model, batch, n) for n in (draws.noise(0), draws.noise(1), None)]
     assert (pair[0] - pair[1]).abs().max() > 0.1
     assert ((logits[0] + logits[1]) / 2 - logits[2]).abs().max() <= rounding(torch.float32, 50)
 

@@ -24,7 +24,7 @@ def undecided():
 
     def forget():
         native.native_status.cache_clear()
-        native.core.cache_clear()
+        native.SETTLED.clear()
 
     forget()
     yield
@@ -54,7 +54,7 @@ def test_stale_core_is_reported_and_not_used(tmp_path, monkeypatch, undecided):
         header.write("// one line more\n")
     monkeypatch.setattr(native, "ROOT", tmp_path)
     native.native_status.cache_clear()
-    native.core.cache_clear()
+    native.SETTLED.clear()
     status = native_status()
     assert status["built"] and status["stale"] and not status["used"]
     assert "pip install" in status["reason"]
@@ -83,7 +83,7 @@ def test_core_can_be_switched_off(monkeypatch, undecided):
     need_build()
     expected = Noise(1, 2).normal(3, 4, 5)
     native.native_status.cache_clear()
-    native.core.cache_clear()
+    native.SETTLED.clear()
     monkeypatch.setenv("SCALABL_NATIVE", "0")
     assert native.core() is None
     assert "SCALABL_NATIVE" in native_status()["reason"]

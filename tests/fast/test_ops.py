@@ -11,9 +11,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from scalabl_ref import InputError, Noise, subspace_lora_linear
-from scalabl_ref.core.noise import later
+from scalabl_ref.core import layer
+from scalabl_ref.core.layer import SAMPLING
 from scalabl_ref.fast import native, ops
-from scalabl_ref.fast.ops import SAMPLING
+from scalabl_ref.fast.designs import Design, DesignedNoise
 from scalabl_ref.verify import checks as verify
 from scalabl_ref.verify import reference
 
@@ -59,7 +60,7 @@ BODIES = [
 
 
 @pytest.mark.parametrize("body", BODIES)
-@given(op_cases(dtypes=DTYPES))
+@given(op_cases(joint=True, dtypes=DTYPES))
 def test_equals_the_reference(body, case):
     expected = call(case, reference.subspace_lora_linear)
     out = call(case, body)
@@ -110,23 +111,24 @@ def test_gradients_equal_those_through_the_definition(body, case):
 
 
 @pytest.mark.parametrize("body", BODIES)
-@given(op_cases(dtype=torch.float64, widest=9))
+@given(op_cases(joint=True, dtype=torch.float64, widest=9))
 def test_gradients_equal_the_reference(body, case):
     """Every gradient against the derivation by hand, in loops."""
     check_against_the_reference(body, case)
 
 
-@given(op_cases(dtype=torch.float64, widest=9), st.integers(1, 5))
-def test_dependent_draws_are_the_noise_of_their_design(case, design):
+@given(op_cases(joint=True, dtype=torch.float64, widest=9), st.integers(1, 5))
+def test_dependent_draws_are_the_noise_of_their_design(case, size):
     assume(case.noise is not None)
-    noise = Noise(case.noise.seed, case.noise.draw % 2**30, design)
-    designed = replace(case, noise=noise)
+    design = (Design.ANTITHETIC, 2) if size == 1 else (Design.LATIN, size)
+    noise = DesignedNoise(case.noise.seed, case.noise.draw % 2**30, *design)
+
+    def eps_of_group(noise, layer, group, rank, later):
+        return noise.normal(layer, torch.tensor([group]), rank, torch.tensor([later]))[0].tolist()
+
     with pytest.MonkeyPatch.context() as patch:  # the loops, with the normals of the design
-        patch.setattr(reference, "eps_of_group", lambda noise, layer, group, rank: noise.normal(
-            layer, torch.tensor([group]), rank)[0].tolist())  # fmt: skip
-        check_against_the_reference(subspace_lora_linear, designed)
-    registered = torch.ops.scalabl_ref.subspace_lora_linear(*op_arguments(designed))
-    assert torch.equal(registered, call(designed))
+        patch.setattr(reference, "eps_of_group", eps_of_group)
+        check_against_the_reference(subspace_lora_linear, replace(case, noise=noise))
 
 
 def check_against_the_reference(body, case):
@@ -306,7 +308,9 @@ def direction_of(case: OpCase) -> torch.Tensor:
 
 
 @needs_core
-@given(op_cases(dtypes=DTYPES, widest=90), st.sets(st.sampled_from(TENSORS), min_size=1))
+@given(
+    op_cases(joint=True, dtypes=DTYPES, widest=90), st.sets(st.sampled_from(TENSORS), min_size=1)
+)
 @settings(max_examples=300)
 def test_native_is_as_accurate_as_the_composition(case, wanted):
     """For the output and every gradient asked for: at most twice the error, against float64."""
@@ -339,7 +343,7 @@ def wide_case(rows=(3, 50), d_in=1500, d_out=1100, rank=8, dtype=torch.float32, 
         x=normal(*rows, d_in), weight=normal(d_out, d_in) / 40, bias=None,
         A=normal(rank, d_in) / 40, B=normal(d_out, rank), s=normal(rank).exp(),
         sigma=normal(rank).exp(), scaling=2.0, noise=Noise(3, 4), layer=5, sampling="token",
-        groups=None,
+        groups=None, draws=None,
     )  # fmt: skip
 
 
@@ -400,7 +404,7 @@ def test_native_body_runs_where_it_should(monkeypatch):
     def refuse(*arguments):
         raise AssertionError("the composition ran")
 
-    monkeypatch.setattr(ops, "_composition", refuse)
+    monkeypatch.setattr(layer, "subspace_lora_linear", refuse)
     case = wide_case((2, 3), 20, 10)
     outputs_and_gradients(case, subspace_lora_linear, direction_of(case))
     with pytest.raises(AssertionError, match="the composition ran"):
@@ -426,7 +430,7 @@ def test_nothing_large_is_kept_for_the_backward_pass():
 
 
 @needs_core
-@given(op_cases(dtype=torch.float64))
+@given(op_cases(joint=True, dtype=torch.float64))
 def test_gradients_that_will_be_differentiated_are_the_same_ones(case):
     direction = direction_of(case)
     named = {n: leaf for n, leaf in leaves_of(case).items() if leaf is not None}
@@ -442,7 +446,7 @@ def test_gradients_that_will_be_differentiated_are_the_same_ones(case):
 
 
 @needs_core
-@given(op_cases(dtype=torch.float64, widest=6))
+@given(op_cases(joint=True, dtype=torch.float64, widest=6))
 @settings(max_examples=10)
 def test_second_derivatives(case):
     assume(case.x.numel())
@@ -459,7 +463,8 @@ def test_second_derivatives(case):
 
 
 def op_arguments(case: OpCase, wanted=()) -> tuple:
-    draws = ops._draws(case.x.shape[:-1], case.noise, case.layer, case.sampling, case.groups)
+    shape, *rest = case.x.shape[:-1], case.noise, case.layer, case.sampling
+    draws = ops.draws_of(shape, *rest, case.groups, case.draws)
     return (*leaves_of(case, wanted).values(), case.scaling, *draws)
 
 
@@ -474,7 +479,10 @@ def test_opcheck(groups, dtype):
     backward = (direction_of(case), *op_arguments(case), wanted)
     torch.library.opcheck(registered.subspace_lora_linear_backward.default, backward)
     ids = torch.tensor([[1, 2, 3]])
-    torch.library.opcheck(registered.normals.default, (ids, -1, 2, 3, 4, 5))
+    for draws in (None, torch.tensor([[0, 7, 0]])):
+        for design in ((0, 1), (1, 2), (2, 3)):
+            numbers = (-1, 2, *design, 4, 5)
+            torch.library.opcheck(registered.normals.default, (ids, draws, *numbers))
 
 
 @pytest.mark.parametrize("body", ["native", "composition"])
@@ -628,40 +636,46 @@ def test_half_precision_conversions_are_exact(threads):
         assert torch.equal(out[:, 0], (every.float() * scale).to(dtype))
 
 
+def unserved(t, noise=None, groups=None, draws=None):
+    return ops.unserved(native.core(), t, noise, groups, draws)
+
+
 @needs_core
 def test_tensors_of_another_device_never_reach_the_core():
     case = wide_case((2, 3), 12, 10, 4)
     for name in ("weight", "A", "B", "s", "sigma"):
         elsewhere = {name: getattr(case, name).to("meta")}
         t = ops.Inputs(*({**vars(case), **elsewhere}[n] for n in (*TENSORS, "scaling")))
-        assert ops._core_for(t, ops._MEAN) is None
-    assert ops._core_for(ops.Inputs(*(vars(case)[n] for n in (*TENSORS, "scaling"))), ops._MEAN)
+        assert unserved(t)
+    assert not unserved(ops.Inputs(*(vars(case)[n] for n in (*TENSORS, "scaling"))))
 
 
 @needs_core
 def test_what_the_core_does_not_serve_is_left_to_the_composition():
     case = wide_case((2, 3), 12, 10, 4)
-    bias, low, none = torch.zeros(10), torch.float16, ops._MEAN
+    bias, low = torch.zeros(10), torch.float16
     t = ops.Inputs(*({**vars(case), "bias": bias}[n] for n in (*TENSORS, "scaling")))
-    assert ops._core_for(t, none)
+    assert not unserved(t)
     for name in ("weight", "bias", "A", "B", "s", "sigma"):
-        assert ops._core_for(t._replace(**{name: getattr(t, name).to(low)}), none) is None
+        assert "dtypes" in unserved(t._replace(**{name: getattr(t, name).to(low)}))
     narrow = {name: getattr(t, name).to(low) for name in ("A", "B", "s", "sigma")}
-    assert ops._core_for(t._replace(**narrow), none) is None
+    assert "dtypes" in unserved(t._replace(**narrow))
     number = {n: v.to(torch.complex64) for n, v in t._asdict().items() if n != "scaling"}
-    assert ops._core_for(t._replace(**number), none) is None
+    assert "dtypes" in unserved(t._replace(**number))
     for rank in (0, 1):
-        assert bool(ops._core_for(t._replace(A=t.A[:rank], B=t.B[:, :rank]), none)) == (rank > 0)
+        assert bool(unserved(t._replace(A=t.A[:rank], B=t.B[:, :rank]))) == (rank == 0)
 
     class Other(torch.Tensor):
         pass
 
     for name in ("x", "weight", "A", "B", "s", "sigma"):
         other = getattr(t, name).as_subclass(Other)
-        assert ops._core_for(t._replace(**{name: other}), none) is None
+        assert "kind of tensor" in unserved(t._replace(**{name: other}))
     ids = torch.arange(2)
-    assert ops._core_for(t, none._replace(ids=ids))
-    assert ops._core_for(t, none._replace(ids=ids.as_subclass(Other))) is None
+    assert not unserved(t, groups=ids, draws=ids)
+    assert "kind of tensor" in unserved(t, groups=ids.as_subclass(Other))
+    assert "kind of tensor" in unserved(t, draws=ids.as_subclass(Other))
+    assert unserved(t, noise=DesignedNoise(1, 2)) == "a design of draws"
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -682,16 +696,11 @@ def test_any_strides_will_do(body):
             assert (strided[name] - value).abs().max() <= bound, name
 
 
-@pytest.mark.parametrize("body", ["native", "composition"])
-@pytest.mark.parametrize(
-    "base, own",
-    [(torch.float64, torch.float32), (torch.float32, torch.float64)]
-    + [(low, torch.float32) for low in (torch.bfloat16, torch.float16)],
-)
-def test_registered_gradients_have_the_dtypes_of_their_inputs(body, base, own, monkeypatch):
+@needs_core
+@pytest.mark.parametrize("base", [torch.float64, torch.bfloat16, torch.float16])
+def test_registered_gradients_have_the_dtypes_of_their_inputs(base):
     """And are as near as that to those of the numbers themselves."""
-    if body == "composition":
-        monkeypatch.setattr(native, "core", lambda: None)
+    own = torch.float32
     case = replace(wide_case((2, 3), 12, 10, 4), bias=torch.zeros(10))
     dtypes = {name: base if name in ("x", "weight", "bias") else own for name in TENSORS}
     case = replace(case, **{name: getattr(case, name).to(dtypes[name]) for name in TENSORS})
@@ -712,7 +721,7 @@ def test_registered_gradients_have_the_dtypes_of_their_inputs(body, base, own, m
 def test_ranks_beyond_the_cores_take_the_composition(rank):
     case = wide_case((2, 3), 12, 10, rank, torch.float64)
     t = ops.Inputs(*(vars(case)[n] for n in (*TENSORS, "scaling")))
-    assert (ops._core_for(t, ops._MEAN) is None) == (rank > 256)
+    assert unserved(t) == ("rank" if rank > 256 else "")
     error = (call(case) - call(case, reference.subspace_lora_linear)).abs()
     assert (error <= op_bound(case)).all()
 
@@ -720,7 +729,10 @@ def test_ranks_beyond_the_cores_take_the_composition(rank):
 @needs_core
 def test_the_core_names_what_is_wrong():
     case = wide_case((2, 3), 12, 10, 4)
-    for groups in (torch.tensor([0, -1]), later(torch.tensor([0, 5]), 2**32 - 1 - case.noise.draw)):
-        call(case, sampling="example", groups=groups.clamp(min=0))
-        with pytest.raises(InputError, match="group id must be in|below 2\\^32"):
-            call(case, sampling="example", groups=torch.where(groups > 0, later(groups, 1), groups))
+    top = 2**32 - 1 - case.noise.draw
+    for groups, draws in (([0, -1], [0, 0]), ([0, 2**32], [0, 0]), ([0, 5], [0, top + 1])):
+        good = {"groups": torch.tensor([0, 2**32 - 1]), "draws": torch.tensor([0, top])}
+        call(case, sampling="example", **good)
+        bad = {"groups": torch.tensor(groups), "draws": torch.tensor(draws)}
+        with pytest.raises(InputError, match="group id|draw"):
+            call(case, sampling="example", **bad)

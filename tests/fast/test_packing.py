@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scalabl_ref import InputError, Llama
 from scalabl_ref.app import cli
 from scalabl_ref.fast.quantize import KINDS
-from scalabl_ref.model.llama import LlamaConfig
+from scalabl_ref.model.config import LlamaConfig
 from scalabl_ref.support.tensors import FLOATS, load_tensors, save_tensors
 
 from ..models import TINY, questions_file, tiny_folder

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 
 from scalabl_ref import AdapterConfig, InputError, Llama, Noise, adapters, add_adapters
 from scalabl_ref.app import cli
-from scalabl_ref.core.adapter import ADAPTERS
+from scalabl_ref.core.config import ADAPTERS
+from scalabl_ref.core.noise import Keys
 from scalabl_ref.core.objective import class_logits
-from scalabl_ref.fast.quantize import GROUP, KINDS, LEVELS, quantize
+from scalabl_ref.fast.quantize import GROUP, KINDS, LEVELS, quantize, quantize_model, whole
+from scalabl_ref.model.weights import block_linears
 from scalabl_ref.support.tensors import save_tensors
 
 from ..models import CLASSES, TINY, fill, questions_file, tiny_batch, tiny_folder
@@ -29,7 +31,7 @@ def random_weight(d_out: int = 37, d_in: int = 2 * GROUP + 6, dtype=torch.float3
     return weight.to(dtype)
 
 
-def values(packed) -> torch.Tensor:
+def values(packed, d_in=2 * GROUP + 6) -> torch.Tensor:
     """What the codes stand for by definition, one by one, in float64."""
     scale, rows = packed.scale.double(), []
     for i, codes in enumerate(packed.codes.tolist()):
@@ -38,7 +40,7 @@ def values(packed) -> torch.Tensor:
             row = [LEVELS[half] * scale[i, j // GROUP].item() for j, half in enumerate(halves)]
         else:
             row = [code * scale[i, 0].item() for code in codes]
-        rows.append(row[: packed.d_in])
+        rows.append(row[:d_in])
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -74,12 +76,13 @@ def test_codes_are_the_nearest(kind, dtype):
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_whole_weight_is_what_the_codes_say(kind, dtype):
     """Rounded to dtype: a level, a scale and their product."""
-    packed = quantize(random_weight(), kind)
-    whole, expected = packed.whole(dtype), values(packed)
-    assert whole.shape == expected.shape == packed.shape and whole.dtype == dtype
+    weight = random_weight()
+    packed = quantize(weight, kind)
+    made, expected = whole(*packed, weight.shape[1], dtype), values(packed)
+    assert made.shape == expected.shape == weight.shape and made.dtype == dtype
     least = torch.finfo(dtype).smallest_normal  # below it float16 rounds to a fixed step
     bound = rounding(dtype, 2) * expected.abs() + least
-    assert ((whole.double() - expected).abs() <= bound).all()
+    assert ((made.double() - expected).abs() <= bound).all()
 
 
 def test_sizes_are_those_of_four_and_eight_bits():
@@ -92,11 +95,15 @@ def pair(kind: str, dtype=torch.float64, **config) -> tuple[Llama, Llama]:
     """A quantised model, and the same with its weights made whole: plain linear layers."""
     models = []
     for _ in range(2):
-        model = Llama(TINY, dtype=dtype).init_random_(0, std=0.3).quantize_(kind)
+        model = quantize_model(Llama(TINY, dtype=dtype).init_random_(0, std=0.3), kind)
         models.append(model.trim_head(CLASSES))
-    for _, linear in models[1].block_linears():
-        linear.weight = torch.nn.Parameter(linear.frozen.whole(dtype), requires_grad=False)
-        linear.scale = None
+    dense = Llama(TINY, dtype=dtype).trim_head(CLASSES)
+    weights = dict(models[1].state_dict())
+    for name, linear in block_linears(models[1]):
+        weights[f"layers.{name}.weight"] = whole(linear.weight, linear.scale, linear.d_in, dtype)
+        del weights[f"layers.{name}.scale"]
+    dense.load_state_dict(weights)
+    models[1] = dense.requires_grad_(False)
     for model in models:
         targets = ("q_proj", "v_proj", "down_proj", "lm_head")
         add_adapters(model, AdapterConfig(**{"rank": 2, "targets": targets, **config}))
@@ -139,8 +146,8 @@ def test_a_prediction_is_the_dequantised_model_s_to_the_bit(kind):
 def test_nothing_whole_is_kept_for_the_backward_pass(kind):
     ours, theirs = pair(kind, torch.float32)
     kept: list[torch.Tensor] = []
-    whole = {linear.frozen.shape for _, linear in ours.block_linears()}
-    whole |= {shape[::-1] for shape in whole}
+    shapes = {(linear.d_out, linear.d_in) for _, linear in block_linears(ours)}
+    shapes |= {shape[::-1] for shape in shapes}
 
     def keep(tensor):
         kept.append(tensor)
@@ -150,7 +157,7 @@ def test_nothing_whole_is_kept_for_the_backward_pass(kind):
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             class_logits(model, tiny_batch(6, longest=7), Noise(0, 0))
-        floats = [t for t in kept if t.is_floating_point() and t.shape in whole]
+        floats = [t for t in kept if t.is_floating_point() and tuple(t.shape) in shapes]
         assert bool(floats) == some
 
 
@@ -180,7 +187,7 @@ def test_an_adapted_layer_of_codes_compiles():
     leaf = next(p for name, p in layer.named_parameters() if name.endswith("log_s"))
     found = []
     for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
-        y = function(x, Noise(0, 1))
+        y = function(x, Keys(Noise(0, 1)))
         found.append((y.detach(), *torch.autograd.grad(y.square().sum(), leaf)))
     for mine, other in zip(*found, strict=True):
         assert (mine - other).abs().max() <= rounding(torch.float32, 512) * other.abs().max()
@@ -191,7 +198,7 @@ def test_an_adapted_layer_of_codes_compiles():
 
 def stored(folder: Path, kind: str) -> Llama:
     """The model in `folder`, whose weights become codes in place."""
-    model = Llama.from_pretrained(folder).quantize_(kind)
+    model = quantize_model(Llama.from_pretrained(folder), kind)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = {**json.loads((folder / "config.json").read_text()), "quantize": kind}
     (folder / "config.json").write_text(json.dumps(config))
@@ -222,7 +229,7 @@ def test_wrong_kinds_are_refused(tmp_path):
     with pytest.raises(InputError, match="quantize must be one of int8, nf4, not 'int3'"):
         Llama.from_pretrained(folder, quantize="int3")
     with pytest.raises(InputError, match="the base is quantised already, to int8"):
-        Llama.from_pretrained(folder, quantize="int8").quantize_("nf4")
+        quantize_model(Llama.from_pretrained(folder, quantize="int8"), "nf4")
     with pytest.raises(InputError, match="model: is quantised already, to int8"):
         stored(folder, "int8")
         Llama.from_pretrained(folder, quantize="nf4")

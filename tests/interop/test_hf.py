@@ -15,9 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from scalabl_ref import AdapterConfig, InputError, Noise, adapters
-from scalabl_ref.core.adapter import TARGETS
-from scalabl_ref.core.objective import kl_divergence
-from scalabl_ref.data import Batch
+from scalabl_ref.core.config import TARGETS
+from scalabl_ref.core.objective import Batch, complexity
 from scalabl_ref.fast.ops import subspace_lora_linear
 from scalabl_ref.interop import hf
 from scalabl_ref.support.tensors import load_tensors, save_tensors
@@ -441,7 +440,7 @@ def test_the_objective_is_nll_plus_beta_kl_over_n(classes):
         n, label = b.lengths[row], b.labels[row]
         target = label if classes else CLASSES[label]
         expected -= torch.log_softmax(out.logits[row, n - 1].double(), -1)[target] / 3
-    beta_kl = 0.5 * kl_divergence(attached.model) / 40
+    beta_kl = 0.5 * complexity(attached.model) / 40
     loss = hf.Objective(attached, 40, beta=0.5)
     bound = rounding(torch.float32, 2 * V) * (expected + beta_kl)
     assert (loss(out, given["labels"]) - expected - beta_kl).abs() <= bound
@@ -453,8 +452,8 @@ def test_the_objective_is_nll_plus_beta_kl_over_n(classes):
     assert (sum(parts) - expected - beta_kl).abs() <= bound
     attached.model.eval()
     assert (loss(out, given["labels"]) - expected).abs() <= bound
-    assert torch.equal(hf.kl(attached), kl_divergence(attached.model))
-    assert torch.equal(hf.kl(attached, "official"), kl_divergence(attached.model, "official"))
+    assert torch.equal(hf.kl(attached), complexity(attached.model))
+    assert torch.equal(hf.kl(attached, "official"), complexity(attached.model, "official"))
 
 
 @pytest.mark.parametrize(

@@ -26,10 +26,11 @@ from scalabl_ref import (
 )
 from scalabl_ref.app.configs import find_config
 from scalabl_ref.core.adapter import MIN_LOG_SIGMA, initial_matrix
-from scalabl_ref.core.objective import kl_divergence
+from scalabl_ref.core.layer import SAMPLING
+from scalabl_ref.core.noise import Keys
+from scalabl_ref.core.objective import complexity
 from scalabl_ref.data import evaluation_batches
 from scalabl_ref.evaluation.predict import predict_all
-from scalabl_ref.fast.ops import SAMPLING
 from scalabl_ref.methods.blob import SIGNS, BlobAdapter
 from scalabl_ref.training.trainer import kl_weight, warmup_linear
 
@@ -84,7 +85,7 @@ def test_flipout_equals_a_loop_over_rows(seed, sampling, shape, with_groups, dty
     x, weight, bias = random_input(seed, shape, dtype=dtype)
     groups = torch.tensor([7, 2**32 - 1, 7][: shape[0]]) if with_groups else None
     noise = Noise(seed, 5)
-    got = adapter(x, weight, bias, noise, groups).reshape(-1, 4)
+    got = adapter(x, weight, bias, Keys(noise, groups)).reshape(-1, 4)
     A, B, G = (p.detach().double() for p in (adapter.A, adapter.B, adapter.G))
     E = noise.normal(9, 1, 15).view(3, 5).double()
     rows = x.reshape(-1, 5).double()
@@ -109,7 +110,7 @@ def test_gradients(sampling):
     x, weight, bias = random_input()
 
     def function(x, *values):
-        arguments = (x, weight, bias, Noise(1, 2), None)
+        arguments = (x, weight, bias, Keys(Noise(1, 2)))
         return torch.func.functional_call(adapter, dict(zip(names, values, strict=True)), arguments)
 
     inputs = [x, *(p.detach() for p in adapter.parameters())]
@@ -122,9 +123,9 @@ def test_a_low_precision_base_does_not_round_the_adapter():
     adapter = random_adapter(rank=8, dtype=torch.float32, **sizes)
     x, weight, bias = random_input(dtype=torch.bfloat16, **sizes)
     weight, bias = torch.zeros_like(weight), torch.zeros_like(bias)
-    got = adapter(x, weight, bias, Noise(0, 0), None)
+    got = adapter(x, weight, bias, Keys(Noise(0, 0)))
     arguments = x.double(), weight.double(), bias.double()
-    exact, mean = (adapter.double()(*arguments, noise, None) for noise in (Noise(0, 0), None))
+    exact, mean = (adapter.double()(*arguments, keys) for keys in (Keys(Noise(0, 0)), None))
     assert got.dtype == torch.bfloat16
     size = exact.abs() + mean.abs() + (exact - mean).abs()
     bound = rounding(torch.bfloat16, 1) / 2 * size * 1.05  # second order, and float32's own
@@ -148,10 +149,11 @@ def test_no_sign_is_used_twice_and_none_is_an_entry_of_E(monkeypatch):
     """In a run E belongs to a draw and a layer, for all batches; signs are asked for once."""
     used, original = {"E": Counter(), "signs": Counter()}, Noise.normal
 
-    def record(self, layer, groups, rank):
+    def record(self, layer, groups, rank, draws=None):
         one = isinstance(groups, int)
         kind, ids = ("E", range(groups)) if one else ("signs", groups.unique_consecutive().tolist())
         used[kind].update((self.draw, layer, g) for g in ids)
+        assert draws is None  # flipout's draws never go through a layer together
         return original(self, layer, groups, rank)
 
     monkeypatch.setattr(Noise, "normal", record)
@@ -184,7 +186,7 @@ def two_examples(seed: int, n: int) -> torch.Tensor:
         adapter.B.copy_(torch.eye(ROWS))
         adapter.G.copy_(SPREAD.sqrt().expand(ROWS, 8))
         weight = torch.zeros(ROWS, 8)
-        draws = [adapter(TWO, weight, None, Noise(seed, i), None) for i in range(n // ROWS)]
+        draws = [adapter(TWO, weight, None, Keys(Noise(seed, i))) for i in range(n // ROWS)]
     sd = (TWO * SPREAD).double().square().sum(1).sqrt()
     return torch.cat(draws, dim=1).double() / sd[:, None]
 
@@ -243,10 +245,10 @@ def test_kl_equals_torch_distributions_and_its_gradient_the_closed_form(seed, pr
 
 def test_the_models_kl_is_in_float64_and_has_one_direction():
     model = tiny_model(method="blob")
-    kl = kl_divergence(model)
+    kl = complexity(model)
     assert kl.dtype == torch.float64 and kl > 0
     with pytest.raises(InputError, match="method blob has the KL 'forward' alone, not 'official'"):
-        kl_divergence(model, "official")
+        complexity(model, "official")
 
 
 # --- start, bounds, training ---------------------------------------------------------------------

@@ -13,9 +13,8 @@ from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scalabl_ref import InputError, Noise, adapters, predict
-from scalabl_ref.core.adapter import TARGETS
-from scalabl_ref.core.objective import class_logits
-from scalabl_ref.data import Batch
+from scalabl_ref.core.config import TARGETS
+from scalabl_ref.core.objective import Batch, class_logits
 from scalabl_ref.methods.laplace import FILE, LOGITS_LAYER, Curvature, Laplace, draw_logits
 from scalabl_ref.support.tensors import load_tensors, save_tensors
 from scalabl_ref.verify import reference

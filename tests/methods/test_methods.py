@@ -12,9 +12,11 @@ from torch.distributions import MultivariateNormal
 from torch.distributions import kl_divergence as torch_kl
 
 from scalabl_ref import AdapterConfig, InputError, Noise, adapters, elbo, kl_forward, predict
-from scalabl_ref.core.adapter import ADAPTERS, Linear, add_adapters
-from scalabl_ref.core.objective import kl_divergence
+from scalabl_ref.core.config import ADAPTERS
+from scalabl_ref.core.noise import Keys
+from scalabl_ref.core.objective import complexity
 from scalabl_ref.methods import Ensemble, Swag
+from scalabl_ref.model.attach import Linear, add_adapters
 from scalabl_ref.support.tensors import load_tensors, save_tensors
 from scalabl_ref.training.trainer import adapter_state
 
@@ -49,7 +51,7 @@ def test_full_kl_equals_torch_distributions(pairs, prior_std, seed):
     q = MultivariateNormal(log_s.exp(), scale_tril=linear.adapter.factor())
     p = MultivariateNormal(torch.zeros(3).double(), prior_std**2 * torch.eye(3).double())
     expected = torch_kl(q, p)
-    assert abs(kl_divergence(model) - expected) <= rounding(torch.float64, 500) * (10 + expected)
+    assert abs(complexity(model) - expected) <= rounding(torch.float64, 500) * (10 + expected)
 
 
 def test_full_covariance_starts_as_the_diagonal_one():
@@ -66,7 +68,7 @@ def test_full_forward_is_the_definition_row_by_row():
     adapter, x = linear.adapter, torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(1))
     x = x.double()
     ids = torch.tensor([9, 4])
-    y = linear(x, Noise(5, 6), ids)
+    y = linear(x, Keys(Noise(5, 6), ids))
     for row, id in enumerate(ids):
         eps = Noise(5, 6).normal(adapter.layer, id[None], 3)[0].double()
         drawn = adapter.log_s.exp() + adapter.factor() @ eps
@@ -82,7 +84,7 @@ def test_full_gradients_equal_differences():
 
     def function(*tensors):
         named = {f"adapter.{n}": t for n, t in zip(names, tensors, strict=True)}
-        return torch.func.functional_call(linear, named, (x, Noise(1, 2)))
+        return torch.func.functional_call(linear, named, (x, Keys(Noise(1, 2))))
 
     assert torch.autograd.gradcheck(function, values)
 
@@ -104,7 +106,7 @@ def test_the_fitted_prior_is_the_best_one(pairs, others, prior, full):
     def kl_with(prior_std):
         return (torch.log(prior_std / L.diagonal()) - 0.5 + second / (2 * prior_std**2)).sum()
 
-    best, bound = kl_divergence(model), rounding(torch.float64, 500)
+    best, bound = complexity(model), rounding(torch.float64, 500)
     fitted = second.sqrt() if prior == "component" else second.mean().sqrt()
     assert abs(best - kl_with(fitted)) <= bound * (10 + best.abs())
     tried = torch.tensor([value for value, _ in others], dtype=torch.float64).exp()
@@ -128,14 +130,14 @@ def test_with_a_fitted_prior_the_scale_has_no_say(covariance, log_k, seed):
         linear, model = layer(seed, prior=prior, covariance=covariance)
         adapter, x, noise = linear.adapter, torch.ones(2, 6).double(), Noise(3, 4)
         with torch.no_grad():
-            before = linear(x, noise), kl_divergence(model)
+            before = linear(x, Keys(noise)), complexity(model)
             squares = second_moments(adapter).sum()
             adapter.log_s -= log_k
             adapter.log_sigma -= log_k
             adapter.B *= k
             if covariance == "full":
                 adapter.lower /= k
-            after = linear(x, noise), kl_divergence(model)
+            after = linear(x, Keys(noise)), complexity(model)
         assert (before[0] - after[0]).abs().max() <= rounding(torch.float64, 2000) * 10
         expected = 0.0
         if prior == "fixed":
@@ -148,7 +150,7 @@ def test_one_prior_for_each_scale_is_half_the_log_of_one_plus_the_squared_signal
     linear, model = layer(prior="component")
     s, sigma = linear.adapter.scale()
     expected = (1 + (s / sigma) ** 2).log().sum() / 2
-    assert abs(kl_divergence(model) - expected) <= rounding(torch.float64, 64) * expected
+    assert abs(complexity(model) - expected) <= rounding(torch.float64, 64) * expected
 
 
 KINDS_OF_ADAPTER = [{"method": name} for name in ADAPTERS] + [{"covariance": "full"}]
@@ -169,7 +171,7 @@ def test_all_kinds_round_alike(kind):
         return layer
 
     x = torch.randn(2, 3, TINY.hidden_size, generator=torch.Generator().manual_seed(0))
-    noise = Noise(1, 2)
+    noise = Keys(Noise(1, 2))
     exact = copy.deepcopy(linear).double()(x.double(), noise)
     wide = on(torch.float64)(x.double(), noise)
     assert wide.dtype == torch.float64
@@ -183,7 +185,7 @@ def test_all_kinds_round_alike(kind):
 @pytest.mark.parametrize("change", [{"prior": "layer"}, {"covariance": "full"}])
 def test_the_official_direction_has_neither(change):
     with pytest.raises(InputError, match="the forward KL"):
-        kl_divergence(tiny_model(**change), "official")
+        complexity(tiny_model(**change), "official")
 
 
 @pytest.mark.parametrize(
@@ -210,7 +212,7 @@ def test_map_adds_minus_the_log_prior():
     density = sum(prior.log_prob(p.double()).sum() for p in own)
     constant = sum(p.numel() for p in own) * prior.log_prob(torch.tensor(0.0)).double()
     expected = constant - density
-    assert abs(kl_divergence(model) - expected) <= rounding(torch.float32, 64) * expected
+    assert abs(complexity(model) - expected) <= rounding(torch.float32, 64) * expected
     assert torch.equal(
         predict(model, tiny_batch(), samples=3).probs, predict(model, tiny_batch(), samples=0).probs
     )
@@ -226,7 +228,7 @@ def kept_inputs(seed: int, n: int) -> float:
     config = AdapterConfig("dropout", rank=30, alpha=30.0, targets=("q_proj",), dropout=0.3)
     adapter = add_adapters(model, config)["q_proj"].adapter
     adapter.A.data = adapter.B.data = torch.eye(30)
-    y = model["q_proj"](torch.ones(n // 30, 30), Noise(seed, 0), None)
+    y = model["q_proj"](torch.ones(n // 30, 30), Keys(Noise(seed, 0)))
     scaled = torch.unique(y.detach())
     assert len(scaled) == 2 and scaled[0] == 0 and abs(scaled[1] * 0.7 - 1) < 1e-6
     return float((y > 0).double().mean()) - 0.7
@@ -250,7 +252,8 @@ def test_dropout_is_plain_lora_on_thinned_inputs():
     mask = (torch.special.ndtr(z) >= 0.4).double() / 0.6  # (2, 6): for all tokens of an example
     update = plain(x * mask[:, None], None) - (x * mask[:, None]) @ plain.weight.T
     expected = x @ linear.weight.T + update
-    assert (linear(x, Noise(3, 4), ids) - expected).abs().max() <= rounding(torch.float64, 200)
+    got = linear(x, Keys(Noise(3, 4), ids))
+    assert (got - expected).abs().max() <= rounding(torch.float64, 200)
     assert torch.equal(linear(x, None), plain(x, None))
 
 

@@ -12,18 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalabl_ref import InputError, Llama, LlamaConfig, Noise, adapters
+from scalabl_ref.core.adapter import SubspaceAdapter
 from scalabl_ref.core.objective import class_logits
-from scalabl_ref.fast import ops
-from scalabl_ref.model.llama import (
-    Attention,
-    Context,
-    KVCache,
-    RMSNorm,
-    RopeConfig,
-    Rows,
-    SwiGLU,
-    rotate,
-)
+from scalabl_ref.fast.rows import PackedAttention, PackedContext, Rows, SwiGLU
+from scalabl_ref.model.config import RopeConfig
+from scalabl_ref.model.inputs import KVCache
+from scalabl_ref.model.llama import Attention, Context, RMSNorm, rotate
 from scalabl_ref.verify import vectors
 
 from ..models import CLASSES, TINY, tiny_batch, tiny_model
@@ -107,11 +101,12 @@ def test_rmsnorm_equals_its_formula():
             assert abs(out[i] - (i + 1) * row[i] / root) <= rounding(torch.float32, 32)
 
 
+@pytest.mark.parametrize("kind", [Attention, PackedAttention])
 @given(configs())
 @settings(max_examples=20)
-def test_attention_equals_explicit_loops(config):
+def test_attention_equals_explicit_loops(kind, config):
     """Grouped queries, causal softmax and RoPE, one query at a time in float64."""
-    layer = Attention(config, 0).double()
+    layer = kind(config, 0).double()
     generator = torch.Generator().manual_seed(0)
     for parameter in layer.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator).double() / 2
@@ -119,7 +114,10 @@ def test_attention_equals_explicit_loops(config):
     x = torch.randn(1, T, config.hidden_size, generator=generator).double()
     inverse = config.rope.inverse_frequencies(h).double()
     angles = torch.arange(T)[:, None] * torch.cat((inverse, inverse))
-    ctx = Context(Rows(1, T), angles.cos()[None, :, None], angles.sin()[None, :, None])
+    cos, sin = angles.cos()[None, :, None], angles.sin()[None, :, None]
+    ctx = Context(cos, sin, None, None)
+    if kind is PackedAttention:
+        ctx = PackedContext(Rows(1, T), cos, sin, None, None, None, None, 0)
     got = layer(x, ctx)[0]
 
     def heads(linear, count):
@@ -330,13 +328,14 @@ def test_what_is_not_computed_changes_nothing():
 @torch.no_grad()
 def test_no_two_tokens_share_a_group_under_token_sampling(monkeypatch):
     """Neighbouring examples either: their ids are a whole context apart."""
-    seen, original = {}, ops._draws
+    seen, original = {}, SubspaceAdapter.op
 
-    def spy(shape, noise, layer, sampling, groups):
+    def spy(*arguments):
+        layer, _, groups, _ = arguments[9:]
         seen.setdefault(layer, []).extend(groups.flatten().tolist())
-        return original(shape, noise, layer, sampling, groups)
+        return original(*arguments)
 
-    monkeypatch.setattr(ops, "_draws", spy)
+    monkeypatch.setattr(SubspaceAdapter, "op", staticmethod(spy))
     tiny_model(sampling="token")(random_tokens(3, 6), noise=Noise(0, 0))
     assert all(len(ids) == len(set(ids)) == 18 for ids in seen.values()) and len(seen) == 5
 
@@ -514,7 +513,7 @@ def test_configurations_that_cannot_be_are_named(change, message):
 
 def test_stories260k_tells_its_story(assets, tmp_path):
     from scalabl_ref.data.tokenizer import load_tokenizer
-    from scalabl_ref.evaluation.predict import generate
+    from scalabl_ref.evaluation.generate import generate
     from tools.convert_hf import convert
 
     source = assets / "stories260K"
@@ -529,7 +528,7 @@ def test_stories260k_tells_its_story(assets, tmp_path):
 def test_smollm2_knows_the_capital_of_france():
     """Without NumPy; tests/peer/test_smollm2.py makes the folder by itself, where gguf is."""
     from scalabl_ref.data.tokenizer import load_tokenizer
-    from scalabl_ref.evaluation.predict import generate
+    from scalabl_ref.evaluation.generate import generate
 
     folder = os.environ.get("SCALABL_SMOLLM2")
     if not folder:

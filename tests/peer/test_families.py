@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from scalabl_ref import Llama
-from scalabl_ref.model.llama import RopeConfig
+from scalabl_ref.model.config import RopeConfig
 
 from ..tolerances import logits_bound
 from .test_gguf import byte_level_vocabulary, sentencepiece_vocabulary

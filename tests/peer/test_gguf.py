@@ -13,7 +13,7 @@ import torch
 
 from scalabl_ref import InputError, Llama
 from scalabl_ref.data.tokenizer import import_sentencepiece, load_tokenizer
-from scalabl_ref.model.llama import RopeConfig
+from scalabl_ref.model.config import RopeConfig
 
 from ..models import TINY
 from ..test_fuzz import check, outcome

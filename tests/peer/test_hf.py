@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from scalabl_ref import AdapterConfig, InputError, Llama, Noise, adapters, add_adapters, elbo
 from scalabl_ref.app import demo
 from scalabl_ref.core.adapter import MIN_LOG_SIGMA
+from scalabl_ref.core.layer import SAMPLING
 from scalabl_ref.core.noise import FIRST_TRAINING_DRAW
-from scalabl_ref.core.objective import kl_divergence
+from scalabl_ref.core.objective import complexity
 from scalabl_ref.data import Encoded, collate
 from scalabl_ref.evaluation.predict import predict
-from scalabl_ref.fast.ops import SAMPLING
 from scalabl_ref.interop import hf
 from scalabl_ref.support.tensors import hf_to_ours
 from scalabl_ref.training.trainer import TrainConfig, Trainer, adapter_state
@@ -121,7 +121,7 @@ def test_logits_kl_gradients_and_predictions_are_the_projects(theirs, sampling, 
     size = max(1.0, expected.abs().max().item())
     bound = logits_bound(ours.config, size)
     assert (out.logits - expected)[real].abs().max() <= bound
-    assert torch.equal(hf.kl(attached), kl_divergence(ours))
+    assert torch.equal(hf.kl(attached), complexity(ours))
 
     # The objective is over the whole vocabulary where the head is whole, elbo's over the classes.
     theirs.train()
@@ -130,7 +130,7 @@ def test_logits_kl_gradients_and_predictions_are_the_projects(theirs, sampling, 
     answers = batch.labels if cut else batch.classes[batch.labels]
     last = expected[rows, batch.lengths - 1]
     nll = torch.nn.functional.cross_entropy(last, answers)
-    wanted = nll + 2.0 * kl_divergence(ours) / 50
+    wanted = nll + 2.0 * complexity(ours) / 50
     if cut:
         assert (elbo(ours, batch, NOISE, 2.0, 50).loss - wanted).abs() <= bound
     assert (loss - wanted).abs() <= 2 * bound

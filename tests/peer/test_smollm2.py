@@ -14,7 +14,7 @@ from scalabl_ref import Llama
 from scalabl_ref.app import cli
 from scalabl_ref.data import ChatTemplate
 from scalabl_ref.data.tokenizer import load_tokenizer
-from scalabl_ref.evaluation.predict import generate
+from scalabl_ref.evaluation.generate import generate
 
 from ..tickets import write_tickets
 from ..tolerances import rounding

@@ -104,7 +104,7 @@ def test_logits_equal_transformers(theirs, layout, seed):
 @settings(max_examples=10, deadline=None)
 @torch.no_grad()
 def test_greedy_text_equals_transformers(theirs, seed):
-    from scalabl_ref.evaluation.predict import generate
+    from scalabl_ref.evaluation.generate import generate
 
     prompt = torch.randint(
         0, theirs.config.vocab_size, (1, 5), generator=torch.Generator().manual_seed(seed)

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from scalabl_ref import InputError, Llama
-from scalabl_ref.model.llama import LlamaConfig, RopeConfig
+from scalabl_ref.model.config import LlamaConfig, RopeConfig
 from scalabl_ref.support.tensors import (
     Stored,
     Weights,

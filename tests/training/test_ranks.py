@@ -14,6 +14,7 @@ import torch
 from scalabl_ref import AdapterConfig, InputError, Llama, Noise, add_adapters
 from scalabl_ref.app import cli
 from scalabl_ref.evaluation import evaluate
+from scalabl_ref.fast.quantize import quantize_model
 from scalabl_ref.training import ranks as distributed
 from scalabl_ref.training.trainer import (
     TrainConfig,
@@ -55,7 +56,7 @@ def train(
     with distributed.joined(CPU, timeout=60):
         made = trainer(**config)
         if base:
-            made.model.quantize_(base)
+            quantize_model(made.model, base)
         if shard:
             distributed.shard(made.model, offload=shard == "offloaded")
         fit(made, folder, resume)
@@ -211,7 +212,7 @@ def asked(folder: Path) -> None:
 def test_parts_stay_in_the_cpus_memory_if_asked(tmp_path):
     """On a CPU that is where they are anyway: of this the call is all that can be seen."""
     assert on_ranks(1, asked, tmp_path) == [0]
-    units = ("Block", "Embedding", "Llama")
+    units = ("PackedBlock", "Embedding", "Llama")
     policies = ("OffloadPolicy", "CPUOffloadPolicy")
     expected = [[*(f"{unit} {policy}" for unit in units), "False"] for policy in policies]
     assert json.loads((tmp_path / "asked").read_text()) == sum(expected, [])

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scalabl_ref import InputError, Llama, Noise, adapters, load_run, save_run
-from scalabl_ref.core.adapter import MIN_LOG_SIGMA
+from scalabl_ref.core.adapter import MIN_LOG_SIGMA, SubspaceAdapter
 from scalabl_ref.core.noise import FIRST_TRAINING_DRAW
-from scalabl_ref.core.objective import kl_divergence
+from scalabl_ref.core.objective import complexity
 from scalabl_ref.data import Encoded
-from scalabl_ref.fast import ops
+from scalabl_ref.fast.rows import compile_blocks
 from scalabl_ref.support.errors import Interrupted
 from scalabl_ref.training.trainer import (
     TrainConfig,
@@ -152,7 +152,7 @@ def test_compiled_blocks_train_alike(monkeypatch):
         programs.append(graph)
         return graph.forward
 
-    compiled.model.compile_blocks(compiled_by)
+    compile_blocks(compiled.model, compiled_by)
     breaks = torch._dynamo.utils.counters["graph_break"]
     breaks.clear()
     for _ in range(4):
@@ -185,7 +185,7 @@ def test_one_objective_step_is_adamw_on_nll_plus_beta_kl_over_n():
     nll = cross_entropy(
         class_logits(twin.model, batch, Noise(0, FIRST_TRAINING_DRAW)), batch.labels
     )
-    (nll + 3.0 * kl_divergence(twin.model, "official") / 10).backward()
+    (nll + 3.0 * complexity(twin.model, "official") / 10).backward()
     groups = [
         {"params": [p for n, p in twin.model.named_parameters() if n[-2:] in (".A", ".B")]},
         {"params": twin.variational, "lr": 4e-2},
@@ -279,13 +279,14 @@ def test_noise_of_a_step_is_its_own(monkeypatch):
     """No two steps share a draw, and prediction's draws are never training's."""
     drawn = []
     t = trainer()
-    original = ops._draws
+    original = SubspaceAdapter.op
 
-    def spy(shape, noise, layer, sampling, groups):
+    def spy(*arguments):
+        noise, layer, _, groups, _ = arguments[8:]
         drawn.extend((noise.seed, noise.draw, layer, g) for g in set(groups.tolist()))
-        return original(shape, noise, layer, sampling, groups)
+        return original(*arguments)
 
-    monkeypatch.setattr(ops, "_draws", spy)
+    monkeypatch.setattr(SubspaceAdapter, "op", staticmethod(spy))
     for _ in range(8):
         t.step()
     assert len(drawn) == len(set(drawn)) > 100

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from scalabl_ref import Noise, adapters, kl_forward, kl_official, methods, subspace_lora_linear
-from scalabl_ref.core.adapter import MapAdapter, fitted_prior_std
-from scalabl_ref.core.objective import class_logits
+from scalabl_ref.core.objective import class_logits, fitted_prior_std
 from scalabl_ref.evaluation import metrics
 from scalabl_ref.methods import blob, ensemble, full, laplace
+from scalabl_ref.methods.map import MapAdapter
 from scalabl_ref.verify.checks import run
 from scalabl_ref.verify.method_checks import METHOD_CHECKS, distance, golden_section, slopes
 
@@ -241,8 +241,8 @@ def _(self):
 
 # --- MAP, dropout, ensembles, SWAG, temperature ---------------------------------------------------
 
-MAP, DROPOUT = "core.adapter:MapAdapter.complexity", "methods.dropout:DropoutAdapter.forward"
-drop, penalty = methods.DropoutAdapter.forward, MapAdapter.complexity
+MAP, DROPOUT = "methods.map:MapAdapter.complexity", "methods.dropout:DropoutAdapter.hidden"
+drop, penalty = methods.DropoutAdapter.hidden, MapAdapter.complexity
 fault("dropout: 1 - p for p", DROPOUT, "dropout")(with_config(drop, dropout=lambda p: 1 - p))
 fault("dropout: one mask", DROPOUT, "dropout")(with_config(drop, **ONE_FOR_ALL))
 fault("dropout: not scaled", DROPOUT, "dropout")(with_config(drop, alpha=lambda alpha: 0.7 * alpha))

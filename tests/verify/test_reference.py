@@ -80,9 +80,9 @@ def test_words_are_those_of_the_package(counter, key, rounds):
     assert tuple(reference.philox4x32(counter, key, rounds)) == philox4x32(counter, key, rounds)
 
 
-def test_the_high_word_of_an_id_counts_draws():
+def test_draws_are_added_to_the_noises_own():
     now, later = Noise(5, 6), Noise(5, 9)
-    eps = reference.eps_of_group(now, 2, 11 + 3 * 2**32, 7)
+    eps = reference.eps_of_group(now, 2, 11, 7, later=3)
     assert eps == reference.eps_of_group(later, 2, 11, 7) != reference.eps_of_group(now, 2, 11, 7)
     assert reference.eps_of_group(None, 2, 11, 7) == [0.0] * 7
 

@@ -136,7 +136,7 @@ def op_backward(p, t):
 
 
 # ------------------------------------------------------------------------------------ KL, ELBO
-def kl_divergence(s, sigma, prior_std, kind):
+def complexity(s, sigma, prior_std, kind):
     """Equation (5), "forward", or (6), "official", in nats."""
     if kind == "forward":
         ratio, square = prior_std / sigma, (sigma**2 + s**2) / (2 * prior_std**2)
@@ -152,7 +152,7 @@ def mean_nll(logits, labels):
 
 def elbo(p, t):
     nll = mean_nll(t["logits"], t["labels"])
-    kl = kl_divergence(t["s"], t["sigma"], p["prior_std"], p["kl"])
+    kl = complexity(t["s"], t["sigma"], p["prior_std"], p["kl"])
     return {"nll": nll, "kl": kl, "loss": nll + p["beta"] * kl / p["num_examples"]}
 
 
@@ -297,7 +297,7 @@ def training_step(p, t):
 
     def total_kl(w):
         w = with_scales(w)
-        kl = partial(kl_divergence, prior_std=p["prior_std"], kind=p["kl"])
+        kl = partial(complexity, prior_std=p["prior_std"], kind=p["kl"])
         return sum(kl(w[f"{name}.s"], w[f"{name}.sigma"]) for name in layers)
 
     def objective(w):
@@ -335,7 +335,7 @@ CASES = {
     "noise": lambda p, t: {"eps": normal(p["seed"], p["draw"], p["layer"], t["groups"], p["rank"])},
     "op-forward": lambda p, t: {"y": linear(t["x"], t | noise(p, t))},
     "op-backward": op_backward,
-    "kl": lambda p, t: {"kl": kl_divergence(t["s"], t["sigma"], p["prior_std"], p["kl"])},
+    "kl": lambda p, t: {"kl": complexity(t["s"], t["sigma"], p["prior_std"], p["kl"])},
     "objective": elbo,
     "initialisation": initialisation,
     "warmup": lambda p, t: {"factor": warmup_factor(t["step"], p["steps"], p["warmup"])},

@@ -1,0 +1,129 @@
+"""The arguments of a forward pass: tokens, padding, cache and draws; positions and masks of them.
+
+Shapes are written as in llama.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ..core.noise import Noise
+from ..support.errors import InputError
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, one pair of (B, K, S, h) tensors a layer.
+
+    padded: whether some of these tokens are padding, which only a mask can tell from the others.
+    """
+
+    padded = False
+
+    def __init__(self, layers: int) -> None:
+        self.keys: list[Tensor | None] = [None] * layers
+        self.values: list[Tensor | None] = [None] * layers
+
+    def __len__(self) -> int:
+        """Number of tokens held, S."""
+        return 0 if self.keys[0] is None else self.keys[0].shape[2]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add k and v, (B, K, T, h), to a layer; returns all of them, (B, K, S, h)."""
+        old_k, old_v = self.keys[layer], self.values[layer]
+        if old_k is not None and old_v is not None:
+            k, v = torch.cat((old_k, k), dim=2), torch.cat((old_v, v), dim=2)
+        self.keys[layer], self.values[layer] = k, v
+        return k, v
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The arguments of one forward pass: those of `Llama.forward`."""
+
+    tokens: Tensor
+    noise: Noise | None = None
+    groups: Tensor | None = None
+    lengths: Tensor | None = None
+    mask: Tensor | None = None
+    cache: KVCache | None = None
+    draws: int = 1
+    last_only: bool = False
+    padded: bool = False
+
+    @property
+    def past(self) -> int:
+        """Number of cached tokens, S - T."""
+        return 0 if self.cache is None else len(self.cache)
+
+    def check(self, limit: int) -> None:
+        """Raise as `Llama.forward` says; tell the cache whether it will hold padding."""
+        if self.lengths is not None and self.mask is not None:
+            raise ValueError("give lengths (right padding) or mask (any padding), not both")
+        T, cache = self.tokens.shape[1], self.cache
+        if self.past + T > limit:
+            raise InputError(f"{self.past + T} tokens, but the model has only {limit} positions")
+        if cache is not None:
+            if cache.padded and self.mask is None:
+                raise InputError("the cache holds padding: tokens after it need a mask")
+            cache.padded = self.lengths is not None and bool((self.lengths < T).any())
+            if self.mask is not None:
+                cache.padded = not bool(self.mask.all())
+
+    def row_groups(self) -> Tensor:
+        """Ids (B,) of the rows' draws."""
+        device = self.tokens.device
+        if self.groups is None:
+            return torch.arange(len(self.tokens), device=device)
+        return self.groups.to(device)
+
+    def for_each_draw(self) -> tuple[Inputs, Tensor | None]:
+        """All rows under one draw, then under the next, ...; and the draws (S B,) of these rows."""
+        if self.draws == 1:
+            return self, None
+        rows = dataclasses.replace(
+            self,
+            tokens=repeated(self.tokens, self.draws),
+            groups=repeated(self.row_groups(), self.draws),
+            lengths=None if self.lengths is None else repeated(self.lengths, self.draws),
+            mask=None if self.mask is None else repeated(self.mask, self.draws),
+        )
+        draws = torch.arange(self.draws, device=self.tokens.device)
+        return rows, draws.repeat_interleave(len(self.tokens))
+
+    def positions(self) -> Tensor:
+        """The place of every new token among its row's real tokens, (B or 1, T)."""
+        if self.mask is not None:
+            return (self.mask.long().cumsum(1) - 1).clamp(min=0)[:, self.past :]  # (B, T)
+        T, device = self.tokens.shape[1], self.tokens.device
+        return torch.arange(self.past, self.past + T, device=device)[None]  # (1, T)
+
+    def attention_mask(self) -> Tensor | None:
+        """(B or 1, 1, T, S), True where a query sees a key; None: it sees all keys before it."""
+        T, device = self.tokens.shape[1], self.tokens.device
+        if self.mask is None and (self.past == 0 or T == 1):
+            return None
+        key = torch.arange(self.past + T, device=device)[None]  # (1, S)
+        query = torch.arange(self.past, self.past + T, device=device)[:, None]  # (T, 1)
+        before = (key <= query)[None, None]  # (1, 1, T, S)
+        if self.mask is None:
+            return before
+        # A padding query still sees itself: a row of the softmax must not be empty.
+        return (before & self.mask[:, None, None]) | (key == query)  # (B, 1, T, S)
+
+    def ends(self) -> Tensor:
+        """The place of each row's last real token among the T, (B,)."""
+        B, T = self.tokens.shape
+        device = self.tokens.device
+        if self.lengths is not None:
+            return self.lengths.to(device) - 1
+        if self.mask is None:
+            return torch.full((B,), T - 1, device=device)
+        return torch.where(self.mask[:, self.past :], torch.arange(T, device=device), 0).amax(1)
+
+
+def repeated(x: Tensor, times: int) -> Tensor:
+    """x (n, *) so many times, one after the other: (times n, *)."""
+    return x.repeat(times, *[1] * (x.dim() - 1))
