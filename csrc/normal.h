@@ -97,8 +97,8 @@ struct Coordinates {
 
 // The coordinates of entry g of a list: group groups[g], or g itself where groups is null, of
 // draw + draws[g], or of draw where draws is null. Both are taken modulo 2^32.
-SCALABL_BOTH Coordinates coordinates(uint64_t seed, uint32_t draw, uint32_t layer, const int64_t *groups,
-                               const int64_t *draws, int64_t g) {
+SCALABL_BOTH Coordinates coordinates(uint64_t seed, uint32_t draw, uint32_t layer,
+                                     const int64_t *groups, const int64_t *draws, int64_t g) {
     return {seed, draw + (draws ? static_cast<uint32_t>(draws[g]) : 0u), layer,
             static_cast<uint32_t>(groups ? groups[g] : g)};
 }

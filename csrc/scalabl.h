@@ -100,9 +100,16 @@ scalabl_status scalabl_update_backward(const scalabl_update *op, const void *gra
                                        int64_t grad_x_stride, void *grad_A, void *grad_B,
                                        void *grad_s, void *grad_sigma);
 
-/* The same for memory on a GPU, enqueued on a cudaStream_t: all pointers of op and of the arguments
- * are then of that device, groups and draws are taken modulo 2^32, `threads` is not used, and
- * nothing waits.
+/* Both as plain loops over doubles, for comparison (plain.cpp): slow, and `threads` is not used.
+ * h of the forward pass is always computed again. */
+scalabl_status scalabl_plain_forward(const scalabl_update *op, void *y, int64_t y_stride, void *h);
+scalabl_status scalabl_plain_backward(const scalabl_update *op, const void *grad_y,
+                                      int64_t grad_y_stride, void *grad_x, int64_t grad_x_stride,
+                                      void *grad_A, void *grad_B, void *grad_s, void *grad_sigma);
+
+/* Both for memory on a GPU, enqueued on a cudaStream_t: all pointers of op and of the arguments are
+ * then of that device, groups and draws are taken modulo 2^32, `threads` is not used, and nothing
+ * waits.
  * scratch: *scratch_bytes bytes of device memory that stay untouched until the stream has passed.
  * With scratch null, *scratch_bytes receives how many are needed and nothing else happens. */
 scalabl_status scalabl_cuda_update_forward(const scalabl_update *op, void *y, int64_t y_stride,

@@ -21,6 +21,13 @@ namespace scalabl {
 
 constexpr int MAX_RANK = 256;
 
+// Where the gradients go; null where one is not wanted.
+struct Gradients {
+    void *x;  // added to
+    int64_t x_stride;
+    void *A, *B, *s, *sigma;  // overwritten
+};
+
 // How many groups there are of so many rows each; no sum that could overflow.
 SCALABL_BOTH int64_t count_groups(int64_t rows, int64_t rows_per_group) {
     return rows / rows_per_group + (rows % rows_per_group != 0);
@@ -54,16 +61,23 @@ struct Wide<double> {
     typedef double type;
 };
 
+// fn(S()), S the type that a dtype names.
+template <typename Fn>
+void by_dtype(int32_t dtype, const Fn &fn) {
+    switch (dtype) {
+        case SCALABL_FLOAT64: return fn(double());
+        case SCALABL_BFLOAT16: return fn(bfloat16());
+        case SCALABL_FLOAT16: return fn(float16());
+        default: return fn(float());
+    }
+}
+
 // fn(S(), P()): S the type of the rows, P that of the adapter.
 template <typename Fn>
-void by_dtype(const scalabl_update &op, const Fn &fn) {
-    const bool plain = op.adapter_dtype == SCALABL_FLOAT32;
-    switch (op.dtype) {
-        case SCALABL_FLOAT64: return plain ? fn(double(), float()) : fn(double(), double());
-        case SCALABL_BFLOAT16: return plain ? fn(bfloat16(), float()) : fn(bfloat16(), bfloat16());
-        case SCALABL_FLOAT16: return plain ? fn(float16(), float()) : fn(float16(), float16());
-        default: return fn(float(), float());
-    }
+void by_dtypes(const scalabl_update &op, const Fn &fn) {
+    by_dtype(op.dtype, [&](auto row) {
+        return op.adapter_dtype == SCALABL_FLOAT32 ? fn(row, float()) : fn(row, row);
+    });
 }
 
 }  // namespace scalabl

@@ -404,14 +404,14 @@ void backward_pass(const scalabl_update &op, const void *grad_y, int64_t grad_y_
 namespace cpu {
 
 void forward(const scalabl_update &op, void *y, int64_t y_stride, void *h) {
-    by_dtype(op, [&](auto row, auto adapter) {
+    by_dtypes(op, [&](auto row, auto adapter) {
         forward_pass<decltype(row), decltype(adapter)>(op, y, y_stride, h);
     });
 }
 
 void backward(const scalabl_update &op, const void *grad_y, int64_t grad_y_stride, const void *h,
               const Gradients &out) {
-    by_dtype(op, [&](auto row, auto adapter) {
+    by_dtypes(op, [&](auto row, auto adapter) {
         backward_pass<decltype(row), decltype(adapter)>(op, grad_y, grad_y_stride, h, out);
     });
 }

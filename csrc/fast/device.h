@@ -8,7 +8,6 @@
 // result on every run, and nothing that a stream's capture in a graph would not allow.
 #pragma once
 
-#include "cpu.h"
 #include "subspace_lora.h"
 
 namespace scalabl {
@@ -360,7 +359,7 @@ template <typename Launcher>
 int64_t forward(const scalabl_update &op, void *y, int64_t y_stride, void *h, void *base,
                 const Launcher &launcher) {
     Scratch scratch = {static_cast<char *>(base), 0};
-    by_dtype(op, [&](auto row, auto adapter) {
+    by_dtypes(op, [&](auto row, auto adapter) {
         const Plan<decltype(row), decltype(adapter), Launcher> plan = {op, scratch, launcher};
         plan.forward(y, y_stride, h);
     });
@@ -371,7 +370,7 @@ template <typename Launcher>
 int64_t backward(const scalabl_update &op, const void *grad_y, int64_t grad_y_stride, const void *h,
                  const Gradients &out, void *base, const Launcher &launcher) {
     Scratch scratch = {static_cast<char *>(base), 0};
-    by_dtype(op, [&](auto row, auto adapter) {
+    by_dtypes(op, [&](auto row, auto adapter) {
         const Plan<decltype(row), decltype(adapter), Launcher> plan = {op, scratch, launcher};
         plan.backward(grad_y, grad_y_stride, h, out);
     });
