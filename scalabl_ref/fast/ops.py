@@ -349,13 +349,24 @@ def _update(core: Any, x: Tensor, t: Inputs, draws: Draws) -> tuple[Any, Any]:
         ids, later = (ids & 0xFFFFFFFF).contiguous(), (ids >> 32).contiguous()
     rows, d_in = x.shape
     d_out, rank = B.shape
-    op = core.Update(
-        _DTYPES[x.dtype], _DTYPES[A.dtype], rows, d_in, d_out, rank, x.data_ptr(), x.stride(0),
-        A.data_ptr(), A.stride(0), B.data_ptr(), B.stride(0), s.data_ptr(), sigma.data_ptr(),
-        scaling, noisy, seed & MASK, draw, layer, 0 if ids is None else ids.data_ptr(),
-        0 if later is None else later.data_ptr(), per_group, torch.get_num_threads(),
-    )  # fmt: skip
+    op = core.update(
+        dtypes=(_DTYPES[x.dtype], _DTYPES[A.dtype]),
+        sizes=(rows, d_in, d_out, rank),
+        x=(x.data_ptr(), x.stride(0)),
+        A=(A.data_ptr(), A.stride(0)),
+        B=(B.data_ptr(), B.stride(0)),
+        s=s.data_ptr(),
+        sigma=sigma.data_ptr(),
+        scaling=scaling,
+        noise=(seed & MASK, draw, layer) if noisy else None,
+        groups=(_address(ids), _address(later), per_group),
+        threads=torch.get_num_threads(),
+    )
     return op, (x, A, B, s, sigma, ids, later)
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def _native_forward(core: Any, t: Inputs, draws: Draws, keep: bool) -> tuple[Tensor, Tensor | None]:
