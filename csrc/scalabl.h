@@ -75,8 +75,8 @@ typedef struct {
     const void *s;         /* (rank,) contiguous */
     const void *sigma;     /* (rank,) contiguous */
     double scaling;
-    int32_t noisy;         /* 0: the mean model, eps = 0; what follows down to rows_per_group is then
-                              not read */
+    int32_t noisy;         /* 0: the mean model, eps = 0; fields from here to rows_per_group are
+                              then not read */
     uint32_t draw, layer;  /* layer below 2^32 - 1 */
     uint64_t seed;
     const int64_t *groups; /* rows i with the same g = i / rows_per_group share the eps of group
@@ -124,7 +124,8 @@ scalabl_status scalabl_cuda_update_backward(const scalabl_update *op, const void
 /* --- The build ------------------------------------------------------------------------------ */
 
 /* The instruction set whose kernels run: "baseline", "avx2" or "avx512"; the widest that the
- * machine has, unless scalabl_use_isa (for tests and measurements; not thread-safe) says another. */
+ * machine has, unless scalabl_use_isa names another (for tests and measurements; not
+ * thread-safe). */
 const char *scalabl_isa(void);
 scalabl_status scalabl_use_isa(const char *name);
 
