@@ -94,7 +94,7 @@ void compare(const Problem &p, const Forward &forward, const Backward &backward,
     const double row = sum + 2 * tolerance * half_ulp(op.dtype);
     const double own = sum + tolerance * half_ulp(op.adapter_dtype);
     const Results expected = plain(Problem(p, [](double value) { return value; }));
-    const Results size = sizes(p);
+    const Results size = tolerance > 0 ? sizes(p) : expected;  // times 0: any will do
 
     Results kept(p);
     CHECK(forward(op, kept.y.data(), kept.y.stride, kept.h.data()) == SCALABL_OK);
