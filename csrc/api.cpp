@@ -5,6 +5,7 @@
 
 #include "fast/cpu.h"
 #include "fast/cuda.h"
+#include "plain.h"
 #include "scalabl.h"
 #include "subspace_lora.h"
 
@@ -191,6 +192,22 @@ scalabl_status scalabl_update_backward(const scalabl_update *op, const void *gra
         check_backward(op, Memory::HOST, grad_y, grad_y_stride, h, out);
     if (status != SCALABL_OK) return status;
     return guarded([&] { scalabl::cpu::backward(*op, grad_y, grad_y_stride, h, out); });
+}
+
+scalabl_status scalabl_plain_forward(const scalabl_update *op, void *y, int64_t y_stride, void *h) {
+    const scalabl_status status = check_forward(op, Memory::HOST, y, y_stride);
+    if (status != SCALABL_OK) return status;
+    return guarded([&] { scalabl::plain::forward(*op, y, y_stride, h); });
+}
+
+scalabl_status scalabl_plain_backward(const scalabl_update *op, const void *grad_y,
+                                      int64_t grad_y_stride, void *grad_x, int64_t grad_x_stride,
+                                      void *grad_A, void *grad_B, void *grad_s, void *grad_sigma) {
+    const scalabl::Gradients out = {grad_x, grad_x_stride, grad_A, grad_B, grad_s, grad_sigma};
+    const scalabl_status status =
+        check_backward(op, Memory::HOST, grad_y, grad_y_stride, nullptr, out);
+    if (status != SCALABL_OK) return status;
+    return guarded([&] { scalabl::plain::backward(*op, grad_y, grad_y_stride, out); });
 }
 
 #ifdef SCALABL_CUDA

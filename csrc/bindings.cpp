@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "scalabl.h"
@@ -33,6 +34,17 @@ void check(scalabl_status status) {
     if (status != SCALABL_OK) refuse(scalabl_message(status));
 }
 
+// call(), without the interpreter's lock.
+template <typename Call>
+void unlocked(const Call &call) {
+    scalabl_status status;
+    {
+        const py::gil_scoped_release release;
+        status = call();
+    }
+    check(status);
+}
+
 std::array<uint32_t, 4> philox4x32(const std::array<uint32_t, 4> &counter,
                                    const std::array<uint32_t, 2> &key, int rounds) {
     std::array<uint32_t, 4> out;
@@ -46,83 +58,153 @@ std::array<double, 2> box_muller(uint32_t a, uint32_t b) {
     return out;
 }
 
+template <typename T = void>
+T *pointer(uintptr_t address) {
+    return reinterpret_cast<T *>(address);
+}
+
 // groups, draws: addresses of `count` int64 numbers each, draws 0 for none; out: address of
 // count * rank float32, row-major.
 void normals(uint64_t seed, uint32_t draw, uint32_t layer, uintptr_t groups, uintptr_t draws,
              int64_t count, int64_t rank, uintptr_t out) {
-    scalabl_status status;
-    {
-        const py::gil_scoped_release release;
-        status = scalabl_normals(seed, draw, layer, reinterpret_cast<const int64_t *>(groups),
-                                 reinterpret_cast<const int64_t *>(draws), count, rank, reinterpret_cast<float *>(out));
-    }
-    check(status);
+    unlocked([&] {
+        return scalabl_normals(seed, draw, layer, pointer<int64_t>(groups),
+                               pointer<int64_t>(draws), count, rank, pointer<float>(out));
+    });
 }
 
-// The fields of scalabl_update, in its order, with addresses for pointers (0 is null).
-struct Update : scalabl_update {
-    Update(int32_t dtype_, int32_t adapter_dtype_, int64_t rows_, int64_t d_in_, int64_t d_out_,
-           int64_t rank_, uintptr_t x_, int64_t x_stride_, uintptr_t A_, int64_t A_stride_,
-           uintptr_t B_, int64_t B_stride_, uintptr_t s_, uintptr_t sigma_, double scaling_,
-           bool noisy_, uint64_t seed_, uint32_t draw_, uint32_t layer_, uintptr_t groups_,
-           uintptr_t draws_, int64_t rows_per_group_, int32_t threads_)
-        : scalabl_update{dtype_,
-                         adapter_dtype_,
-                         rows_,
-                         d_in_,
-                         d_out_,
-                         rank_,
-                         reinterpret_cast<const void *>(x_),
-                         x_stride_,
-                         reinterpret_cast<const void *>(A_),
-                         A_stride_,
-                         reinterpret_cast<const void *>(B_),
-                         B_stride_,
-                         reinterpret_cast<const void *>(s_),
-                         reinterpret_cast<const void *>(sigma_),
-                         scaling_,
-                         noisy_,
-                         draw_,
-                         layer_,
-                         seed_,
-                         reinterpret_cast<const int64_t *>(groups_),
-                         reinterpret_cast<const int64_t *>(draws_),
-                         rows_per_group_,
-                         threads_} {}
+// --- The arguments of an update -----------------------------------------------------------------
+
+// Values by name, as Python's fast calling convention hands them over: pybind11's own keyword
+// arguments would double the price of a small call.
+class Named {
+  public:
+    Named(PyObject *const *values, PyObject *names, Py_ssize_t expected)
+        : values_(values), names_(names), count_(names ? PyTuple_GET_SIZE(names) : 0) {
+        if (count_ != expected) throw py::type_error("update: wrong number of arguments");
+    }
+    // Quick where they are asked for in the order in which they were given.
+    PyObject *operator()(const char *name) {
+        for (Py_ssize_t tried = 0; tried < count_; ++tried) {
+            const Py_ssize_t at = next_;
+            next_ = (next_ + 1) % count_;
+            if (PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(names_, at), name) == 0) {
+                return values_[at];
+            }
+        }
+        throw py::type_error(std::string("update: missing argument ") + name);
+    }
+
+  private:
+    PyObject *const *values_;
+    PyObject *names_;
+    Py_ssize_t count_, next_ = 0;
 };
 
-void update_forward(const Update &op, uintptr_t y, int64_t y_stride, uintptr_t h) {
-    scalabl_status status;
-    {
-        const py::gil_scoped_release release;
-        status = scalabl_update_forward(&op, reinterpret_cast<void *>(y), y_stride,
-                                        reinterpret_cast<void *>(h));
+template <typename T>
+void take(PyObject *from, T &to) {
+    if constexpr (std::is_pointer_v<T>) {
+        to = static_cast<T>(PyLong_AsVoidPtr(from));
+    } else if constexpr (std::is_floating_point_v<T>) {
+        to = PyFloat_AsDouble(from);
+    } else if constexpr (sizeof(T) == 8 && std::is_unsigned_v<T>) {
+        to = PyLong_AsUnsignedLongLong(from);
+    } else {
+        const long long value = PyLong_AsLongLong(from);
+        to = static_cast<T>(value);
+        if (to != value) PyErr_SetString(PyExc_OverflowError, "update: number out of range");
     }
-    check(status);
+    if (PyErr_Occurred()) throw py::error_already_set();
+}
+
+template <typename... T>
+void take_all(PyObject *from, T &...to) {
+    if (!PyTuple_CheckExact(from) || PyTuple_GET_SIZE(from) != sizeof...(T)) {
+        throw py::type_error("update: expected a tuple of " + std::to_string(sizeof...(T)));
+    }
+    Py_ssize_t i = 0;
+    (take(PyTuple_GET_ITEM(from, i++), to), ...);
+}
+
+struct Update : scalabl_update {};
+
+Update update_of(Named arguments) {
+    Update op = {};
+    take_all(arguments("dtypes"), op.dtype, op.adapter_dtype);
+    take_all(arguments("sizes"), op.rows, op.d_in, op.d_out, op.rank);
+    take_all(arguments("x"), op.x, op.x_stride);
+    take_all(arguments("A"), op.A, op.A_stride);
+    take_all(arguments("B"), op.B, op.B_stride);
+    take(arguments("s"), op.s);
+    take(arguments("sigma"), op.sigma);
+    take(arguments("scaling"), op.scaling);
+    PyObject *const noise = arguments("noise");
+    op.noisy = noise != Py_None;
+    if (op.noisy) take_all(noise, op.seed, op.draw, op.layer);
+    take_all(arguments("groups"), op.groups, op.draws, op.rows_per_group);
+    take(arguments("threads"), op.threads);
+    return op;
+}
+
+PyObject *update(PyObject *, PyObject *const *values, Py_ssize_t positional, PyObject *names) {
+    try {
+        if (positional != 0) throw py::type_error("update: give all arguments by name");
+        return py::cast(update_of(Named(values, names, 11))).release().ptr();
+    } catch (py::error_already_set &error) {
+        error.restore();
+    } catch (const py::builtin_exception &error) {
+        error.set_error();
+    }
+    return nullptr;
+}
+
+constexpr const char *UPDATE = R"(
+update(*, dtypes, sizes, x, A, B, s, sigma, scaling, noise, groups, threads)
+
+The arguments of one update, scalabl_update in scalabl.h, with addresses for pointers (0 is null).
+
+dtypes: of the rows and of the adapter, as numbers of scalabl_dtype. sizes: rows, d_in, d_out, rank.
+x, A, B: address, elements from one row to the next. s, sigma: address. noise: None, or seed, draw,
+layer. groups: address of the ids, address of the draws, rows per group.)";
+
+PyMethodDef update_method = {
+    "update", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&update)),
+    METH_FASTCALL | METH_KEYWORDS, UPDATE + 1};
+
+void update_forward(const Update &op, uintptr_t y, int64_t y_stride, uintptr_t h) {
+    unlocked([&] { return scalabl_update_forward(&op, pointer(y), y_stride, pointer(h)); });
 }
 
 void update_backward(const Update &op, uintptr_t grad_y, int64_t grad_y_stride, uintptr_t h,
                      uintptr_t grad_x, int64_t grad_x_stride, uintptr_t grad_A, uintptr_t grad_B,
                      uintptr_t grad_s, uintptr_t grad_sigma) {
-    scalabl_status status;
-    {
-        const py::gil_scoped_release release;
-        status = scalabl_update_backward(
-            &op, reinterpret_cast<const void *>(grad_y), grad_y_stride,
-            reinterpret_cast<const void *>(h), reinterpret_cast<void *>(grad_x), grad_x_stride,
-            reinterpret_cast<void *>(grad_A), reinterpret_cast<void *>(grad_B),
-            reinterpret_cast<void *>(grad_s), reinterpret_cast<void *>(grad_sigma));
-    }
-    check(status);
+    unlocked([&] {
+        return scalabl_update_backward(&op, pointer(grad_y), grad_y_stride, pointer(h),
+                                       pointer(grad_x), grad_x_stride, pointer(grad_A),
+                                       pointer(grad_B), pointer(grad_s), pointer(grad_sigma));
+    });
+}
+
+void plain_forward(const Update &op, uintptr_t y, int64_t y_stride, uintptr_t h) {
+    unlocked([&] { return scalabl_plain_forward(&op, pointer(y), y_stride, pointer(h)); });
+}
+
+// As update_backward; h is always computed again.
+void plain_backward(const Update &op, uintptr_t grad_y, int64_t grad_y_stride, uintptr_t,
+                    uintptr_t grad_x, int64_t grad_x_stride, uintptr_t grad_A, uintptr_t grad_B,
+                    uintptr_t grad_s, uintptr_t grad_sigma) {
+    unlocked([&] {
+        return scalabl_plain_backward(&op, pointer(grad_y), grad_y_stride, pointer(grad_x),
+                                      grad_x_stride, pointer(grad_A), pointer(grad_B),
+                                      pointer(grad_s), pointer(grad_sigma));
+    });
 }
 
 // Both return the bytes of scratch space that are needed; with scratch 0 they do nothing else.
 int64_t cuda_forward(const Update &op, uintptr_t y, int64_t y_stride, uintptr_t h,
                      uintptr_t scratch, int64_t bytes, uintptr_t stream) {
-    check(scalabl_cuda_update_forward(&op, reinterpret_cast<void *>(y), y_stride,
-                                      reinterpret_cast<void *>(h),
-                                      reinterpret_cast<void *>(scratch), &bytes,
-                                      reinterpret_cast<void *>(stream)));
+    check(scalabl_cuda_update_forward(&op, pointer(y), y_stride, pointer(h), pointer(scratch),
+                                      &bytes, pointer(stream)));
     return bytes;
 }
 
@@ -130,12 +212,10 @@ int64_t cuda_backward(const Update &op, uintptr_t grad_y, int64_t grad_y_stride,
                       uintptr_t grad_x, int64_t grad_x_stride, uintptr_t grad_A, uintptr_t grad_B,
                       uintptr_t grad_s, uintptr_t grad_sigma, uintptr_t scratch, int64_t bytes,
                       uintptr_t stream) {
-    check(scalabl_cuda_update_backward(
-        &op, reinterpret_cast<const void *>(grad_y), grad_y_stride,
-        reinterpret_cast<const void *>(h), reinterpret_cast<void *>(grad_x), grad_x_stride,
-        reinterpret_cast<void *>(grad_A), reinterpret_cast<void *>(grad_B),
-        reinterpret_cast<void *>(grad_s), reinterpret_cast<void *>(grad_sigma),
-        reinterpret_cast<void *>(scratch), &bytes, reinterpret_cast<void *>(stream)));
+    check(scalabl_cuda_update_backward(&op, pointer(grad_y), grad_y_stride, pointer(h),
+                                       pointer(grad_x), grad_x_stride, pointer(grad_A),
+                                       pointer(grad_B), pointer(grad_s), pointer(grad_sigma),
+                                       pointer(scratch), &bytes, pointer(stream)));
     return bytes;
 }
 
@@ -153,12 +233,18 @@ class Array {
         if (kind && std::string(kind) == "dltensor_versioned") {
             const auto *managed = static_cast<const DLManagedTensorVersioned *>(
                 PyCapsule_GetPointer(capsule_.ptr(), kind));
-            if (managed->version.major != DLPACK_MAJOR_VERSION) fail("DLPack 1 is understood, not this");
-            if (access == WRITE && managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY) fail("is read-only");
+            if (managed->version.major != DLPACK_MAJOR_VERSION) {
+                fail("DLPack 1 is understood, not this");
+            }
+            if (access == WRITE && managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY) {
+                fail("is read-only");
+            }
             tensor_ = &managed->dl_tensor;
         } else if (kind && std::string(kind) == "dltensor") {
             // JAX's arrays come like this, and must not be changed.
-            if (access == WRITE) fail("its DLPack (before 1.0) does not say that it may be changed");
+            if (access == WRITE) {
+                fail("its DLPack (before 1.0) does not say that it may be changed");
+            }
             tensor_ = &static_cast<const DLManagedTensor *>(
                            PyCapsule_GetPointer(capsule_.ptr(), kind))->dl_tensor;
         } else {
@@ -201,7 +287,9 @@ class Array {
     }
 
     void require_dtype(const Array &other) const {
-        if (dtype() != other.dtype()) fail(std::string("dtype differs from that of ") + other.name_);
+        if (dtype() != other.dtype()) {
+            fail(std::string("dtype differs from that of ") + other.name_);
+        }
     }
     void require_shape(const std::vector<int64_t> &expected) const {
         const std::vector<int64_t> shape(tensor_->shape, tensor_->shape + tensor_->ndim);
@@ -335,12 +423,9 @@ void add_update(const py::object &y, const py::object &x, const py::object &A, c
                 int64_t rows_per_group, int32_t threads) {
     const Arguments all("y", y, WRITE, x, A, B, s, sigma, scaling, noise, groups, draws,
                         rows_per_group, threads);
-    scalabl_status status;
-    {
-        const py::gil_scoped_release release;
-        status = scalabl_update_forward(&all.op, all.rows.data(), all.rows.row_stride(), nullptr);
-    }
-    check(status);
+    unlocked([&] {
+        return scalabl_update_forward(&all.op, all.rows.data(), all.rows.row_stride(), nullptr);
+    });
 }
 
 void update_gradients(const py::object &grad_y, const py::object &x, const py::object &A,
@@ -369,14 +454,11 @@ void update_gradients(const py::object &grad_y, const py::object &x, const py::o
     if (to_A) to_A->require_contiguous();
     if (to_B) to_B->require_contiguous();
     const auto place = [](const std::optional<Array> &out) { return out ? out->data() : nullptr; };
-    scalabl_status status;
-    {
-        const py::gil_scoped_release release;
-        status = scalabl_update_backward(&op, all.rows.data(), all.rows.row_stride(), nullptr,
-                                         place(to_x), to_x ? to_x->row_stride() : 0, place(to_A),
-                                         place(to_B), place(to_s), place(to_sigma));
-    }
-    check(status);
+    unlocked([&] {
+        return scalabl_update_backward(&op, all.rows.data(), all.rows.row_stride(), nullptr,
+                                       place(to_x), to_x ? to_x->row_stride() : 0, place(to_A),
+                                       place(to_B), place(to_s), place(to_sigma));
+    });
 }
 
 constexpr const char *ADD_UPDATE = R"(
@@ -418,11 +500,12 @@ PYBIND11_MODULE(_native, module) {
                py::arg("out"));
 
     py::class_<Update>(module, "Update")
-        .def(py::init<int32_t, int32_t, int64_t, int64_t, int64_t, int64_t, uintptr_t, int64_t,
-                      uintptr_t, int64_t, uintptr_t, int64_t, uintptr_t, uintptr_t, double, bool,
-                      uint64_t, uint32_t, uint32_t, uintptr_t, uintptr_t, int64_t, int32_t>())
         .def("forward", &update_forward, py::arg("y"), py::arg("y_stride"), py::arg("h"))
         .def("backward", &update_backward, py::arg("grad_y"), py::arg("grad_y_stride"),
+             py::arg("h"), py::arg("grad_x"), py::arg("grad_x_stride"), py::arg("grad_A"),
+             py::arg("grad_B"), py::arg("grad_s"), py::arg("grad_sigma"))
+        .def("plain_forward", &plain_forward, py::arg("y"), py::arg("y_stride"), py::arg("h"))
+        .def("plain_backward", &plain_backward, py::arg("grad_y"), py::arg("grad_y_stride"),
              py::arg("h"), py::arg("grad_x"), py::arg("grad_x_stride"), py::arg("grad_A"),
              py::arg("grad_B"), py::arg("grad_s"), py::arg("grad_sigma"))
         .def("cuda_forward", &cuda_forward, py::arg("y"), py::arg("y_stride"), py::arg("h"),
@@ -431,6 +514,8 @@ PYBIND11_MODULE(_native, module) {
              py::arg("h"), py::arg("grad_x"), py::arg("grad_x_stride"), py::arg("grad_A"),
              py::arg("grad_B"), py::arg("grad_s"), py::arg("grad_sigma"), py::arg("scratch"),
              py::arg("bytes"), py::arg("stream"));
+    module.attr("update") =
+        py::reinterpret_steal<py::object>(PyCFunction_New(&update_method, nullptr));
     module.def("add_update", &add_update, ADD_UPDATE + 1, py::arg("y"), py::arg("x"), py::arg("A"),
                py::arg("B"), py::arg("s"), py::arg("sigma"), py::arg("scaling"),
                py::arg("noise") = py::none(), py::arg("groups") = py::none(),

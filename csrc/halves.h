@@ -1,11 +1,12 @@
-// bfloat16 and float16 as their bits, to float and back, with no help from the hardware or from a
-// library: the same on every path.
+// The types that dtypes name. bfloat16 and float16 are their bits, to float and back, with no help
+// from the hardware or from a library: the same on every path.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
 
 #include "both.h"
+#include "scalabl.h"
 
 namespace scalabl {
 
@@ -71,6 +72,35 @@ SCALABL_BOTH void narrow(float value, float16 &out) {
         half = (size + 0xfffu + ((size >> 13) & 1u) - (112u << 23)) >> 13;
     }
     out.bits = static_cast<uint16_t>((bits >> 16 & 0x8000u) | half);
+}
+
+// What products of T are summed in.
+template <typename T>
+struct Wide {
+    typedef float type;
+};
+template <>
+struct Wide<double> {
+    typedef double type;
+};
+
+// fn(S()), S the type that a dtype names.
+template <typename Fn>
+void by_dtype(int32_t dtype, const Fn &fn) {
+    switch (dtype) {
+        case SCALABL_FLOAT64: return fn(double());
+        case SCALABL_BFLOAT16: return fn(bfloat16());
+        case SCALABL_FLOAT16: return fn(float16());
+        default: return fn(float());
+    }
+}
+
+// fn(S(), P()): S the type of the rows, P that of the adapter.
+template <typename Fn>
+void by_dtypes(const scalabl_update &op, const Fn &fn) {
+    by_dtype(op.dtype, [&](auto row) {
+        return op.adapter_dtype == SCALABL_FLOAT32 ? fn(row, float()) : fn(row, row);
+    });
 }
 
 }  // namespace scalabl

@@ -20,7 +20,8 @@ SCALABL_BOTH void multiply(uint32_t a, uint32_t b, uint32_t &high, uint32_t &low
     low = static_cast<uint32_t>(product);
 }
 
-// counter -> four words, after `rounds` rounds under the key (k0, k1). Word sums wrap at 2^32.
+// Step 1 of docs/conformance.md: a counter to four words, in `rounds` rounds under the key
+// (k0, k1). Sums of words wrap at 2^32.
 SCALABL_BOTH Block philox4x32(Block counter, uint32_t k0, uint32_t k1, int rounds) {
     uint32_t *c = counter.word;
     for (int round = 0; round < rounds; ++round) {

@@ -75,8 +75,8 @@ typedef struct {
     const void *s;         /* (rank,) contiguous */
     const void *sigma;     /* (rank,) contiguous */
     double scaling;
-    int32_t noisy;         /* 0: the mean model, eps = 0; what follows down to rows_per_group is then
-                              not read */
+    int32_t noisy;         /* 0: the mean model, eps = 0; fields from here to rows_per_group are
+                              then not read */
     uint32_t draw, layer;  /* layer below 2^32 - 1 */
     uint64_t seed;
     const int64_t *groups; /* rows i with the same g = i / rows_per_group share the eps of group
@@ -100,9 +100,16 @@ scalabl_status scalabl_update_backward(const scalabl_update *op, const void *gra
                                        int64_t grad_x_stride, void *grad_A, void *grad_B,
                                        void *grad_s, void *grad_sigma);
 
-/* The same for memory on a GPU, enqueued on a cudaStream_t: all pointers of op and of the arguments
- * are then of that device, groups and draws are taken modulo 2^32, `threads` is not used, and
- * nothing waits.
+/* Both as plain loops over doubles, for comparison (plain.cpp): slow, and `threads` is not used.
+ * h of the forward pass is always computed again. */
+scalabl_status scalabl_plain_forward(const scalabl_update *op, void *y, int64_t y_stride, void *h);
+scalabl_status scalabl_plain_backward(const scalabl_update *op, const void *grad_y,
+                                      int64_t grad_y_stride, void *grad_x, int64_t grad_x_stride,
+                                      void *grad_A, void *grad_B, void *grad_s, void *grad_sigma);
+
+/* Both for memory on a GPU, enqueued on a cudaStream_t: all pointers of op and of the arguments are
+ * then of that device, groups and draws are taken modulo 2^32, `threads` is not used, and nothing
+ * waits.
  * scratch: *scratch_bytes bytes of device memory that stay untouched until the stream has passed.
  * With scratch null, *scratch_bytes receives how many are needed and nothing else happens. */
 scalabl_status scalabl_cuda_update_forward(const scalabl_update *op, void *y, int64_t y_stride,
@@ -117,7 +124,8 @@ scalabl_status scalabl_cuda_update_backward(const scalabl_update *op, const void
 /* --- The build ------------------------------------------------------------------------------ */
 
 /* The instruction set whose kernels run: "baseline", "avx2" or "avx512"; the widest that the
- * machine has, unless scalabl_use_isa (for tests and measurements; not thread-safe) says another. */
+ * machine has, unless scalabl_use_isa names another (for tests and measurements; not
+ * thread-safe). */
 const char *scalabl_isa(void);
 scalabl_status scalabl_use_isa(const char *name);
 

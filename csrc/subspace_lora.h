@@ -1,16 +1,13 @@
 // The formulas of the subspace-sampled low-rank update, once for host and device.
 //
-//     forward   h = A x                              (rank,) per row
-//               u = scaling * (s + sigma eps) * h
-//               y += B u
-//     backward  d = B^T grad_y
-//               grad_u's way back to h, s, sigma:   dh     = scaling * (s + sigma eps) * d
-//                                                   ds     = scaling * h * d
-//                                                   dsigma = ds * eps
-//               grad_x += A^T dh,   grad_A = sum dh x^T,   grad_B = sum grad_y u^T,
-//               grad_s = sum ds,    grad_sigma = sum dsigma          (sums over rows)
+//     (1a)  y += B u,   u = f * h,   h = A x,   f = c (s + sigma * eps)      per row
+//     (1b)  d = B^T g,   dh = f * d,   ds = c h * d                          g: the gradient of y
+//     (1c)  grad x += A^T dh
+//     (1d)  grad A = sum dh x^T,   grad B = sum g u^T                        over the rows
+//     (1e)  grad s = sum ds,   grad sigma = sum ds * eps
 //
-// docs/method.md derives them. What is left to cpu.cpp and cuda.cu is how to walk the rows.
+// docs/method.md derives them. plain.cpp has all of them as loops. fast/ shares out the rows: what
+// is here are the lines of (1a) and (1b) between the matrix products.
 #pragma once
 
 #include "halves.h"
@@ -20,6 +17,13 @@
 namespace scalabl {
 
 constexpr int MAX_RANK = 256;
+
+// Where the gradients go; null where one is not wanted.
+struct Gradients {
+    void *x;  // added to
+    int64_t x_stride;
+    void *A, *B, *s, *sigma;  // overwritten
+};
 
 // How many groups there are of so many rows each; no sum that could overflow.
 SCALABL_BOTH int64_t count_groups(int64_t rows, int64_t rows_per_group) {
@@ -31,39 +35,17 @@ SCALABL_BOTH Coordinates coordinates(const scalabl_update &op, int64_t g) {
     return coordinates(op.seed, op.draw, op.layer, op.groups, op.draws, g);
 }
 
-// scaling * (s + sigma * eps), the factor between h and u.
+// (1a) f = c (s + sigma * eps), the factor between h and u.
 template <typename T>
 SCALABL_BOTH T factor(T scaling, T s, T sigma, T eps) {
     return scaling * (s + sigma * eps);
 }
 
-// What one component of d contributes: dh, and ds (dsigma is ds * eps).
+// (1b) dh = f d, ds = c h d of one component.
 template <typename T>
 SCALABL_BOTH void backward(T factor, T scaling, T h, T d, T &dh, T &ds) {
     dh = factor * d;
     ds = scaling * h * d;
-}
-
-// What products of T are summed in.
-template <typename T>
-struct Wide {
-    typedef float type;
-};
-template <>
-struct Wide<double> {
-    typedef double type;
-};
-
-// fn(S(), P()): S the type of the rows, P that of the adapter.
-template <typename Fn>
-void by_dtype(const scalabl_update &op, const Fn &fn) {
-    const bool plain = op.adapter_dtype == SCALABL_FLOAT32;
-    switch (op.dtype) {
-        case SCALABL_FLOAT64: return plain ? fn(double(), float()) : fn(double(), double());
-        case SCALABL_BFLOAT16: return plain ? fn(bfloat16(), float()) : fn(bfloat16(), bfloat16());
-        case SCALABL_FLOAT16: return plain ? fn(float16(), float()) : fn(float16(), float16());
-        default: return fn(float(), float());
-    }
 }
 
 }  // namespace scalabl

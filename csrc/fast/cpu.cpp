@@ -16,16 +16,19 @@ namespace {
 
 // A block of rows is what a thread works on at a time, small enough to stay in its second cache;
 // products walk it by columns, so that m (rank 8, 768 columns, 24 kB) stays in the first.
-constexpr int64_t BLOCK = 1 << 16;                   // elements of x or y in a block, about
-constexpr int64_t FEWEST_ROWS = 24, MOST_ROWS = 96;  // multiples of the kernels' three
+constexpr int64_t BLOCK = 1 << 16;  // elements of x or y in a block, about
+constexpr int64_t FEWEST_ROWS = 8 * TILE_ROWS, MOST_ROWS = 32 * TILE_ROWS;
 constexpr int64_t COLUMNS = 768;
 constexpr int64_t SCRATCH = FEWEST_ROWS * COLUMNS;    // of halves widened at a time
 constexpr int64_t HIDDEN = FEWEST_ROWS * MAX_RANK;    // of h, at most
 
+// Rounded down, so that no row is left over to go alone.
+int64_t whole_tiles(int64_t rows) { return rows / TILE_ROWS * TILE_ROWS; }
+
 int64_t block_rows(const scalabl_update &op) {
     const int64_t widest = std::max<int64_t>(1, std::max(op.d_in, op.d_out));
     const int64_t rows = std::clamp(BLOCK / widest, FEWEST_ROWS, MOST_ROWS);
-    return std::min(rows, HIDDEN / op.rank) / 3 * 3;
+    return whole_tiles(std::min(rows, HIDDEN / op.rank));
 }
 
 // Below so many multiplications a second thread costs more than it brings.
@@ -177,7 +180,8 @@ struct Scales {
     Buffer<float> noise;  // (groups, rank); null for the mean model
 
     explicit Scales(const scalabl_update &op)
-        : rank(op.rank), rows_per_group(op.noisy ? op.rows_per_group : std::max<int64_t>(op.rows, 1)) {
+        : rank(op.rank),
+          rows_per_group(op.noisy ? op.rows_per_group : std::max<int64_t>(op.rows, 1)) {
         const int64_t groups = count_groups(op.rows, rows_per_group);
         factors = buffer<T>(groups * rank);
         if (op.noisy) noise = buffer<float>(groups * rank);
@@ -251,20 +255,21 @@ void forward_pass(const scalabl_update &op, void *y_out, int64_t y_stride, void 
         block_dots(row_of(x, first, op.x_stride), op.x_stride, A.data, A.stride, rows, op.d_in,
                    rank, scratch, h);
         if (h_all) std::copy(h, h + rows * rank, h_all + first * rank);
+        T *const u = h;  // u takes h's place, which is in the first cache
         for (int64_t i = 0; i < rows; ++i) {
             const T *factors = scales.of_row(first + i);
-            for (int64_t k = 0; k < rank; ++k) h[i * rank + k] *= factors[k];
+            for (int64_t k = 0; k < rank; ++k) u[i * rank + k] = factors[k] * h[i * rank + k];
         }
         block_add(row_of(y, first, y_stride), y_stride, B.get(), op.d_out, rows, op.d_out, rank,
-                  scratch, h);
+                  scratch, u);
     });
 }
 
 // --- Backward ---------------------------------------------------------------------------------
 
-// Rows are shared out in segments, each with sums of its own over its rows, which are then added up
-// in the order of the segments. Their number depends on the sizes alone, so that the result does not
-// depend on the threads; all their sums together are no larger than x and grad_y.
+// Rows are shared out in segments, each with sums of its own over its rows, which are then added
+// up in the order of the segments. Their number depends on the sizes alone, so that the result does
+// not depend on the threads; all their sums together are no larger than x and grad_y.
 constexpr int64_t SEGMENT = 128, MOST_SEGMENTS = 32;
 
 int64_t segments_of(const scalabl_update &op) {
@@ -282,7 +287,21 @@ void block_outer(T *g, const S *x, int64_t x_stride, int64_t rows, int64_t n, in
     });
 }
 
-// Sums over rows, one of each for every segment; null where not wanted.
+// Sums over the rows of one segment; A and B null where not wanted.
+template <typename T>
+struct SegmentSums {
+    T *A, *B;           // (rank, d_in), (rank, d_out)
+    double *s, *sigma;  // (rank,) each
+
+    void clear(const scalabl_update &op) const {
+        if (A) std::fill(A, A + op.rank * op.d_in, T(0));
+        if (B) std::fill(B, B + op.rank * op.d_out, T(0));
+        std::fill(s, s + op.rank, 0.0);
+        std::fill(sigma, sigma + op.rank, 0.0);
+    }
+};
+
+// Those of all segments.
 template <typename T>
 struct Sums {
     Buffer<T> A, B;      // (segments, rank, d_in), (segments, rank, d_out)
@@ -293,55 +312,92 @@ struct Sums {
         if (out.B) B = buffer<T>(segments * op.rank * op.d_out);
         own = buffer<double>(segments * 2 * op.rank);
     }
+    SegmentSums<T> of(const scalabl_update &op, int64_t segment) const {
+        SegmentSums<T> one;
+        one.A = A ? &A[segment * op.rank * op.d_in] : nullptr;
+        one.B = B ? &B[segment * op.rank * op.d_out] : nullptr;
+        one.s = &own[segment * 2 * op.rank];
+        one.sigma = one.s + op.rank;
+        return one;
+    }
+};
+
+// What all segments read, and where they write.
+template <typename S, typename P>
+struct Backward {
+    typedef typename Wide<S>::type T;
+    const scalabl_update &op;
+    const Gradients &out;
+    const S *grad_y;
+    int64_t grad_y_stride;
+    const T *h;  // null: computed again
+    const Rows<P, T> A;
+    const Buffer<T> B;  // transposed
+    const Scales<P, T> scales;
+
+    Backward(const scalabl_update &op_, const void *grad_y_, int64_t stride, const void *h_,
+             const Gradients &out_)
+        : op(op_),
+          out(out_),
+          grad_y(static_cast<const S *>(grad_y_)),
+          grad_y_stride(stride),
+          h(static_cast<const T *>(h_)),
+          A(op.A, op.A_stride, op.rank, op.d_in),
+          B(transposed<P, T>(op)),
+          scales(op) {}
+
+    void segment(int64_t first, int64_t last, const SegmentSums<T> &sums) const;
+
+    // h of the rows [first, first + rows), or zeros where nothing asks for it.
+    void hidden(int64_t first, int64_t rows, T *scratch, T *to) const {
+        const S *x = row_of(static_cast<const S *>(op.x), first, op.x_stride);
+        if (h) {
+            std::copy(h + first * op.rank, h + (first + rows) * op.rank, to);
+        } else if (out.B || out.s || out.sigma) {
+            block_dots(x, op.x_stride, A.data, A.stride, rows, op.d_in, op.rank, scratch, to);
+        } else {
+            std::fill(to, to + rows * op.rank, T(0));
+        }
+    }
 };
 
 // One segment: rows [first, last) of everything.
-template <typename S, typename T, typename A_, typename Factors>
-void backward_segment(const scalabl_update &op, const S *grad_y, int64_t grad_y_stride,
-                      const T *h_all, const Gradients &out, const A_ &A, const T *B,
-                      const Factors &scales, int64_t first, int64_t last, T *sum_A, T *sum_B,
-                      double *sum_own) {
+template <typename S, typename P>
+void Backward<S, P>::segment(int64_t first, int64_t last, const SegmentSums<T> &sums) const {
     const int64_t rank = op.rank;
     const T scaling = static_cast<T>(op.scaling);
-    const S *x = static_cast<const S *>(op.x);
-    S *grad_x = static_cast<S *>(out.x);
-    const bool needs_h = out.B || out.s || out.sigma;
     T scratch[std::is_same_v<S, T> ? 1 : SCRATCH];
-    T h[HIDDEN], d[HIDDEN];  // which become u and dh
-    if (sum_A) std::fill(sum_A, sum_A + rank * op.d_in, T(0));
-    if (sum_B) std::fill(sum_B, sum_B + rank * op.d_out, T(0));
-    std::fill(sum_own, sum_own + 2 * rank, 0.0);
+    T h_block[HIDDEN], d[HIDDEN];
+    T *const u = h_block, *const dh = d;  // u takes h's place, and dh that of d
+    sums.clear(op);
 
-    const int64_t blocks = std::max<int64_t>(1, (last - first + block_rows(op) - 1) / block_rows(op));
-    const int64_t most = ((last - first + blocks - 1) / blocks + 2) / 3 * 3;  // of about equal size
-    for (int64_t start = first; start < last; start += most) {
-        const int64_t rows = std::min(most, last - start);
-        const S *x_rows = row_of(x, start, op.x_stride);
+    // Blocks of about equal size.
+    const int64_t most = block_rows(op), all = last - first;
+    const int64_t blocks = std::max<int64_t>(1, (all + most - 1) / most);
+    const int64_t even = whole_tiles((all + blocks - 1) / blocks + TILE_ROWS - 1);
+    for (int64_t start = first; start < last; start += even) {
+        const int64_t rows = std::min(even, last - start);
+        const S *x_rows = row_of(static_cast<const S *>(op.x), start, op.x_stride);
         const S *g_rows = row_of(grad_y, start, grad_y_stride);
-        block_dots(g_rows, grad_y_stride, B, op.d_out, rows, op.d_out, rank, scratch, d);
-        if (h_all) {
-            std::copy(h_all + start * rank, h_all + (start + rows) * rank, h);
-        } else if (needs_h) {
-            block_dots(x_rows, op.x_stride, A.data, A.stride, rows, op.d_in, rank, scratch, h);
-        } else {
-            std::fill(h, h + rows * rank, T(0));
-        }
+        block_dots(g_rows, grad_y_stride, B.get(), op.d_out, rows, op.d_out, rank, scratch, d);
+        hidden(start, rows, scratch, h_block);
         for (int64_t i = 0; i < rows; ++i) {
             const T *factors = scales.of_row(start + i);
             for (int64_t k = 0; k < rank; ++k) {
-                T &hk = h[i * rank + k], &dk = d[i * rank + k], dh, ds;
-                scalabl::backward(factors[k], scaling, hk, dk, dh, ds);
-                sum_own[k] += ds;
-                sum_own[rank + k] += static_cast<double>(ds) * scales.eps(start + i, k);
-                hk *= factors[k];
-                dk = dh;
+                const int64_t at = i * rank + k;
+                T to_h, ds;
+                scalabl::backward(factors[k], scaling, h_block[at], d[at], to_h, ds);
+                sums.s[k] += ds;
+                sums.sigma[k] += static_cast<double>(ds) * scales.eps(start + i, k);
+                u[at] = factors[k] * h_block[at];
+                dh[at] = to_h;
             }
         }
-        if (sum_B) block_outer(sum_B, g_rows, grad_y_stride, rows, op.d_out, rank, scratch, h);
-        if (sum_A) block_outer(sum_A, x_rows, op.x_stride, rows, op.d_in, rank, scratch, d);
-        if (grad_x) {
-            block_add(grad_x + start * out.x_stride, out.x_stride, A.data, A.stride, rows, op.d_in,
-                      rank, scratch, d);
+        if (sums.B) block_outer(sums.B, g_rows, grad_y_stride, rows, op.d_out, rank, scratch, u);
+        if (sums.A) block_outer(sums.A, x_rows, op.x_stride, rows, op.d_in, rank, scratch, dh);
+        if (out.x) {
+            S *x_out = static_cast<S *>(out.x) + start * out.x_stride;
+            block_add(x_out, out.x_stride, A.data, A.stride, rows, op.d_in, rank, scratch, dh);
         }
     }
 }
@@ -371,18 +427,13 @@ void backward_pass(const scalabl_update &op, const void *grad_y, int64_t grad_y_
                    const void *h, const Gradients &out) {
     typedef typename Wide<S>::type T;
     const int64_t rank = op.rank, segments = segments_of(op);
-    const Rows<P, T> A(op.A, op.A_stride, rank, op.d_in);
-    const Buffer<T> B = transposed<P, T>(op);
-    const Scales<P, T> scales(op);
+    const Backward<S, P> pass(op, grad_y, grad_y_stride, h, out);
     const Sums<T> sums(op, out, segments);
     const int threads = threads_for(op);
 
     parallel(segments, threads, [&](int64_t segment) {
-        backward_segment<S, T>(
-            op, static_cast<const S *>(grad_y), grad_y_stride, static_cast<const T *>(h), out, A,
-            B.get(), scales, op.rows * segment / segments, op.rows * (segment + 1) / segments,
-            sums.A ? &sums.A[segment * rank * op.d_in] : nullptr,
-            sums.B ? &sums.B[segment * rank * op.d_out] : nullptr, &sums.own[segment * 2 * rank]);
+        pass.segment(op.rows * segment / segments, op.rows * (segment + 1) / segments,
+                     sums.of(op, segment));
     });
     const auto same = [](int64_t i) { return i; };
     const auto turned = [&](int64_t i) { return i % op.d_out * rank + i / op.d_out; };
@@ -404,14 +455,14 @@ void backward_pass(const scalabl_update &op, const void *grad_y, int64_t grad_y_
 namespace cpu {
 
 void forward(const scalabl_update &op, void *y, int64_t y_stride, void *h) {
-    by_dtype(op, [&](auto row, auto adapter) {
+    by_dtypes(op, [&](auto row, auto adapter) {
         forward_pass<decltype(row), decltype(adapter)>(op, y, y_stride, h);
     });
 }
 
 void backward(const scalabl_update &op, const void *grad_y, int64_t grad_y_stride, const void *h,
               const Gradients &out) {
-    by_dtype(op, [&](auto row, auto adapter) {
+    by_dtypes(op, [&](auto row, auto adapter) {
         backward_pass<decltype(row), decltype(adapter)>(op, grad_y, grad_y_stride, h, out);
     });
 }

@@ -1,17 +1,9 @@
 // What api.cpp calls once the arguments are known to be good. May throw std::bad_alloc.
 #pragma once
 
-#include "scalabl.h"
+#include "subspace_lora.h"
 
 namespace scalabl {
-
-// Where the gradients go; null where one is not wanted.
-struct Gradients {
-    void *x;  // added to
-    int64_t x_stride;
-    void *A, *B, *s, *sigma;  // overwritten
-};
-
 namespace cpu {
 
 void forward(const scalabl_update &op, void *y, int64_t y_stride, void *h);

@@ -1,5 +1,5 @@
-// The plan of device.h on a CUDA stream. What runs was walked on the host by test_device.cpp; here is
-// only how it is launched. No synchronisation: the caller's stream orders everything.
+// The plan of device.h on a CUDA stream. test_device.cpp walks the same kernels on the host; here
+// they are launched. No synchronisation: the caller's stream orders everything.
 #include "cuda.h"
 
 #include <cuda_runtime.h>
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(device::THREADS) walk(const Kernel kernel) {
     }
 }
 
-// Grids have at most 2^31 - 1 blocks along x and 65535 along y; nothing is launched on a larger one.
+// Grids have at most 2^31 - 1 blocks along x and 65535 along y; a larger one is an error.
 struct OnStream {
     cudaStream_t stream;
     cudaError_t *error;

@@ -3,8 +3,7 @@
 // reported an error.
 #pragma once
 
-#include "cpu.h"
-#include "scalabl.h"
+#include "subspace_lora.h"
 
 namespace scalabl {
 namespace cuda {

@@ -1,14 +1,14 @@
 // The update and its gradients as kernels for a GPU, written once: cuda.cu launches them, and
 // tests/test_device.cpp walks the same bodies thread by thread on the host.
 //
-// A kernel is a struct: steps() says how many steps its threads take, with a barrier after each, and
-// step(number, place, shared) is what one thread does in one of them. The plan at the end says which
-// kernels run, in which order, on which grid; its Launcher is CUDA's or the host's. Every sum is of
-// a number of parts that depends on the sizes alone, added in a fixed order: no atomics, the same
-// result on every run, and nothing that a stream's capture in a graph would not allow.
+// A kernel is a struct: steps() says how many steps its threads take, with a barrier after each,
+// and step(number, place, shared) is the work of one thread in one of them. The plan at the end
+// says which kernels run, in which order, on which grid; its Launcher is CUDA's or the host's.
+// Every sum is of a number of parts that depends on the sizes alone, added in a fixed order: no
+// atomics, the same result on every run, and nothing that a stream's capture in a graph would not
+// allow.
 #pragma once
 
-#include "cpu.h"
 #include "subspace_lora.h"
 
 namespace scalabl {
@@ -101,10 +101,14 @@ struct Dots {
 template <typename P, typename T>
 struct Mix {
     scalabl_update op;
-    const T *h_parts, *d_parts;  // (splits, rows, rank); null where h is given, or no d wanted
-    int64_t h_splits, d_splits;
-    const T *h_given;            // null: from its parts
-    T *h, *u, *dh, *ds, *dsigma;  // (rows, rank) each; null where not wanted
+    // (splits, rows, rank); null where h is given, or no d wanted
+    const T *h_parts = nullptr, *d_parts = nullptr;
+    int64_t h_splits = 0, d_splits = 0;
+    const T *h_given = nullptr;  // null: from its parts
+    // (rows, rank) each; null where not wanted
+    T *h = nullptr, *u = nullptr, *dh = nullptr, *ds = nullptr, *dsigma = nullptr;
+
+    explicit Mix(const scalabl_update &op_) : op(op_) {}
 
     typedef Nothing Shared;
     SCALABL_MEMBER int64_t steps() const { return 1; }
@@ -148,8 +152,8 @@ struct Mix {
 
 // --- y += u m ---------------------------------------------------------------------------------
 
-// y (rows, n) += u (rows, rank) times m (rank, n). Grid: tiles of rows by tiles of columns. A thread
-// takes one column; the sum over the rank is completed before it meets y.
+// y (rows, n) += u (rows, rank) times m (rank, n). Grid: tiles of rows by tiles of columns. A
+// thread takes one column; the sum over the rank is completed before it meets y.
 template <typename S, typename P, typename T>
 struct Add {
     S *y;
@@ -233,8 +237,8 @@ struct AddUp {
     }
 };
 
-// out (rank,): the sum of terms (rows, rank) over the rows, in double. One block for each component:
-// its threads share out the rows.
+// out (rank,): the sum of terms (rows, rank) over the rows, in double. One block for each
+// component: its threads share out the rows.
 template <typename P, typename T>
 struct RowSum {
     const T *terms;
@@ -327,11 +331,13 @@ struct Plan {
 
     void forward(void *y, int64_t y_stride, void *h) const {
         const int64_t size = op.rows * op.rank;
-        const T *part = dots(x(), A(), op.d_in);
-        T *u = scratch.template take<T>(size);
-        mix({op, part, nullptr, splits_of(op.d_in), 0, nullptr, static_cast<T *>(h), u, nullptr,
-             nullptr, nullptr});
-        add(static_cast<S *>(y), y_stride, Bt(), op.d_out, u);
+        Mix<P, T> kernel(op);
+        kernel.h_parts = dots(x(), A(), op.d_in);
+        kernel.h_splits = splits_of(op.d_in);
+        kernel.h = static_cast<T *>(h);
+        kernel.u = scratch.template take<T>(size);
+        mix(kernel);
+        add(static_cast<S *>(y), y_stride, Bt(), op.d_out, kernel.u);
     }
 
     void backward(const void *grad_y, int64_t grad_y_stride, const void *h,
@@ -339,19 +345,22 @@ struct Plan {
         const int64_t size = op.rows * op.rank;
         const View<S> g = {static_cast<const S *>(grad_y), grad_y_stride, 1};
         const bool needs_h = out.B || out.s || out.sigma;
-        const T *h_parts = !h && needs_h ? dots(x(), A(), op.d_in) : nullptr;
-        const T *d_parts = dots(g, Bt(), op.d_out);
-        T *u = out.B ? scratch.template take<T>(size) : nullptr;
-        T *dh = scratch.template take<T>(size);
-        T *ds = out.s ? scratch.template take<T>(size) : nullptr;
-        T *dsigma = out.sigma ? scratch.template take<T>(size) : nullptr;
-        mix({op, h_parts, d_parts, splits_of(op.d_in), splits_of(op.d_out),
-             static_cast<const T *>(h), nullptr, u, dh, ds, dsigma});
-        if (out.x) add(static_cast<S *>(out.x), out.x_stride, A(), op.d_in, dh);
-        if (out.A) outer(x(), dh, op.d_in, false, out.A);
-        if (out.B) outer(g, u, op.d_out, true, out.B);
-        row_sum(ds, out.s);
-        row_sum(dsigma, out.sigma);
+        Mix<P, T> kernel(op);
+        kernel.h_given = static_cast<const T *>(h);
+        if (!h && needs_h) kernel.h_parts = dots(x(), A(), op.d_in);
+        kernel.h_splits = splits_of(op.d_in);
+        kernel.d_parts = dots(g, Bt(), op.d_out);
+        kernel.d_splits = splits_of(op.d_out);
+        if (out.B) kernel.u = scratch.template take<T>(size);
+        kernel.dh = scratch.template take<T>(size);
+        if (out.s) kernel.ds = scratch.template take<T>(size);
+        if (out.sigma) kernel.dsigma = scratch.template take<T>(size);
+        mix(kernel);
+        if (out.x) add(static_cast<S *>(out.x), out.x_stride, A(), op.d_in, kernel.dh);
+        if (out.A) outer(x(), kernel.dh, op.d_in, false, out.A);
+        if (out.B) outer(g, kernel.u, op.d_out, true, out.B);
+        row_sum(kernel.ds, out.s);
+        row_sum(kernel.dsigma, out.sigma);
     }
 };
 
@@ -360,7 +369,7 @@ template <typename Launcher>
 int64_t forward(const scalabl_update &op, void *y, int64_t y_stride, void *h, void *base,
                 const Launcher &launcher) {
     Scratch scratch = {static_cast<char *>(base), 0};
-    by_dtype(op, [&](auto row, auto adapter) {
+    by_dtypes(op, [&](auto row, auto adapter) {
         const Plan<decltype(row), decltype(adapter), Launcher> plan = {op, scratch, launcher};
         plan.forward(y, y_stride, h);
     });
@@ -371,7 +380,7 @@ template <typename Launcher>
 int64_t backward(const scalabl_update &op, const void *grad_y, int64_t grad_y_stride, const void *h,
                  const Gradients &out, void *base, const Launcher &launcher) {
     Scratch scratch = {static_cast<char *>(base), 0};
-    by_dtype(op, [&](auto row, auto adapter) {
+    by_dtypes(op, [&](auto row, auto adapter) {
         const Plan<decltype(row), decltype(adapter), Launcher> plan = {op, scratch, launcher};
         plan.backward(grad_y, grad_y_stride, h, out);
     });

@@ -88,8 +88,8 @@ template <typename T>
 void dots(const T *x, int64_t x_stride, const T *m, int64_t m_stride, int64_t rows, int64_t n,
           int64_t rank, T *h) {
     int64_t i = 0;
-    for (; i + 3 <= rows; i += 3) {
-        dots_rows<T, 3>(x + i * x_stride, x_stride, m, m_stride, n, rank, h + i * rank);
+    for (; i + TILE_ROWS <= rows; i += TILE_ROWS) {
+        dots_rows<T, TILE_ROWS>(x + i * x_stride, x_stride, m, m_stride, n, rank, h + i * rank);
     }
     for (; i < rows; ++i) {
         dots_rows<T, 1>(x + i * x_stride, x_stride, m, m_stride, n, rank, h + i * rank);
@@ -142,8 +142,8 @@ template <typename T>
 void add(T *y, int64_t y_stride, const T *m, int64_t m_stride, int64_t rows, int64_t n,
          int64_t rank, const T *u) {
     int64_t i = 0;
-    for (; i + 3 <= rows; i += 3) {
-        add_rows<T, 3>(y + i * y_stride, y_stride, m, m_stride, n, rank, u + i * rank);
+    for (; i + TILE_ROWS <= rows; i += TILE_ROWS) {
+        add_rows<T, TILE_ROWS>(y + i * y_stride, y_stride, m, m_stride, n, rank, u + i * rank);
     }
     for (; i < rows; ++i) {
         add_rows<T, 1>(y + i * y_stride, y_stride, m, m_stride, n, rank, u + i * rank);

@@ -131,7 +131,8 @@ constexpr int64_t MOST_BYTES = 1 << 18, MOST_WORK = 1 << 19;
 
 struct Call {
     scalabl_update op;
-    bool backward, x, A, B, s, sigma, rows_given, with_groups, with_draws;  // which pointers are given
+    bool backward;
+    bool x, A, B, s, sigma, rows_given, with_groups, with_draws;  // which pointers are given
     bool h, grad_x, grad_A, grad_B, grad_s, grad_sigma;
     int64_t rows_stride, grad_x_stride;  // of y or grad_y, and of grad_x
     std::vector<int64_t> ids, further;  // of groups, of draws

@@ -1,10 +1,9 @@
-// Problems for the update, and what it must come to: loops in double. Buffers have their exact sizes,
-// so that the sanitizers see a read or a write past the end.
+// Problems for the update, and plain.cpp's results. Buffers have their exact sizes, so that the
+// sanitizers see a read or a write past the end.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
-#include <functional>
 #include <random>
 #include <vector>
 
@@ -20,12 +19,6 @@ double random_value() { return std::normal_distribution<double>()(engine); }
 
 int64_t width(int32_t dtype) {
     return dtype == SCALABL_FLOAT64 ? 8 : dtype == SCALABL_FLOAT32 ? 4 : 2;
-}
-
-// Unit roundoff of a dtype.
-double half_ulp(int32_t dtype) {
-    const double eps[] = {0x1p-24, 0x1p-53, 0x1p-8, 0x1p-11};
-    return eps[dtype];
 }
 
 // A strided matrix of one dtype in bytes of its own; the gaps hold NaN, which must not be read.
@@ -54,6 +47,8 @@ struct Matrix {
     const T &as(int64_t i) const {
         return reinterpret_cast<const T *>(bytes.data())[i];
     }
+    void *row(int64_t i) { return bytes.data() + i * stride * width(dtype); }
+    const void *row(int64_t i) const { return bytes.data() + i * stride * width(dtype); }
     void put(int64_t i, double value) {
         switch (dtype) {
             case SCALABL_FLOAT32: as<float>(i) = static_cast<float>(value); break;
@@ -76,6 +71,16 @@ struct Matrix {
     double at(int64_t i, int64_t j) const { return value(i * stride + j); }
 };
 
+// A copy of a matrix in float64, which holds every number of every dtype; fn changes each.
+template <typename Fn>
+Matrix doubles(const Matrix &from, const Fn &fn) {
+    Matrix out(SCALABL_FLOAT64, from.rows, from.columns);
+    for (int64_t i = 0; i < from.rows; ++i) {
+        for (int64_t j = 0; j < from.columns; ++j) out.set(i, j, fn(from.at(i, j)));
+    }
+    return out;
+}
+
 struct Problem {
     scalabl_update op;
     Matrix x, A, B, s, sigma, y, grad_y, grad_x;
@@ -96,20 +101,10 @@ struct Problem {
             draws.push_back(g / 2 % 5 + (g % 7 == 3));
         }
         op = {};
-        op.dtype = dtype;
-        op.adapter_dtype = own;
         op.rows = rows;
         op.d_in = d_in;
         op.d_out = d_out;
         op.rank = rank;
-        op.x = x.data();
-        op.x_stride = x.stride;
-        op.A = A.data();
-        op.A_stride = A.stride;
-        op.B = B.data();
-        op.B_stride = B.stride;
-        op.s = s.data();
-        op.sigma = sigma.data();
         op.scaling = 0.75;
         op.noisy = 1;
         op.draw = 3;
@@ -119,6 +114,29 @@ struct Problem {
         op.draws = draws.data();
         op.rows_per_group = per_group;
         op.threads = 2;
+        use_own_matrices();
+    }
+    // The same problem in float64, with every number changed by fn. Groups stay those of `from`.
+    template <typename Fn>
+    Problem(const Problem &from, const Fn &fn)
+        : op(from.op), x(doubles(from.x, fn)), A(doubles(from.A, fn)), B(doubles(from.B, fn)),
+          s(doubles(from.s, fn)), sigma(doubles(from.sigma, fn)), y(doubles(from.y, fn)),
+          grad_y(doubles(from.grad_y, fn)), grad_x(doubles(from.grad_x, fn)) {
+        use_own_matrices();
+    }
+    Problem(const Problem &) = delete;  // op points into it
+
+    void use_own_matrices() {
+        op.dtype = x.dtype;
+        op.adapter_dtype = A.dtype;
+        op.x = x.data();
+        op.x_stride = x.stride;
+        op.A = A.data();
+        op.A_stride = A.stride;
+        op.B = B.data();
+        op.B_stride = B.stride;
+        op.s = s.data();
+        op.sigma = sigma.data();
     }
     std::vector<float> eps(int64_t row) const {
         std::vector<float> out(static_cast<size_t>(op.rank));
@@ -133,114 +151,26 @@ struct Problem {
     }
 };
 
-// One number beside what it is to be: `size` is the sum of the magnitudes behind it.
-void near(double value, double expected, double size, double roundoff, const char *what) {
-    const bool good = std::fabs(value - expected) <= roundoff * size;
-    if (!good) std::printf("%s: %.9g, expected %.9g\n", what, value, expected);
-    CHECK(good);
-}
+// Everything that the two passes give.
+struct Results {
+    Matrix h, y, grad_x, A, B, s, sigma;
 
-// How to run the two passes: the C interface's, or the device's plan walked on the host.
-typedef std::function<scalabl_status(const scalabl_update &, void *y, int64_t y_stride, void *h)>
-    Forward;
-typedef std::function<scalabl_status(const scalabl_update &, const void *grad_y, int64_t, const void *h,
-                                     void *grad_x, int64_t, void *grad_A, void *grad_B,
-                                     void *grad_s, void *grad_sigma)>
-    Backward;
+    explicit Results(const Problem &p)
+        : h(p.op.dtype == SCALABL_FLOAT64 ? SCALABL_FLOAT64 : SCALABL_FLOAT32, p.op.rows,
+            p.op.rank),
+          y(p.y), grad_x(p.grad_x), A(p.A.dtype, p.op.rank, p.op.d_in),
+          B(p.A.dtype, p.op.d_out, p.op.rank), s(p.A.dtype, 1, p.op.rank),
+          sigma(p.A.dtype, 1, p.op.rank) {}
+};
 
-// tolerance: 1 for the bounds of rounding, 0 where all numbers are whole and every sum is exact.
-void compare(Problem &p, const Forward &forward, const Backward &backward, double tolerance = 1) {
-    const scalabl_update &op = p.op;
-    const int64_t n = op.rows, r = op.rank;
-    // Sums are of float at least; a store in the rows' or the adapter's dtype rounds once more.
-    const double wide = tolerance * (op.dtype == SCALABL_FLOAT64 ? 0x1p-53 : 0x1p-24);
-    const double sum = wide * static_cast<double>(op.d_in + op.d_out + n + r + 8);
-    const double row = sum + 2 * tolerance * half_ulp(op.dtype);
-    const double own = sum + tolerance * half_ulp(op.adapter_dtype);
-
-    std::vector<double> h(n * r), hs(n * r), d(n * r), ds(n * r), f(n * r), e(n * r);
-    for (int64_t i = 0; i < n; ++i) {
-        const std::vector<float> eps = p.eps(i);
-        for (int64_t k = 0; k < r; ++k) {
-            const int64_t at = i * r + k;
-            e[at] = eps[k];
-            f[at] = op.scaling * (p.s.at(0, k) + p.sigma.at(0, k) * e[at]);
-            for (int64_t j = 0; j < op.d_in; ++j) {
-                h[at] += p.A.at(k, j) * p.x.at(i, j);
-                hs[at] += std::fabs(p.A.at(k, j) * p.x.at(i, j));
-            }
-            for (int64_t j = 0; j < op.d_out; ++j) {
-                d[at] += p.B.at(j, k) * p.grad_y.at(i, j);
-                ds[at] += std::fabs(p.B.at(j, k) * p.grad_y.at(i, j));
-            }
-        }
-    }
-    // |s| + |sigma eps| rather than their sum: what cancels there was rounded before.
-    const auto factor_size = [&](int64_t i, int64_t k) {
-        return op.scaling *
-               (std::fabs(p.s.at(0, k)) + std::fabs(p.sigma.at(0, k) * e[i * r + k]));
-    };
-
-    Matrix y = p.y, kept(op.dtype == SCALABL_FLOAT64 ? SCALABL_FLOAT64 : SCALABL_FLOAT32, n, r);
-    CHECK(forward(op, y.data(), y.stride, kept.data()) == SCALABL_OK);
-    for (int64_t i = 0; i < n; ++i) {
-        for (int64_t k = 0; k < r; ++k) near(kept.at(i, k), h[i * r + k], hs[i * r + k], sum, "h");
-        for (int64_t j = 0; j < op.d_out; ++j) {
-            double expected = p.y.at(i, j), size = std::fabs(expected);
-            for (int64_t k = 0; k < r; ++k) {
-                expected += p.B.at(j, k) * f[i * r + k] * h[i * r + k];
-                size += std::fabs(p.B.at(j, k)) * factor_size(i, k) * hs[i * r + k];
-            }
-            near(y.at(i, j), expected, size, row, "y");
-        }
-    }
-
-    for (const bool saved : {true, false}) {
-        Matrix grad_x = p.grad_x, grad_A(op.adapter_dtype, r, op.d_in);
-        Matrix grad_B(op.adapter_dtype, op.d_out, r), grad_s(op.adapter_dtype, 1, r);
-        Matrix grad_sigma(op.adapter_dtype, 1, r);
-        CHECK(backward(op, p.grad_y.data(), p.grad_y.stride, saved ? kept.data() : nullptr,
-                       grad_x.data(), grad_x.stride, grad_A.data(), grad_B.data(), grad_s.data(),
-                       grad_sigma.data()) == SCALABL_OK);
-        for (int64_t i = 0; i < n; ++i) {
-            for (int64_t j = 0; j < op.d_in; ++j) {
-                double expected = p.grad_x.at(i, j), size = std::fabs(expected);
-                for (int64_t k = 0; k < r; ++k) {
-                    expected += p.A.at(k, j) * f[i * r + k] * d[i * r + k];
-                    size += std::fabs(p.A.at(k, j)) * factor_size(i, k) * ds[i * r + k];
-                }
-                near(grad_x.at(i, j), expected, size, row, "grad_x");
-            }
-        }
-        for (int64_t k = 0; k < r; ++k) {
-            for (int64_t j = 0; j < op.d_in; ++j) {
-                double expected = 0, size = 0;
-                for (int64_t i = 0; i < n; ++i) {
-                    expected += f[i * r + k] * d[i * r + k] * p.x.at(i, j);
-                    size += factor_size(i, k) * ds[i * r + k] * std::fabs(p.x.at(i, j));
-                }
-                near(grad_A.at(k, j), expected, size, own, "grad_A");
-            }
-            for (int64_t j = 0; j < op.d_out; ++j) {
-                double expected = 0, size = 0;
-                for (int64_t i = 0; i < n; ++i) {
-                    expected += p.grad_y.at(i, j) * f[i * r + k] * h[i * r + k];
-                    size += std::fabs(p.grad_y.at(i, j)) * factor_size(i, k) * hs[i * r + k];
-                }
-                near(grad_B.at(j, k), expected, size, own, "grad_B");
-            }
-            double s = 0, sigma = 0, size = 0, sigma_size = 0;
-            for (int64_t i = 0; i < n; ++i) {
-                const int64_t at = i * r + k;
-                s += op.scaling * h[at] * d[at];
-                size += op.scaling * hs[at] * ds[at];
-                sigma += op.scaling * h[at] * d[at] * e[at];
-                sigma_size += op.scaling * hs[at] * ds[at] * std::fabs(e[at]);
-            }
-            near(grad_s.at(0, k), s, size, own, "grad_s");
-            near(grad_sigma.at(0, k), sigma, sigma_size, own, "grad_sigma");
-        }
-    }
+// plain.cpp's results.
+Results plain(const Problem &p) {
+    Results out(p);
+    CHECK(scalabl_plain_forward(&p.op, out.y.data(), out.y.stride, out.h.data()) == SCALABL_OK);
+    CHECK(scalabl_plain_backward(&p.op, p.grad_y.data(), p.grad_y.stride, out.grad_x.data(),
+                                 out.grad_x.stride, out.A.data(), out.B.data(), out.s.data(),
+                                 out.sigma.data()) == SCALABL_OK);
+    return out;
 }
 
 const int32_t PAIRS[][2] = {
@@ -249,7 +179,9 @@ const int32_t PAIRS[][2] = {
     {SCALABL_BFLOAT16, SCALABL_BFLOAT16}, {SCALABL_FLOAT16, SCALABL_FLOAT32},
     {SCALABL_FLOAT16, SCALABL_FLOAT16}};
 
-void compare_all(const Forward &forward, const Backward &backward) {
+// fn(problem) for all dtypes and many shapes, with groups and draws and without.
+template <typename Fn>
+void for_all(const Fn &fn) {
     struct Shape {
         int64_t rows, d_in, d_out, rank, gap, per_group;
     };
@@ -260,32 +192,14 @@ void compare_all(const Forward &forward, const Backward &backward) {
     for (const auto &pair : PAIRS) {
         for (const Shape &c : shapes) {
             Problem p(pair[0], pair[1], c.rows, c.d_in, c.d_out, c.rank, c.gap, c.per_group);
-            compare(p, forward, backward);
+            fn(p);
             p.op.groups = nullptr;
-            compare(p, forward, backward);
+            fn(p);
             p.op.draws = nullptr;
-            compare(p, forward, backward);
+            fn(p);
             p.op.noisy = 0;
-            compare(p, forward, backward);
+            fn(p);
         }
-    }
-}
-
-// Many rows, columns and ranks of numbers out of -1, 0, 1 without noise: a term left out, or taken
-// twice, cannot hide behind rounding.
-void compare_whole_numbers(const Forward &forward, const Backward &backward) {
-    for (const int64_t rows : {int64_t{1}, int64_t{300}, int64_t{700}}) {
-        Problem p(SCALABL_FLOAT32, SCALABL_FLOAT32, rows, 1100, 300, 11, 1, 3);
-        for (Matrix *m : {&p.x, &p.A, &p.B, &p.y, &p.grad_y, &p.grad_x, &p.s}) {
-            for (int64_t i = 0; i < m->rows; ++i) {
-                for (int64_t j = 0; j < m->columns; ++j) {
-                    m->set(i, j, static_cast<double>(engine() % 3) - 1);
-                }
-            }
-        }
-        p.op.scaling = 1;
-        p.op.noisy = 0;
-        compare(p, forward, backward, 0);
     }
 }
 

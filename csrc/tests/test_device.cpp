@@ -1,11 +1,11 @@
-// The kernels of device.h on the host: a grid walked block by block, step by step, thread by thread.
-// Indexing, tails, strides and the scratch space are what cuda.cu runs; so are the noise's bits.
+// The kernels of device.h on the host, against plain.cpp: a grid walked block by block, step by
+// step, thread by thread. cuda.cu runs the same indices, tails, strides, scratch space and noise.
 #include <cstring>
 #include <memory>
 
+#include "compare.h"
 #include "fast/device.h"
 #include "known_answers.h"
-#include "problem.h"
 
 namespace {
 

@@ -1,9 +1,9 @@
-// The update through the C interface, against loops in double: dtypes, strides, ranks, threads,
-// instruction sets, absent outputs and bad arguments.
+// The update on the CPU through the C interface, against plain.cpp: dtypes, strides, ranks,
+// threads, instruction sets, absent outputs and bad arguments.
 #include <cstring>
 #include <string>
 
-#include "problem.h"
+#include "compare.h"
 
 namespace {
 

@@ -172,14 +172,24 @@ def arguments(core: Any, x: Tensor, t: Inputs, d: Draws) -> tuple[Any, Any]:
     )
     rows, d_in = x.shape
     d_out, rank = B.shape
-    op = core.Update(
-        DTYPES[x.dtype], DTYPES[A.dtype], rows, d_in, d_out, rank, x.data_ptr(), x.stride(0),
-        A.data_ptr(), A.stride(0), B.data_ptr(), B.stride(0), s.data_ptr(), sigma.data_ptr(),
-        t.scaling, d.noisy, d.seed & MASK, d.draw, d.layer,
-        0 if groups is None else groups.data_ptr(), 0 if draws is None else draws.data_ptr(),
-        d.rows_per_group, torch.get_num_threads(),
-    )  # fmt: skip
+    op = core.update(
+        dtypes=(DTYPES[x.dtype], DTYPES[A.dtype]),
+        sizes=(rows, d_in, d_out, rank),
+        x=(x.data_ptr(), x.stride(0)),
+        A=(A.data_ptr(), A.stride(0)),
+        B=(B.data_ptr(), B.stride(0)),
+        s=s.data_ptr(),
+        sigma=sigma.data_ptr(),
+        scaling=t.scaling,
+        noise=(d.seed & MASK, d.draw, d.layer) if d.noisy else None,
+        groups=(address(groups), address(draws), d.rows_per_group),
+        threads=torch.get_num_threads(),
+    )
     return op, (x, A, B, s, sigma, groups, draws)
+
+
+def address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def forward(core: Any, t: Inputs, d: Draws, keep: bool) -> tuple[Tensor, Tensor | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,9 +54,24 @@ def composition(*arguments, **named):
         return subspace_lora_linear(*arguments, **named)
 
 
+def plain_loops(*arguments, **named):
+    """The op with the loops of csrc/plain.cpp in place of the fast native passes."""
+    core = native.core()
+
+    def update(**fields):
+        op = core.update(**fields)
+        return SimpleNamespace(forward=op.plain_forward, backward=op.plain_backward)
+
+    loops = SimpleNamespace(cuda="", normals=core.normals, update=update)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "core", lambda: loops)
+        return subspace_lora_linear(*arguments, **named)
+
+
 BODIES = [
     pytest.param(composition, id="composition"),
     pytest.param(subspace_lora_linear, id="native", marks=needs_core),
+    pytest.param(plain_loops, id="plain loops", marks=needs_core),
 ]
 
 
