@@ -1,3 +1,3 @@
-"""The public name of interop/hf.py."""
+"""The public name of `scalabl_ref.interop.hf`."""
 
 from .interop.hf import *  # noqa: F403

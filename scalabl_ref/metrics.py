@@ -1,3 +1,3 @@
-"""The public name of evaluation/metrics.py."""
+"""The public name of `scalabl_ref.evaluation.metrics`."""
 
 from .evaluation.metrics import *  # noqa: F403

@@ -1,3 +1,3 @@
-"""The public name of verify/reference.py."""
+"""The public name of `scalabl_ref.verify.reference`."""
 
 from .verify.reference import *  # noqa: F403

@@ -1,3 +1,3 @@
-"""The public name of data/tokenizer.py."""
+"""The public name of `scalabl_ref.data.tokenizer`."""
 
 from .data.tokenizer import *  # noqa: F403

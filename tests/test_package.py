@@ -108,5 +108,45 @@ def test_metadata():
     assert "torch>=2.5" in requires("scalabl_ref")
 
 
+USER = """
+import scalabl_ref as sr
+from scalabl_ref.data import Batch
+from torch import Tensor
+from typing_extensions import assert_type
+
+model = sr.Llama.from_pretrained("folder")
+assert_type(model, sr.Llama)
+trained, facts = sr.load_run("run")
+assert_type(trained, sr.Llama)
+
+
+def answer(batch: Batch) -> None:
+    prediction = sr.predict(trained, batch, samples=10)
+    assert_type(prediction, sr.Prediction)
+    assert_type(prediction.mutual_information, Tensor)
+
+
+assert_type(sr.Noise(seed=0, draw=1).normal(2, 3, 4), Tensor)
+assert_type(sr.metrics.ece(Tensor(), Tensor(), bins=10), float)
+sr.Noise("zero", 1)  # the one mistake
+"""
+
+
+def test_a_users_type_checker_sees_the_types(tmp_path):
+    """Of the package as it is installed, in a folder that is none of the repository's.
+
+    A name that the checker cannot find is Any there, which no `assert_type` lets pass.
+    """
+    pytest.importorskip("mypy", reason="mypy is in the extra dev")
+    (tmp_path / "user.py").write_text(USER)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--cache-dir", ROOT / ".mypy_cache", "user.py"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    wrong = USER.splitlines().index('sr.Noise("zero", 1)  # the one mistake') + 1
+    assert done.stdout.startswith(f'user.py:{wrong}: error: Argument 1 to "Noise"'), done.stdout
+    assert done.stdout.endswith("Found 1 error in 1 file (checked 1 source file)\n")
+
+
 def test_every_public_name_exists():
     assert [name for name in scalabl_ref.__all__ if not hasattr(scalabl_ref, name)] == []
