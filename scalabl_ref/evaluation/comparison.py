@@ -24,7 +24,7 @@ SCALED = " + temperature"
 def scores(folder: Path, name: str, bins: int) -> dict[str, float]:
     """acc, ece, nll and brier of one folder's answers to one set."""
     answers = _load(folder, name)
-    return _metrics(answers["probs"], answers["labels"], bins)
+    return metrics.scores(answers["probs"], answers["labels"], bins)
 
 
 def row(folders: Sequence[Path], bins: int) -> Row:
@@ -86,20 +86,11 @@ def _scaled(folders: Sequence[Path], probs: Sequence[Tensor]) -> list[Tensor]:
     return out
 
 
-def _metrics(probs: Tensor, labels: Tensor, bins: int) -> dict[str, float]:
-    return {
-        "acc": metrics.accuracy(probs, labels),
-        "ece": metrics.ece(probs, labels, bins),
-        "nll": metrics.nll(probs, labels),
-        "brier": metrics.brier(probs, labels),
-    }
-
-
 def _row(folders: Sequence[Path], probs: Sequence[Tensor], bins: int) -> Row:
     """answer_seconds are of one example; parameters, all numbers kept beside the base model."""
     about = [read_json(folder / "answers.json") for folder in folders]
     labels = _load(folders[0], "test")["labels"]
-    seeds = [_metrics(p, labels, bins) for p in probs]
+    seeds = [metrics.scores(p, labels, bins) for p in probs]
     widths = about[0]["widths"]
     return {
         "trial": about[0]["trial"],
@@ -121,15 +112,10 @@ def _out_of_distribution(folders: Sequence[Path], name: str, bins: int) -> dict[
     out: dict[str, list[float]] = {}
     for folder in folders:
         inside, outside = _load(folder, "test"), _load(folder, name)
-        kind = torch.cat((torch.zeros(len(inside["labels"])), torch.ones(len(outside["labels"]))))
-        values = {}
-        for score in ("entropy", "mutual_information"):
-            both = torch.cat((inside[score], outside[score]))
-            values[f"auroc_{score}"] = metrics.auroc(both, kind.long())
-        known = outside["labels"] < outside["probs"].shape[1]
-        values["scored"] = known.double().mean().item()
+        known = metrics.answerable(outside["probs"], outside["labels"])
+        values = {**metrics.separation(inside, outside), "scored": known.double().mean().item()}
         if known.any():
-            values.update(_metrics(outside["probs"][known], outside["labels"][known], bins))
+            values |= metrics.scores(outside["probs"][known], outside["labels"][known], bins)
         for key, value in values.items():
             out.setdefault(key, []).append(value)
     return {key: _mean(values) for key, values in out.items()}

@@ -12,7 +12,7 @@ bootstrap, Efron 1979.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ TEMPERATURE_RANGE = (0.05, 20.0)
 MOST_BINS = 10_000  # of calibration: each replicate of the bootstrap has a table of them
 
 SCORES = ("acc", "ece", "nll", "brier")
+UNCERTAINTIES = ("entropy", "mutual_information")  # of a predictive distribution, in nats
 
 
 class Reliability(NamedTuple):
@@ -49,6 +50,12 @@ class RiskCoverage(NamedTuple):
     coverage: Tensor
     risk: Tensor
     area: float
+
+
+def scores(probs: Tensor, labels: Tensor, bins: int = 15) -> dict[str, float]:
+    """The four SCORES by name."""
+    values = accuracy(probs, labels), ece(probs, labels, bins), nll(probs, labels)
+    return dict(zip(SCORES, (*values, brier(probs, labels)), strict=True))
 
 
 def accuracy(probs: Tensor, labels: Tensor) -> float:
@@ -135,6 +142,25 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
     behind = value[~positive].bincount(minlength=len(ahead))
     twice_won = (ahead * (2 * (behind.cumsum(0) - behind) + behind)).sum()
     return int(twice_won) / (2 * int(ahead.sum()) * int(behind.sum()))
+
+
+def separation(inside: Mapping[str, Tensor], outside: Mapping[str, Tensor]) -> dict[str, float]:
+    """The AUROC of telling two data sets apart by each of the UNCERTAINTIES, as "auroc_...".
+
+    inside, outside: the uncertainties (N,) and (M,) by name; outside counts as positive.
+    """
+    return {
+        f"auroc_{name}": auroc(
+            torch.cat((inside[name], outside[name])),
+            torch.cat((torch.zeros(len(inside[name])), torch.ones(len(outside[name])))).long(),
+        )
+        for name in UNCERTAINTIES
+    }
+
+
+def answerable(probs: Tensor, labels: Tensor) -> Tensor:
+    """Which rows have a label among the classes, (N,) bool: of another data set, not all may."""
+    return labels < probs.shape[1]
 
 
 def bootstrap_interval(
