@@ -613,7 +613,7 @@ def _made(
     """
     from ..data import Wording, evaluation_batches
     from ..evaluation.answering import encode_for
-    from ..methods import Ensemble, Laplace, Swag, tfb
+    from ..methods import Ensemble, Laplace, Swag, fit_tfb
     from ..support.tensors import load_tensors
 
     if args.method == "ensemble":
@@ -629,7 +629,7 @@ def _made(
     encoded = encode_for(model, tokenizer, examples, Wording.of_run(info))
     batches = evaluation_batches(encoded, args.batch)
     if args.method == "tfb":
-        sigma = tfb(model, batches, args.tolerance, samples=args.samples, seed=args.seed)
+        sigma = fit_tfb(model, batches, args.tolerance, args.samples, args.seed)
         return None, {"sigma": sigma}
     laplace = Laplace.fit(model, batches, args.layers, args.kron_rank).optimise_prior()
     return laplace, {"precision": laplace.precision}

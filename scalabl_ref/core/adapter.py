@@ -468,6 +468,15 @@ def random_adapters(model: nn.Module) -> list[Adapter]:
     return [adapter for adapter in adapters(model).values() if adapter.random]
 
 
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Every adapter parameter by name, such as layers.0.attn.q_proj.log_s."""
+    return {
+        f"{name}.{key}": parameter.detach()
+        for name, adapter in adapters(model).items()
+        for key, parameter in adapter.named_parameters()
+    }
+
+
 def layer_id(name: str, target: str) -> int:
     """Noise id of the layer `name`, whose last part is `target`; see `add_adapters`."""
     block = next((int(part) for part in name.split(".") if part.isdigit()), 0)

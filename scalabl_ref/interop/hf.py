@@ -30,14 +30,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.adapter import TARGETS, AdapterConfig, adapters, layer_id, new_adapter
+from ..core.adapter import (
+    TARGETS,
+    AdapterConfig,
+    adapter_state,
+    adapters,
+    layer_id,
+    new_adapter,
+)
 from ..core.adapter import Linear as Adapted
 from ..core.noise import FIRST_TRAINING_DRAW, Noise, token_groups
 from ..core.objective import KL, kl_divergence
 from ..evaluation.predict import Prediction, passes, predictive
 from ..support.errors import InputError, atomic_write_text, make_folder
 from ..support.tensors import load_tensors, read_json, save_tensors
-from ..training.trainer import adapter_state, load_adapter_state, parameter_groups
+from ..training.trainer import load_adapter_state, parameter_groups
 
 if TYPE_CHECKING:
     from ..data import Batch

@@ -16,10 +16,11 @@ from ..core.adapter import ADAPTERS, COVARIANCES
 from ..support.errors import InputError
 from .blob import BlobAdapter
 from .dropout import DropoutAdapter
-from .ensemble import Ensemble, Swag
+from .ensemble import Ensemble
 from .full import FullAdapter
 from .laplace import Laplace
-from .tfb import TfbAdapter, tfb
+from .swag import Swag
+from .tfb import TfbAdapter, fit_tfb
 
 if TYPE_CHECKING:
     from ..data import Batch
@@ -35,8 +36,8 @@ __all__ = [
     "Posterior",
     "Swag",
     "TfbAdapter",
+    "fit_tfb",
     "load_posterior",
-    "tfb",
 ]
 
 ADAPTERS.update(blob=BlobAdapter, dropout=DropoutAdapter, tfb=TfbAdapter)

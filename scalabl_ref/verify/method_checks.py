@@ -27,9 +27,10 @@ from ..evaluation.metrics import fit_temperature
 from ..evaluation.predict import predict
 from ..fast.ops import SAMPLING
 from ..methods.blob import SIGNS
-from ..methods.ensemble import FIRST_SWAG_LAYER, Ensemble, State, Swag
+from ..methods.ensemble import Ensemble, State
 from ..methods.laplace import LOGITS_LAYER, Laplace, draw_logits
-from ..methods.tfb import tfb
+from ..methods.swag import FIRST_SWAG_LAYER, Swag
+from ..methods.tfb import fit_tfb
 from ..model.llama import Llama, LlamaConfig
 from . import reference
 from .check import Check, Op, ratio
@@ -435,10 +436,10 @@ TOLERANCE, RESOLUTION, SAMPLES = 0.1, 0.01, 3
 
 
 def widened(device: torch.device) -> tuple[Llama, Llama, Batch, float]:
-    """A model before and after tfb, its calibration batch, and sigma_q."""
+    """A model before and after TFB, its calibration batch, and sigma_q."""
     model, batch = small_model(device), prompts(device, 4, 5)
     before = copy.deepcopy(model)
-    sigma = tfb(model, [batch], TOLERANCE, SAMPLES, seed=4, resolution=RESOLUTION)
+    sigma = fit_tfb(model, [batch], TOLERANCE, SAMPLES, seed=4, resolution=RESOLUTION)
     return before, model, batch, sigma
 
 

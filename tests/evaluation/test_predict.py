@@ -16,7 +16,7 @@ from scalabl_ref.core.adapter import TARGETS
 from scalabl_ref.core.objective import class_logits
 from scalabl_ref.evaluation.predict import generate, predict_all, predictive
 from scalabl_ref.evaluation.sequential import predict_auto
-from scalabl_ref.methods.ensemble import Ensemble, Swag
+from scalabl_ref.methods import Ensemble, Swag
 from scalabl_ref.verify import reference
 
 from ..models import tiny_batch, tiny_model

@@ -15,13 +15,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from scalabl_ref import AdapterConfig, InputError, Noise, adapters
-from scalabl_ref.core.adapter import TARGETS
+from scalabl_ref.core.adapter import TARGETS, adapter_state
 from scalabl_ref.core.objective import kl_divergence
 from scalabl_ref.data import Batch
 from scalabl_ref.fast.ops import subspace_lora_linear
 from scalabl_ref.interop import hf
 from scalabl_ref.support.tensors import load_tensors, save_tensors
-from scalabl_ref.training.trainer import adapter_state
 
 from ..models import fill
 from ..tolerances import rounding

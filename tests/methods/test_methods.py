@@ -12,11 +12,10 @@ from torch.distributions import MultivariateNormal
 from torch.distributions import kl_divergence as torch_kl
 
 from scalabl_ref import AdapterConfig, InputError, Noise, adapters, elbo, kl_forward, predict
-from scalabl_ref.core.adapter import ADAPTERS, Linear, add_adapters
+from scalabl_ref.core.adapter import ADAPTERS, Linear, adapter_state, add_adapters
 from scalabl_ref.core.objective import kl_divergence
 from scalabl_ref.methods import Ensemble, Swag
 from scalabl_ref.support.tensors import load_tensors, save_tensors
-from scalabl_ref.training.trainer import adapter_state
 
 from ..models import TINY, tiny_batch, tiny_model
 from ..stats import ZTest

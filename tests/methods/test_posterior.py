@@ -12,7 +12,7 @@ from scalabl_ref import InputError, adapters, load_run, predict
 from scalabl_ref.data import encode, evaluation_batches, load, split
 from scalabl_ref.data.tokenizer import load_tokenizer
 from scalabl_ref.evaluation.predict import predict_all
-from scalabl_ref.methods import Ensemble, Laplace, Swag, load_posterior, tfb
+from scalabl_ref.methods import Ensemble, Laplace, Swag, fit_tfb, load_posterior
 
 from ..app.test_cli import ok, refused
 from ..models import questions_file, tiny_batch, tiny_folder, tiny_model
@@ -108,7 +108,7 @@ def test_metrics_say_how_many_draws_there_were(work, capsys):
 def test_tfb(work, capsys):
     told = ok("posterior tfb --run run0 --data train.jsonl --tolerance 0.05 --out made", capsys)
     model, _ = load_run("run0")
-    assert told["sigma"] == tfb(model, data(work, "train.jsonl", 8), 0.05)
+    assert told["sigma"] == fit_tfb(model, data(work, "train.jsonl", 8), 0.05)
     assert torch.equal(probabilities(work / "made", capsys), expected(work, model))
     kinds = {type(adapter).__name__ for adapter in adapters(load_run("made")[0]).values()}
     assert kinds == {"TfbAdapter"}

@@ -13,12 +13,12 @@ import torch
 
 from scalabl_ref import AdapterConfig, InputError, Llama, Noise, add_adapters
 from scalabl_ref.app import cli
+from scalabl_ref.core.adapter import adapter_state
 from scalabl_ref.evaluation import answering
 from scalabl_ref.training import ranks as distributed
 from scalabl_ref.training.trainer import (
     TrainConfig,
     Trainer,
-    adapter_state,
     fingerprint,
     fit,
     load_run,
