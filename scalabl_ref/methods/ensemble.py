@@ -57,6 +57,7 @@ class Ensemble:
         return torch.stack([mean_log_probs(model, batch, state) for state in chosen])
 
 
+@torch.no_grad()
 def mean_log_probs(model: Llama, batch: Batch, state: State) -> Tensor:
     """Log-probabilities (B, C) float64 of the mean model with these adapters."""
     with _weights(model, state):
