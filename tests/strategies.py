@@ -94,3 +94,7 @@ def op_cases(draw, dtype=None, sampling=None, dtypes=DTYPES[:2], widest=17) -> O
         sampling=sampling or draw(st.sampled_from(SAMPLING)),
         groups=groups,
     )
+
+
+# log s and log sigma of three scales
+gaussians = st.lists(st.tuples(st.floats(-2, 2), st.floats(-3, 1)), min_size=3, max_size=3)

@@ -12,10 +12,9 @@ import torch
 from scalabl_ref import AdapterConfig, Llama, adapters, add_adapters, philox4x32
 from scalabl_ref.app.configs import CONFIGS, count_parameters, find_config
 from scalabl_ref.core.adapter import ADAPTERS, MIN_LOG_SIGMA, TARGETS, Linear
-from scalabl_ref.core.noise import Noise
 from scalabl_ref.support.errors import InputError
 
-from ..models import TINY, tiny_batch, tiny_model
+from ..models import TINY, tiny_model
 from ..stats import ZTest
 from ..tolerances import rounding
 
@@ -102,25 +101,6 @@ def test_only_adapters_train(method):
     model = tiny_model(method=method)
     trained = {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
     assert trained == ({"A", "B"} if method == "mle" else {"A", "B", "log_s", "log_sigma"})
-
-
-def test_a_fresh_adapter_changes_nothing():
-    """B = 0: with or without noise, the model answers as the base does."""
-    batch = tiny_batch()
-    base = Llama(TINY).init_random_(0, std=0.3)
-    expected = base(batch.tokens)
-    model = tiny_model(trim=False, wake=False)
-    assert torch.equal(model(batch.tokens, noise=Noise(0, 0)), expected)
-
-
-def test_mle_ignores_noise():
-    model, batch = tiny_model(method="mle"), tiny_batch()
-    assert torch.equal(model(batch.tokens, noise=Noise(0, 0)), model(batch.tokens))
-
-
-def test_noise_changes_a_scalabl_model():
-    model, batch = tiny_model(), tiny_batch()
-    assert not torch.equal(model(batch.tokens, noise=Noise(0, 0)), model(batch.tokens))
 
 
 def test_log_sigma_is_bounded_below():

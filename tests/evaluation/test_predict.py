@@ -26,26 +26,6 @@ from ..tolerances import rounding
 predict_module = importlib.import_module("scalabl_ref.evaluation.predict")
 
 
-@given(st.integers(1, 6), st.integers(1, 4), st.integers(2, 5), st.integers(0, 2**32))
-def test_predictive_equals_the_literal_average(samples, rows, classes, seed):
-    generator = torch.Generator().manual_seed(seed)
-    logits = 5 * torch.randn(samples, rows, classes, generator=generator).double()
-    result = predictive(torch.log_softmax(logits, -1))
-    each = torch.softmax(logits, -1)
-    for row in range(rows):
-        columns = each[:, row].T.tolist()
-        mixture = [sum(column) / samples for column in columns]
-        entropy = -sum(p * math.log(p) for p in mixture)
-        expected = 0.0
-        for s in range(samples):
-            expected -= sum(p * math.log(p) for p in each[s, row].tolist()) / samples
-        bound = rounding(torch.float64, 64) * 10
-        assert (result.probs[row] - torch.tensor(mixture, dtype=torch.float64)).abs().max() <= bound
-        assert abs(result.entropy[row] - entropy) <= bound
-        assert abs(result.expected_entropy[row] - expected) <= bound
-        assert abs(result.mutual_information[row] - max(0.0, entropy - expected)) <= bound
-
-
 def test_probabilities_are_averaged_and_not_logits():
     """Draws of (.9, .1, .1) have the mean .3667; the softmax of their mean logits is .3247."""
     p = torch.tensor([0.9, 0.1, 0.1], dtype=torch.float64)
@@ -92,14 +72,6 @@ def test_predictive_equals_the_reference(seed, draws, rows, classes):
     for name, value in result._asdict().items():
         slow = torch.tensor(expected[name], dtype=torch.float64)
         assert (value - slow).abs().max() <= rounding(torch.float64, 64), name
-
-
-def test_draw_i_is_noise_seed_i():
-    model, batch = tiny_model(), tiny_batch()
-    with torch.no_grad():
-        each = [torch.softmax(class_logits(model, batch, Noise(9, i)).double(), -1) for i in (0, 1)]
-    result = predict(model, batch, samples=2, seed=9)
-    assert (result.probs - (each[0] + each[1]) / 2).abs().max() <= rounding(torch.float32, 256)
 
 
 def test_an_example_does_not_depend_on_its_batch():

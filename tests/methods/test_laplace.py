@@ -295,15 +295,6 @@ def test_draws_are_the_noise_of_their_example_through_a_root_of_the_covariance()
     assert max(8 * 10**6, *(a.layer for a in adapters(model).values())) < LOGITS_LAYER
 
 
-def test_an_example_does_not_depend_on_its_batch():
-    """A root loses half the digits where the covariance is singular, which here it is not."""
-    model, batch = plain(), tiny_batch(6)
-    laplace = Laplace.fit(model, [batch])
-    whole = laplace.log_probs(model, batch, 4, seed=3)
-    for rows in ([5, 2], [0], [4, 1, 3]):
-        close(laplace.log_probs(model, part(batch, rows), 4, seed=3), whole[:, rows], 100 * TERMS)
-
-
 @cache
 def wide_logits():
     """Mean (3,) and covariance of one row's logits, and for the first two classes' probabilities

@@ -9,15 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scalabl_ref import InputError, Llama, Noise, adapters, load_run, save_run
+from scalabl_ref import InputError, Llama, Noise, adapters
 from scalabl_ref.core.noise import FIRST_TRAINING_DRAW
 from scalabl_ref.core.objective import class_logits
 from scalabl_ref.methods import tfb as tfb_module
-from scalabl_ref.methods.tfb import TfbAdapter, fit_tfb, largest
+from scalabl_ref.methods.tfb import fit_tfb, largest
 
 from ..models import TINY, tiny_batch, tiny_model
 from ..tolerances import logits_bound, rounding
-from ..training.test_trainer import trainer
 
 SAMPLES, RESOLUTION = 3, 0.01
 
@@ -195,18 +194,3 @@ def test_a_model_whose_search_is_cut_short_stays_as_it_was(passes, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         fit_tfb(model, [tiny_batch()], samples=SAMPLES)
     assert not left and all(adapters(model)[name] is adapter for name, adapter in before.items())
-
-
-def test_a_run_comes_back_as_it_was(tmp_path):
-    _, model, _, batch = converted()
-    save_run(tmp_path, model, {"model": "base"})
-    loaded, info = load_run(tmp_path, Llama(TINY).init_random_(0, std=0.3))
-    assert info["adapter"]["method"] == "tfb"
-    assert all(type(adapter) is TfbAdapter for adapter in adapters(loaded).values())
-    got, expected = (m(batch.tokens, noise=Noise(1, 1)) for m in (loaded, model))
-    assert torch.equal(got, expected) and not torch.equal(got, model(batch.tokens))
-
-
-def test_it_cannot_be_trained():
-    with pytest.raises(InputError, match="method tfb is not trained"):
-        trainer(model={"method": "tfb"}).step()
