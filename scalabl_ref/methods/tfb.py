@@ -77,11 +77,10 @@ def fit_tfb(
     (method "mle" or "map") or if the lower end of `bounds` does not satisfy the tolerance. After
     any error the model is as it was.
     """
-    points = _points(model)
+    points, device = _points(model), model.device
     check_samples(samples)
     if samples < 1:
         raise InputError(f"samples must be at least 1, not {samples}")
-    device = model.device
     batches = [batch.to(device) for batch in batches]
     if not any(len(batch.labels) for batch in batches):
         raise InputError("no examples to find the width by")
@@ -101,8 +100,7 @@ def fit_tfb(
 
     try:
         _attach(model, {name: adapter for name, (adapter, _) in rotated.items()})
-        # The rotated model, because the draws share its rounding: in bfloat16 that nears the
-        # tolerance.
+        # Of the rotated model: the draws share its rounding, which in bfloat16 is near `tolerance`.
         mean = _probs(model, batches, [None])
         answers = mean.argmax(-1, keepdim=True)
         found = largest(fits, *bounds, resolution)
