@@ -59,7 +59,7 @@ class Case:
         return op(**{**vars(self), **changes})
 
     def eps(self) -> Tensor:
-        """eps of every row, (rows, r) float64, row by row from the meaning of the groups."""
+        """eps of every row, (rows, r) float64, from the meaning of the groups, row by row."""
         shape, rank = tuple(self.x.shape[:-1]), len(self.s)
         count = math.prod(shape)
         ids = [reference.group_of_row(r, shape, self.sampling, self.groups) for r in range(count)]
@@ -133,7 +133,7 @@ def compare(
     pair: Callable[[Op, Case], tuple[Tensor, Tensor]],
     noisy: bool = True,
 ) -> Errors:
-    """In all cases, of the two results that `pair` gives, both of y's shape and size."""
+    """The difference of the two results of `pair` in every case, both of y's shape and size."""
     for case in cases(device, noisy):
         a, b = pair(op, case)
         # Both sides round; sums of up to four results of the op are three times as large.
@@ -199,7 +199,7 @@ def affine_in_s(op: Op, case: Case) -> tuple[Tensor, Tensor]:
 
 
 def ranks_add_up(op: Op, case: Case) -> tuple[Tensor, Tensor]:
-    """Leading ranks keep their noise whatever follows them."""
+    """Leading ranks keep their noise, with or without others behind them."""
     k = (len(case.s) + 1) // 2
     first = case.call(op, A=case.A[:k], B=case.B[:, :k], s=case.s[:k], sigma=case.sigma[:k])
     later = torch.zeros_like(case.B)
@@ -312,14 +312,18 @@ OP_CHECKS = [
     Check("linear in x", "(1) y(x1 + x2) = y(x1) + y(x2)", pair(linear_in_x)),
     Check("linear in B", "(1) y(B1 + B2) + y(0) = y(B1) + y(B2)", pair(linear_in_B)),
     Check("affine in s", "(1) y(s1 + s2) + y(0) = y(s1) + y(s2), eps fixed", pair(affine_in_s)),
-    Check("ranks add up", "(1) one term for each k, eps_k whatever r is", pair(ranks_add_up)),
+    Check(
+        "ranks add up", "(1) one term for each k; eps_k does not depend on r", pair(ranks_add_up)
+    ),
     Check(
         "rows are independent", "sampling: a draw follows its group id", pair(rows_are_independent)
     ),
     Check("one row a group", "sampling: batch = example = token then", pair(one_row_a_group)),
     Check("adjoint", "(1c) <u, J v> = <J' u, v>", adjoint),
     Check(
-        "a draw is a function", "noise: of (seed, draw, layer, group) alone", a_draw_is_a_function
+        "a draw is a function",
+        "noise: a function of (seed, draw, layer, group)",
+        a_draw_is_a_function,
     ),
     Check("unbiased", "(4) E[gradient of one draw] = gradient of E", unbiased_gradient),
 ]

@@ -1,9 +1,9 @@
 """`scalabl verify`'s checks of the other methods, each against a computation of another kind.
 
-Layers are compared row by row with the matrix that a row's draw stands for, built from normals of
-plain Python; KLs with dense formulas and loops; posteriors of a whole model with copies of a small
-one that have the drawn weights merged into them, and with dense matrices of explicit gradients.
-All in float64 but for TFB, which keeps adapters in float32.
+Layers are compared row by row with the matrix of the row's draw, built from the normals of plain
+Python. KLs are compared with dense formulas and loops. Posteriors are compared, on a small model,
+with copies that have the drawn weights merged into them, and with dense matrices of explicit
+gradients. All is in float64, except for TFB, which keeps adapters in float32.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from . import reference
 from .check import Check, Errors, Op, ratio
 
 EPS, EPS_32 = torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps
-# Roundings behind a number of the small model: some five sums of at most 16 terms in its block and
-# as many around it, each of which at most doubles what it inherits, on either side.
+# Roundings behind a number of the small model: about five sums of at most 16 terms in its block and
+# as many around it. Each at most doubles the error of its input, on both sides.
 NETWORK = 2 * 2 * 2 * 5 * 16
 STEP = 2.0**-16  # of differences
 CLASSES = (3, 5, 7)
@@ -87,7 +87,7 @@ def small_model(
 
 
 def prompts(device: torch.device, rows: int, tokens: int, first: int = 0) -> Batch:
-    """Of `tokens` tokens, or one fewer where there are several; ids count from `first`."""
+    """`rows` prompts of `tokens` tokens, or one fewer (but at least 1); ids count from `first`."""
     lengths = torch.tensor([max(1, tokens - row % 2) for row in range(rows)])
     ids = first + torch.arange(rows)
     text = 1 + (7 * ids[:, None] + 3 * torch.arange(tokens) ** 2) % 10
@@ -138,7 +138,7 @@ Terms = Callable[[Adapter, Noise, int], list[Tensor]]
 def row_by_row(terms: Terms, **config: Any) -> Callable[[Op, torch.device], Errors]:
     """y = W x + bias + c B M x, M (r, d_in) the sum of what `terms` gives for the row's group.
 
-    And the gradient, along one direction of x and of all that is trained, against differences.
+    Also the gradient, along one direction of x and of all parameters, against differences.
     """
     noise, shape, explicit = Noise(2**40 + 5, 6), (2, 3), torch.tensor([9, 2**32 - 1])
 
@@ -256,7 +256,7 @@ def blob_kl(_: Op, device: torch.device) -> Errors:
 
 
 def gradient(adapter: Adapter, name: str) -> Tensor:
-    """What backward left, on the CPU; zeros if it was not reached."""
+    """The gradient of a parameter, on the CPU; zeros if it has none."""
     leaf = adapter.get_parameter(name)
     return torch.zeros_like(leaf).cpu() if leaf.grad is None else leaf.grad.cpu()
 
@@ -333,7 +333,7 @@ def fitted_priors(_: Op, device: torch.device) -> Errors:
 def smallest_kl(s: Tensor, L: Tensor, shared: bool) -> float:
     """Least KL of N(s, L L^T) from N(0, diag(sigma_p^2)), with one sigma_p or one for each scale.
 
-    All that depends on sigma_p is, for each scale, log sigma_p + E[s~^2] / (2 sigma_p^2).
+    For each scale, the part that depends on sigma_p is log sigma_p + E[s~^2] / (2 sigma_p^2).
     """
 
     def least(moments: list[float]) -> float:
@@ -388,7 +388,7 @@ def swag(_: Op, device: torch.device) -> Errors:
         for i, state in enumerate(states):
             eps = normals(Noise(8, i), FIRST_SWAG_LAYER + index, 0, mean.numel()).view(mean.shape)
             state[name] = mean + sd * eps
-            # The root of a difference of squares has lost what they have in common.
+            # A difference of squares has lost the digits that they share.
             size = mean.abs() + square / sd * eps.abs()
             yield ratio(fitted.draw(Noise(8, i))[name].cpu(), state[name], size, 32 * EPS)
     got = predict(model, batch, samples=2, seed=8, posterior=fitted).probs
@@ -497,7 +497,7 @@ FITS: list[tuple[tuple[str, ...], int]] = [
 
 
 class Fit(NamedTuple):
-    """blocks: of F, dense, by matrix. log_likelihood: of the five prompts that it is fitted to."""
+    """blocks: dense blocks of F, by matrix. log_likelihood: of the five training prompts."""
 
     model: Llama
     laplace: Laplace
@@ -570,7 +570,7 @@ def laplace_logits(_: Op, device: torch.device) -> Errors:
         draw = draw_logits(mean, got, batch.ids, 1, seed=9)[0]
         roots = torch.stack([square_root(c) for c in covariance.cpu()])
         expected = mean.cpu() + (roots @ eps[..., None])[..., 0]
-        inverse = NETWORK * (1 + largest / PRECISION) * EPS  # the condition of what is inverted
+        inverse = NETWORK * (1 + largest / PRECISION) * EPS  # condition of the inverted matrix
         condition = max(float(torch.linalg.cond(c)) for c in covariance.cpu())
         yield distance(mean, logits, NETWORK * EPS)
         yield distance(got, covariance, inverse)
@@ -611,7 +611,7 @@ METHOD_CHECKS = [
     Check("TFB, width", "(14) sigma_q fits the tolerance, 1 % more does not", tfb_width),
     Check("Laplace", "(15) to (17) J (F + lambda I)^-1 J', dense; a draw", laplace_logits),
     Check("Laplace, evidence", "(18) dense; its slope where it is largest", laplace_evidence),
-    Check("fitted priors", "(19) the least KL, whatever the scale is", fitted_priors),
+    Check("fitted priors", "(19) the least KL, for any scale", fitted_priors),
     Check("full covariance", "(20) diag(s + L eps) A, row by row",
           row_by_row(correlated, covariance="full")),
     Check("full covariance, KL", "(20) by determinants; gradient by differences", full_kl),

@@ -1,10 +1,9 @@
-"""The cases of the conformance kit: inputs, what a port must compute from them, and to what bound.
+"""The cases of the conformance kit: inputs, expected outputs and the bounds of their errors.
 
-Inputs are float64 numbers that float32 holds exactly, so that a port may work in either. An
-output's bound is terms * eps * size: `terms` roundings of numbers as large as `size`, the sum of
-the magnitudes behind it. Where terms is 0 it is exact. Every case says which equation of
-docs/method.md it is of and which faults it was made to catch; docs/conformance.md says in words
-what each level asks.
+Inputs are float64 numbers that float32 holds exactly, so a port may work in either. The bound of an
+output is terms * eps * size: `terms` roundings of numbers as large as `size`, the sum of the
+magnitudes behind the output. An output with terms = 0 must be exact. Every case names its equation
+of docs/method.md and the faults that it was made to catch. docs/conformance.md explains each level.
 
 Expected values come from `reference`, in loops over float64, wherever that has the formula.
 """
@@ -31,7 +30,7 @@ from .known_answers import philox_answers
 
 
 class Output(NamedTuple):
-    """What a port must compute. size: the magnitudes behind it, value's shape or one for all."""
+    """An expected output. size: the magnitudes behind it, of the shape of value or one number."""
 
     value: Tensor
     terms: int = 0
@@ -55,7 +54,7 @@ class Vector:
 
 
 def _random(seed: int, *shape: int, times: float = 1.0, plus: float = 0.0) -> Tensor:
-    """plus + times * standard normals of the package's noise, rounded to what float32 holds."""
+    """plus + times * standard normals of the package's noise, rounded to float32."""
     normal = Noise(seed, 0).normal(0, 1, math.prod(shape)).double().reshape(shape)
     return _single(plus + times * normal)
 
@@ -281,7 +280,7 @@ def _metrics() -> Iterator[Vector]:
     )  # fmt: skip
 
 
-# A Llama in plain formulas: what the model's cases expect owes nothing to llama.py.
+# A Llama in plain formulas: the expected outputs of the model do not come from llama.py.
 
 Weights = dict[str, Tensor]
 
@@ -327,7 +326,7 @@ def _plain_llama(
     tokens: Tensor,
     linear: Callable[[Weights, str, Tensor], Tensor] = _linear,
 ) -> Tensor:
-    """tokens (B, T) -> normed hidden states (B, T, D). linear: what an adapted layer computes."""
+    """tokens (B, T) -> normed hidden states (B, T, D). linear: the function of a layer."""
     frequencies, eps = config.rope.inverse_frequencies(config.head_dim), config.rms_norm_eps
     x = w["embed_tokens.weight"][tokens]
     for i in range(config.num_hidden_layers):
@@ -414,7 +413,7 @@ def _frequencies(head_dim: int, rope: RopeConfig) -> Tensor:
 
 
 def _tiny_weights(seed: int, **options: Any) -> tuple[LlamaConfig, Weights]:
-    """A configuration, and weights that float32 holds; no two of the norms are alike."""
+    """A configuration, and weights that float32 holds exactly; all norms differ."""
     config = LlamaConfig(20, 8, 12, 2, 4, 2, 4, rms_norm_eps=1e-5, **options)
     weights = {}
     for index, (name, shape) in enumerate(
@@ -426,7 +425,7 @@ def _tiny_weights(seed: int, **options: Any) -> tuple[LlamaConfig, Weights]:
 
 
 def _shape(config: LlamaConfig) -> dict[str, Any]:
-    """What a port must know of a model, flat."""
+    """The facts that a port needs of a model, flat."""
     return {k: v for k, v in vars(config).items() if isinstance(v, (int, float, bool))}
 
 

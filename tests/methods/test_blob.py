@@ -203,7 +203,7 @@ def test_the_models_kl_is_in_float64_and_has_one_direction():
     model = tiny_model(method="blob")
     kl = kl_divergence(model)
     assert kl.dtype == torch.float64 and kl > 0
-    with pytest.raises(InputError, match="method blob has the KL 'forward' alone, not 'official'"):
+    with pytest.raises(InputError, match="method blob has only the KL 'forward', not 'official'"):
         kl_divergence(model, "official")
 
 
