@@ -19,6 +19,8 @@ from ..stats import ZTest
 from ..tolerances import rounding
 
 
+@pytest.mark.eq_2
+@pytest.mark.eq_3
 def test_initialisation_is_the_thin_svd_of_a_kaiming_matrix():
     for adapter in adapters(tiny_model(wake=False)).values():
         s, sigma = adapter.scale()

@@ -15,6 +15,7 @@ from ..strategies import gaussians
 from ..tolerances import rounding
 
 
+@pytest.mark.eq_19
 @given(gaussians, gaussians, st.sampled_from(["layer", "component"]), st.booleans())
 def test_the_fitted_prior_is_the_best_one(pairs, others, prior, full):
     """No other sigma_p, of each layer or of each scale, gives a smaller forward KL."""
@@ -44,6 +45,7 @@ def second_moments(adapter):
     return adapter.log_s.exp().square() + L.square().sum(1)
 
 
+@pytest.mark.eq_19
 @pytest.mark.parametrize("covariance", ["diagonal", "full"])
 @given(st.floats(-3, 3), st.integers(0, 1000))
 def test_with_a_fitted_prior_the_scale_has_no_say(covariance, log_k, seed):

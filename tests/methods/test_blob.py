@@ -56,6 +56,8 @@ def random_input(seed=0, shape=(3, 2), d_in=5, d_out=4, dtype=torch.float64):
 # --- the layer -----------------------------------------------------------------------------------
 
 
+@pytest.mark.eq_10
+@pytest.mark.eq_11
 @given(
     st.integers(0, 2**31),
     st.sampled_from(SAMPLING),
@@ -167,6 +169,8 @@ EXAMPLES = ZTest(
 )
 
 
+@pytest.mark.eq_10
+@pytest.mark.eq_11
 def test_an_examples_update_has_the_distribution_intended():
     UPDATES.check(seed=0)
 
@@ -179,6 +183,7 @@ def test_two_examples_of_a_draw_are_uncorrelated():
 # --- KL ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.eq_12
 @given(st.integers(0, 2**31), st.sampled_from([0.01, 0.2, 1.0, 30.0]), st.integers(1, 3))
 def test_kl_equals_torch_distributions_and_its_gradient_the_closed_form(seed, prior_std, count):
     layers = [random_adapter(seed + i, d_in=4 + i, prior_std=prior_std) for i in range(count)]

@@ -189,6 +189,7 @@ def test_all_kinds_round_alike(kind):
 # --- adapters: training ---------------------------------------------------------------------------
 
 
+@pytest.mark.eq_20
 @each_trained_kind
 @each_sampling
 def test_gradients_are_the_slopes_of_the_objective(kind, sampling):

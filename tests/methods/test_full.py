@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from ..strategies import gaussians
 from ..tolerances import rounding
 
 
+@pytest.mark.eq_20
 @given(gaussians, st.floats(0.1, 3), st.integers(0, 1000))
 def test_full_kl_equals_torch_distributions(pairs, prior_std, seed):
     linear, model = linear_layer(seed, covariance="full", prior_std=prior_std)

@@ -93,6 +93,8 @@ def close(got, expected, terms: int = TERMS) -> None:
 # --- curvature ------------------------------------------------------------------------------------
 
 
+@pytest.mark.eq_15
+@pytest.mark.eq_16
 @pytest.mark.parametrize("layers, count", [("all", 2 * (2 * 7 + 1)), ("last", 2)])
 def test_one_token_of_one_example_has_an_exact_kronecker_product(layers, count):
     """Block by block it is the GGN of explicit Jacobians."""
@@ -133,6 +135,8 @@ def test_a_frozen_model_has_the_same_curvature(layers):
     assert not any(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.eq_15
+@pytest.mark.eq_16
 def test_several_examples_give_the_product_of_their_means():
     """N E[g g^T] x E[a a^T] of the last tokens, from a layer's input and a shift of its output."""
     model, batch = plain(), tiny_batch(5)
@@ -186,6 +190,8 @@ def test_a_rank_that_suffices_changes_nothing_and_a_smaller_one_leaves_the_prior
 # --- the posterior --------------------------------------------------------------------------------
 
 
+@pytest.mark.eq_17
+@pytest.mark.eq_18
 @pytest.mark.parametrize("layers", ["all", "last"])
 @pytest.mark.parametrize("precision", [0.01, 1.0, 30.0])
 def test_logits_and_evidence_equal_dense_algebra(layers, precision):
@@ -240,6 +246,7 @@ def test_equal_examples_and_three_equal_classes_have_a_posterior_in_closed_form(
     close(laplace.optimise_prior().precision, best)
 
 
+@pytest.mark.eq_18
 def test_the_optimised_prior_has_the_largest_evidence():
     laplace = Laplace.fit(plain(), [tiny_batch(6)])
     best = laplace.optimise_prior()
@@ -325,6 +332,7 @@ AVERAGE = ZTest(
 )  # fmt: skip
 
 
+@pytest.mark.eq_17
 def test_the_average_over_draws_is_the_gaussian_integral():
     AVERAGE.check(seed=2)
     mean, _, expected, sd, _ = wide_logits()

@@ -52,6 +52,7 @@ def tiny_direction(adapter):
 CHANGES = (no_change, dead_row_and_column, repeated_column, tiny_direction)
 
 
+@pytest.mark.eq_13
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_rotation_keeps_the_function(change):
     before, after, _, batch = converted(change)
@@ -67,6 +68,7 @@ def test_the_rotation_keeps_the_function(change):
         assert off.abs().max() <= rounding(torch.float32, 16) * gram.diag().max()
 
 
+@pytest.mark.eq_13
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_update_has_the_covariance_intended(change):
     """Of each column of B A: sigma_q^2 times the projector on the columns of B, by pinv(B).
@@ -100,6 +102,7 @@ def relative_change(model, batch, factor=1.0, samples=SAMPLES, seed=0) -> float:
     return nlls[1] / nlls[0] - 1
 
 
+@pytest.mark.eq_14
 @pytest.mark.parametrize("method", ["mle", "map"])
 def test_sigma_satisfies_the_tolerance_and_the_next_does_not(method):
     _, model, sigma, batch = converted(method=method)

@@ -51,6 +51,7 @@ def trainer(data: Encoded | None = None, model: dict | None = None, **config) ->
 # --- schedules ---------------------------------------------------------------------------------
 
 
+@pytest.mark.eq_7
 def test_periods_of_the_official_schedule():
     """METHOD, section 3: M at batch 4 for each data set's number of training examples."""
     sizes = {
