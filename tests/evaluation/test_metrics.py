@@ -110,6 +110,16 @@ def test_auroc_equals_all_pairs(pairs):
     assert metrics.auroc(scores, labels) == won / (len(positive) * len(negative))
 
 
+def test_data_sets_are_told_apart_by_each_uncertainty():
+    """Outside is the positive kind: all of its entropies are larger, one information in four is."""
+    inside = {"entropy": torch.tensor([0.0, 1.0]), "mutual_information": torch.tensor([0.2, 0.4])}
+    outside = {"entropy": torch.tensor([2.0, 3.0]), "mutual_information": torch.tensor([0.1, 0.3])}
+    expected = {"auroc_entropy": 1.0, "auroc_mutual_information": 0.25}
+    assert metrics.separation(inside, outside) == expected
+    probs = torch.full((3, 2), 0.5)
+    assert metrics.answerable(probs, labels(0, 2, 1)).tolist() == [True, False, True]
+
+
 @given(predictions())
 def test_risk_coverage_equals_a_loop_over_ties(case):
     """m tied rows with e errors: j of them hold j e / m on average over their orders."""
