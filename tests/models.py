@@ -10,6 +10,7 @@ import torch
 
 from scalabl_ref import AdapterConfig, Llama, LlamaConfig, adapters, add_adapters
 from scalabl_ref.core.objective import Batch
+from scalabl_ref.model.attach import Linear
 from scalabl_ref.support.tensors import save_tensors
 
 TINY = LlamaConfig(
@@ -51,6 +52,19 @@ def fill(model: torch.nn.Module, seed: int = 0, std: float = 0.3) -> None:
     generator = torch.Generator().manual_seed(seed)
     for adapter in adapters(model).values():
         adapter.B.copy_(torch.randn(adapter.B.shape, generator=generator) * std)
+
+
+def linear_layer(seed: int = 0, **config):
+    """A linear layer 6 -> 5 with an adapter of rank 3 whose B is awake, in float64."""
+    g = torch.Generator().manual_seed(seed)
+    model = torch.nn.ModuleDict({"q_proj": Linear(6, 5)})
+    model["q_proj"].weight.data = torch.randn(5, 6, generator=g)
+    add_adapters(model, AdapterConfig(rank=3, targets=("q_proj",), **config), seed)
+    adapter = model["q_proj"].adapter
+    adapter.B.data = torch.randn(5, 3, generator=g)
+    if hasattr(adapter, "lower"):
+        adapter.lower.data = torch.randn(3, generator=g) / 4
+    return model.double()["q_proj"], model
 
 
 def tiny_batch(rows: int = 4, seed: int = 0, longest: int = 9) -> Batch:

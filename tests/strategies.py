@@ -109,3 +109,7 @@ def op_cases(draw, dtype=None, sampling=None, dtypes=DTYPES[:2], widest=17, join
         groups=groups,
         draws=draws,
     )
+
+
+# log s and log sigma of three scales
+gaussians = st.lists(st.tuples(st.floats(-2, 2), st.floats(-3, 1)), min_size=3, max_size=3)

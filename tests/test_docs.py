@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 
@@ -61,6 +62,37 @@ def test_every_equation_has_a_row():
     assert {"(1)", "(4)", "(9)"} <= numbered
     listed = " ".join(row[0] for row in audit_rows()).replace("(1b) to (1e)", "(1b) (1c) (1d) (1e)")
     assert {number for number in numbered if number not in listed} == set()
+
+
+def equations(cell: str) -> set[int]:
+    """The numbers of the equations in a cell, such as 1 for "(1b) to (1e)"."""
+    return {int(number) for number in re.findall(r"\((\d+)[a-e]?\)", cell)}
+
+
+def marked() -> set[tuple[int, str]]:
+    """Every mark eq_N of a test in the tree: N, and the test as the table names it."""
+    found = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                name = f"{path.relative_to(ROOT / 'tests')}::{node.name}"
+                marks = (re.fullmatch(r"pytest\.mark\.eq_(\d+)", ast.unparse(decorator))
+                         for decorator in node.decorator_list)  # fmt: skip
+                found |= {(int(mark[1]), name) for mark in marks if mark}
+    return found
+
+
+def test_each_equation_has_its_tests_marked():
+    """`pytest -m eq_5` runs the tests that the table names for (5), and no others."""
+    listed = {
+        (number, name)
+        for equation, _, tests, _ in audit_rows()
+        for number in equations(equation)
+        for name in names(tests)
+        if "::" in name
+    }
+    assert marked() == listed
+    assert {number for number, _ in listed} == set(range(1, 24))
 
 
 def test_the_prompts_are_those_of_the_code():

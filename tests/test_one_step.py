@@ -101,7 +101,7 @@ def test_every_number_is_the_packages(numbers, monkeypatch):
         block = philox4x32([0, id, adapter.layer, noise.draw], [one_step.SEED, 0])
         assert [int(word, 16) for word in words] == list(block[:2])
     assert noise.normal(adapter.layer, torch.tensor(one_step.IDS), 2).tolist() == n["eps"]
-    kl = objective.kl_divergence(model)
+    kl = objective.complexity(model)
     record, seen, state = the_step(model, monkeypatch)
     for name in ("x", "y", "g"):
         assert close(seen[name], n[name]), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from importlib.metadata import requires, version
@@ -150,3 +151,13 @@ def test_a_users_type_checker_sees_the_types(tmp_path):
 
 def test_every_public_name_exists():
     assert [name for name in scalabl_ref.__all__ if not hasattr(scalabl_ref, name)] == []
+
+
+def test_no_function_hides_a_module():
+    """`from scalabl_ref.methods import tfb` gives the module of that name, as every other does."""
+    for path in PACKAGE:
+        if path.name in ("__init__.py", "__main__.py"):
+            continue
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        module, (parent, _, last) = importlib.import_module(name), name.rpartition(".")
+        assert getattr(sys.modules[parent], last) is module, name

@@ -28,7 +28,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import scalabl_ref as sr
-from scalabl_ref.data import Batch
+from scalabl_ref.core.objective import Batch
 
 import torch  # isort: skip  after the package, which keeps it from warning that NumPy is missing
 

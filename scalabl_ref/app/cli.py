@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..core.config import AdapterConfig
     from ..data import Columns, Encoded, Example, Wording
     from ..data.tokenizer import Tokenizer
-    from ..evaluation.evaluate import Answers, Samples
+    from ..evaluation.answering import Answers, Samples
     from ..methods import Posterior
     from ..model.llama import Llama
     from ..training.trainer import TrainConfig
@@ -612,8 +612,8 @@ def _made(
     Without --data, laplace and tfb see what the run was trained on, its hold-out left out.
     """
     from ..data import Wording, evaluation_batches
-    from ..evaluation.evaluate import encode_for
-    from ..methods import Ensemble, Laplace, Swag, tfb
+    from ..evaluation.answering import encode_for
+    from ..methods import Ensemble, Laplace, Swag, fit_tfb
     from ..support.tensors import load_tensors
 
     if args.method == "ensemble":
@@ -629,7 +629,7 @@ def _made(
     encoded = encode_for(model, tokenizer, examples, Wording.of_run(info))
     batches = evaluation_batches(encoded, args.batch)
     if args.method == "tfb":
-        sigma = tfb(model, batches, args.tolerance, samples=args.samples, seed=args.seed)
+        sigma = fit_tfb(model, batches, args.tolerance, args.samples, args.seed)
         return None, {"sigma": sigma}
     laplace = Laplace.fit(model, batches, args.layers, args.kron_rank).optimise_prior()
     return laplace, {"precision": laplace.precision}
@@ -809,7 +809,8 @@ def _evaluated(
     settings: Result,
 ) -> Result:
     from ..data import Wording, format_of, load
-    from ..evaluation.evaluate import answer, encode_for, evaluate
+    from ..evaluation.answering import answer, encode_for
+    from ..evaluation.evaluate import score
 
     wording = _wording(args, Wording.of_run(info))
     if args.run:
@@ -836,8 +837,7 @@ def _evaluated(
         columns = _columns(args) if ood_format in ("csv", "jsonl") else None
         ood = ask(load(args.ood, ood_format, args.limit, columns=columns), "ood")
     answers = ask(examples, "evaluate")
-    result = evaluate(
-        folder,
+    results = score(
         {**info, "data": str(args.data)},
         answers,
         seed=args.seed,
@@ -846,13 +846,13 @@ def _evaluated(
         calibration=calibration,
         ood=ood,
         settings=settings,
-        latest=None if args.out else args.run,
     )
+    results.write(folder, *([args.run] if args.run and not args.out else []))
     if answers.encoded:
         _say_wording(args, answers.encoded)
-    _say(args, _metrics_table(result))
+    _say(args, _metrics_table(results.metrics))
     _say(args, f"written: {folder / 'metrics.json'}, predictions.jsonl, report.html")
-    return result
+    return results.metrics
 
 
 def _open_base(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
@@ -959,7 +959,7 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _predict(args: argparse.Namespace) -> Result:
     from ..data import Wording, question
-    from ..evaluation.evaluate import answer
+    from ..evaluation.answering import answer
 
     samples = _samples(args)
     model, tokenizer, info, posterior = _open_run(args)

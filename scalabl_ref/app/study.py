@@ -37,7 +37,7 @@ from typing import Any, Literal, get_type_hints
 
 import torch
 
-from ..core.adapter import adapters
+from ..core.adapter import adapter_state, adapters
 from ..core.config import AdapterConfig
 from ..data import (
     FORMATS,
@@ -59,8 +59,7 @@ from ..data.tokenizer import load_tokenizer, tokenizer_files
 from ..evaluation.comparison import row, scores, summary, table, write_page
 from ..evaluation.metrics import checked_bins
 from ..evaluation.predict import check_samples, predict_all
-from ..methods import Laplace, Posterior, tfb
-from ..methods.ensemble import Ensemble, Swag
+from ..methods import Ensemble, Laplace, Posterior, Swag, fit_tfb
 from ..model.attach import add_adapters
 from ..model.llama import Llama
 from ..model.weights import read_config
@@ -77,7 +76,7 @@ from ..support.fields import check, json_text
 from ..support.lock import alone
 from ..support.progress import progress_bar
 from ..support.tensors import Weights, load_tensors, read_json, save_tensors, sha256
-from ..training.trainer import DType, TrainConfig, Trainer, adapter_state, fit, load_run, save_run
+from ..training.trainer import DType, TrainConfig, Trainer, fit, load_run, save_run
 
 MOST_JOBS = 256  # processes, which a study starts all at once
 
@@ -116,7 +115,7 @@ def _tfb(model: Llama, run: Path, sets: Sets, samples: int, seed: int) -> None:
     not to end for that.
     """
     try:
-        tfb(model, evaluation_batches(sets["validation"], 32), 0.003, samples=samples, seed=seed)
+        fit_tfb(model, evaluation_batches(sets["validation"], 32), 0.003, samples, seed)
     except InputError as error:
         warnings.warn(f"tfb: {error}: {run.name} answers as it is", stacklevel=2)
 

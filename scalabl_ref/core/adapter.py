@@ -252,3 +252,12 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 def random_adapters(model: nn.Module) -> list[Adapter]:
     """Those of the model's adapters whose draws differ, in model order."""
     return [adapter for adapter in adapters(model).values() if adapter.random]
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Every adapter parameter by name, such as layers.0.attn.q_proj.log_s."""
+    return {
+        f"{name}.{key}": parameter.detach()
+        for name, adapter in adapters(model).items()
+        for key, parameter in adapter.named_parameters()
+    }

@@ -1,7 +1,7 @@
-"""What a study found: scores by seed, differences beyond chance, the tables and the page.
+"""The results of a study: scores by seed, significant differences, the tables and the page.
 
-Everything here is made from folders of answers, one for each seed: answers.json, about the model,
-and a file for each set with `predict`'s tensors and the labels.
+The input are folders of answers, one for each seed. A folder has answers.json, with facts about the
+model, and a file for each data set with the labels and the tensors of `predict`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SCALED = " + temperature"
 def scores(folder: Path, name: str, bins: int) -> dict[str, float]:
     """acc, ece, nll and brier of one folder's answers to one set."""
     answers = _load(folder, name)
-    return _metrics(answers["probs"], answers["labels"], bins)
+    return metrics.scores(answers["probs"], answers["labels"], bins)
 
 
 def row(folders: Sequence[Path], bins: int) -> Row:
@@ -41,8 +41,9 @@ def summary(
 ) -> dict[str, Any]:
     """Rows of all methods, with and without temperature; the best of each score; the verdict.
 
-    models: folders by method, as many for each. validation: the NLL that each was chosen by. ours:
-    those whose best is held against the best of the others. ood: names of such sets.
+    models: folders by method, equally many for each. validation: each method's NLL on the
+    validation split. ours: methods of this project; the best of them is compared with the best of
+    the others. ood: names of the data sets out of distribution.
     """
     rows: dict[str, Row] = {}
     probs: dict[str, list[Tensor]] = {}
@@ -77,7 +78,7 @@ def _probs(folders: Sequence[Path]) -> list[Tensor]:
 
 
 def _scaled(folders: Sequence[Path], probs: Sequence[Tensor]) -> list[Tensor]:
-    """With each seed's temperature fitted on its answers to the validation split."""
+    """probs after scaling by each seed's temperature, fitted on its validation answers."""
     out = []
     for folder, p in zip(folders, probs, strict=True):
         held = _load(folder, "validation")
@@ -86,20 +87,11 @@ def _scaled(folders: Sequence[Path], probs: Sequence[Tensor]) -> list[Tensor]:
     return out
 
 
-def _metrics(probs: Tensor, labels: Tensor, bins: int) -> dict[str, float]:
-    return {
-        "acc": metrics.accuracy(probs, labels),
-        "ece": metrics.ece(probs, labels, bins),
-        "nll": metrics.nll(probs, labels),
-        "brier": metrics.brier(probs, labels),
-    }
-
-
 def _row(folders: Sequence[Path], probs: Sequence[Tensor], bins: int) -> Row:
-    """answer_seconds are of one example; parameters, all numbers kept beside the base model."""
+    """answer_seconds: for one example. parameters: all numbers stored beside the base model."""
     about = [read_json(folder / "answers.json") for folder in folders]
     labels = _load(folders[0], "test")["labels"]
-    seeds = [_metrics(p, labels, bins) for p in probs]
+    seeds = [metrics.scores(p, labels, bins) for p in probs]
     widths = about[0]["widths"]
     return {
         "trial": about[0]["trial"],
@@ -115,21 +107,18 @@ def _row(folders: Sequence[Path], probs: Sequence[Tensor], bins: int) -> Row:
 
 
 def _out_of_distribution(folders: Sequence[Path], name: str, bins: int) -> dict[str, float]:
-    """Means over the seeds: AUROC of telling this set from the test set, by both uncertainties; and
-    the scores over the share of it whose label is among the model's classes ("scored").
+    """Means over the seeds, for one data set out of distribution.
+
+    The AUROC of telling it from the test set by each uncertainty, the share of its rows whose label
+    is among the model's classes ("scored"), and the scores over these rows.
     """
     out: dict[str, list[float]] = {}
     for folder in folders:
         inside, outside = _load(folder, "test"), _load(folder, name)
-        kind = torch.cat((torch.zeros(len(inside["labels"])), torch.ones(len(outside["labels"]))))
-        values = {}
-        for score in ("entropy", "mutual_information"):
-            both = torch.cat((inside[score], outside[score]))
-            values[f"auroc_{score}"] = metrics.auroc(both, kind.long())
-        known = outside["labels"] < outside["probs"].shape[1]
-        values["scored"] = known.double().mean().item()
+        known = metrics.answerable(outside["probs"], outside["labels"])
+        values = {**metrics.separation(inside, outside), "scored": known.double().mean().item()}
         if known.any():
-            values.update(_metrics(outside["probs"][known], outside["labels"][known], bins))
+            values |= metrics.scores(outside["probs"][known], outside["labels"][known], bins)
         for key, value in values.items():
             out.setdefault(key, []).append(value)
     return {key: _mean(values) for key, values in out.items()}
@@ -142,10 +131,10 @@ def _best(
     labels: Tensor,
     bins: int,
 ) -> dict[str, Any]:
-    """The best row by `key`, and whether a paired bootstrap over the test set tells it apart.
+    """The best row by `key`, the runner-up, and whether the difference is significant.
 
-    The runner-up is resampled with the same rows, seeds averaged; significant says that the 95 %
-    interval of the difference does not hold 0.
+    It is if its 95 % interval, from a paired bootstrap over the test set with seeds averaged, does
+    not contain 0.
     """
     sign = -1.0 if key == "acc" else 1.0
     first, second = sorted(rows, key=lambda name: sign * rows[name][key])[:2]
@@ -180,7 +169,7 @@ OOD = (
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """All of `study.study`'s results in Markdown; bold where the best is told apart."""
+    """All results of a study in Markdown; a score is bold where it is significantly the best."""
     parts = [_scores_table(results)]
     parts += [f"{sentence}\n" for sentence in sentences(results)]
     for name in results["study"]["ood"]:
@@ -193,7 +182,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def sentences(results: Mapping[str, Any]) -> list[str]:
-    """The verdict in words, and what bold means."""
+    """The verdict in words, and the meaning of bold."""
     out = ["Means over seeds ± their standard deviations. Bold: better than the runner-up, by a "
            "paired bootstrap of the test set at 95 %."]  # fmt: skip
     for v in results["verdict"]:
@@ -201,7 +190,7 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
         word = "better than" if high < 0 else "no worse than" if v["no_worse"] else "worse than"
         out.append(
             f"{v['ours']} (chosen on the validation split) is {word} {v['rival']} (the best of the "
-            f"others on the test) in NLL: difference {low:+.3f} to {high:+.3f}."
+            f"others on the test set) in NLL: difference {low:+.3f} to {high:+.3f}."
         )
     return out
 
@@ -227,7 +216,7 @@ def _ood_table(results: Mapping[str, Any], name: str) -> str:
 
 
 def _ood_cells(results: Mapping[str, Any], name: str) -> list[list[str]]:
-    """A line for each method that answered the set: its name, then what OOD lists."""
+    """A line for each method that answered the set: its name, then the columns of OOD."""
     return [
         [
             method,
@@ -329,7 +318,7 @@ def _all_scores(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def _ood_scores(results: Mapping[str, Any], name: str) -> dict[str, Any]:
     rows = [(method, cells, [False] * len(cells)) for method, *cells in _ood_cells(results, name)]
-    words = "AUROC: how well the uncertainty tells this set from the test set; 0.5 is chance."
+    words = "AUROC of telling this set from the test set by the uncertainty; 0.5 is chance."
     return {"title": f"Out of distribution: {name}", "heads": [head for _, head in OOD],
             "rows": rows, "words": words}  # fmt: skip
 
@@ -351,7 +340,7 @@ def _cost(results: Mapping[str, Any]) -> dict[str, Any]:
         if not name.endswith(SCALED)
     ]
     heads = ["Chosen", "Numbers kept", "Training, s", "Answer, ms per example", "Peak memory, MB"]
-    words = "Numbers kept beside the base model: adapters, and what their posterior needs."
+    words = "Numbers kept beside the base model: the adapters' and their posterior's."
     return {"title": "Cost", "heads": heads, "rows": rows, "words": words}
 
 

@@ -1,8 +1,8 @@
-"""Is the model right, and does it know when? Accuracy, calibration, scores and their intervals.
+"""Accuracy, calibration and other scores of probabilities, with their intervals.
 
-Everything here takes probs (N, C), whose rows sum to one, and labels (N,), integers in [0, C), and
-computes in float64. Bad input raises InputError naming the row. The predicted class is the most
-probable one, the first of them where several tie; its probability is the confidence.
+The functions take probs (N, C), whose rows sum to one, and labels (N,), integers in [0, C), and
+compute in float64. Bad input raises InputError naming the row. The predicted class is the most
+probable class, the first one of a tie; its probability is the confidence.
 
 Sources: ECE, reliability and temperature scaling, Guo et al. 2017 (arXiv:1706.04599); Brier 1950,
 summed over classes; risk and coverage, Geifman and El-Yaniv 2017 (arXiv:1705.08500); percentile
@@ -12,7 +12,7 @@ bootstrap, Efron 1979.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,13 +20,14 @@ from torch import Tensor
 
 from ..support.errors import InputError
 
-# `fit_temperature` looks no further: a split on which every answer is right asks for 0, one on
-# which the answers are worse than chance asks for infinity, and neither is of any use elsewhere.
+# The bounds of `fit_temperature`. If all answers of a split are right, the best temperature is 0;
+# if they are worse than chance, it is infinite. Neither is useful on other data.
 TEMPERATURE_RANGE = (0.05, 20.0)
 
-MOST_BINS = 10_000  # of calibration: each replicate of the bootstrap has a table of them
+MOST_BINS = 10_000  # because each replicate of the bootstrap has a table of all bins
 
 SCORES = ("acc", "ece", "nll", "brier")
+UNCERTAINTIES = ("entropy", "mutual_information")  # of a predictive distribution, in nats
 
 
 class Reliability(NamedTuple):
@@ -43,12 +44,19 @@ class Reliability(NamedTuple):
 class RiskCoverage(NamedTuple):
     """coverage (N,) = k / N and risk (N,): the error rate on the k most confident rows.
 
-    area is the mean risk over k = 1 .. N (AURC): smaller is better, and right before wrong is best.
+    area is the mean risk over k = 1 .. N (AURC). Smaller is better; it is smallest when all right
+    answers are more confident than all wrong ones.
     """
 
     coverage: Tensor
     risk: Tensor
     area: float
+
+
+def scores(probs: Tensor, labels: Tensor, bins: int = 15) -> dict[str, float]:
+    """The four SCORES by name."""
+    values = accuracy(probs, labels), ece(probs, labels, bins), nll(probs, labels)
+    return dict(zip(SCORES, (*values, brier(probs, labels)), strict=True))
 
 
 def accuracy(probs: Tensor, labels: Tensor) -> float:
@@ -94,9 +102,9 @@ def brier(probs: Tensor, labels: Tensor) -> float:
 def ece(probs: Tensor, labels: Tensor, bins: int = 15) -> float:
     """Expected calibration error: sum over bins of (rows in it / N) |accuracy - confidence|.
 
-    Top-1 confidence, l1, equal widths: a row is in bin min(floor(confidence * bins), bins - 1), so
-    bins are [lower, upper) and the last one has both its ends. Published tables use 15 or 10 bins,
-    and the number depends on it: report it.
+    Top-1 confidence, l1, equal widths. A row is in bin min(floor(confidence * bins), bins - 1), so
+    bins are [lower, upper), and the last one includes its upper end. ECE depends on the number of
+    bins, and published tables use 15 or 10: report it.
 
     >>> import torch
     >>> from scalabl_ref import metrics
@@ -110,7 +118,7 @@ def ece(probs: Tensor, labels: Tensor, bins: int = 15) -> float:
 
 
 def reliability(probs: Tensor, labels: Tensor, bins: int = 15) -> Reliability:
-    """What `ece` sums: rows, mean confidence and accuracy per bin, with the same bins.
+    """Rows, mean confidence and accuracy of each bin of `ece`.
 
     >>> import torch
     >>> from scalabl_ref import metrics
@@ -144,8 +152,8 @@ def entropy(probs: Tensor) -> Tensor:
 def risk_coverage(probs: Tensor, labels: Tensor) -> RiskCoverage:
     """Error rate when only the most confident rows are answered, for every number of them.
 
-    Rows of equal confidence have no order among them: each counts as the mean error of its tie,
-    which is the expectation over all orders and does not depend on how rows are stored.
+    Rows of equal confidence have no order, so each counts as the mean error of its tie. That is the
+    expectation over all orders, and it does not depend on the order of the rows.
 
     >>> import torch
     >>> from scalabl_ref import metrics
@@ -166,8 +174,8 @@ def risk_coverage(probs: Tensor, labels: Tensor) -> RiskCoverage:
 def auroc(scores: Tensor, labels: Tensor) -> float:
     """Probability that a positive scores above a negative, ties counting one half, in [0, 1].
 
-    scores: (N,), larger for rows thought positive; labels: (N,), 1 for positive (for us: out of
-    distribution) and 0 for negative. Raises InputError unless both kinds are there.
+    scores: (N,), larger for rows that seem positive. labels: (N,), 1 for positive (here: out of
+    distribution) and 0 for negative. Raises InputError unless both labels occur.
 
     >>> import torch
     >>> from scalabl_ref import metrics
@@ -186,12 +194,31 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
         raise InputError(f"row {_first(~positive & (labels != 0))}: the label must be 0 or 1")
     if positive.all() or not positive.any():
         raise InputError("an AUROC needs rows of both kinds: label 0 and label 1")
-    # Counted per distinct score, in integers (twice the pairs won): exact whatever the ties.
+    # Counted per distinct score, in integers (twice the pairs won): exact with any ties.
     _, value = scores.unique(return_inverse=True)
     ahead = value[positive].bincount(minlength=int(value.max()) + 1)
     behind = value[~positive].bincount(minlength=len(ahead))
     twice_won = (ahead * (2 * (behind.cumsum(0) - behind) + behind)).sum()
     return int(twice_won) / (2 * int(ahead.sum()) * int(behind.sum()))
+
+
+def separation(inside: Mapping[str, Tensor], outside: Mapping[str, Tensor]) -> dict[str, float]:
+    """The AUROC of telling two data sets apart by each of the UNCERTAINTIES, as "auroc_...".
+
+    inside, outside: the uncertainties (N,) and (M,) by name; outside counts as positive.
+    """
+    return {
+        f"auroc_{name}": auroc(
+            torch.cat((inside[name], outside[name])),
+            torch.cat((torch.zeros(len(inside[name])), torch.ones(len(outside[name])))).long(),
+        )
+        for name in UNCERTAINTIES
+    }
+
+
+def answerable(probs: Tensor, labels: Tensor) -> Tensor:
+    """Which rows have a label among the classes, (N,) bool: of another data set, not all may."""
+    return labels < probs.shape[1]
 
 
 def bootstrap_interval(
@@ -204,8 +231,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile interval of fn(probs, labels) over resampled rows; a pure function of `seed`.
 
-    It covers the choice of test examples, not that of training data or noise. ECE is biased upwards
-    in small samples and more so in their resamples: its interval may lie above its value.
+    It covers the choice of test examples, but not the choice of training data or noise. ECE is
+    biased upwards in small samples, and more in resamples, so its interval may lie above its value.
 
     >>> import torch
     >>> from scalabl_ref import metrics
@@ -230,9 +257,9 @@ def bootstrap_intervals(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
-    """`bootstrap_interval` of "acc", "ece", "nll" and "brier" at once.
+    """`bootstrap_interval` of "acc", "ece", "nll" and "brier" at once, with the same values.
 
-    Same resamples and same values, but rows are scored once and only their scores are resampled.
+    It is faster: rows are scored once, and only their scores are resampled.
 
     >>> import torch
     >>> from scalabl_ref import metrics
@@ -257,8 +284,8 @@ def paired_intervals(
     """Intervals of the difference first - second of "acc", "ece", "nll" and "brier".
 
     first, second: probabilities (N, C) of the same rows, one for each run of either method; scores
-    are averaged over runs. Both are resampled with the same rows: what makes a test set hard or
-    easy for both cancels.
+    are averaged over runs. Both are resampled with the same rows, so the difficulty of a resample
+    cancels.
 
     >>> import torch
     >>> from scalabl_ref import metrics
@@ -278,12 +305,12 @@ def paired_intervals(
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The T in TEMPERATURE_RANGE that minimises the NLL of softmax(logits / T).
 
-    logits: (N, C), up to a constant per row, so log-probabilities do as well; for a sampled
-    predictive, the log of the averaged probabilities. Fit it on rows held out from training and
-    from the test. The NLL is convex in 1 / T, so bisection on the sign of its slope finds the
-    minimum to the last bit.
+    logits: (N, C), up to a constant per row, so log-probabilities will do; for a sampled
+    predictive, take the log of the averaged probabilities. The rows must be neither training nor
+    test rows. The NLL is convex in 1 / T, so bisection on the sign of its slope finds the minimum
+    to the last bit.
 
-    Raises InputError where a label has probability zero: no temperature helps it.
+    Raises InputError if a label has probability zero, because the NLL is infinite at every T.
 
     >>> import torch
     >>> from scalabl_ref import metrics
@@ -293,7 +320,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """
     logits, labels = _checked_logits(logits, labels)
     logits = logits - logits.amax(1, keepdim=True)
-    # Classes of probability zero stay there at every T; a weight of 0 times -inf would be NaN.
+    # Classes of probability zero keep it at every T; 0 times -inf would be NaN.
     finite = logits.masked_fill(logits.isneginf(), 0)
     target = finite.gather(1, labels[:, None])
 
@@ -345,13 +372,13 @@ def _bin_index(confidence: Tensor, bins: int) -> Tensor:
 
 
 def _gaps(probs: Tensor, labels: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """Bin of each row, and its confidence less its correctness: all that ECE needs to know."""
+    """Bin of each row, and its confidence less its correctness."""
     confidence, correct = _confidence(probs, labels)
     return _bin_index(confidence, bins), confidence - correct
 
 
 def _ece(index: Tensor, gap: Tensor, bins: int) -> float:
-    # (n_b / N) |mean gap| = |sum of gaps| / N: an empty bin adds nothing and needs no care.
+    # (n_b / N) |mean gap| = |sum of gaps| / N, so an empty bin adds 0.
     return float(index.bincount(weights=gap, minlength=bins).abs().sum()) / len(gap)
 
 
@@ -385,7 +412,7 @@ def _replicates(
 def _percentiles(values: Tensor, level: float) -> tuple[float, float]:
     """Central interval holding `level` of the values (R,).
 
-    Order statistics, rounded outwards: nothing is interpolated, so that infinities are no trouble.
+    Order statistics, rounded outwards. Nothing is interpolated, so values may be infinite.
     """
     values = values.sort().values
     tail = (1 - level) / 2 * (len(values) - 1)
@@ -398,10 +425,9 @@ def _checked(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _checked_probs(probs: Tensor) -> Tensor:
-    """probs in float64, or InputError unless every row is a distribution over the classes."""
+    """probs in float64. Raises InputError unless every row is a distribution over the classes."""
     _check_matrix("probs", probs)
-    # Each of C terms may be rounded in the dtype they came from, float32 if unknown, and so was the
-    # sum that normalised them.
+    # The C terms and the sum that normalised them were rounded, in their dtype or in float32.
     dtypes = [torch.float32] + ([probs.dtype] if probs.dtype.is_floating_point else [])
     slack = (probs.shape[1] + 8) * max(torch.finfo(dtype).eps for dtype in dtypes)
     probs = probs.double()

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.adapter import adapters
+from ..core.adapter import adapter_state, adapters
 from ..core.config import TARGETS, AdapterConfig
 from ..core.noise import FIRST_TRAINING_DRAW, Keys, Noise, token_groups
 from ..core.objective import KL, complexity
@@ -40,7 +40,7 @@ from ..model.attach import Linear as Adapted
 from ..model.attach import layer_id, new_adapter
 from ..support.errors import InputError, atomic_write_text, make_folder
 from ..support.tensors import load_tensors, read_json, save_tensors
-from ..training.trainer import adapter_state, load_adapter_state, parameter_groups
+from ..training.trainer import load_adapter_state, parameter_groups
 
 if TYPE_CHECKING:
     from ..core.objective import Batch

@@ -1,7 +1,7 @@
-"""What people use instead of ScalaBL, behind the same two ideas.
+"""The rivals of ScalaBL, and methods that go beyond it: one file each.
 
-A method is either an adapter of its own, trained like ours and listed in `adapters.ADAPTERS`, or a
-`Posterior`, made from a finished run without changing how it was trained.
+A method is an adapter of its own, trained like ours and listed in `ADAPTERS`, or a `Posterior`,
+made from a finished run. Every method must pass tests/methods/test_contract.py.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from ..core.config import ADAPTERS, COVARIANCES
 from ..support.errors import InputError
 from .blob import BlobAdapter
 from .dropout import DropoutAdapter
-from .ensemble import Ensemble, Swag
+from .ensemble import Ensemble
 from .full import FullAdapter
 from .laplace import Laplace
 from .map import MapAdapter
-from .tfb import TfbAdapter, tfb
+from .swag import Swag
+from .tfb import TfbAdapter, fit_tfb
 
 if TYPE_CHECKING:
     from ..core.objective import Batch
@@ -37,8 +38,8 @@ __all__ = [
     "Posterior",
     "Swag",
     "TfbAdapter",
+    "fit_tfb",
     "load_posterior",
-    "tfb",
 ]
 
 ADAPTERS.update(map=MapAdapter, blob=BlobAdapter, dropout=DropoutAdapter, tfb=TfbAdapter)
@@ -46,7 +47,7 @@ COVARIANCES["full"]["scalabl"] = FullAdapter
 
 
 class Posterior(Protocol):
-    """What a finished model predicts with."""
+    """A distribution over the functions of a finished model, to predict with."""
 
     def log_probs(self, model: Llama, batch: Batch, samples: int, seed: int) -> Tensor:
         """Log-probabilities of the answer classes under each draw, (S, B, C) float64.
@@ -56,7 +57,7 @@ class Posterior(Protocol):
         ...
 
     def save(self, folder: Path | str) -> None:
-        """Write a file of its own into a run folder."""
+        """Write the posterior's own file into a run folder."""
         ...
 
 
@@ -68,7 +69,7 @@ POSTERIORS: dict[str, type[Laplace] | type[Swag] | type[Ensemble]] = {
 
 
 def load_posterior(run: Path | str, info: Mapping[str, Any]) -> Posterior | None:
-    """The posterior that a run's facts, `load_run`'s, name; None if its adapters are all there is.
+    """The posterior named in a run's facts (of `load_run`); None if the run has only adapters.
 
     Raises InputError if its file is missing or broken, or if the name is unknown.
     """

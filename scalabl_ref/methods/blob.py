@@ -19,7 +19,7 @@ from ..core.noise import Keys, Noise
 from ..core.objective import kl_forward
 from ..support.errors import InputError
 
-# Added to a layer's id for the counters of its signs, so that none of them is one of E's.
+# Added to a layer's id for its signs: they and E then use different noise numbers.
 SIGNS = 2**31
 
 
@@ -28,16 +28,18 @@ class FlipoutAdapter(Adapter):
 
         y = W x + bias + c B (A x + t * (Omega * E) (u * x))
 
-    E (r, d_in) is standard normal and one for all rows; the signs u (d_in,) and t (r,), +-1, are a
-    group's own, where groups are those of `config.sampling`. Each group's draw diag(t) (Omega * E)
-    diag(u) has the distribution intended, and two groups' draws are uncorrelated.
+    E (r, d_in) is standard normal, and all rows share it. Each group of rows has its own signs u
+    (d_in,) and t (r,), +-1; `config.sampling` says which rows form a group. The draw of a group,
+    diag(t) (Omega * E) diag(u), is Gaussian with the standard deviations Omega, and the draws of
+    two groups are uncorrelated.
 
-    Of a `Noise`, a layer uses group 0 of its own id for E, row-major, and components 0 .. d_in + r
-    - 1 of its group of id + SIGNS for u and then t: 1 where the normal is not negative, else -1.
+    The normals of E, row-major, are those of group 0 under the layer's id. The normals of u and
+    then t are components 0 .. d_in + r - 1 of the row's group under the id plus SIGNS; a sign is -1
+    where the normal is negative, else 1.
     """
 
     random = True
-    joint = False  # as all rows share one E
+    joint = False  # because all rows share one E
 
     def omega(self) -> Tensor:
         """Standard deviations of A's entries, (r, d_in) or (r, 1)."""
@@ -93,7 +95,7 @@ class BlobAdapter(FlipoutAdapter):
     def complexity(cls, layers: Sequence[Adapter], kl: str) -> Tensor:
         """KL(q || p) of all entries of all A. Raises InputError for another direction."""
         if kl != "forward":
-            raise InputError(f"method blob has the KL 'forward' alone, not {kl!r}")
+            raise InputError(f"method blob has only the KL 'forward', not {kl!r}")
         A, G = (
             torch.cat([layer.get_parameter(name).flatten() for layer in layers]).double()
             for name in ("A", "G")
@@ -102,7 +104,7 @@ class BlobAdapter(FlipoutAdapter):
 
     @torch.no_grad()
     def bound_(self) -> None:
-        """Keep log Omega above MIN_LOG_SIGMA, whatever the sign of G."""
+        """Keep log Omega above MIN_LOG_SIGMA; G keeps its sign."""
         least = math.exp(MIN_LOG_SIGMA / 2)
         self.G.copy_(self.G.abs().clamp(min=least).copysign(self.G))
 

@@ -12,10 +12,10 @@ from ..core.noise import Keys, Noise
 
 
 class DropoutAdapter(Adapter):
-    """Plain LoRA whose input is thinned out, in training and in every draw of a prediction.
+    """Plain LoRA with dropout on its input, in training and in every draw of a prediction.
 
-    y = W x + bias + c B A (m * x) / (1 - p), m_j = 1 with probability 1 - p, independently for the
-    rows that `sampling` tells apart. `noise=None` is x itself.
+    y = W x + bias + c B A (m * x) / (1 - p), where m_j = 1 with probability 1 - p, else 0. Each
+    group of rows, as `sampling` forms them, has its own m. `noise=None` keeps all of x.
     """
 
     random = True
@@ -29,7 +29,7 @@ class DropoutAdapter(Adapter):
         return F.linear(x * kept, A)
 
     def kept(self, z: Tensor) -> Tensor:
-        """m of standard normals z, of their shape, bool."""
+        """m from standard normals z, bool, of the shape of z."""
         p = torch.tensor(self.config.dropout, dtype=torch.float64)
         return z >= torch.special.ndtri(p).item()  # P(z < that) = p
 

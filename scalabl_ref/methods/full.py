@@ -18,8 +18,8 @@ from ..support.errors import InputError
 class FullAdapter(SubspaceAdapter):
     """q(s~) = N(s, L L^T): L (r, r) has exp(log_sigma) on its diagonal and `lower` below it.
 
-    `lower` starts at 0, where q and the rest of the start are those of method "scalabl". It costs
-    r (r - 1) / 2 more parameters a layer and, per row, a product with L.
+    `lower` starts at 0, so the start is that of the diagonal covariance. `lower` adds r (r - 1) / 2
+    parameters to each layer, and each row costs a product with L.
     """
 
     variational = ("log_s", "log_sigma", "lower")
@@ -53,9 +53,12 @@ class FullAdapter(SubspaceAdapter):
 
     @classmethod
     def complexity(cls, layers: Sequence[Adapter], kl: str) -> Tensor:
-        """(20): KL(q || p) of Gaussians with covariances L L^T and sigma_p^2 I; forward alone."""
+        """(20): KL(q || p) of Gaussians with covariances L L^T and sigma_p^2 I.
+
+        Raises InputError for the other direction.
+        """
         if kl != "forward":
-            raise InputError(f"a full covariance has the forward KL, not {kl!r}")
+            raise InputError(f"a full covariance has only the forward KL, not {kl!r}")
         own = [layer for layer in layers if isinstance(layer, FullAdapter)]
         s = torch.stack([layer.log_s for layer in own]).double().exp()  # (layers, r)
         L = torch.stack([layer.factor() for layer in own]).double()  # (layers, r, r)

@@ -6,11 +6,12 @@ training set and lambda the prior's precision,
     q(theta) = N(theta*, Sigma),   Sigma = (F + lambda I)^-1
     f(x) ~ N(f*(x), J Sigma J^T),  J = df / dtheta, the logits linearised around theta*
 
-F is block-diagonal over the matrices A (r, d_in) and B (d_out, r) of the layers. The block of one
-with inputs a and gradients g = d log p(y) / d output is N E[g g^T] x E[a a^T], a Kronecker product
-of means over the N examples, that of g over the model's own classes as well, summed exactly. As in
-Laplace-LoRA's own code (Yang, Robeyns, Wang, Aitchison, ICLR 2024; bayesian_lora), a and g are
-those of the last token: neither KFAC-expand nor KFAC-reduce. J sees every token.
+F is block-diagonal over the matrices A (r, d_in) and B (d_out, r) of the layers. For a matrix with
+inputs a and gradients g = d log p(y) / d output, the block is N E[g g^T] x E[a a^T], a Kronecker
+product of means over the N examples. The mean of g g^T is over the classes too, weighted by the
+model's probabilities. a and g are those of the last token, as in the authors' code (Yang, Robeyns,
+Wang, Aitchison, ICLR 2024; bayesian_lora); this is neither KFAC-expand nor KFAC-reduce. J includes
+every token.
 """
 
 from __future__ import annotations
@@ -38,17 +39,17 @@ if TYPE_CHECKING:
 
 Layers = Literal["all", "last"]
 LAYERS: tuple[Layers, ...] = ("all", "last")
-LOGITS_LAYER = RESERVED_LAYER - 1  # the noise's layer word: no adapter of a model comes this far
+LOGITS_LAYER = RESERVED_LAYER - 1  # a noise id that no adapter has
 FILE = "laplace.safetensors"
 FACTS = ("precision", "log_likelihood", "squares")  # in the file's metadata
 Passes = dict[str, tuple[Tensor, Tensor]]  # a layer's input (B, T, d_in) and output (B, T, d_out)
 
 
 class Curvature(NamedTuple):
-    """Eigenvectors and eigenvalues of the block of F of one matrix (m, n), float64.
+    """Eigenvectors and eigenvalues of F's block for one matrix (m, n), float64.
 
-    left (m, k) are those of N E[g g^T], right (n, l) those of E[a a^T]; values (k, l) are the
-    products of their eigenvalues. What is orthogonal to them all has the eigenvalue 0.
+    left (m, k): eigenvectors of N E[g g^T]. right (n, l): eigenvectors of E[a a^T]. values (k, l):
+    products of their eigenvalues. Directions orthogonal to all of them have the eigenvalue 0.
     """
 
     left: Tensor
@@ -61,17 +62,17 @@ class Curvature(NamedTuple):
         Sigma = (I - sum of v / (v + lambda) u u^T) / lambda over the eigenvectors u of values v.
         """
         shrink = (self.values / (self.values + precision)).sqrt().to(J)
-        all_of_it = J.flatten(2)
+        flat = J.flatten(2)
         learnt = (shrink * (self.left.to(J).T @ J @ self.right.to(J))).flatten(2)
-        return (all_of_it @ all_of_it.mT - learnt @ learnt.mT) / precision
+        return (flat @ flat.mT - learnt @ learnt.mT) / precision
 
 
 @dataclass(frozen=True)
 class Laplace:
     """The posterior of a run; a `methods.Posterior`.
 
-    curvature: by matrix, as layers.0.attn.q_proj.A. log_likelihood: of the training set, in nats.
-    squares: ||theta*||^2, over the same matrices. precision: lambda.
+    curvature: by the name of the matrix, such as layers.0.attn.q_proj.A. log_likelihood: of the
+    training set, in nats. squares: ||theta*||^2 over the same matrices. precision: lambda.
     """
 
     curvature: dict[str, Curvature]
@@ -93,13 +94,13 @@ class Laplace:
         rank: int | None = None,
         precision: float | None = None,
     ) -> Laplace:
-        """From a trained model and its training set, every example once.
+        """The posterior of a trained model, from its training set, every example once.
 
-        layers: "all", or "last" for the last adapted layer alone, the others then being constants.
-        rank: eigenvectors kept of each factor's side, None for all (of which a side of d needs d^2
-        numbers). precision: None is that of the model's prior, 1 / prior_std^2.
+        layers: "all", or "last" for only the last adapted layer; the others are then constants.
+        rank: number of eigenvectors to keep of each factor. None keeps all; a factor of d x d then
+        needs d^2 numbers. precision: None is 1 / prior_std^2 of the model's configuration.
 
-        Raises InputError for a model without plain LoRA, and for other `layers` or `rank`.
+        Raises InputError for a model without plain LoRA, and for a wrong `layers` or `rank`.
         """
         chosen = _chosen(model, layers)
         if rank is not None and rank < 1:
@@ -128,7 +129,7 @@ class Laplace:
     def logits(self, model: Llama, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean (B, C) and covariance (B, C, C) of the class logits, float64.
 
-        Raises InputError if the model is not the one that this was made from.
+        Raises InputError if the posterior was made from another model.
         """
         chosen = self._layers_of(model)
         logits, passes = _forward(model, batch, chosen)
@@ -148,8 +149,8 @@ class Laplace:
     def log_probs(self, model: Llama, batch: Batch, samples: int, seed: int) -> Tensor:
         """Log-probabilities of the classes under each draw of the logits, (S, B, C) float64.
 
-        Draw i of an example is Noise(seed, i) in a layer of its own, LOGITS_LAYER, keyed by
-        `batch.ids`. samples = 0 is the mean model, once. Raises InputError for negative `samples`.
+        Draw i of an example is Noise(seed, i) with the layer LOGITS_LAYER, keyed by `batch.ids`.
+        samples = 0 gives the mean model, once. Raises InputError for negative `samples`.
         """
         if samples < 0:
             raise InputError(f"samples must not be negative, and is {samples}")
@@ -161,28 +162,28 @@ class Laplace:
     def probit(self, model: Llama, batch: Batch) -> Tensor:
         """Log-probabilities without draws, (B, C) float64: MacKay's probit approximation.
 
-        softmax(mean / sqrt(1 + pi / 8 variance)), class by class: it ignores the correlations.
+        softmax(mean / sqrt(1 + pi / 8 variance)), class by class. It ignores correlations.
         """
         mean, covariance = self.logits(model, batch)
         variance = covariance.diagonal(dim1=-2, dim2=-1)
         return (mean / (1 + math.pi / 8 * variance).sqrt()).log_softmax(-1)
 
     def log_evidence(self, precision: float | None = None) -> float:
-        """log p(D | lambda) in Laplace's approximation, in nats; None is the precision in use.
+        """log p(D | lambda) in Laplace's approximation, in nats; None is `self.precision`.
 
         log p(D | theta*) - lambda ||theta*||^2 / 2 - sum of log(1 + v / lambda) / 2, over the
-        eigenvalues v of F. theta* is held fixed as lambda changes.
+        eigenvalues v of F. theta* stays fixed as lambda changes.
         """
         precision = self.precision if precision is None else precision
         penalty = precision * self.squares + float((self._values() / precision).log1p().sum())
         return self.log_likelihood - penalty / 2
 
     def optimise_prior(self) -> Laplace:
-        """The same with the precision of the largest evidence.
+        """The same posterior with the precision that maximises the evidence.
 
         It solves lambda ||theta*||^2 = sum of v / (v + lambda), the number of parameters that the
-        data determine: one side rises with lambda and the other falls, so bisection finds it.
-        Raises InputError if nothing solves it, as when all weights or all eigenvalues are zero.
+        data determine. The left side rises with lambda and the right side falls, so bisection
+        finds lambda. Raises InputError if there is none: all weights or all eigenvalues are 0.
         """
         values = self._values()
 
@@ -210,7 +211,7 @@ class Laplace:
 
     @classmethod
     def load(cls, folder: Path | str) -> Laplace:
-        """What `save` wrote. Raises InputError if the file is missing, broken or another's."""
+        """Read the file of `save`. Raises InputError if it is missing, broken or another's."""
         path = Path(folder) / FILE
         tensors, metadata = load_tensors(path)
         try:
@@ -236,7 +237,7 @@ class Laplace:
         return torch.cat([curvature.values.flatten() for curvature in self.curvature.values()])
 
     def _layers_of(self, model: Llama) -> dict[str, Adapter]:
-        """The layers of `model` that this is about. Raises InputError if it is another model."""
+        """The layers of `model` in the posterior. Raises InputError if it is of another model."""
         names = {name.rpartition(".")[0] for name in self.curvature}
         chosen = {name: a for name, a in _chosen(model, "all").items() if name in names}
         weights = _weights(chosen)
@@ -251,8 +252,8 @@ class Laplace:
 def draw_logits(mean: Tensor, covariance: Tensor, ids: Tensor, samples: int, seed: int) -> Tensor:
     """(S, B, C) draws from N(mean, covariance), of shapes (B, C) and (B, C, C), float64.
 
-    Through the symmetric square root, which is unique and continuous where the covariance is
-    singular: a draw does not jump when rounding moves an eigenvector.
+    By the symmetric square root. It is unique, and continuous where the covariance is singular, so
+    a draw does not jump when rounding moves an eigenvector.
     """
     values, vectors = torch.linalg.eigh(covariance)
     root = (vectors * values.clamp(min=0).sqrt()[:, None]) @ vectors.mT  # (B, C, C)
@@ -281,12 +282,12 @@ def _squares(weights: dict[str, Tensor]) -> float:
 
 
 def _forward(model: Llama, batch: Batch, chosen: dict[str, Adapter]) -> tuple[Tensor, Passes]:
-    """Class logits (B, C) of the mean model with their graph, and what passed the layers."""
+    """Class logits (B, C) of the mean model with their graph, and the layers' `Passes`."""
     passes: Passes = {}
 
     def watch(name: str) -> RemovableHandle:
         def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            # Gradients of outputs need no parameter that is trained: a frozen model has them too.
+            # The outputs require gradients themselves, so the model may be frozen.
             passes[name] = inputs[0].detach(), output.requires_grad_()
 
         return model.get_submodule(name).register_forward_hook(keep)
@@ -303,7 +304,7 @@ def _forward(model: Llama, batch: Batch, chosen: dict[str, Adapter]) -> tuple[Te
 def _gradients(logits: Tensor, passes: Passes) -> Iterator[dict[str, Tensor]]:
     """For each class, d logit / d output of every layer, each (B, T, d_out).
 
-    Rows do not see each other, so that the sum over them has the gradients of all.
+    Rows are independent, so one backward pass of their sum gives the gradients of every row.
     """
     outputs = [output for _, output in passes.values()]
     for unit in torch.eye(logits.shape[1]).to(logits):
@@ -312,7 +313,7 @@ def _gradients(logits: Tensor, passes: Passes) -> Iterator[dict[str, Tensor]]:
 
 
 def _last(x: Tensor, batch: Batch) -> Tensor:
-    """(B, T, d) at each row's last real token, (B, d); the head sees no others."""
+    """x (B, T, d) at each row's last real token, (B, d). The head's input is (B, d) already."""
     if x.dim() == 2:
         return x
     return x[torch.arange(len(x), device=x.device), batch.lengths - 1]
@@ -355,14 +356,14 @@ def _observe(
 
 
 class _Moments:
-    """Sum of v v^T over vectors of length d, or the best approximation of a lower rank to it."""
+    """Sum of v v^T over vectors of length d, or its best approximation of a lower rank."""
 
     def __init__(self, d: int, rank: int | None, device: torch.device) -> None:
         self.rank = d if rank is None else min(rank, d)
         self.sum = torch.zeros(d, self.rank, dtype=torch.float64, device=device)
 
     def add(self, rows: Tensor) -> None:
-        """rows (n, d). Of a low rank, `sum` is a root R of R R^T, cut by an SVD each time."""
+        """Add rows (n, d). For a lower rank, `sum` is a root R of R R^T, cut by an SVD."""
         if self.rank == len(self.sum):
             self.sum += rows.T @ rows
         else:

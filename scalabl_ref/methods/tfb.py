@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter, adapters
 from ..core.noise import FIRST_TRAINING_DRAW, Noise
 from ..core.objective import class_logits
+from ..core.predictive import predictive
 from ..evaluation.predict import check_samples
 from ..support.errors import InputError
 from .blob import FlipoutAdapter
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class TfbAdapter(FlipoutAdapter):
-    """What `tfb` makes: row k of A has the standard deviation sigma_k in each entry; sigma (r,)."""
+    """Made by `fit_tfb`: the entries of row k of A have the standard deviation sigma_k; (r,)."""
 
     trained = False
 
@@ -39,15 +40,17 @@ class TfbAdapter(FlipoutAdapter):
 
     @classmethod
     def complexity(cls, layers: Sequence[Adapter], kl: str) -> Tensor:
-        """Raises InputError: there is nothing to train by."""
-        raise InputError("method tfb is not trained: methods.tfb makes it of a run of mle or map")
+        """Raises InputError: there is no objective."""
+        raise InputError(
+            "method tfb is not trained: make it from a run of mle or map (scalabl posterior tfb)"
+        )
 
     def widths(self) -> Tensor:
         return self.sigma
 
 
 @torch.no_grad()
-def tfb(
+def fit_tfb(
     model: Llama,
     batches: Iterable[Batch],
     tolerance: float = 0.003,
@@ -59,55 +62,47 @@ def tfb(
     """Make the model's adapters Bayesian in place, as wide as the answers allow; returns sigma_q.
 
     With the thin SVD B = U diag(d) V^T, an adapter becomes B' = U diag(d) and A' = V^T A, the same
-    function, and the entries of row k of A' get the standard deviation sigma_q / d_k; a row with
-    d_k = 0, which B' ignores, gets none. sigma_q is the largest within `bounds` for which
+    function. The entries of row k of A' get the standard deviation sigma_q / d_k; where d_k = 0,
+    they get none, because B' ignores the row. sigma_q is the largest within `bounds` for which
 
         |NLL(sigma_q) - NLL(0)| <= tolerance NLL(0)
 
     where the NLL is that of the mean model's own answers to `batches` (labels are not used), under
-    the mixture of `samples` draws. Bisection of log sigma_q finds it, to ends a factor of at most
-    1 + resolution apart; the lower end is returned, which satisfies the tolerance, as the upper one
-    does not. If the upper of `bounds` satisfies it, that is returned.
+    the mixture of `samples` draws. Bisection of log sigma_q ends with an interval whose ends are a
+    factor of at most 1 + resolution apart. The lower end satisfies the tolerance and is returned;
+    the upper end does not. If the upper end of `bounds` satisfies it, that is returned.
 
-    The same draws serve every sigma_q; they are training's, so that none is one of prediction's.
+    All sigma_q share the same draws. They are draws of training, so prediction has others.
 
-    Raises InputError, and leaves the model as it was, as after any other error, if there is no
-    adapter or no example, if an adapter is not a point estimate (method "mle" or "map") or if the
-    lower of `bounds` does not satisfy the tolerance.
+    Raises InputError if there is no adapter or no example, if an adapter is not a point estimate
+    (method "mle" or "map") or if the lower end of `bounds` does not satisfy the tolerance. After
+    any error the model is as it was.
     """
-    points = adapters(model)
-    if not points:
-        raise InputError("the model has no adapters to widen")
-    for name, point in points.items():
-        if point.config.method not in ("mle", "map"):
-            raise InputError(f"{name}: tfb starts from mle or map, not {point.config.method}")
+    points, device = _points(model), model.device
     check_samples(samples)
     if samples < 1:
         raise InputError(f"samples must be at least 1, not {samples}")
-    device = model.device
     batches = [batch.to(device) for batch in batches]
     if not any(len(batch.labels) for batch in batches):
         raise InputError("no examples to find the width by")
     draws = [Noise(seed, FIRST_TRAINING_DRAW + i) for i in range(samples)]
-
-    def nll(log_probs: Tensor) -> float:
-        return -log_probs.gather(1, answers).mean().item()
-
     rotated = {name: _rotate(point) for name, point in points.items()}
 
     def widen(sigma: float) -> None:
         for adapter, inverse in rotated.values():
             adapter.sigma.copy_(sigma * inverse)
 
+    def nll(probs: Tensor) -> float:
+        return -probs.gather(1, answers).log().mean().item()
+
     def fits(sigma: float) -> bool:
         widen(sigma)
-        change = nll(_log_mixture(model, batches, draws)) - nll(mean)
-        return abs(change) <= tolerance * nll(mean)
+        return abs(nll(_probs(model, batches, draws)) - nll(mean)) <= tolerance * nll(mean)
 
     try:
         _attach(model, {name: adapter for name, (adapter, _) in rotated.items()})
-        # Of the rotated model, whose rounding the draws share: of bfloat16 it nears the tolerance.
-        mean = _log_mixture(model, batches, [None])
+        # Of the rotated model: the draws share its rounding, which in bfloat16 is near `tolerance`.
+        mean = _probs(model, batches, [None])
         answers = mean.argmax(-1, keepdim=True)
         found = largest(fits, *bounds, resolution)
         widen(found)
@@ -117,8 +112,19 @@ def tfb(
     return found
 
 
+def _points(model: Llama) -> dict[str, Adapter]:
+    """The model's adapters. Raises InputError unless all are point estimates."""
+    points = adapters(model)
+    if not points:
+        raise InputError("the model has no adapters to widen")
+    for name, point in points.items():
+        if point.config.method not in ("mle", "map"):
+            raise InputError(f"{name}: tfb starts from mle or map, not {point.config.method}")
+    return points
+
+
 def largest(fits: Callable[[float], bool], low: float, high: float, resolution: float) -> float:
-    """x in [low, high] that fits, while some x' <= x (1 + resolution) does not; or else `high`.
+    """`high` if it fits; else x that fits, while some x' in (x, x (1 + resolution)] does not.
 
     Raises InputError if `low` does not fit, or if 0 < low < high and 1e-9 < resolution do not hold.
     """
@@ -138,8 +144,8 @@ def largest(fits: Callable[[float], bool], low: float, high: float, resolution: 
 def _rotate(point: Adapter) -> tuple[TfbAdapter, Tensor]:
     """The same function with orthogonal columns in B, and 1 / d of each (r,), 0 where d = 0.
 
-    d counts as 0 where rounding to float32 could have made it, as in torch.linalg.matrix_rank. A B
-    with fewer rows than the rank has fewer d: zeros are added.
+    d counts as 0 where it may be rounding to float32, as in torch.linalg.matrix_rank. If B has
+    fewer rows than the rank, it has fewer d: zeros are added.
     """
     rank, d_in = point.A.shape
     config = dataclasses.replace(point.config, method="tfb")
@@ -158,11 +164,10 @@ def _attach(model: Llama, chosen: dict[str, Adapter] | dict[str, TfbAdapter]) ->
         model.get_submodule(name).adapter = adapter
 
 
-def _log_mixture(model: Llama, batches: list[Batch], draws: Sequence[Noise | None]) -> Tensor:
-    """Log of the answers' probabilities, averaged over draws: (examples, C) float64."""
+def _probs(model: Llama, batches: list[Batch], draws: Sequence[Noise | None]) -> Tensor:
+    """Probabilities of the answers, averaged over draws: (examples, C) float64."""
     rows = []
     for batch in batches:
         logits = torch.stack([class_logits(model, batch, noise) for noise in draws])
-        log_probs = torch.log_softmax(logits.double(), dim=-1)
-        rows.append(torch.logsumexp(log_probs, dim=0) - math.log(len(draws)))
+        rows.append(predictive(logits.double().log_softmax(-1)).probs)
     return torch.cat(rows)

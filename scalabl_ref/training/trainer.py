@@ -24,14 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..core.adapter import Adapter, adapters
+from ..core.adapter import Adapter, adapter_state, adapters
 from ..core.config import AdapterConfig
 from ..core.noise import FIRST_TRAINING_DRAW, Noise
 from ..core.objective import KL, KLS, class_logits, complexity
 from ..data import FORMATS, AnswerTokens, Encoded, Labels, Style, TrainingOrder, collate
 from ..fast.quantize import Kind
 from ..fast.rows import compile_blocks
-from ..methods.ensemble import Swag
+from ..methods.swag import Swag
 from ..model.attach import Device, add_adapters
 from ..model.llama import Llama
 from ..support.errors import (
@@ -354,15 +354,6 @@ def mean_sigma(model: nn.Module) -> float:
 
 
 # --- runs on disk ------------------------------------------------------------------------------
-
-
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every adapter parameter by name, such as layers.0.attn.q_proj.log_s."""
-    return {
-        f"{name}.{key}": parameter.detach()
-        for name, adapter in adapters(model).items()
-        for key, parameter in adapter.named_parameters()
-    }
 
 
 @torch.no_grad()

@@ -1,30 +1,31 @@
-"""What a check of `scalabl verify` is, and the units it answers in."""
+"""The checks of `scalabl verify`: their form, and the units of their errors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Op = Callable[..., Tensor]
-FALSE_FAILURE = 1e-9  # of each statistical check: how often it fails what is right
+Errors = Iterator[float]  # of every comparison, over its bound: above 1 it failed
+FALSE_FAILURE = 1e-9  # of each statistical check: how often it fails a right function
 
 
 class Check(NamedTuple):
-    """equation: what must hold, as docs/method.md numbers and writes it. run: worst, cases."""
+    """equation: the claim, as docs/method.md numbers and writes it. run: the errors."""
 
     name: str
     equation: str
-    run: Callable[[Op, torch.device], tuple[float, int]]
+    run: Callable[[Op, torch.device], Errors]
 
 
 class Result(NamedTuple):
-    """worst: the largest error over its bound (above 1: failed); cases: how many were compared.
+    """worst: the largest error over its bound (above 1: failed); cases: number of comparisons.
 
-    note: what an exception said, if one ended the check.
+    note: the message of an exception, if one ended the check.
     """
 
     name: str
@@ -48,6 +49,11 @@ def ratio(got: Tensor, expected: Tensor, size: Tensor, eps: float) -> float:
         return 0.0
     worst = torch.where(error == 0, 0.0, error / bound)
     return math.inf if not worst.isfinite().all() else float(worst.max())
+
+
+def exact(right: bool) -> float:
+    """The error of a claim that has no bound but holds or fails."""
+    return 0.0 if right else math.inf
 
 
 def normal_limit(rate: float) -> float:

@@ -1,14 +1,13 @@
-"""`scalabl verify`: does this build, on this machine, compute what the equations say?
+"""`scalabl verify`: does this build, on this machine, compute the equations?
 
-Every check compares two things that must agree and returns its worst error in units of the bound
-for it, derived from the precision, the length of the sums and the data, or, for a statistic, from
-its false-failure rate. Above 1 the check has failed, and the equation it stands for is named. The
-checks of the op take the op as an argument, so that anybody's function with its signature can be
-checked:
+Every check compares pairs of results that must agree. It gives each error in units of its bound. A
+bound follows from the precision, the length of the sums and the data or, for a statistic, from its
+false-failure rate. A check whose worst error is above 1 has failed, and its equation is named. The
+checks of the op take the op as an argument, so they can check any function with its signature:
 
     scalabl verify --against module:function
 
-The checks of the other methods are in `verify_methods`.
+The checks of the other methods are in `method_checks`.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from ..fast import native
 from ..fast.ops import subspace_lora_linear
 from ..support.errors import InputError
 from . import reference
-from .check import FALSE_FAILURE, Check, Op, Result, normal_limit, ratio
+from .check import FALSE_FAILURE, Check, Errors, Op, Result, exact, normal_limit, ratio
 from .known_answers import box_muller_answers, philox_answers
 from .method_checks import METHOD_CHECKS
 
@@ -61,7 +60,7 @@ class Case:
         return op(**{**vars(self), **changes})
 
     def eps(self) -> Tensor:
-        """eps of every row, (rows, r) float64, row by row from the meaning of the groups."""
+        """eps of every row, (rows, r) float64, from the meaning of the groups, row by row."""
         shape, rank = tuple(self.x.shape[:-1]), len(self.s)
         count = math.prod(shape)
         ids = [reference.group_of_row(r, shape, self.sampling, self.groups) for r in range(count)]
@@ -134,38 +133,31 @@ def compare(
     device: torch.device,
     pair: Callable[[Op, Case], tuple[Tensor, Tensor]],
     noisy: bool = True,
-) -> tuple[float, int]:
-    """Worst ratio over all cases of what `pair` says must be equal, both of y's shape and size."""
-    worst, count = 0.0, 0
+) -> Errors:
+    """The difference of the two results of `pair` in every case, both of y's shape and size."""
     for case in cases(device, noisy):
         a, b = pair(op, case)
         # Both sides round; sums of up to four results of the op are three times as large.
         eps = 8 * terms(case) * torch.finfo(case.x.dtype).eps
-        worst = max(worst, ratio(a, b, sizes(case, direction(case))["y"], eps))
-        count += 1
-    return worst, count
+        yield ratio(a, b, sizes(case, direction(case))["y"], eps)
 
 
 # --- Checks of the op -------------------------------------------------------------------------
 
 
-def forward(op: Op, device: torch.device) -> tuple[float, int]:
-    worst, count = 0.0, 0
+def forward(op: Op, device: torch.device) -> Errors:
     for noisy in (True, False):
         for case in cases(device, noisy):
             expected = case.call(reference.subspace_lora_linear).to(device)
             eps = 2 * terms(case) * torch.finfo(case.x.dtype).eps
             size = sizes(case, direction(case))["y"]
-            worst = max(worst, ratio(case.call(op), expected, size, eps))
-            count += 1
-    return worst, count
+            yield ratio(case.call(op), expected, size, eps)
 
 
-def gradient(name: str) -> Callable[[Op, torch.device], tuple[float, int]]:
+def gradient(name: str) -> Callable[[Op, torch.device], Errors]:
     """The op's own gradient of one argument against the derivation by hand."""
 
-    def run(op: Op, device: torch.device) -> tuple[float, int]:
-        worst, count = 0.0, 0
+    def run(op: Op, device: torch.device) -> Errors:
         for case in cases(device):
             value = getattr(case, name)
             if value is None:
@@ -174,9 +166,7 @@ def gradient(name: str) -> Callable[[Op, torch.device], tuple[float, int]]:
             (got,) = torch.autograd.grad(case.call(op, **{name: leaf}), leaf, grad_y)
             expected = reference.subspace_lora_linear_gradients(grad_y, **vars(case))[name]
             eps = 2 * terms(case) * torch.finfo(case.x.dtype).eps
-            worst = max(worst, ratio(got, expected.to(device), sizes(case, grad_y)[name], eps))
-            count += 1
-        return worst, count
+            yield ratio(got, expected.to(device), sizes(case, grad_y)[name], eps)
 
     return run
 
@@ -210,7 +200,7 @@ def affine_in_s(op: Op, case: Case) -> tuple[Tensor, Tensor]:
 
 
 def ranks_add_up(op: Op, case: Case) -> tuple[Tensor, Tensor]:
-    """Leading ranks keep their noise whatever follows them."""
+    """Leading ranks keep their noise, with or without others behind them."""
     k = (len(case.s) + 1) // 2
     first = case.call(op, A=case.A[:k], B=case.B[:, :k], s=case.s[:k], sigma=case.sigma[:k])
     later = torch.zeros_like(case.B)
@@ -239,9 +229,8 @@ def one_row_a_group(op: Op, case: Case) -> tuple[Tensor, Tensor]:
     return by_token.reshape(shape), torch.cat((batches, by_example[1:])).reshape(shape)
 
 
-def adjoint(op: Op, device: torch.device) -> tuple[float, int]:
+def adjoint(op: Op, device: torch.device) -> Errors:
     """<u, J v> = <J' u, v>: the op is linear in x, so J v is the op itself."""
-    worst, count = 0.0, 0
     for case in cases(device):
         u, leaf = direction(case), case.x.detach().clone().requires_grad_()
         (pulled,) = torch.autograd.grad(case.call(op, x=leaf), leaf, u)
@@ -249,41 +238,35 @@ def adjoint(op: Op, device: torch.device) -> tuple[float, int]:
         left, right = (u * pushed).double().sum(), (pulled * case.x).double().sum()
         size = (u.double().abs() * sizes(case, u)["y"]).sum()
         eps = 4 * terms(case) * torch.finfo(case.x.dtype).eps
-        worst, count = max(worst, ratio(left, right, size, eps)), count + 1
-    return worst, count
+        yield ratio(left, right, size, eps)
 
 
-def a_draw_is_a_function(op: Op, device: torch.device) -> tuple[float, int]:
+def a_draw_is_a_function(op: Op, device: torch.device) -> Errors:
     """The same coordinates give the same bits; any other seed, draw or layer gives others."""
-    count = 0
     for case in cases(device):
         out = case.call(op)
-        if not torch.equal(out, case.call(op)):
-            return math.inf, count
+        yield exact(torch.equal(out, case.call(op)))
         assert case.noise is not None
         seed, draw = case.noise.seed, case.noise.draw
         for change in ({"noise": Noise(seed - 1, draw)}, {"noise": Noise(seed, draw - 1)},
                        {"layer": case.layer + 1}):  # fmt: skip
-            if torch.equal(out, case.call(op, **change)):
-                return math.inf, count
-            count += 1
-    return 0.0, count
+            yield exact(not torch.equal(out, case.call(op, **change)))
 
 
 def pair(
     function: Callable[[Op, Case], tuple[Tensor, Tensor]], noisy: bool = True
-) -> Callable[[Op, torch.device], tuple[float, int]]:
+) -> Callable[[Op, torch.device], Errors]:
     return lambda op, device: compare(op, device, function, noisy)
 
 
-def unbiased_gradient(op: Op, device: torch.device) -> tuple[float, int]:
+def unbiased_gradient(op: Op, device: torch.device) -> Errors:
     """The mean of one-draw gradients against their exact expectation, by quadrature in eps.
 
     n = 100,000. A bias of 9.3 / sqrt(n) = .03 standard deviations of a single gradient is seen with
     probability .999.
     """
     scores = gradient_scores(op, device, Noise(1, 2), 100_000)
-    return float(scores.abs().max()) / normal_limit(FALSE_FAILURE / len(scores)), len(scores)
+    yield from (scores.abs() / normal_limit(FALSE_FAILURE / len(scores))).tolist()
 
 
 def gradient_scores(op: Op, device: torch.device, noise: Noise, n: int) -> Tensor:
@@ -330,14 +313,18 @@ OP_CHECKS = [
     Check("linear in x", "(1) y(x1 + x2) = y(x1) + y(x2)", pair(linear_in_x)),
     Check("linear in B", "(1) y(B1 + B2) + y(0) = y(B1) + y(B2)", pair(linear_in_B)),
     Check("affine in s", "(1) y(s1 + s2) + y(0) = y(s1) + y(s2), eps fixed", pair(affine_in_s)),
-    Check("ranks add up", "(1) one term for each k, eps_k whatever r is", pair(ranks_add_up)),
+    Check(
+        "ranks add up", "(1) one term for each k; eps_k does not depend on r", pair(ranks_add_up)
+    ),
     Check(
         "rows are independent", "sampling: a draw follows its group id", pair(rows_are_independent)
     ),
     Check("one row a group", "sampling: batch = example = token then", pair(one_row_a_group)),
     Check("adjoint", "(1c) <u, J v> = <J' u, v>", adjoint),
     Check(
-        "a draw is a function", "noise: of (seed, draw, layer, group) alone", a_draw_is_a_function
+        "a draw is a function",
+        "noise: a function of (seed, draw, layer, group)",
+        a_draw_is_a_function,
     ),
     Check("unbiased", "(4) E[gradient of one draw] = gradient of E", unbiased_gradient),
 ]
@@ -346,38 +333,32 @@ OP_CHECKS = [
 # --- Checks of the rest -----------------------------------------------------------------------
 
 
-def known_answers(_: Op, device: torch.device) -> tuple[float, int]:
+def known_answers(_: Op, device: torch.device) -> Errors:
     """The file's answers, in Python and in the native core."""
-    bodies = [body for body in (philox, native.core()) if body is not None]
-    wrong, count = 0, 0
-    for body in bodies:
+    for body in (philox, native.core()):
+        if body is None:
+            continue
         for p in philox_answers():
-            wrong += tuple(body.philox4x32(p.counter, p.key, p.rounds)) != p.words
-            count += 1
+            yield exact(tuple(body.philox4x32(p.counter, p.key, p.rounds)) == p.words)
         for b in box_muller_answers():
-            wrong += tuple(body.box_muller(*b.words)) != b.normals
-            count += 1
-    return math.inf if wrong else 0.0, count
+            yield exact(tuple(body.box_muller(*b.words)) == b.normals)
 
 
-def normals_bit_for_bit(_: Op, device: torch.device) -> tuple[float, int]:
+def normals_bit_for_bit(_: Op, device: torch.device) -> Errors:
     """Noise.normal, whichever path runs, against plain Python."""
-    count = 0
     for seed, draw, layer in ((0, 0, 0), (2**64 - 1, 2**32 - 1, 2**32 - 2), (12345, 678, 90)):
         ids = torch.tensor([0, 1, 2**32 - 1, 77])
         got = Noise(seed, draw).normal(layer, ids, 9)
         slow = [philox.normal_row(seed, draw, layer, int(g), 9) for g in ids]
-        if not torch.equal(got, torch.tensor(slow, dtype=torch.float64).float()):
-            return math.inf, count
-        count += got.numel()
-    return 0.0, count
+        right = got == torch.tensor(slow, dtype=torch.float64).float()
+        yield from map(exact, right.flatten().tolist())
 
 
-def moments(_: Op, device: torch.device) -> tuple[float, int]:
+def moments(_: Op, device: torch.device) -> Errors:
     """`moment_scores` of 2^20 normals. A deviation of 9.6 / 2^10 of its unit is seen with
     probability .999: .01 in the mean, .013 in the variance, .09 in the fourth moment."""
     scores = moment_scores(Noise(2024, 7), 2**20)
-    return float(scores.abs().max()) / normal_limit(FALSE_FAILURE / len(scores)), len(scores)
+    yield from (scores.abs() / normal_limit(FALSE_FAILURE / len(scores))).tolist()
 
 
 def moment_scores(noise: Noise, n: int) -> Tensor:
@@ -391,11 +372,11 @@ def moment_scores(noise: Noise, n: int) -> Tensor:
     return torch.stack(deviates) * n**0.5
 
 
-def kl_values(_: Op, device: torch.device) -> tuple[float, int]:
+def kl_values(_: Op, device: torch.device) -> Errors:
     """Check values; loops; zero at the prior; the mean of log q - log p by quadrature."""
     s, sigma = torch.tensor([0.3, -0.4]).double().exp(), torch.tensor([0.05, 0.2]).double()
-    errors = [abs(float(kl_forward(s, sigma, 1.0)) - 4.762118) / 1e-4,
-              abs(float(kl_official(s, sigma, 1.0)) - 576.935180) / 1e-2]  # fmt: skip
+    yield abs(float(kl_forward(s, sigma, 1.0)) - 4.762118) / 1e-4
+    yield abs(float(kl_official(s, sigma, 1.0)) - 576.935180) / 1e-2
     nodes, weights = reference.gauss_hermite(40)
     zero, one = torch.zeros(2).double(), torch.ones(2).double()
     pairs = [(s, sigma), (zero, one), (3 * one, 2 * one)]
@@ -403,23 +384,21 @@ def kl_values(_: Op, device: torch.device) -> tuple[float, int]:
         for function, slow in ((kl_forward, reference.kl_forward),
                                (kl_official, reference.kl_official)):  # fmt: skip
             value, expected = float(function(mean, sd, 1.0)), slow(mean, sd, 1.0)
-            errors.append(abs(value - expected) / (1e-14 * (10 + abs(expected))))
+            yield abs(value - expected) / (1e-14 * (10 + abs(expected)))
         w = mean + sd * nodes[:, None]  # from q
         log_ratio = -sd.log() - nodes[:, None] ** 2 / 2 + w**2 / 2
-        exact = float((weights @ log_ratio).sum())
-        errors.append(abs(float(kl_forward(mean, sd, 1.0)) - exact) / (1e-12 * (10 + abs(exact))))
-    return max(errors), len(errors)
+        mean_ratio = float((weights @ log_ratio).sum())
+        error = abs(float(kl_forward(mean, sd, 1.0)) - mean_ratio)
+        yield error / (1e-12 * (10 + abs(mean_ratio)))
 
 
-def mixture(_: Op, device: torch.device) -> tuple[float, int]:
+def mixture(_: Op, device: torch.device) -> Errors:
     """Probabilities averaged, not logits: against loops."""
     logits = 5 * torch.randn(7, 11, 4, generator=torch.Generator().manual_seed(1)).double()
     expected = reference.predictive(logits)
-    worst = 0.0
     for name, value in predictive(torch.log_softmax(logits, -1))._asdict().items():
-        error = (value - torch.tensor(expected[name], dtype=torch.float64)).abs().max()
-        worst = max(worst, float(error) / 1e-14)
-    return worst, 4 * 11
+        error = (value - torch.tensor(expected[name], dtype=torch.float64)).abs()
+        yield from (error / 1e-14).flatten().tolist()
 
 
 OWN_CHECKS = [
@@ -435,23 +414,25 @@ OWN_CHECKS = [
 
 
 def verify(op: Op | None = None, device: torch.device | str = "cpu") -> list[Result]:
-    """Run every check; `op` None is ours, and then the rest and the methods are checked too.
+    """Run every check of `op`; without one, check ours, the rest and the other methods.
 
-    op: a function with the signature of `subspace_lora_linear`. An exception out of it fails the
-    check that it ended.
+    op: a function with the signature of `subspace_lora_linear`. If it raises an exception, the
+    check has failed.
     """
     checks = OP_CHECKS + (OWN_CHECKS + METHOD_CHECKS if op is None else [])
     return [run(check, op or subspace_lora_linear, torch.device(device)) for check in checks]
 
 
 def run(check: Check, op: Op, device: torch.device) -> Result:
-    start, note = time.perf_counter(), ""
+    start, errors, note = time.perf_counter(), [], ""
     try:
-        worst, count = check.run(op, device)
+        errors = list(check.run(op, device))
+        # No NaN is the largest of others, and no comparison is no success.
+        worst = max((math.inf if math.isnan(e) else e for e in errors), default=math.inf)
     except Exception as error:  # somebody else's function may raise anything
-        worst, count, note = math.inf, 0, f"{type(error).__name__}: {error}"
+        worst, note = math.inf, f"{type(error).__name__}: {error}"
     seconds = time.perf_counter() - start
-    return Result(check.name, check.equation, worst, count, seconds, note)
+    return Result(check.name, check.equation, worst, len(errors), seconds, note)
 
 
 def load_op(name: str) -> Op:
@@ -469,7 +450,7 @@ def load_op(name: str) -> Op:
 
 
 def path_of(op: Op | None) -> str:
-    """Which body runs, in words."""
+    """The body that runs, in words."""
     if op is not None:
         return f"{op.__module__}.{getattr(op, '__name__', op)}"
     status = native.native_status()

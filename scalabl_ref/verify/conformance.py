@@ -3,8 +3,8 @@
     scalabl conformance export DIR          vectors.safetensors, manifest.json, schema.json
     scalabl conformance check DIR OUTPUTS   OUTPUTS: a safetensors file with a port's results
 
-The cases are those of `vectors`. A port stores what it computes for them under the names of the
-expected values, "<case>/<output>".
+The cases are those of `vectors`. A port stores its results under the names of the expected values,
+"<case>/<output>".
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ SCHEMA: dict[str, Any] = {
 
 
 def export(folder: Path | str) -> int:
-    """Write the vectors to a new folder; returns how many cases there are.
+    """Write the vectors to a new folder; returns the number of cases.
 
-    Raises InputError if there is something at `folder` already.
+    Raises InputError if `folder` exists.
     """
     tensors: dict[str, Tensor] = {}
     cases = []
@@ -116,9 +116,10 @@ def export(folder: Path | str) -> int:
 
 
 class Grade(NamedTuple):
-    """How a case went. worst: the largest error of all its outputs, as a share of its bound.
+    """The result of one case. worst: the largest error of its outputs, as a share of its bound.
 
-    problems: a line for each output that is missing, odd or beyond its bound. right: the others.
+    problems: a line for each output that is missing, malformed or beyond its bound. right: names of
+    the other outputs.
     """
 
     id: str
@@ -139,10 +140,10 @@ def check(
 ) -> tuple[list[Grade], list[str]]:
     """Grade a port's results, case by case; returns the grades and the ids of cases left out.
 
-    outputs: a safetensors file with "<case>/<output>" for the cases that the port does; cases of
-    which it has nothing are left out. precision: what the port computed in, float32 or float64.
+    outputs: a safetensors file with "<case>/<output>" for the cases that the port computes. A case
+    without any result is left out. precision: of the port's arithmetic, float32 or float64.
 
-    Raises InputError for files that are not what they should be, or results for no case at all.
+    Raises InputError for files of another format, or if there is no result for any case.
     """
     if precision not in PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
@@ -155,11 +156,13 @@ def check(
     for name in theirs:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, 1)
-            hint = f": is {nearest[0]} meant?" if nearest else " (results are named CASE/OUTPUT)"
-            raise InputError(f"{outputs}: {name} is the result of no case{hint}")
+            hint = (
+                f": did you mean {nearest[0]}?" if nearest else " (results are named CASE/OUTPUT)"
+            )
+            raise InputError(f"{outputs}: no case has a result named {name}{hint}")
     attempted = [c for c in manifest["cases"] if any(n in theirs for n in _results(c))]
     if not attempted:
-        raise InputError(f"{outputs}: has results for no case")
+        raise InputError(f"{outputs}: has no result for any case")
     left_out = [case["id"] for case in manifest["cases"] if case not in attempted]
     return [grade_case(case, truth, theirs, precision) for case in attempted], left_out
 
@@ -172,7 +175,7 @@ def _results(case: dict[str, Any]) -> list[str]:
 def grade_case(
     case: dict[str, Any], truth: dict[str, Tensor], theirs: dict[str, Tensor], precision: str
 ) -> Grade:
-    """Grade one case of the manifest: truth as exported, theirs a port's results by name."""
+    """Grade one case of the manifest. truth: exported tensors. theirs: a port's, by name."""
     worst, problems, right = 0.0, [], []
     for name, output in case["outputs"].items():
         if output["tensor"] not in theirs:
@@ -197,7 +200,7 @@ def grade_case(
 
 
 def _share(got: Tensor, expected: Tensor, bound: Tensor) -> Tensor:
-    """Error over its bound; infinite where that is 0 and anything differs, and for NaN."""
+    """Error over its bound; infinite for NaN, and for any error where the bound is 0."""
     if not expected.is_floating_point() and not got.is_floating_point():
         return torch.where(got.long() == expected.long(), 0.0, math.inf).double()
     error = (got.double() - expected.double()).abs()
@@ -206,7 +209,7 @@ def _share(got: Tensor, expected: Tensor, bound: Tensor) -> Tensor:
 
 
 def _report(got: Tensor, expected: Tensor, share: Tensor, bound: Tensor, precision: str) -> str:
-    """Where the worst error is, and what may explain it."""
+    """The place of the worst error, and a possible explanation."""
     at = tuple(int(i) for i in torch.unravel_index(share.argmax(), share.shape))
     limit = float(bound.expand(expected.shape)[at])
     text = (

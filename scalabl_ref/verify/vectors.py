@@ -1,10 +1,9 @@
-"""The cases of the conformance kit: inputs, what a port must compute from them, and to what bound.
+"""The cases of the conformance kit: inputs, expected outputs and the bounds of their errors.
 
-Inputs are float64 numbers that float32 holds exactly, so that a port may work in either. An
-output's bound is terms * eps * size: `terms` roundings of numbers as large as `size`, the sum of
-the magnitudes behind it. Where terms is 0 it is exact. Every case says which equation of
-docs/method.md it is of and which faults it was made to catch; docs/conformance.md says in words
-what each level asks.
+Inputs are float64 numbers that float32 holds exactly, so a port may work in either. The bound of an
+output is terms * eps * size: `terms` roundings of numbers as large as `size`, the sum of the
+magnitudes behind the output. An output with terms = 0 must be exact. Every case names its equation
+of docs/method.md and the faults that it was made to catch. docs/conformance.md explains each level.
 
 Expected values come from `reference`, in loops over float64, wherever that has the formula.
 """
@@ -32,7 +31,7 @@ from .known_answers import philox_answers
 
 
 class Output(NamedTuple):
-    """What a port must compute. size: the magnitudes behind it, value's shape or one for all."""
+    """An expected output. size: the magnitudes behind it, of the shape of value or one number."""
 
     value: Tensor
     terms: int = 0
@@ -56,7 +55,7 @@ class Vector:
 
 
 def _random(seed: int, *shape: int, times: float = 1.0, plus: float = 0.0) -> Tensor:
-    """plus + times * standard normals of the package's noise, rounded to what float32 holds."""
+    """plus + times * standard normals of the package's noise, rounded to float32."""
     normal = Noise(seed, 0).normal(0, 1, math.prod(shape)).double().reshape(shape)
     return _single(plus + times * normal)
 
@@ -282,7 +281,7 @@ def _metrics() -> Iterator[Vector]:
     )  # fmt: skip
 
 
-# A Llama in plain formulas: what the model's cases expect owes nothing to llama.py.
+# A Llama in plain formulas: the expected outputs of the model do not come from llama.py.
 
 Weights = dict[str, Tensor]
 
@@ -328,7 +327,7 @@ def _plain_llama(
     tokens: Tensor,
     linear: Callable[[Weights, str, Tensor], Tensor] = _linear,
 ) -> Tensor:
-    """tokens (B, T) -> normed hidden states (B, T, D). linear: what an adapted layer computes."""
+    """tokens (B, T) -> normed hidden states (B, T, D). linear: the function of a layer."""
     frequencies, eps = config.rope.inverse_frequencies(config.head_dim), config.rms_norm_eps
     x = w["embed_tokens.weight"][tokens]
     for i in range(config.num_hidden_layers):
@@ -415,7 +414,7 @@ def _frequencies(head_dim: int, rope: RopeConfig) -> Tensor:
 
 
 def _tiny_weights(seed: int, **options: Any) -> tuple[LlamaConfig, Weights]:
-    """A configuration, and weights that float32 holds; no two of the norms are alike."""
+    """A configuration, and weights that float32 holds exactly; all norms differ."""
     config = LlamaConfig(20, 8, 12, 2, 4, 2, 4, rms_norm_eps=1e-5, **options)
     weights = {}
     for index, (name, shape) in enumerate(
@@ -427,7 +426,7 @@ def _tiny_weights(seed: int, **options: Any) -> tuple[LlamaConfig, Weights]:
 
 
 def _shape(config: LlamaConfig) -> dict[str, Any]:
-    """What a port must know of a model, flat."""
+    """The facts that a port needs of a model, flat."""
     return {k: v for k, v in vars(config).items() if isinstance(v, (int, float, bool))}
 
 
@@ -483,110 +482,166 @@ def _initialisation() -> Iterator[Vector]:
         )  # fmt: skip
 
 
+# One step of a run: a batch of three prompts, the adapted layers by noise id, the settings.
+STEP_BATCH = {
+    "tokens": torch.tensor([[3, 9, 14, 0], [7, 2, 18, 11], [6, 0, 0, 0]]),
+    "lengths": torch.tensor([3, 4, 1]),
+    "labels": torch.tensor([1, 0, 1]),
+    "ids": torch.tensor([11, 4, 9]),
+}
+STEP_CLASSES = torch.tensor([5, 12])
+STEP_LAYERS = {
+    "layers.0.attn.q_proj": 0, "layers.0.attn.v_proj": 2,
+    "layers.1.attn.q_proj": 8, "layers.1.attn.v_proj": 10, "lm_head": 7,
+}  # fmt: skip
+STEP_SEED = 2**40 + 5
+STEP_SETTINGS: dict[str, Any] = {
+    "seed": str(STEP_SEED), "warmup": 0.1, "num_examples": 12, "lr": 0.01,
+    "variational_lr": 0.05, "adam_eps": 1e-6, "beta1": 0.9, "beta2": 0.999,
+    "weight_decay": 0.1, "beta": 0.5, "prior_std": 1.5,
+    "kl_lr": 0.002, "rank": 2, "scaling": 1.5,
+}  # fmt: skip
+# Name, objective, direction of the KL, step, steps, options of the model. The official weight of
+# the KL, pi, is 2^-M at the start of a round, so its case is near the end of one: M = 88.
+STEP_KINDS: tuple[tuple[str, str, str, int, int, dict[str, Any]], ...] = (
+    ("elbo-forward", "elbo", "forward", 2, 50, {}),
+    ("elbo-official", "elbo", "official", 2, 50, {}),
+    ("official", "official", "official", 86, 100, {}),
+    ("qwen", "elbo", "forward", 2, 50, {"qkv_bias": True, "qk_norm": True}),
+)
+
+
 def _training_step() -> Iterator[Vector]:
     """One step of a run, both objectives: gradients, then AdamW by its formula."""
-    tokens = torch.tensor([[3, 9, 14, 0], [7, 2, 18, 11], [6, 0, 0, 0]])
-    lengths, labels = torch.tensor([3, 4, 1]), torch.tensor([1, 0, 1])
-    ids, classes = torch.tensor([11, 4, 9]), torch.tensor([5, 12])
-    p: dict[str, Any] = {
-        "seed": str(2**40 + 5), "warmup": 0.1, "num_examples": 12, "lr": 0.01,
-        "variational_lr": 0.05, "adam_eps": 1e-6, "beta1": 0.9, "beta2": 0.999,
-        "weight_decay": 0.1, "beta": 0.5, "prior_std": 1.5,
-        "kl_lr": 0.002, "rank": 2, "scaling": 1.5,
-    }  # fmt: skip
-    # The official weight of the KL, pi, is 2^-M at the start of a round: ask near its end, M = 88.
-    for name, objective, kl, step, steps, options in (
-        ("elbo-forward", "elbo", "forward", 2, 50, {}),
-        ("elbo-official", "elbo", "official", 2, 50, {}),
-        ("official", "official", "official", 86, 100, {}),
-        ("qwen", "elbo", "forward", 2, 50, {"qkv_bias": True, "qk_norm": True}),
-    ):
-        id = f"step-{name}"
-        p = {**p, "step": step, "steps": steps, "draw": FIRST_TRAINING_DRAW + step}
+    for id, objective, kl, step, steps, options in STEP_KINDS:
+        p = {**STEP_SETTINGS, "step": step, "steps": steps, "draw": FIRST_TRAINING_DRAW + step}
         config, w = _tiny_weights(1500, **options)
-        w["lm_head.weight"] = w["lm_head.weight"][classes]
-        layers = {
-            "layers.0.attn.q_proj": 0, "layers.0.attn.v_proj": 2,
-            "layers.1.attn.q_proj": 8, "layers.1.attn.v_proj": 10, "lm_head": 7,
-        }  # fmt: skip
-        trained = {}
-        for index, (name, part) in enumerate(
-            (n, p) for n in layers for p in ("A", "B", "log_s", "log_sigma")
-        ):
-            d_out, d_in = w[f"{name}.weight"].shape
-            shape = {"A": (2, d_in), "B": (d_out, 2)}.get(part, (2,))
-            mean = -1.5 if part == "log_sigma" else 0.0
-            trained[f"{name}.{part}"] = _random(1600 + index, *shape, times=0.5, plus=mean)
-        if kl == "forward":  # one width below its bound, which the step brings back to it
-            trained["lm_head.log_sigma"][0] = -20.5
-        moments = {}
-        for index, (name, value) in enumerate(trained.items()):
-            moments[f"exp_avg.{name}"] = _random(1700 + index, *value.shape) / 16
-            second = _random(1800 + index, *value.shape).square() / 64
-            moments[f"exp_avg_sq.{name}"] = _single(second)
-        leaves = {name: value.clone().requires_grad_() for name, value in trained.items()}
-        noise = Noise(2**40 + 5, p["draw"])
-        eps = {
-            name: _double([reference.eps_of_group(noise, layer, id, 2) for id in ids.tolist()])
-            for name, layer in layers.items()
-        }
-        linear = _adapted(leaves, eps, p["scaling"])
-        hidden = _plain_llama(w, config, tokens, linear)
-        last = torch.stack([hidden[b, n - 1] for b, n in enumerate(lengths.tolist())])
-        logits = linear(w, "lm_head", last[:, None])[:, 0]
-        nll = -torch.log_softmax(logits, -1)[torch.arange(3), labels].mean()
-        slow = {"forward": reference.kl_forward, "official": reference.kl_official}[kl]
-        divergence = sum(
-            slow(trained[f"{n}.log_s"].exp(), trained[f"{n}.log_sigma"].exp(), p["prior_std"])
-            for n in layers
-        )
+        w["lm_head.weight"] = w["lm_head.weight"][STEP_CLASSES]
+        trained = _adapter_values(w, kl)
+        moments = _adam_moments(trained)
+        nll, gradients, logits_size = _nll_and_gradients(config, w, trained, p)
+        divergence = _divergence(trained, kl, p["prior_std"])
         share = p["beta"] / p["num_examples"] if objective == "elbo" else 0.0
-        gradients = dict(zip(trained, torch.autograd.grad(nll, list(leaves.values())), strict=True))
         if objective == "elbo":
-            for name, value in _kl_gradients(trained, kl, 1.5).items():
+            for name, value in _kl_gradients(trained, kl, p["prior_std"]).items():
                 gradients[name] = gradients[name] + share * value
-        # What cancels in a small gradient, as q's in an even softmax, is as large as the others.
-        largest = max(float(g.abs().max()) for g in gradients.values())
-        after, scale = {}, {}
-        rise = steps // 10
-        factor = step / rise if step < rise else (steps - step) / (steps - rise)
-        for name, g in gradients.items():
-            rate = factor * (p["variational_lr"] if ".log_" in name else p["lr"])
-            m = 0.9 * moments[f"exp_avg.{name}"] + 0.1 * g
-            v = 0.999 * moments[f"exp_avg_sq.{name}"] + 0.001 * g**2
-            denominator = (v / (1 - 0.999 ** (step + 1))).sqrt() + p["adam_eps"]
-            shrunk = trained[name] * (1 - rate * p["weight_decay"])
-            after[name] = shrunk - rate * (m / (1 - 0.9 ** (step + 1))) / denominator
-            scale[name] = after[name].abs() / 64 + rate * largest / denominator
+        after, scale = _adamw(trained, moments, gradients, p)
         if objective == "official":
-            period = kl_period(p["num_examples"], len(tokens))
-            rate = factor * p["kl_lr"] * 2.0 ** (step % period + 1) / (2.0 ** (period + 1) - 1)
-            for name, value in _kl_gradients(after, kl, 1.5).items():
-                after[name] = after[name] - rate * value
-                scale[name] = scale[name] + rate * value.abs()
+            _sgd_on_the_kl(after, scale, kl, p)
         for name in after:
             if name.endswith("log_sigma"):
                 after[name] = after[name].clamp(min=MIN_LOG_SIGMA)
         outputs = {
-            "nll": Output(nll.detach(), 512, float(logits.detach().abs().max())),
+            "nll": Output(nll, 512, logits_size),
             "kl": Output(_double(divergence), 64, float(divergence)),
-            "loss": Output(nll.detach() + share * divergence, 512, 1 + share * divergence),
+            "loss": Output(nll + share * divergence, 512, 1 + share * divergence),
         }
         for name, g in gradients.items():
-            outputs[f"gradient.{name}"] = Output(g, 512, largest)
+            outputs[f"gradient.{name}"] = Output(g, 512, _largest(gradients))
             outputs[f"after.{name}"] = Output(after[name], 512, scale[name])
         yield Vector(
-            id, "training step", "(1) to (7), AdamW",
+            f"step-{id}", "training step", "(1) to (7), AdamW",
             ["bias correction off by one", "decay coupled to the gradient", "KL / N left out",
              "the draw follows the row and not the example", "last token of the padding",
              "dropped Jacobian of exp", "one rate for all", "log sigma not bounded"],
-            {**p, "objective": objective, "kl": kl,
-             "layers": layers, **_shape(config)},
-            {"tokens": tokens, "lengths": lengths, "labels": labels, "ids": ids,
+            {**p, "objective": objective, "kl": kl, "layers": STEP_LAYERS, **_shape(config)},
+            {**STEP_BATCH,
              "inverse_frequencies": config.rope.inverse_frequencies(config.head_dim).double(),
              **w, **trained, **moments},
             outputs,
         )  # fmt: skip
+
+
+def _adapter_values(w: Weights, kl: str) -> Weights:
+    """A, B, log_s and log_sigma of every adapted layer."""
+    values = {}
+    for index, (name, part) in enumerate(
+        (n, p) for n in STEP_LAYERS for p in ("A", "B", "log_s", "log_sigma")
+    ):
+        d_out, d_in = w[f"{name}.weight"].shape
+        shape = {"A": (2, d_in), "B": (d_out, 2)}.get(part, (2,))
+        mean = -1.5 if part == "log_sigma" else 0.0
+        values[f"{name}.{part}"] = _random(1600 + index, *shape, times=0.5, plus=mean)
+    if kl == "forward":  # one width below its bound, which the step brings back to it
+        values["lm_head.log_sigma"][0] = -20.5
+    return values
+
+
+def _adam_moments(values: Weights) -> Weights:
+    """Moments as after some steps: exp_avg and exp_avg_sq of every value."""
+    moments = {}
+    for index, (name, value) in enumerate(values.items()):
+        moments[f"exp_avg.{name}"] = _random(1700 + index, *value.shape) / 16
+        second = _random(1800 + index, *value.shape).square() / 64
+        moments[f"exp_avg_sq.{name}"] = _single(second)
+    return moments
+
+
+def _nll_and_gradients(
+    config: LlamaConfig, w: Weights, trained: Weights, p: dict[str, Any]
+) -> tuple[Tensor, Weights, float]:
+    """The mean NLL of the batch, its gradient by every value, and the largest logit."""
+    tokens, lengths, labels, ids = STEP_BATCH.values()
+    leaves = {name: value.clone().requires_grad_() for name, value in trained.items()}
+    noise = Noise(STEP_SEED, p["draw"])
+    eps = {
+        name: _double([reference.eps_of_group(noise, layer, id, 2) for id in ids.tolist()])
+        for name, layer in STEP_LAYERS.items()
+    }
+    linear = _adapted(leaves, eps, p["scaling"])
+    hidden = _plain_llama(w, config, tokens, linear)
+    last = torch.stack([hidden[b, n - 1] for b, n in enumerate(lengths.tolist())])
+    logits = linear(w, "lm_head", last[:, None])[:, 0]
+    nll = -torch.log_softmax(logits, -1)[torch.arange(3), labels].mean()
+    gradients = torch.autograd.grad(nll, list(leaves.values()))
+    size = float(logits.detach().abs().max())
+    return nll.detach(), dict(zip(trained, gradients, strict=True)), size
+
+
+def _divergence(values: Weights, kl: str, prior_std: float) -> float:
+    slow = {"forward": reference.kl_forward, "official": reference.kl_official}[kl]
+    return sum(
+        slow(values[f"{n}.log_s"].exp(), values[f"{n}.log_sigma"].exp(), prior_std)
+        for n in STEP_LAYERS
+    )
+
+
+def _largest(gradients: Weights) -> float:
+    """Of all gradients: a small one that cancels, as q's in an even softmax, rounds as much."""
+    return max(float(g.abs().max()) for g in gradients.values())
+
+
+def _warmed_up(step: int, steps: int) -> float:
+    """The share of a rate at this step: a rise over a tenth of the steps, then a fall to 0."""
+    rise = steps // 10
+    return step / rise if step < rise else (steps - step) / (steps - rise)
+
+
+def _adamw(
+    values: Weights, moments: Weights, gradients: Weights, p: dict[str, Any]
+) -> tuple[Weights, Weights]:
+    """The values after AdamW's step, and the magnitudes behind them."""
+    after, scale, step = {}, {}, p["step"]
+    factor, largest = _warmed_up(step, p["steps"]), _largest(gradients)
+    for name, g in gradients.items():
+        rate = factor * (p["variational_lr"] if ".log_" in name else p["lr"])
+        m = 0.9 * moments[f"exp_avg.{name}"] + 0.1 * g
+        v = 0.999 * moments[f"exp_avg_sq.{name}"] + 0.001 * g**2
+        denominator = (v / (1 - 0.999 ** (step + 1))).sqrt() + p["adam_eps"]
+        shrunk = values[name] * (1 - rate * p["weight_decay"])
+        after[name] = shrunk - rate * (m / (1 - 0.9 ** (step + 1))) / denominator
+        scale[name] = after[name].abs() / 64 + rate * largest / denominator
+    return after, scale
+
+
+def _sgd_on_the_kl(after: Weights, scale: Weights, kl: str, p: dict[str, Any]) -> None:
+    """The official objective's second step, in place."""
+    step, factor = p["step"], _warmed_up(p["step"], p["steps"])
+    period = kl_period(p["num_examples"], len(STEP_BATCH["ids"]))
+    rate = factor * p["kl_lr"] * 2.0 ** (step % period + 1) / (2.0 ** (period + 1) - 1)
+    for name, value in _kl_gradients(after, kl, p["prior_std"]).items():
+        after[name] = after[name] - rate * value
+        scale[name] = scale[name] + rate * value.abs()
 
 
 def _adapted(

@@ -735,6 +735,7 @@ def test_latin_draws_lie_one_in_each_interval_in_the_order_of_independent_ones(s
         assert torch.equal(intervals, independent[block].argsort(0).argsort(0))
 
 
+@pytest.mark.eq_21
 def test_latin_draws_equal_the_definition():
     """Worked out with Python's own normal distribution, value by value."""
     normal, n = NormalDist(), 4
@@ -777,6 +778,7 @@ LATIN = [
 ]
 
 
+@pytest.mark.eq_21
 @pytest.mark.parametrize("record", LATIN, ids=lambda record: record.name)
 def test_latin_draws_are_normal_each_and_independent_otherwise(record):
     record.check(seed=21)

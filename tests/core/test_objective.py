@@ -45,6 +45,8 @@ def test_check_values():
     assert round(float(kl_forward(s, sigma, 1.0)), 4) == 4.7621
 
 
+@pytest.mark.eq_5
+@pytest.mark.eq_6
 @given(gaussians, positive)
 def test_both_directions_equal_torch_distributions_and_the_reference(pairs, prior_std):
     s, sigma = columns(pairs)
@@ -111,6 +113,7 @@ def test_official_kl_stays_finite_where_float32_overflows():
     assert torch.isfinite(kl_official(s, log_sigma.double().exp(), 1.0))
 
 
+@pytest.mark.eq_4
 @given(st.integers(0, 2**32), st.floats(0, 10), st.integers(1, 10_000))
 def test_loss_is_nll_plus_beta_kl_over_n(seed, beta, n):
     model, batch = tiny_model(), tiny_batch()
@@ -196,6 +199,7 @@ def test_gradient_of_the_loss_equals_a_finite_difference():
     assert abs(numeric - slope) <= central_difference(h) * size
 
 
+@pytest.mark.eq_4
 @pytest.mark.parametrize("kl", ["forward", "official"])
 def test_objective_equals_the_reference(kl):
     model, batch, noise = tiny_model(), tiny_batch(), Noise(5, 6)

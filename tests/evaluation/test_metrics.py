@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 
 import pytest
@@ -63,6 +62,12 @@ def test_accuracy_nll_brier_and_entropy_equal_loops(case):
     assert close(metrics.brier(probs, labels), distance / n, n)
     result = metrics.nll(probs, labels)
     assert result == surprise if math.isinf(surprise) else close(result, surprise / n, n)
+    assert list(metrics.scores(probs, labels).items()) == [
+        ("acc", metrics.accuracy(probs, labels)),
+        ("ece", metrics.ece(probs, labels)),
+        ("nll", result),
+        ("brier", metrics.brier(probs, labels)),
+    ]
     entropies = [-sum(p * math.log(p) for p in row if p) for row in rows]
     for a, b in zip(metrics.entropy(probs).tolist(), entropies, strict=True):
         assert close(a, b, 1)
@@ -103,6 +108,16 @@ def test_auroc_equals_all_pairs(pairs):
         return
     won = sum((p > n) + (p == n) / 2 for p in positive for n in negative)
     assert metrics.auroc(scores, labels) == won / (len(positive) * len(negative))
+
+
+def test_data_sets_are_told_apart_by_each_uncertainty():
+    """Outside is the positive kind: all of its entropies are larger, one information in four is."""
+    inside = {"entropy": torch.tensor([0.0, 1.0]), "mutual_information": torch.tensor([0.2, 0.4])}
+    outside = {"entropy": torch.tensor([2.0, 3.0]), "mutual_information": torch.tensor([0.1, 0.3])}
+    expected = {"auroc_entropy": 1.0, "auroc_mutual_information": 0.25}
+    assert metrics.separation(inside, outside) == expected
+    probs = torch.full((3, 2), 0.5)
+    assert metrics.answerable(probs, labels(0, 2, 1)).tolist() == [True, False, True]
 
 
 @given(predictions())
@@ -299,13 +314,13 @@ def test_the_ends_of_an_interval_are_order_statistics_rounded_outwards(replicate
     assert interval == expected
 
 
-def test_defaults_are_those_of_the_documents():
-    for fn in (metrics.ece, metrics.reliability, metrics.bootstrap_intervals):
-        assert inspect.signature(fn).parameters["bins"].default == 15
-    for fn in (metrics.bootstrap_interval, metrics.bootstrap_intervals):
-        defaults = {n: p.default for n, p in inspect.signature(fn).parameters.items()}
-        assert (defaults["replicates"], defaults["level"], defaults["seed"]) == (1000, 0.95, 0)
-    assert metrics.TEMPERATURE_RANGE == (0.05, 20.0)
+def test_bins_of_ece_are_15_unless_told():
+    """Of confidences .51, .55 and .58, 10 bins hold all in one, 15 bins part them."""
+    probs, target = two_classes([0.51, 0.55, 0.58]), labels(0, 1, 0)
+    default, coarse = metrics.ece(probs, target), metrics.ece(probs, target, 10)
+    assert default == metrics.ece(probs, target, 15) != coarse
+    assert metrics.scores(probs, target)["ece"] == default
+    assert metrics.reliability(probs, target).rows.shape == (15,)
 
 
 def missed(seed: int, n: int) -> float:

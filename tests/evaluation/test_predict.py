@@ -18,7 +18,7 @@ from scalabl_ref.core.predictive import predictive
 from scalabl_ref.evaluation.generate import generate
 from scalabl_ref.evaluation.predict import Draws, predict_all
 from scalabl_ref.evaluation.sequential import predict_auto
-from scalabl_ref.methods.ensemble import Ensemble, Swag
+from scalabl_ref.methods import Ensemble, Swag
 from scalabl_ref.verify import reference
 
 from ..models import tiny_batch, tiny_model
@@ -26,26 +26,6 @@ from ..stats import ZTest
 from ..tolerances import rounding
 
 predict_module = importlib.import_module("scalabl_ref.evaluation.predict")
-
-
-@given(st.integers(1, 6), st.integers(1, 4), st.integers(2, 5), st.integers(0, 2**32))
-def test_predictive_equals_the_literal_average(samples, rows, classes, seed):
-    generator = torch.Generator().manual_seed(seed)
-    logits = 5 * torch.randn(samples, rows, classes, generator=generator).double()
-    result = predictive(torch.log_softmax(logits, -1))
-    each = torch.softmax(logits, -1)
-    for row in range(rows):
-        columns = each[:, row].T.tolist()
-        mixture = [sum(column) / samples for column in columns]
-        entropy = -sum(p * math.log(p) for p in mixture)
-        expected = 0.0
-        for s in range(samples):
-            expected -= sum(p * math.log(p) for p in each[s, row].tolist()) / samples
-        bound = rounding(torch.float64, 64) * 10
-        assert (result.probs[row] - torch.tensor(mixture, dtype=torch.float64)).abs().max() <= bound
-        assert abs(result.entropy[row] - entropy) <= bound
-        assert abs(result.expected_entropy[row] - expected) <= bound
-        assert abs(result.mutual_information[row] - max(0.0, entropy - expected)) <= bound
 
 
 def test_probabilities_are_averaged_and_not_logits():
@@ -85,6 +65,8 @@ def test_without_width_the_draws_agree():
     assert (mean.mutual_information == 0).all()
 
 
+@pytest.mark.eq_8
+@pytest.mark.eq_9
 @given(st.integers(0, 1000), st.integers(1, 5), st.integers(1, 4), st.integers(1, 6))
 def test_predictive_equals_the_reference(seed, draws, rows, classes):
     generator = torch.Generator().manual_seed(seed)
@@ -94,14 +76,6 @@ def test_predictive_equals_the_reference(seed, draws, rows, classes):
     for name, value in result._asdict().items():
         slow = torch.tensor(expected[name], dtype=torch.float64)
         assert (value - slow).abs().max() <= rounding(torch.float64, 64), name
-
-
-def test_draw_i_is_noise_seed_i():
-    model, batch = tiny_model(), tiny_batch()
-    with torch.no_grad():
-        each = [torch.softmax(class_logits(model, batch, Noise(9, i)).double(), -1) for i in (0, 1)]
-    result = predict(model, batch, samples=2, seed=9)
-    assert (result.probs - (each[0] + each[1]) / 2).abs().max() <= rounding(torch.float32, 256)
 
 
 def test_an_example_does_not_depend_on_its_batch():

@@ -32,6 +32,7 @@ def test_nodes_integrate_polynomials_exactly(n):
         assert abs(float(weights @ nodes**power) - expected) <= rounding(torch.float64, 64) * size
 
 
+@pytest.mark.eq_23
 @pytest.mark.parametrize("trim", [True, False])
 @pytest.mark.parametrize("covariance", ["diagonal", "full"])
 def test_the_gaussian_is_what_draws_are_made_of(trim, covariance):
@@ -48,6 +49,7 @@ def test_the_gaussian_is_what_draws_are_made_of(trim, covariance):
     assert (drawn - expected).abs().max() <= rounding(torch.float32, 64) * drawn.abs().max()
 
 
+@pytest.mark.eq_23
 @given(st.integers(0, 10**6), st.integers(2, 4), st.integers(1, 5), st.floats(0.01, 2))
 def test_quadrature_has_converged(seed, classes, rank, width):
     """Against twice as many nodes; and in one direction against sums over a fine grid."""

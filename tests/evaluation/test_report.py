@@ -206,6 +206,20 @@ def test_bars_stand_where_the_numbers_are(render):
     assert abs((float(tick.get("y1")) - y0) / (y1 - y0) - 0.75) <= rounding
 
 
+def test_histograms_stand_where_the_uncertainties_are(render):
+    """Familiar ones fill 0 to 1 of an axis that ends at 1.5, foreign ones .5 to 1.5, empty at 0."""
+    chart = named(render(full()))["mutual information inside and outside"]
+    axis = chart.find(".//line[@class='axis']")
+    x0, x1 = float(axis.get("x1")), float(axis.get("x2"))
+    for css, low, high in (("fill", 0, 2 / 3), ("outline", 1 / 3, 1)):
+        bars = chart.findall(f".//rect[@class='{css}']")
+        left = min(float(bar.get("x")) for bar in bars)
+        right = max(float(bar.get("x")) + float(bar.get("width")) for bar in bars)
+        bin = (x1 - x0) / 30  # the value at the edge of two bins may be in either
+        assert abs(left - (x0 + low * (x1 - x0))) <= bin + 0.76
+        assert abs(right - (x0 + high * (x1 - x0))) <= bin + 0.76
+
+
 def test_nothing_is_loaded_and_nothing_runs(render):
     text = render(full())
     page = check(text)

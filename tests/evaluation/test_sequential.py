@@ -60,6 +60,7 @@ def paths(auto: Auto, length: int, worse: float) -> tuple[float, float]:
     return float(weight @ wealth), float(weight[declared].sum())
 
 
+@pytest.mark.eq_22
 @pytest.mark.parametrize("auto", [Auto(0.05, 0.3), Auto(0.1, 0.1), Auto(0.3, 0.3)])
 def test_a_worse_answer_is_seldom_declared_however_often_one_looks(auto):
     """At E x = -t the wealth is a martingale; its stops, after every draw, keep the error."""

@@ -75,6 +75,7 @@ BODIES = [
 ]
 
 
+@pytest.mark.eq_1
 @pytest.mark.parametrize("body", BODIES)
 @given(op_cases(joint=True, dtypes=DTYPES))
 def test_equals_the_reference(body, case):
@@ -90,6 +91,7 @@ def test_sigma_zero_is_the_mean_model(case):
     assert torch.equal(still, call(case, noise=None))
 
 
+@pytest.mark.eq_1
 @given(op_cases())
 def test_mean_is_plain_lora_with_diag_s_A(case):
     merged = case.s[:, None].double() * case.A.double()
@@ -126,6 +128,7 @@ def test_gradients_equal_those_through_the_definition(body, case):
         assert (a - b).abs().max() <= rounding(torch.float64, 1000) * scale
 
 
+@pytest.mark.eq_1
 @pytest.mark.parametrize("body", BODIES)
 @given(op_cases(joint=True, dtype=torch.float64, widest=9))
 def test_gradients_equal_the_reference(body, case):

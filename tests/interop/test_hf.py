@@ -15,12 +15,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from scalabl_ref import AdapterConfig, InputError, Noise, adapters
+from scalabl_ref.core.adapter import adapter_state
 from scalabl_ref.core.config import TARGETS
 from scalabl_ref.core.objective import Batch, complexity
 from scalabl_ref.fast.ops import subspace_lora_linear
 from scalabl_ref.interop import hf
 from scalabl_ref.support.tensors import load_tensors, save_tensors
-from scalabl_ref.training.trainer import adapter_state
 
 from ..models import fill
 from ..tolerances import rounding

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from scalabl_ref import AdapterConfig, InputError, Llama, Noise, adapters, add_adapters, elbo
 from scalabl_ref.app import demo
-from scalabl_ref.core.adapter import MIN_LOG_SIGMA
+from scalabl_ref.core.adapter import MIN_LOG_SIGMA, adapter_state
 from scalabl_ref.core.layer import SAMPLING
 from scalabl_ref.core.noise import FIRST_TRAINING_DRAW
 from scalabl_ref.core.objective import complexity
@@ -24,7 +24,7 @@ from scalabl_ref.data import Encoded, collate
 from scalabl_ref.evaluation.predict import predict
 from scalabl_ref.interop import hf
 from scalabl_ref.support.tensors import hf_to_ours
-from scalabl_ref.training.trainer import TrainConfig, Trainer, adapter_state
+from scalabl_ref.training.trainer import TrainConfig, Trainer
 
 from ..conftest import ROOT
 from ..models import CLASSES, TINY, fill, tiny_batch

@@ -13,13 +13,13 @@ import torch
 
 from scalabl_ref import AdapterConfig, InputError, Llama, Noise, add_adapters
 from scalabl_ref.app import cli
-from scalabl_ref.evaluation import evaluate
+from scalabl_ref.core.adapter import adapter_state
+from scalabl_ref.evaluation import answering
 from scalabl_ref.fast.quantize import quantize_model
 from scalabl_ref.training import ranks as distributed
 from scalabl_ref.training.trainer import (
     TrainConfig,
     Trainer,
-    adapter_state,
     fingerprint,
     fit,
     load_run,
@@ -266,15 +266,15 @@ def test_the_commands_on_ranks_write_what_one_process_does(tmp_path):
 
 def counted(folder: Path, text: str) -> int:
     """The command, and a file with the number of draws of each pass that this rank made."""
-    made, real = [], evaluate.pass_log_probs
+    made, real = [], answering.pass_log_probs
 
     def one(*arguments):
         made.append(arguments[-1])
         return real(*arguments)
 
-    evaluate.pass_log_probs = one
+    answering.pass_log_probs = one
     code = command(text)
-    evaluate.pass_log_probs = real
+    answering.pass_log_probs = real
     (folder / f"passes{os.environ.get('RANK', '')}").write_text(str(made))
     return code
 

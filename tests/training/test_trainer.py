@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scalabl_ref import InputError, Llama, Noise, adapters, load_run, save_run
-from scalabl_ref.core.adapter import MIN_LOG_SIGMA, SubspaceAdapter
+from scalabl_ref.core.adapter import MIN_LOG_SIGMA, SubspaceAdapter, adapter_state
 from scalabl_ref.core.noise import FIRST_TRAINING_DRAW
 from scalabl_ref.core.objective import complexity
 from scalabl_ref.data import Encoded
@@ -22,7 +22,6 @@ from scalabl_ref.support.errors import Interrupted
 from scalabl_ref.training.trainer import (
     TrainConfig,
     Trainer,
-    adapter_state,
     fit,
     kl_period,
     kl_weight,
@@ -52,6 +51,7 @@ def trainer(data: Encoded | None = None, model: dict | None = None, **config) ->
 # --- schedules ---------------------------------------------------------------------------------
 
 
+@pytest.mark.eq_7
 def test_periods_of_the_official_schedule():
     """METHOD, section 3: M at batch 4 for each data set's number of training examples."""
     sizes = {

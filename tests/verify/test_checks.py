@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -11,13 +12,14 @@ import torch.nn.functional as F
 from scalabl_ref import InputError, Noise, subspace_lora_linear
 from scalabl_ref.app import cli
 from scalabl_ref.fast import native
+from scalabl_ref.verify.check import FALSE_FAILURE, Check
 from scalabl_ref.verify.checks import (
-    FALSE_FAILURE,
     OP_CHECKS,
     gradient_scores,
     load_op,
     moment_scores,
     moments,
+    run,
     verify,
 )
 
@@ -153,7 +155,13 @@ def test_a_fault_is_caught_by_the_property_it_breaks(name):
 def test_normals_that_are_not_are_caught(change, monkeypatch):
     original = Noise.normal
     monkeypatch.setattr(Noise, "normal", lambda *a: change(original(*a)))
-    assert moments(subspace_lora_linear, CPU)[0] > 1
+    assert max(moments(subspace_lora_linear, CPU)) > 1
+
+
+@pytest.mark.parametrize("errors", [[], [0.5, math.nan, 0.25], [0.5, 1.5]])
+def test_nothing_compared_and_no_number_are_failures(errors):
+    result = run(Check("c", "(1)", lambda op, device: iter(errors)), subspace_lora_linear, CPU)
+    assert not result.passed and result.cases == len(errors)
 
 
 def test_every_check_of_the_op_catches_something():

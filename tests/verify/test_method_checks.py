@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from scalabl_ref import Noise, adapters, kl_forward, kl_official, methods, subspace_lora_linear
+from scalabl_ref.core.adapter import adapter_state
 from scalabl_ref.core.objective import class_logits, fitted_prior_std
 from scalabl_ref.evaluation import metrics
-from scalabl_ref.methods import blob, ensemble, full, laplace
+from scalabl_ref.methods import blob, ensemble, full, laplace, swag, tfb
 from scalabl_ref.methods.map import MapAdapter
 from scalabl_ref.verify.checks import run
 from scalabl_ref.verify.method_checks import METHOD_CHECKS, distance, golden_section, slopes
@@ -90,7 +91,6 @@ def _(s, sigma, prior_std):
 
 # --- TFB ------------------------------------------------------------------------------------------
 
-tfb = importlib.import_module("scalabl_ref.methods.tfb")  # `methods.tfb` is the function
 rotate, largest = tfb._rotate, tfb.largest
 fault("TFB: draws of prediction", "methods.tfb:FIRST_TRAINING_DRAW", "TFB, width")(0)
 
@@ -129,10 +129,10 @@ def _(self):
     return self.sigma[:, None].square()
 
 
-@fault("TFB: logits averaged", "methods.tfb:_log_mixture", "TFB, width")
+@fault("TFB: logits averaged", "methods.tfb:_probs", "TFB, width")
 def _(model, batches, draws):
     each = [[class_logits(model, batch, noise) for noise in draws] for batch in batches]
-    return torch.cat([torch.stack(logits).mean(0) for logits in each]).log_softmax(-1)
+    return torch.cat([torch.stack(logits).mean(0) for logits in each]).softmax(-1)
 
 
 # --- Laplace --------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def _(cls, layers, kl):
 @fault("ensemble: logits averaged", "methods.ensemble:Ensemble.log_probs", "ensemble")
 def _(self, model, batch, samples, seed):
     with torch.no_grad():
-        each = [ensemble._mean_log_probs(model, batch, member) for member in self.members]
+        each = [ensemble.mean_log_probs(model, batch, member) for member in self.members]
     return torch.stack(each).mean(0).log_softmax(-1)[None]
 
 
@@ -282,7 +282,7 @@ def swag_draw(sd):
     def draw(self, noise):
         out = {}
         for index, (name, mean) in enumerate(self.mean.items()):
-            eps = noise.normal(ensemble.FIRST_SWAG_LAYER + index, 1, mean.numel())
+            eps = noise.normal(swag.FIRST_SWAG_LAYER + index, 1, mean.numel())
             variance = self.square[name] - mean.square()
             out[name] = mean + sd(variance, self.count) * eps.view(mean.shape)
         return out
@@ -290,16 +290,16 @@ def swag_draw(sd):
     return draw
 
 
-fault("SWAG: variance for sd", "methods.ensemble:Swag.draw", "SWAG")(swag_draw(lambda v, n: v))
-fault("SWAG: n - 1", "methods.ensemble:Swag.draw", "SWAG")(
+fault("SWAG: variance for sd", "methods.swag:Swag.draw", "SWAG")(swag_draw(lambda v, n: v))
+fault("SWAG: n - 1", "methods.swag:Swag.draw", "SWAG")(
     swag_draw(lambda v, n: (v * n / (n - 1)).sqrt())
 )
 
 
-@fault("SWAG: an average that forgets", "methods.ensemble:Swag.collect", "SWAG")
+@fault("SWAG: an average that forgets", "methods.swag:Swag.collect", "SWAG")
 def _(self, model):
     self.count += 1
-    for name, value in ensemble._state(model).items():
+    for name, value in adapter_state(model).items():
         for kept, new in ((self.mean, value), (self.square, value.square())):
             kept[name] = 0.9 * kept[name] + 0.1 * new if name in kept else new
 

@@ -171,7 +171,7 @@ static double kl_of(const struct kit_case *c)
     static const char *const names[] = {"forward", "official"};
     size_t count = shaped(c, "s", 0)->count;     /* (layers, r): the sum over both */
 
-    return kl_divergence((enum direction)choice(c, "kl", names, 2), count, reals(c, "s", count),
+    return complexity((enum direction)choice(c, "kl", names, 2), count, reals(c, "s", count),
                          reals(c, "sigma", count), number(c, "prior_std"));
 }
 

@@ -147,7 +147,7 @@ void op_backward(const struct op *op, const double *grad_y, const struct op_grad
 
 /* ---- the objective ---- */
 
-double kl_divergence(enum direction direction, size_t r, const double *s, const double *sigma,
+double complexity(enum direction direction, size_t r, const double *s, const double *sigma,
                      double prior_std)
 {
     double sum = 0;

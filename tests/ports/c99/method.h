@@ -41,7 +41,7 @@ void op_backward(const struct op *op, const double *grad_y, const struct op_grad
 
 enum direction { KL_FORWARD, KL_OFFICIAL };
 
-double kl_divergence(enum direction direction, size_t r, const double *s, const double *sigma,
+double complexity(enum direction direction, size_t r, const double *s, const double *sigma,
                      double prior_std);
 
 /* The derivatives by log s_k and log sigma_k, times `factor`, added. */

@@ -106,7 +106,7 @@ static void add_kl(struct training *training)
     training->kl = 0;
     for (i = 0; i < training->adapter_count; i++) {
         struct adapter *adapter = &training->adapters[i];
-        training->kl += kl_divergence(training->kl_direction, training->rank, adapter->s, adapter->sigma,
+        training->kl += complexity(training->kl_direction, training->rank, adapter->s, adapter->sigma,
                                       training->prior_std);
         if (training->objective == OBJECTIVE_ELBO) {
             kl_gradient(training->kl_direction, training->rank, adapter->s, adapter->sigma,

@@ -8,14 +8,14 @@ import shutil
 import pytest
 import torch
 
-from scalabl_ref import InputError, adapters, load_run, predict
+from scalabl_ref import adapters, load_run
 from scalabl_ref.data import encode, evaluation_batches, load, split
 from scalabl_ref.data.tokenizer import load_tokenizer
 from scalabl_ref.evaluation.predict import predict_all
-from scalabl_ref.methods import Ensemble, Laplace, Swag, load_posterior, tfb
+from scalabl_ref.methods import Laplace, Swag, fit_tfb, load_posterior
 
-from ..app.test_cli import ok, refused
-from ..models import questions_file, tiny_batch, tiny_folder, tiny_model
+from ..models import questions_file, tiny_folder
+from .test_cli import ok, refused
 
 TRAIN = "train --model model --data train.jsonl --steps 8 --batch 4 --rank 2 --lr 0.02"
 
@@ -108,7 +108,7 @@ def test_metrics_say_how_many_draws_there_were(work, capsys):
 def test_tfb(work, capsys):
     told = ok("posterior tfb --run run0 --data train.jsonl --tolerance 0.05 --out made", capsys)
     model, _ = load_run("run0")
-    assert told["sigma"] == tfb(model, data(work, "train.jsonl", 8), 0.05)
+    assert told["sigma"] == fit_tfb(model, data(work, "train.jsonl", 8), 0.05)
     assert torch.equal(probabilities(work / "made", capsys), expected(work, model))
     kinds = {type(adapter).__name__ for adapter in adapters(load_run("made")[0]).values()}
     assert kinds == {"TfbAdapter"}
@@ -176,10 +176,3 @@ def test_broken_files_are_named(work, capsys):
     assert "swag.safetensors: not written by this program" in refused(
         "posterior swag --run run0 --out x", capsys
     )
-
-
-def test_another_models_weights_are_refused():
-    model = tiny_model(method="mle")
-    other = {"layers.0.attn.q_proj.A": torch.zeros(3, 16)}
-    with pytest.raises(InputError, match="do not both have the tensor"):
-        predict(model, tiny_batch(), posterior=Ensemble([other]))

@@ -1,0 +1,184 @@
+"""A model's answers to a whole data set: predictive distributions, row by row, on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..core.adapter import random_adapters
+from ..core.noise import Noise
+from ..core.objective import Batch
+from ..core.predictive import Prediction, predictive
+from ..data import Encoded, Example, Wording, encode, evaluation_batches
+from ..data.tokenizer import Tokenizer
+from ..methods import Ensemble, Posterior
+from ..model.llama import Llama
+from ..support.errors import InputError
+from ..support.progress import progress_bar
+from ..training import ranks as distributed
+from .predict import Draws, pass_log_probs, predict
+from .quadrature import predict_exact
+from .sequential import Auto, predict_auto
+
+Samples = int | Auto | Literal["exact"]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A data set, and the model's predictive distribution for each row."""
+
+    examples: list[Example]
+    labels: Tensor  # (N,) int64
+    prediction: Prediction
+    samples: Samples  # draws of each row: 0 for deterministic models; an ensemble's members
+    draws: Tensor | None = None  # (N,) int64, draws of each row, where rows differ
+    encoded: Encoded | None = None  # the prompts as tokens
+
+
+def encode_for(
+    model: Llama,
+    tokenizer: Tokenizer,
+    examples: list[Example],
+    wording: Wording | None = None,
+    answerable: bool = True,
+) -> Encoded:
+    """`data.encode` with the classes of the model's head and the longest prompt that it takes.
+
+    Raises InputError as `data.encode` does, or if the head is of another tokenizer's classes.
+    """
+    head = model.config.head_tokens
+    encoded = encode(
+        examples,
+        tokenizer,
+        classes=None if head is None else len(head),
+        max_length=model.config.max_position_embeddings,
+        answerable=answerable,
+        wording=wording,
+    )
+    if head is not None and tuple(encoded.classes) != head:
+        raise InputError(
+            f"the tokenizer gives the class tokens {encoded.classes}, but the head was cut down to "
+            f"{list(head)}"
+        )
+    return encoded
+
+
+def answer(
+    model: Llama,
+    tokenizer: Tokenizer,
+    examples: list[Example],
+    samples: Samples,
+    seed: int,
+    batch: int = 32,
+    title: str = "evaluate",
+    posterior: Posterior | None = None,
+    design: str = "independent",
+    answerable: bool = True,
+    wording: Wording | None = None,
+) -> Answers:
+    """Predict every example with `samples` draws (0: the mean model); no example is dropped.
+
+    The ranks share the work, and all of them get all answers. With a number of `samples`, the ranks
+    share the passes of each batch. Otherwise, and with a posterior, they share the batches; but of
+    a sharded base, every rank predicts all batches.
+
+    samples: a number, or an `Auto` (`sequential.predict_auto`: as many as each example needs), or
+    "exact" (`quadrature.predict_exact`). posterior: the distribution to draw from, if it is not the
+    adapters' own. design: as in `predict`. answerable, wording: as in `data.encode`.
+
+    Raises InputError for a combination that does not exist, or as `encode_for` does.
+    """
+    if not isinstance(samples, int) and design != "independent":
+        raise InputError(f"samples auto and exact need independent draws, not design {design!r}")
+    if not isinstance(samples, int) and posterior is not None:
+        name = type(posterior).__name__
+        raise InputError(f"samples auto and exact need the adapters' own draws, not a {name}")
+    encoded = encode_for(model, tokenizer, examples, wording, answerable)
+    rows, batches = len(encoded.labels), list(evaluation_batches(encoded, batch))
+    by_draws = isinstance(samples, int) and posterior is None
+    spread = not by_draws and not distributed.sharded(model)  # else all ranks have all batches
+    mine = batches[distributed.rank() :: distributed.world()] if spread else batches
+    if isinstance(samples, int) and posterior is None:
+        parts = _share_draws(model, mine, samples, seed, design)
+    else:
+        parts = (_whole_batch(model, b, samples, seed, posterior, design) for b in mine)
+    probs = torch.zeros(rows, len(encoded.classes), dtype=torch.float64)
+    prediction = Prediction(probs, *(torch.zeros(rows, dtype=torch.float64) for _ in range(3)))
+    draws = torch.zeros(rows, dtype=torch.int64)
+    with progress_bar(sum(len(b.ids) for b in mine), title, "row") as bar:
+        for ids, found, taken in parts:
+            for column, values in zip(prediction, found, strict=True):
+                column[ids] = values.cpu()
+            draws[ids] = taken
+            bar.update(len(ids))
+    if spread:
+        for column in (*prediction, draws):
+            distributed.sum_(column)  # each row is of one rank, and zero on the others
+    labels, number = torch.tensor(encoded.labels), _taken(model, samples, posterior)
+    each = draws if isinstance(samples, Auto) else None
+    return Answers(encoded.examples, labels, prediction, number, each, encoded)
+
+
+def _taken(model: Llama, samples: Samples, posterior: Posterior | None) -> Samples:
+    """How many draws an answer really takes when `samples` are asked for."""
+    if not isinstance(samples, int) or samples == 0:
+        return samples
+    if isinstance(posterior, Ensemble):
+        return len(posterior.members)
+    return samples if posterior is not None or random_adapters(model) else 0
+
+
+# Of some rows: their ids, their predictions, and how many draws each took, where that differs.
+Part = tuple[Tensor, Prediction, Tensor | int]
+
+
+@torch.no_grad()
+def _share_draws(
+    model: Llama, batches: list[Batch], samples: int, seed: int, design: str
+) -> Iterator[Part]:
+    """`predict` of each batch on all ranks; each pass is done by one of them.
+
+    Passes of as many batches as there are ranks are dealt out at a time, those of most draws first.
+    All ranks make equally many passes, since the ranks of a sharded base must.
+    """
+    ranks = distributed.world()
+    for group in (batches[start : start + ranks] for start in range(0, len(batches), ranks)):
+        work: list[tuple[int, slice, Noise | None]] = []
+        tables = []  # (S, B, C) of each batch
+        for i, batch in enumerate(group):
+            done = 0
+            for noise, draws in Draws(samples, seed, design).passes_over(model, batch):
+                work.append((i, slice(done, done + draws), noise))
+                done += draws
+            size = done, len(batch.ids), len(batch.classes)
+            tables.append(torch.zeros(size, dtype=torch.float64))
+        work.sort(key=lambda item: item[1].start - item[1].stop)
+        mine, counted = distributed.share(work)
+        there = {i: group[i].to(model.device) for i, _, _ in mine}
+        for at, (i, part, noise) in enumerate(mine):
+            found = pass_log_probs(model, there[i], noise, part.stop - part.start)
+            if at < counted:
+                tables[i][part] = found.cpu()
+        for batch, table in zip(group, tables, strict=True):
+            distributed.sum_(table)  # each draw is of one rank, and zero on the others
+            yield batch.ids, predictive(table), 0
+
+
+def _whole_batch(
+    model: Llama,
+    batch: Batch,
+    samples: Samples,
+    seed: int,
+    posterior: Posterior | None,
+    design: str,
+) -> Part:
+    ids, batch = batch.ids, batch.to(model.device)
+    if isinstance(samples, Auto):
+        return ids, *predict_auto(model, batch, samples, seed)
+    if isinstance(samples, str):
+        return ids, predict_exact(model, batch), 0
+    return ids, predict(model, batch, samples, seed, posterior, design), 0
