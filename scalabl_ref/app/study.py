@@ -74,10 +74,12 @@ from ..support.errors import (
     on_signals,
 )
 from ..support.fields import check, json_text
-from ..support.lock import alone
 from ..support.progress import progress_bar
 from ..support.tensors import Weights, load_tensors, read_json, save_tensors, sha256
-from ..training.trainer import DType, TrainConfig, Trainer, adapter_state, fit, load_run, save_run
+from ..training.lock import alone
+from ..training.loop import fit
+from ..training.runs import DType, adapter_state, load_run, save_run
+from ..training.trainer import TrainConfig, Trainer
 
 MOST_JOBS = 256  # processes, which a study starts all at once
 
@@ -344,10 +346,10 @@ class Fit:
         data = _encoded(self.study, ["train"])["train"]
         model = _base_model(self.study, self.device)
         add_adapters(model.trim_head(data.classes), self.adapter, self.train.seed)
-        trainer = Trainer(model, data, self.train)
-        fit(trainer, self.folder, resume=True)
-        if self.train.swag:
-            trainer.swag.save(self.folder)
+        swag = Swag() if self.train.swag else None
+        fit(Trainer(model, data, self.train, collector=swag), self.folder, resume=True)
+        if swag:
+            swag.save(self.folder)
         info = {
             "model": self.study.model,
             "data": self.study.train,

@@ -50,7 +50,7 @@ from ..support.tensors import (
     write_model,
     write_tensors,
 )
-from ..training.trainer import fingerprint, load_adapter_state, run_facts, save_run
+from ..training.runs import fingerprint, load_adapter_state, run_facts, save_run
 from .card import Card
 
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

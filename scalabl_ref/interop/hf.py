@@ -40,7 +40,8 @@ from ..model.attach import Linear as Adapted
 from ..model.attach import layer_id, new_adapter
 from ..support.errors import InputError, atomic_write_text, make_folder
 from ..support.tensors import load_tensors, read_json, save_tensors
-from ..training.trainer import adapter_state, load_adapter_state, parameter_groups
+from ..training.runs import adapter_state, load_adapter_state
+from ..training.trainer import parameter_groups
 
 if TYPE_CHECKING:
     from ..core.objective import Batch

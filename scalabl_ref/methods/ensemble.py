@@ -86,12 +86,26 @@ class Swag:
                 old = kept.get(name, torch.zeros_like(new))
                 kept[name] = old + (new - old) / self.count
 
+    def state(self) -> State:
+        """The averages and their count by name, for a training's checkpoint."""
+        parts = {"mean": self.mean, "square": self.square}
+        averages = {f"{key}.{name}": v for key, part in parts.items() for name, v in part.items()}
+        return {"count": torch.tensor(self.count), **averages}
+
+    def restore(self, state: State) -> None:
+        """Go on from what `state` returned."""
+        for key, part in (("mean", self.mean), ("square", self.square)):
+            part.clear()
+            start = f"{key}."
+            part.update((n.removeprefix(start), v) for n, v in state.items() if n.startswith(start))
+        self.count = int(state["count"])
+
     def save(self, folder: Path | str) -> None:
         """Write FOLDER/swag.safetensors. Raises InputError if it cannot be written."""
         make_folder(folder)
-        parts = (("mean", self.mean), ("square", self.square))
-        tensors = [(f"{key}.{name}", value) for key, part in parts for name, value in part.items()]
-        save_tensors(Path(folder) / SWAG_FILE, tensors, {"count": str(self.count)})
+        averages = self.state()
+        count = averages.pop("count")
+        save_tensors(Path(folder) / SWAG_FILE, averages.items(), {"count": str(count.item())})
 
     @classmethod
     def load(cls, folder: Path | str) -> Swag:

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -27,6 +27,14 @@ from . import ranks as distributed
 FOLDER, MANIFEST = "checkpoint", "manifest.json"
 KEPT = 2  # checkpoints, the newest
 STEP = r"\d{8,}"  # a checkpoint's name
+
+
+class Savepoint(NamedTuple):
+    """A checkpoint: its tensors, the steps done, and the settings of its run, an object of JSON."""
+
+    tensors: dict[str, Tensor]
+    done: int
+    identity: dict[str, Any]
 
 
 class Saver:
@@ -41,21 +49,20 @@ class Saver:
         self._group = distributed.new_group() if beside else None  # of the threads alone
         self._pending: Future[None] | None = None
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
-        """Write what `load` is to give back; beside the training, what it is now.
+    def save(self, done: int, tensors: Mapping[str, Tensor], identity: dict[str, Any]) -> None:
+        """Write a `Savepoint`; in background mode, of a snapshot taken now.
 
-        tensors: the same on every rank. facts: JSON, with done (the step) and swag, whole numbers,
-        and identity, an object. Raises InputError, on every rank, if one cannot write, now or the
-        time before; the checkpoints there are stay.
+        The tensors are the same on every rank. Raises InputError, on every rank, if one of them
+        cannot write now, or could not the time before; earlier checkpoints stay.
         """
         self.wait()
         if self._thread is None:
-            self._write(step, tensors, facts)
+            self._write(done, tensors, identity)
         else:
             copies = {
                 name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()
             }
-            self._pending = self._thread.submit(self._write, step, copies, facts)
+            self._pending = self._thread.submit(self._write, done, copies, identity)
 
     def wait(self) -> None:
         """Until what was saved last is on disk. Raises InputError if it could not be written."""
@@ -70,9 +77,9 @@ class Saver:
             if unfinished or (_is_checkpoint(path) and int(path.name) > step):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _write(self, step: int, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+    def _write(self, done: int, tensors: Mapping[str, Tensor], identity: dict[str, Any]) -> None:
         rank, world = distributed.rank(), distributed.world()
-        final = self.folder / f"{step:08}"
+        final = self.folder / f"{done:08}"
         temporary = final.with_name(f".{final.name}.tmp")
         own = [(name, tensors[name]) for name in sorted(tensors)[rank::world]]
 
@@ -84,7 +91,7 @@ class Saver:
             if rank:
                 return
             files = {path.name: sha256(path) for path in sorted(temporary.glob("*.safetensors"))}
-            record = {"files": files, **facts}
+            record = {"files": files, "done": done, "identity": identity}
             atomic_write_text(temporary / MANIFEST, json.dumps(record, indent=2) + "\n")
             os.replace(temporary, final)
             for old in _newest_first(self.folder)[KEPT:]:
@@ -123,10 +130,10 @@ def progress(run: Path) -> str:
         return text
 
 
-def load(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, facts) of the newest checkpoint that is whole, on the CPU.
+def load(run: Path) -> Savepoint:
+    """The newest checkpoint that is whole, on the CPU.
 
-    Warns of newer ones that are not. Raises InputError if there is none.
+    Warns of newer ones that are not whole. Raises InputError if none is.
     """
     problems: list[InputError] = []
     for folder in _newest_first(run / FOLDER):
@@ -152,13 +159,11 @@ def _is_checkpoint(path: Path) -> bool:
     return re.fullmatch(STEP, path.name) is not None
 
 
-def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    facts = read_json(folder / MANIFEST)
-    files, kinds = facts.pop("files", None), {"done": int, "swag": int, "identity": dict}
-    if (
-        not (isinstance(files, dict) and files)
-        or not all(isinstance(facts.get(name), kind) for name, kind in kinds.items())
-        or facts["done"] != int(folder.name)
+def _read(folder: Path) -> Savepoint:
+    record = read_json(folder / MANIFEST)
+    files, done, identity = (record.get(key) for key in ("files", "done", "identity"))
+    if not (isinstance(files, dict) and files and isinstance(identity, dict)) or (
+        done != int(folder.name)
     ):
         raise InputError(f"{folder / MANIFEST}: not of a checkpoint of this program")
     tensors: dict[str, Tensor] = {}
@@ -167,4 +172,4 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not path.is_file() or sha256(path) != digest:
             raise InputError(f"{path}: is not the file that was written")
         tensors |= load_tensors(path)[0]
-    return tensors, facts
+    return Savepoint(tensors, done, identity)

@@ -24,8 +24,8 @@ from scalabl_ref.data import encode, load
 from scalabl_ref.data.tokenizer import load_tokenizer
 from scalabl_ref.evaluation.evaluate import results_folder
 from scalabl_ref.evaluation.predict import MOST_SAMPLES
-from scalabl_ref.support.lock import alone
 from scalabl_ref.support.tensors import load_pickle, load_tensors, save_tensors
+from scalabl_ref.training.lock import alone
 
 from ..conftest import ROOT
 from ..models import TINY, questions_file, tiny_folder

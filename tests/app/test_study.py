@@ -30,8 +30,8 @@ from scalabl_ref.evaluation import comparison, metrics
 from scalabl_ref.evaluation.comparison import table
 from scalabl_ref.methods import Swag
 from scalabl_ref.support.errors import Interrupted
-from scalabl_ref.support.lock import alone
 from scalabl_ref.support.tensors import load_tensors, save_tensors, sha256
+from scalabl_ref.training.lock import alone
 from scalabl_ref.training.trainer import Trainer
 
 from ..models import questions_file, tiny_folder

@@ -27,7 +27,7 @@ from scalabl_ref.core.noise import Keys
 from scalabl_ref.interop.adapters import Trained, export, import_adapter, read_run, start_from
 from scalabl_ref.methods import Ensemble, Laplace, Swag
 from scalabl_ref.support.tensors import load_tensors, read_json, save_tensors
-from scalabl_ref.training.trainer import adapter_state
+from scalabl_ref.training.runs import adapter_state
 
 from ..app.test_cli import ok, refused
 from ..models import questions_file, tiny_batch, tiny_folder

@@ -20,7 +20,7 @@ from scalabl_ref.core.objective import Batch, complexity
 from scalabl_ref.fast.ops import subspace_lora_linear
 from scalabl_ref.interop import hf
 from scalabl_ref.support.tensors import load_tensors, save_tensors
-from scalabl_ref.training.trainer import adapter_state
+from scalabl_ref.training.runs import adapter_state
 
 from ..models import fill
 from ..tolerances import rounding

@@ -18,7 +18,7 @@ from scalabl_ref.core.objective import complexity
 from scalabl_ref.methods import Ensemble, Swag
 from scalabl_ref.model.attach import Linear, add_adapters
 from scalabl_ref.support.tensors import load_tensors, save_tensors
-from scalabl_ref.training.trainer import adapter_state
+from scalabl_ref.training.runs import adapter_state
 
 from ..models import TINY, tiny_batch, tiny_model
 from ..stats import ZTest

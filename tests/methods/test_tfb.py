@@ -15,9 +15,8 @@ from scalabl_ref.core.noise import FIRST_TRAINING_DRAW
 from scalabl_ref.core.objective import class_logits
 from scalabl_ref.methods.tfb import TfbAdapter, largest, tfb
 
-from ..models import TINY, tiny_batch, tiny_model
+from ..models import TINY, tiny_batch, tiny_model, trainer
 from ..tolerances import logits_bound, rounding
-from ..training.test_trainer import trainer
 
 tfb_module = importlib.import_module("scalabl_ref.methods.tfb")
 SAMPLES, RESOLUTION = 3, 0.01

@@ -24,7 +24,8 @@ from scalabl_ref.data import Encoded, collate
 from scalabl_ref.evaluation.predict import predict
 from scalabl_ref.interop import hf
 from scalabl_ref.support.tensors import hf_to_ours
-from scalabl_ref.training.trainer import TrainConfig, Trainer, adapter_state
+from scalabl_ref.training.runs import adapter_state
+from scalabl_ref.training.trainer import TrainConfig, Trainer
 
 from ..conftest import ROOT
 from ..models import CLASSES, TINY, fill, tiny_batch

@@ -93,7 +93,8 @@ def test_old_rope_buffers_are_passed_over(tmp_path):
     write_config(tmp_path)
     buffer = ("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(2))
     save_tensors(tmp_path / "model.safetensors", [*hf_state().items(), buffer])
-    Llama.from_pretrained(tmp_path)
+    tokens = torch.arange(1, 9)[None]
+    assert torch.equal(Llama.from_pretrained(tmp_path)(tokens), base()(tokens))
 
 
 parts = st.sampled_from(

@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""One process at a time in a run's folder."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from ..training import ranks as distributed
-from .errors import InputError, make_folder, writing
+from ..support.errors import InputError, make_folder, writing
+from . import ranks as distributed
 
 
 @contextmanager
