@@ -38,8 +38,9 @@ from ..support.hub import hub_name
 from ..support.tensors import (
     FORMAT,
     Stored,
+    check_names,
+    check_tensor,
     hf_to_ours,
-    is_finite,
     new_folder,
     open_tensors,
     ours_to_hf,
@@ -459,23 +460,12 @@ def _built(
         )
     d_out = rows if rows and layer == "lm_head" else d_out
     adapter = kind(d_in, d_out, config, 0, 0, torch.device("meta"))
-    values = {}
-    for name, parameter in adapter.named_parameters():
-        if name not in names:
-            raise InputError(f"{file}: tensor {name} of {layer} is missing")
-        value = tensors[names[name]]()
-        if value.shape != parameter.shape:
-            raise InputError(
-                f"{file}: tensor {names[name]} has shape {tuple(value.shape)}, expected "
-                f"{tuple(parameter.shape)}"
-            )
-        if not value.is_floating_point():
-            raise InputError(f"{file}: tensor {names[name]} is {value.dtype}, expected floats")
-        if not is_finite(value.float()):
-            raise InputError(f"{file}: tensor {names[name]} has NaN or infinite values")
-        values[name] = value.float().to(linear.weight.device)
-    for name in names.keys() - values.keys():
-        raise InputError(f"{file}: tensor {names[name]} is unexpected")
+    own = dict(adapter.named_parameters())
+    check_names(file, names.values(), [names.get(part, f"{layer}.{part}") for part in own])
+    values = {part: tensors[names[part]]() for part in own}
+    for part, value in values.items():
+        check_tensor(file, names[part], value, own[part], torch.float32)
+        values[part] = value.float().to(linear.weight.device)
     adapter.load_state_dict(values, assign=True)
     return adapter
 

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -399,6 +399,35 @@ def with_dtype(values: dict[str, Any], dtype: torch.dtype | None) -> dict[str, A
 def is_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite, in no memory beside the tensor's."""
     return tensor.numel() == 0 or all(bool(end.isfinite()) for end in tensor.aminmax())
+
+
+def check_names(source: Any, found: Collection[str], expected: Collection[str]) -> None:
+    """Raise InputError, naming `source` and the tensor, for one that is missing or unexpected."""
+    for name in expected:
+        if name not in found:
+            raise InputError(f"{source}: tensor {name} is missing")
+    for name in found:
+        if name not in expected:
+            raise InputError(f"{source}: tensor {name} is unexpected")
+
+
+def check_tensor(
+    source: Any, name: str, tensor: Tensor, like: Tensor, dtype: torch.dtype | None = None
+) -> None:
+    """Raise InputError, naming `source` and the tensor, unless it can take the place of `like`.
+
+    It must have the shape of `like`, the same dtype or, for floats, any of 16 bits or more, and
+    values that are finite in `dtype`; None is its own. `like` may be on the meta device.
+    """
+    if tensor.shape != like.shape:
+        shapes = f"shape {tuple(tensor.shape)}, expected {tuple(like.shape)}"
+        raise InputError(f"{source}: tensor {name} has {shapes}")
+    floats = like.is_floating_point()
+    if tensor.dtype not in (FLOATS if floats else (like.dtype,)):
+        kind = "floats of 16 bits or more" if floats else like.dtype
+        raise InputError(f"{source}: tensor {name} is {tensor.dtype}, expected {kind}")
+    if not is_finite(tensor if dtype is None else tensor.to(dtype)):
+        raise InputError(f"{source}: tensor {name} has NaN or infinite values")
 
 
 def buffer(tensor: Tensor) -> Any:

@@ -19,7 +19,7 @@ from ..fast.quantize import Kind
 from ..model.llama import Llama
 from ..support.errors import InputError, atomic_write_text, make_folder
 from ..support.fields import check
-from ..support.tensors import load_tensors, read_json, save_tensors
+from ..support.tensors import check_names, check_tensor, load_tensors, read_json, save_tensors
 from . import ranks as distributed
 from . import savepoints
 
@@ -40,18 +40,11 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor], source: Any) -> None:
-    """Copy `state` into the adapters. Raises InputError for a wrong name, shape or value."""
+    """Copy `state` into the adapters. Raises InputError, naming `source`, if it is not theirs."""
     own = adapter_state(model)
-    for name in own.keys() ^ state.keys():
-        raise InputError(f"{source}: tensor {name} is {'missing' if name in own else 'unexpected'}")
+    check_names(source, state, own)
     for name, parameter in own.items():
-        if state[name].shape != parameter.shape:
-            raise InputError(
-                f"{source}: tensor {name} has shape {tuple(state[name].shape)}, "
-                f"expected {tuple(parameter.shape)}"
-            )
-        if not torch.isfinite(state[name]).all():
-            raise InputError(f"{source}: tensor {name} has NaN or infinite values")
+        check_tensor(source, name, state[name], parameter, parameter.dtype)
         parameter.copy_(state[name])
 
 

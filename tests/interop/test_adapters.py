@@ -620,6 +620,10 @@ HOSTILE = {
         _tensor(lambda t: t[f"{Q0}.lora_A.weight"].fill_(float("nan"))),
         "q_proj.lora_A.weight has NaN or infinite values",
     ),
+    "too large for float32": (
+        _tensor(lambda t: t.update({f"{Q0}.lora_A.weight": torch.full((3, 16), 1e300, dtype=torch.float64)})),
+        "q_proj.lora_A.weight has NaN or infinite values",
+    ),
     "integers": (
         _tensor(lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(3, 16).int()})),
         "q_proj.lora_A.weight is torch.int32, expected floats",

@@ -113,6 +113,8 @@ def test_facts_that_nobody_told_are_the_usual_ones(tmp_path):
         (lambda t: t.update(extra=torch.zeros(1)), "tensor extra is unexpected"),
         (lambda t: t.update({"lm_head.B": torch.zeros(2, 2)}), r"lm_head.B has shape \(2, 2\)"),
         (lambda t: t["lm_head.B"].fill_(float("nan")), "lm_head.B has NaN"),
+        (lambda t: t.update({"lm_head.B": t["lm_head.B"].double() * 1e300}), "lm_head.B has NaN"),
+        (lambda t: t.update({"lm_head.B": t["lm_head.B"].int()}), "lm_head.B is torch.int32"),
     ],
 )
 def test_broken_adapters_are_named(tmp_path, spoil, message):
