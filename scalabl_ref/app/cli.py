@@ -13,7 +13,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,7 +142,7 @@ def _columns(args: argparse.Namespace) -> Columns:
 
 
 def _examples(
-    args: argparse.Namespace, info: dict[str, Any], data: Path | None = None
+    args: argparse.Namespace, info: Mapping[str, Any], data: Path | None = None
 ) -> list[Example]:
     """What is in --data, or in `data`, as the run whose facts these are reads it."""
     from ..data import Columns, format_of, load
@@ -611,7 +611,7 @@ def _made(
     runs: list[Path],
     model: Llama,
     tokenizer: Tokenizer,
-    info: dict[str, Any],
+    info: Mapping[str, Any],
 ) -> tuple[Posterior | None, dict[str, Any]]:
     """The posterior of the runs, None if it is in the model's adapters now, and what was found.
 
@@ -784,7 +784,7 @@ def _base_facts(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _evaluation(args: argparse.Namespace, samples: Samples, info: dict[str, Any]) -> Result:
+def _evaluation(args: argparse.Namespace, samples: Samples, info: Mapping[str, Any]) -> Result:
     """What decides an evaluation's results, by the names of the options."""
     from ..data import Wording, format_of
     from ..support.tensors import sha256
@@ -810,7 +810,7 @@ def _evaluation(args: argparse.Namespace, samples: Samples, info: dict[str, Any]
 def _evaluated(
     args: argparse.Namespace,
     samples: Samples,
-    info: dict[str, Any],
+    info: Mapping[str, Any],
     folder: Path,
     settings: Result,
 ) -> Result:
@@ -874,7 +874,7 @@ def _open_base(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
 
 def _open_run(
     args: argparse.Namespace,
-) -> tuple[Llama, Tokenizer, dict[str, Any], Posterior | None]:
+) -> tuple[Llama, Tokenizer, Mapping[str, Any], Posterior | None]:
     """(model, tokenizer, facts, posterior) of --run; its base is --model's if that is given."""
     import torch
 
@@ -897,7 +897,7 @@ def _open_run(
     return model, load_tokenizer(folder), info, posterior
 
 
-def _held_out(args: argparse.Namespace, info: dict[str, Any]) -> list[Example]:
+def _held_out(args: argparse.Namespace, info: Mapping[str, Any]) -> list[Example]:
 
     if args.calibrate:
         return _examples(args, info, args.calibrate)
@@ -907,7 +907,9 @@ def _held_out(args: argparse.Namespace, info: dict[str, Any]) -> list[Example]:
     return _own_data(args.run, info, "--calibrate")[1]
 
 
-def _own_data(run: Path, info: dict[str, Any], instead: str) -> tuple[list[Example], list[Example]]:
+def _own_data(
+    run: Path, info: Mapping[str, Any], instead: str
+) -> tuple[list[Example], list[Example]]:
     """What a run was trained on, and what was held out: its file, split again.
 
     Raises InputError, which asks for the option `instead`, if that file is not known, or another.

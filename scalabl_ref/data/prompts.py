@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -121,7 +121,7 @@ class Wording:
             )
 
     @staticmethod
-    def of_run(info: dict[str, Any]) -> Wording:
+    def of_run(info: Mapping[str, Any]) -> Wording:
         """From the facts of a run; one that does not say so has plain prompts and bare letters."""
         names = info.get("label_names")
         return Wording(

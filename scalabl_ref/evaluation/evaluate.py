@@ -233,7 +233,7 @@ _WHOSE = {"data_sha256": "data file", "adapter_sha256": "run", "model": "model"}
 
 def evaluate(
     folder: Path,
-    info: dict[str, Any],
+    info: Mapping[str, Any],
     answers: Answers,
     *,
     seed: int,
@@ -294,7 +294,7 @@ def evaluate(
 
 def _write(
     folders: list[Path],
-    info: dict[str, Any],
+    info: Mapping[str, Any],
     answers: Answers,
     result: dict[str, Any],
     models: list[dict[str, Any]],

@@ -621,7 +621,7 @@ HOSTILE = {
         "q_proj.lora_A.weight has NaN or infinite values",
     ),
     "too large for float32": (
-        _tensor(lambda t: t.update({f"{Q0}.lora_A.weight": torch.full((3, 16), 1e300, dtype=torch.float64)})),
+        _tensor(lambda t: t.update({f"{Q0}.lora_A.weight": 1e300 * torch.ones(3, 16).double()})),
         "q_proj.lora_A.weight has NaN or infinite values",
     ),
     "integers": (

@@ -8,11 +8,11 @@ import re
 import pytest
 import torch
 
-from scalabl_ref import InputError, Llama, Noise, load_run, save_run
-from scalabl_ref.support.tensors import save_tensors
-from scalabl_ref.training.runs import adapter_state, run_facts
+from scalabl_ref import AdapterConfig, InputError, Llama, Noise, add_adapters, load_run, save_run
+from scalabl_ref.support.tensors import ours_to_hf, save_tensors
+from scalabl_ref.training.runs import adapter_state, fingerprint, folder_fingerprint, run_facts
 
-from ..models import TINY, tiny_model
+from ..models import TINY, tiny_folder, tiny_model
 
 
 def saved_run(tmp_path):
@@ -104,6 +104,56 @@ def test_facts_that_nobody_told_are_the_usual_ones(tmp_path):
     assert run_facts(tmp_path)["train"] == {
         "kl": "official", "lr": 0.5, "objective": None, "seed": None
     }  # fmt: skip
+
+
+def test_facts_are_attributes_and_keys(tmp_path):
+    saved_run(tmp_path)
+    facts = run_facts(tmp_path)
+    written = json.loads((tmp_path / "run.json").read_text())
+    assert {key: facts[key] for key in written} == written
+    assert facts.adapter == written["adapter"] and facts.fingerprint == written["fingerprint"]
+    assert dict(facts) == {**facts} and len(facts) == len(list(facts))
+    assert "note" in facts and "others" not in facts and facts.others == {"note": 1}
+    with pytest.raises(KeyError):
+        facts["absent"]
+
+
+def test_a_run_is_a_model_and_facts(tmp_path):
+    base, _ = saved_run(tmp_path)
+    run = load_run(tmp_path, base)
+    model, facts = run
+    assert run.model is model is base and run.facts is facts and facts.model == "base"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_folder_has_the_fingerprint_of_its_model(tmp_path, tied):
+    """In either layout, and whatever the model became after it was loaded."""
+    ours = tiny_folder(tmp_path / "ours", tie_word_embeddings=tied)
+    model = Llama.from_pretrained(ours)
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    state = {ours_to_hf(name): tensor for name, tensor in model.state_dict().items()}
+    save_tensors(theirs / "model.safetensors", state.items())
+    config = {**model.config.to_hf(), "tie_word_embeddings": True}  # the weights decide
+    (theirs / "config.json").write_text(json.dumps(config))
+    expected = fingerprint(model)
+    assert folder_fingerprint(ours) == folder_fingerprint(theirs) == expected
+    assert fingerprint(add_adapters(model.trim_head([1, 2]), AdapterConfig(rank=2))) == expected
+    for weight in ("norm.weight", "layers.1.attn.q_proj.weight"):
+        other = Llama.from_pretrained(ours)
+        other.get_parameter(weight).view(-1)[0] += 1
+        assert fingerprint(other) != expected
+
+
+def test_a_folder_of_codes_has_the_fingerprint_of_its_model(tmp_path):
+    folder = tiny_folder(tmp_path / "base")
+    model = Llama.from_pretrained(folder, quantize="int8")
+    plain = folder_fingerprint(folder)
+    save_tensors(folder / "model.safetensors", model.state_dict().items())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantize": "int8"}))
+    expected = fingerprint(Llama.from_pretrained(folder))
+    assert folder_fingerprint(folder) == fingerprint(model) == expected != plain
 
 
 @pytest.mark.parametrize(
