@@ -14,7 +14,6 @@ Nothing here imports transformers but `trainer`, which needs it.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import inspect
 import json
 import math
@@ -30,16 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.adapter import adapters
-from ..core.config import TARGETS, AdapterConfig
-from ..core.noise import FIRST_TRAINING_DRAW, Keys, Noise, token_groups
-from ..core.objective import KL, complexity
-from ..core.predictive import Prediction, predictive
-from ..evaluation.predict import Draws
-from ..model.attach import Linear as Adapted
-from ..model.attach import layer_id, new_adapter
+from ..core.adapter import TARGETS, Adapter, AdapterConfig, adapters, layer_id, new_adapter
+from ..core.adapter import Linear as Adapted
+from ..core.noise import FIRST_TRAINING_DRAW, Noise, token_groups
+from ..core.objective import KL, kl_divergence
+from ..evaluation.predict import Prediction, passes, predictive
 from ..support.errors import InputError, atomic_write_text, make_folder
-from ..support.tensors import load_tensors, read_json, save_tensors
+from ..support.tensors import check_names, load_tensors, read_json, save_tensors
 from ..training.runs import adapter_state, load_adapter_state
 from ..training.trainer import parameter_groups
 
@@ -220,9 +216,20 @@ def _in_backward() -> bool:
 
 
 class Linear(Adapted, nn.Linear):  # type: ignore[misc]  # one says Parameter, one Tensor
-    """An nn.Linear with an adapter; the draw is that of the call that it runs in."""
+    """An nn.Linear with an adapter; the draw is that of the call that it runs in.
 
-    label: str  # the layer's name in its model
+    It takes the place of a layer and has its weight (d_out, d_in) and bias, which stay tied to
+    whatever they are tied to.
+    """
+
+    scale = None  # its weight is never quantised by us
+    label = ""  # the layer's name in its model
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        d_out, d_in = weight.shape
+        nn.Linear.__init__(self, d_in, d_out, bias is not None, "meta")
+        self.weight, self.bias = weight, bias  # type: ignore[assignment]  # both are Parameters
+        self.adapter = None
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """x (..., d_in) -> (..., d_out). Raises InputError as `_Call.groups` does, or if run again
@@ -276,8 +283,14 @@ def _chosen(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
         target = next((t for t in targets if name == t or name.endswith(f".{t}")), None)
         if target is None:
             continue
-        if type(module) is not nn.Linear or "forward" in vars(module):
-            changed = " whose forward was replaced" if type(module) is nn.Linear else ""
+        if module is model:
+            raise InputError("the model is one nn.Linear: put it into a module, as nn.Sequential")
+        changed = ""
+        if type(module) is nn.Linear and "forward" in vars(module):
+            changed = " whose forward was replaced"
+        elif any(value for key, value in vars(module).items() if key.endswith("_hooks")):
+            changed = " with hooks, which are for after attaching"
+        if type(module) is not nn.Linear or changed:
             raise InputError(
                 f"layer {name} is a {type(module).__name__}{changed}, expected a plain nn.Linear"
             )
@@ -294,7 +307,7 @@ def _chosen(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
 
 @dataclass(frozen=True, eq=False)
 class Attached:
-    """A model with adapters in its layers. It stays the model that it was, and is changed in place.
+    """A model with adapters in its layers: the model that was given, changed in place.
 
     targets: names of the adapted layers. classes: token ids that its head was cut down to.
     """
@@ -326,7 +339,7 @@ def attach(
     targets: Sequence[str] | Literal["all-linear"] | None = None,
     classes: Sequence[int] | None = None,
 ) -> Attached:
-    """Freeze `model` and put an adapter on each nn.Linear that is a target.
+    """Freeze `model` and put a layer with an adapter in the place of each target, an nn.Linear.
 
     targets: names, or last parts of dotted names, of layers: for models whose layers are not called
         as a Llama's are; None is config.targets. "all-linear" is every nn.Linear but the head.
@@ -337,38 +350,28 @@ def attach(
     their draws, are a function of (seed, layer's id): see `layer_ids`.
 
     Raises InputError, and leaves the model as it was, if it has adapters already, if a target is no
-    plain nn.Linear (a Conv1D, a quantised one), if there is none of its name, if the rank is larger
-    than a dimension of a layer, or if a class is no row of the head.
+    plain nn.Linear (a Conv1D, a quantised layer, one with hooks), if none has its name, if the rank
+    is larger than a dimension of a layer, or if a class is no row of the head.
     """
     if adapters(model):
         raise InputError("the model already has adapters")
     wanted = _names(model, config.targets if targets is None else targets)
     layers = _chosen(model, wanted)
-    whole, head = _head(model), None
+    head, ids = _head(model), layer_ids(model)
+    new: dict[nn.Module | None, Linear] = {}  # by the layers whose places they take
     if classes is not None:
-        head = _cut(whole, classes)
-    ids, made = layer_ids(model), {}
+        new[head] = _cut(head, classes)
     for name, module in layers.items():
-        weight = head.weight if head is not None and module is whole else module.weight
-        made[name] = new_adapter(
-            name,
-            (weight.shape[0], weight.shape[1]),
-            config,
-            ids[name],
-            seed,
-            module is whole,
-            weight.device,
-        )
-    if head is not None:
-        model.set_output_embeddings(head)  # type: ignore[operator]
-        if hasattr(model, "config"):
-            model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        layer = new.setdefault(module, Linear(module.weight, module.bias))
+        layer.label = name
+        layer.adapter = new_adapter(name, layer.weight, config, ids[name], seed, module is head)
+        layer.train(module.training)
     model.requires_grad_(False)
-    for name, adapter in made.items():
-        layer: Any = model.get_submodule(name)
-        if type(layer) is nn.Linear:
-            layer.__class__ = Linear  # in place: tied weights and hooks stay
-        layer.label, layer.adapter = name, adapter
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in new:
+            model.set_submodule(name, new[module])
+    if classes is not None and hasattr(model, "config"):
+        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
     settings = getattr(model, "config", None)
     span = getattr(settings, "max_position_embeddings", None) or POSITIONS
     begin = partial(_begin, config.sampling, span)
@@ -401,12 +404,8 @@ def _cut(whole: nn.Module | None, classes: Sequence[int]) -> Head:
         wrong = f"id {outside[0]} is outside" if outside else "there are no classes, of"
         raise InputError(f"{wrong} the head's {len(whole.weight)} ids")
     rows = list(classes)
-    head: Any = nn.Linear(whole.in_features, len(rows), whole.bias is not None, device="meta")
-    head.weight = nn.Parameter(whole.weight.detach()[rows].float())
-    if whole.bias is not None:
-        head.bias = nn.Parameter(whole.bias.detach()[rows].float())
-    head.__class__, head.adapter = Head, None
-    return head
+    parts = (None if p is None else p.detach()[rows].float() for p in (whole.weight, whole.bias))
+    return Head(*(None if p is None else nn.Parameter(p, requires_grad=False) for p in parts))
 
 
 # --- objective and predictive --------------------------------------------------------------------
@@ -550,41 +549,54 @@ def trainer(
     """
     import transformers
 
-    base = base or transformers.Trainer
-    layers = list(adapters(attached.model).values())
-
-    class Bound(transformers.TrainerCallback):
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            for adapter in layers:
-                adapter.bound_()
-
-    class Trainer(base):  # type: ignore[misc, valid-type]
-        optimizer: Any
-        _at = (-1, -1)  # the step in hand, and the place of its latest batch
-
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            noise = Noise(seed, self._draw()) if model.training else None
-            with drawing(noise):
-                return super().compute_loss(model, inputs, *args, **kwargs)
-
-        def _draw(self) -> int:
-            step, place = self.state.global_step, self._at[1] + 1
-            self._at = step, place if step == self._at[0] else 0
-            batch = step * self.args.gradient_accumulation_steps + self._at[1]
-            return FIRST_TRAINING_DRAW + batch * self.args.world_size + self.args.process_index
-
-        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-            if self.optimizer is None:
-                kind, how = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-                groups = parameter_groups(layers, self.args.learning_rate, variational_lr)
-                decay = {"weight_decay": self.args.weight_decay}
-                self.optimizer = kind([{**group, **decay} for group in groups], **how)
-            return self.optimizer
-
     loss = Objective(attached, num_examples, beta, kl)
-    made = Trainer(model=attached.model, compute_loss_func=loss, **options)
-    made.add_callback(Bound())
+    kind: Any = type("Trainer", (_Draws, base or transformers.Trainer), {})
+    made = kind(model=attached.model, compute_loss_func=loss, **options)
+    made.layers = list(adapters(attached.model).values())
+    made.seed, made.variational_lr = seed, variational_lr
     return made
+
+
+class _Draws:
+    """What the Trainer of `trainer` does besides what its other base, transformers' Trainer, does.
+
+    layers: the adapters. seed, variational_lr: as of `trainer`.
+    """
+
+    args: Any
+    model: Any
+    state: Any
+    optimizer: Any
+    layers: list[Adapter]
+    seed: int
+    variational_lr: float | None
+    _at = (-1, -1)  # the step in hand, and the place of its latest batch
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        noise = Noise(self.seed, self._draw()) if model.training else None
+        with drawing(noise):
+            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def _draw(self) -> int:
+        step, place = self.state.global_step, self._at[1] + 1
+        self._at = step, place if step == self._at[0] else 0
+        batch = step * self.args.gradient_accumulation_steps + self._at[1]
+        return FIRST_TRAINING_DRAW + batch * self.args.world_size + self.args.process_index
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        if self.optimizer is None:
+            kind, how = self.get_optimizer_cls_and_kwargs(  # type: ignore[attr-defined]
+                self.args, self.model
+            )
+            groups = parameter_groups(self.layers, self.args.learning_rate, self.variational_lr)
+            decay = {"weight_decay": self.args.weight_decay}
+            self.optimizer = kind([{**group, **decay} for group in groups], **how)
+        self.optimizer.register_step_post_hook(self._bound)
+        return self.optimizer
+
+    def _bound(self, *_: Any) -> None:
+        for adapter in self.layers:
+            adapter.bound_()
 
 
 # --- on disk -------------------------------------------------------------------------------------
@@ -612,8 +624,7 @@ def save(attached: Attached, folder: Path | str) -> None:
 def load(model: nn.Module, folder: Path | str) -> Attached:
     """Attach to `model`, the base, the adapters that `save` wrote.
 
-    The base may have been loaded in float32, bfloat16 or float16, then and now. Older folders have
-    a digest of it, the key "base" of adapter.json, which float16 changes.
+    The base may have been loaded in float32, bfloat16 or float16, then and now.
 
     Raises InputError if a file is missing or broken, or if the base is another; load it again then.
     """
@@ -629,15 +640,9 @@ def load(model: nn.Module, folder: Path | str) -> Attached:
         attached = attach(model, config, 0, record["targets"], record["classes"])
     except (TypeError, InputError) as error:
         raise InputError(f"{path}: {error}") from None
-    if "base" in record:
-        same = record["base"] == _digest(model)
-    else:
-        names = [f"{name}.base" for name in adapters(model)]
-        missing = [name for name in names if name not in tensors]
-        if missing:
-            raise InputError(f"{file}: tensor {missing[0]} is missing")
-        same = all(map(_same, _rows(model).values(), map(tensors.pop, names)))
-    if not same:
+    rows = {f"{name}.base": row for name, row in _rows(model).items()}
+    check_names(file, tensors, [*rows, *adapter_state(model)])
+    if not all(_same(row, tensors.pop(name)) for name, row in rows.items()):
         raise InputError(f"{folder}: was trained on another base model")
     load_adapter_state(model, tensors, file)
     return attached
@@ -661,11 +666,3 @@ def _same(row: Tensor, saved: Tensor) -> bool:
     least, eps = half.smallest_normal * half.eps, torch.finfo(torch.bfloat16).eps
     row = row.float().cpu()
     return row.shape == saved.shape and torch.allclose(row, saved.float(), eps, least)
-
-
-def _digest(model: nn.Module) -> str:
-    """Of the rows in bfloat16, to which float32 and bfloat16 round alike; float16 does not."""
-    digest = hashlib.sha256()
-    for name, row in _rows(model).items():
-        digest.update(json.dumps([name, row.bfloat16().tolist()]).encode())
-    return digest.hexdigest()
