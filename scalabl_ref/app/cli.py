@@ -515,8 +515,8 @@ def _configs(args: argparse.Namespace) -> tuple[AdapterConfig, TrainConfig]:
 
 def _start(args: argparse.Namespace, model: Llama, adapter: AdapterConfig) -> dict[str, str] | None:
     """Put adapters on the model, with --init's values if it is given; returns what that is."""
-    from ..interop.adapters import read_run, start_from
-    from ..model.attach import add_adapters
+    from ..core.adapter import add_adapters
+    from ..interop.importing import read_run, start_from
     from ..support.tensors import sha256
 
     add_adapters(model, adapter, args.seed)
@@ -1045,7 +1045,7 @@ def _generate(args: argparse.Namespace) -> Result:
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..interop.adapters import TO
+    from ..interop.exporting import TO
 
     add = parser.add_argument
     add("--run", type=Path, required=True, help="run folder")
@@ -1060,7 +1060,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(args: argparse.Namespace) -> Result:
-    from ..interop.adapters import Trained, export
+    from ..interop.exporting import Trained, export
 
     dtype = _dtype(args)
     model, tokenizer, info, posterior = _open_run(args)
@@ -1076,7 +1076,7 @@ def _export(args: argparse.Namespace) -> Result:
 
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
     from ..data import FORMATS
-    from ..interop.adapters import FROM
+    from ..interop.importing import FROM
 
     add = parser.add_argument
     add("source", type=Path, metavar="SRC",
@@ -1101,7 +1101,7 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
 def _import(args: argparse.Namespace) -> Result:
     from ..core.config import AdapterConfig
     from ..data import Wording
-    from ..interop.adapters import import_adapter
+    from ..interop.importing import import_adapter
 
     wording = Wording()
     if args.kind == "bayesadapt":  # its answers are what its head's rows are

@@ -22,9 +22,9 @@ from scalabl_ref import (
     save_run,
 )
 from scalabl_ref.app import cli
-from scalabl_ref.core.config import COVARIANCES
-from scalabl_ref.core.noise import Keys
-from scalabl_ref.interop.adapters import Trained, export, import_adapter, read_run, start_from
+from scalabl_ref.core.adapter import COVARIANCES
+from scalabl_ref.interop.exporting import Trained, export
+from scalabl_ref.interop.importing import import_adapter, read_run, start_from
 from scalabl_ref.methods import Ensemble, Laplace, Swag
 from scalabl_ref.support.tensors import load_tensors, read_json, save_tensors
 from scalabl_ref.training.runs import adapter_state
