@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from scalabl_ref import Noise, adapters
 from scalabl_ref.interop.exporting import export
 
-from ..interop.test_adapters import (
+from ..interop.samples import (
     KINDS,
     LETTERS,
     RANDOM,
