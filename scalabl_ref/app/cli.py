@@ -517,7 +517,7 @@ def _start(args: argparse.Namespace, model: Llama, adapter: AdapterConfig) -> di
     """Put adapters on the model, with --init's values if it is given; returns what that is."""
     from ..core.adapter import add_adapters
     from ..interop.importing import read_run, start_from
-    from ..support.tensors import sha256
+    from ..support.files import sha256
 
     add_adapters(model, adapter, args.seed)
     if not args.init:
@@ -528,7 +528,7 @@ def _start(args: argparse.Namespace, model: Llama, adapter: AdapterConfig) -> di
 
 def _training_facts(args: argparse.Namespace, data: Encoded) -> dict[str, Any]:
     """What a run keeps of its base, its data, and how it was asked."""
-    from ..support.tensors import sha256
+    from ..support.files import sha256
 
     return {
         "model": str(args.model.resolve()),
@@ -587,7 +587,7 @@ def _posterior_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _posterior(args: argparse.Namespace) -> Result:
-    from ..support.tensors import new_folder
+    from ..support.files import new_folder
     from ..training.lock import alone
     from ..training.runs import save_run
 
@@ -648,7 +648,7 @@ def _check_plain(runs: list[Path], method: str) -> None:
     alike, and no two the same.
     """
     from ..data import Wording
-    from ..support.tensors import sha256
+    from ..support.files import sha256
     from ..training.runs import run_facts
 
     if (len(runs) > 1) != (method == "ensemble"):
@@ -787,7 +787,7 @@ def _base_facts(args: argparse.Namespace) -> dict[str, Any]:
 def _evaluation(args: argparse.Namespace, samples: Samples, info: Mapping[str, Any]) -> Result:
     """What decides an evaluation's results, by the names of the options."""
     from ..data import Wording, format_of
-    from ..support.tensors import sha256
+    from ..support.files import sha256
 
     given = ("limit", "design", "seed", "bins")
     return {
@@ -915,7 +915,7 @@ def _own_data(
     Raises InputError, which asks for the option `instead`, if that file is not known, or another.
     """
     from ..data import Columns, load, split
-    from ..support.tensors import sha256
+    from ..support.files import sha256
 
     data, seed = info["data"], info["train"]["seed"]
     if None in (data, info["data_sha256"], seed):

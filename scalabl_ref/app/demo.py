@@ -34,8 +34,9 @@ from ..evaluation.predict import check_samples, predict_all
 from ..evaluation.report import write_report
 from ..model.attach import add_adapters
 from ..model.llama import Llama
-from ..support.errors import InputError, atomic_write_text, make_folder
+from ..support.errors import InputError
 from ..support.fields import json_text
+from ..support.files import atomic_write_text, make_folder
 from ..support.progress import progress_bar
 from ..training.loop import fit
 from ..training.runs import save_run

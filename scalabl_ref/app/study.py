@@ -61,21 +61,13 @@ from ..evaluation.metrics import checked_bins
 from ..evaluation.predict import check_samples, predict_all
 from ..methods import Laplace, Posterior, tfb
 from ..methods.ensemble import Ensemble, Swag
-from ..model.attach import add_adapters
-from ..model.llama import Llama
-from ..model.weights import read_config
-from ..support.errors import (
-    InputError,
-    Interrupted,
-    RankLost,
-    atomic_write_text,
-    expected,
-    make_folder,
-    on_signals,
-)
+from ..model.folder import Weights
+from ..model.llama import Llama, read_config
+from ..support.errors import InputError, Interrupted, RankLost, expected, on_signals
 from ..support.fields import check, json_text
+from ..support.files import atomic_write_text, make_folder, read_json, sha256
 from ..support.progress import progress_bar
-from ..support.tensors import Weights, load_tensors, read_json, save_tensors, sha256
+from ..support.tensors import load_tensors, save_tensors
 from ..training.lock import alone
 from ..training.loop import fit
 from ..training.runs import DType, adapter_state, load_run, save_run

@@ -17,8 +17,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..support.errors import InputError
+from ..support.files import refuse_pointer
 from ..support.hub import model_folder
-from ..support.tensors import refuse_pointer
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken

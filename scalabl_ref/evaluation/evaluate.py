@@ -21,10 +21,10 @@ from ..data import Encoded, Example, Wording, encode, evaluation_batches
 from ..data.tokenizer import Tokenizer
 from ..methods import Ensemble, Posterior
 from ..model.llama import Llama
-from ..support.errors import InputError, atomic_write_texts
+from ..support.errors import InputError
 from ..support.fields import json_text
+from ..support.files import atomic_write_texts, read_json
 from ..support.progress import progress_bar
-from ..support.tensors import read_json
 from ..training import ranks as distributed
 from ..training import savepoints
 from . import metrics

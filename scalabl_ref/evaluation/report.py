@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..support.errors import atomic_write_text
+from ..support.files import atomic_write_text
 from . import metrics
 
 # key, heading, unit or direction

@@ -21,19 +21,12 @@ from ..core.objective import KL, kl_divergence
 from ..data.tokenizer import Tokenizer, companion_files
 from ..evaluation.predict import check_samples
 from ..methods import Ensemble, Posterior, Swag
+from ..model.folder import FORMAT, ours_to_hf, stored_weights, with_dtype, write_model
 from ..model.llama import Llama, as_stored, check_model, read_config
-from ..support.errors import InputError, atomic_write_text, make_folder
+from ..support.errors import InputError
+from ..support.files import atomic_write_text, make_folder, new_folder, read_json
 from ..support.hub import hub_name
-from ..support.tensors import (
-    FORMAT,
-    Stored,
-    new_folder,
-    ours_to_hf,
-    read_json,
-    stored_weights,
-    with_dtype,
-    write_model,
-)
+from ..support.tensors import Stored
 from ..training.runs import load_adapter_state
 from .card import Card
 from .layers import Lora

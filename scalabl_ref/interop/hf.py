@@ -34,8 +34,9 @@ from ..core.adapter import Linear as Adapted
 from ..core.noise import FIRST_TRAINING_DRAW, Noise, token_groups
 from ..core.objective import KL, kl_divergence
 from ..evaluation.predict import Prediction, passes, predictive
-from ..support.errors import InputError, atomic_write_text, make_folder
-from ..support.tensors import check_names, load_tensors, read_json, save_tensors
+from ..support.errors import InputError
+from ..support.files import atomic_write_text, make_folder, read_json
+from ..support.tensors import check_names, load_tensors, save_tensors
 from ..training.runs import adapter_state, load_adapter_state
 from ..training.trainer import parameter_groups
 

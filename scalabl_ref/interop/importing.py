@@ -23,7 +23,8 @@ from ..core.adapter import (
 )
 from ..model.llama import Llama
 from ..support.errors import InputError
-from ..support.tensors import new_folder, open_tensors, sha256
+from ..support.files import new_folder, sha256
+from ..support.tensors import open_tensors
 from ..training.runs import fingerprint, run_facts, save_run
 from .layers import OWN, build, by_layer
 from .official import read_official

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import COVARIANCES, TARGETS, Adapter, AdapterConfig, Linear
+from ..model.folder import hf_to_ours
 from ..model.llama import Llama
 from ..support.errors import InputError
-from ..support.tensors import check_names, check_tensor, hf_to_ours
+from ..support.tensors import check_names, check_tensor
 
 Lora = dict[str, tuple[Tensor, Tensor]]  # A' (r, d_in) and B (d_out, r), float32, by layer
 Readers = Mapping[str, Callable[[], Tensor]]

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from ..core.adapter import Adapter, AdapterConfig
+from ..model.folder import hf_to_ours, ours_to_hf
 from ..model.llama import Llama
-from ..support.errors import InputError, atomic_write_text
-from ..support.tensors import Stored, hf_to_ours, open_tensors, ours_to_hf, read_json, write_tensors
+from ..support.errors import InputError
+from ..support.files import atomic_write_text, read_json
+from ..support.tensors import Stored, open_tensors, write_tensors
 from .layers import THEIRS, Lora, Readers, read_theirs
 
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -1,20 +1,16 @@
-"""What users see when an input is bad or work ends early, and files written whole or not at all."""
+"""What users see when an input is bad or work ends early."""
 
 from __future__ import annotations
 
 import difflib
-import io
-import os
 import re
 import signal
 import sys
-import tempfile
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
 
 
 class InputError(ValueError):
@@ -122,86 +118,3 @@ def leave_command(error: BaseException) -> None:
     if said and any(Path(word).name in _COMMANDS for word in sys.orig_argv[:5]):
         print(said[1], file=sys.stderr)
         raise SystemExit(said[0]) from None
-
-
-@contextmanager
-def writing(path: Path | str) -> Iterator[None]:
-    """Within the block an OSError is an InputError that names `path`, which cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
-
-
-class _Named(io.FileIO):
-    """A file whose own errors name `path`: what else the block around it raises is not meant."""
-
-    def __init__(self, file: Path | str, mode: str, path: Path | str) -> None:
-        super().__init__(file, mode)
-        self._path = path
-
-    def write(self, data: Any) -> int:
-        with writing(self._path):
-            return super().write(data)
-
-
-@contextmanager
-def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
-    """A binary file that becomes `path` when the block ends well, and nothing otherwise.
-
-    Written under a temporary name in the same folder, flushed to disk, then renamed: a reader sees
-    the old file or the new one. Raises InputError naming `path` if it cannot be written; an OSError
-    of the block's own, as of a file that it reads, stays as it is.
-    """
-    path = Path(path)
-    with writing(path):
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        os.close(descriptor)
-        with io.BufferedWriter(_Named(name, "wb", path)) as file:
-            yield file
-            file.flush()
-            with writing(path):
-                os.fsync(file.fileno())
-        with writing(path):
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def atomic_write_text(path: Path | str, text: str) -> None:
-    """Write `text` to `path` as UTF-8, whole or not at all."""
-    atomic_write_texts({path: text})
-
-
-def atomic_write_texts(texts: Mapping[Path | str, str]) -> None:
-    """Write several files by their paths, the first one last; none, if one cannot be written."""
-    with ExitStack() as stack:
-        for path, text in texts.items():
-            file = stack.enter_context(atomic_write(path))
-            file.write(text.encode("utf-8"))
-            file.flush()  # a full disk is noticed before the first of them is renamed
-
-
-def open_log(path: Path | str) -> IO[str]:
-    """A text file to add lines to, each written at once; InputError if one cannot be."""
-    with writing(path):
-        file = _Named(path, "ab", path)
-    return io.TextIOWrapper(io.BufferedWriter(file), "utf-8", newline="\n", line_buffering=True)
-
-
-def make_folder(path: Path | str) -> None:
-    """The folder `path`, with its parents. Raises InputError if it cannot be made."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be made a folder: {error.strerror}") from None
-
-
-def _umask() -> int:
-    """The process's file mode mask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

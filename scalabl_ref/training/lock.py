@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from ..support.errors import InputError, make_folder, writing
+from ..support.errors import InputError
+from ..support.files import make_folder, writing
 from . import ranks as distributed
 
 

@@ -13,15 +13,9 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from ..support.errors import (
-    InputError,
-    Interrupted,
-    atomic_write,
-    make_folder,
-    on_signals,
-    open_log,
-)
+from ..support.errors import InputError, Interrupted, on_signals
 from ..support.fields import json_text
+from ..support.files import atomic_write, make_folder, open_log
 from . import ranks as distributed
 from . import savepoints
 from .runs import fingerprint

@@ -18,17 +18,12 @@ from ..core.adapter import AdapterConfig, Device, adapters, add_adapters
 from ..core.objective import KL
 from ..data import FORMATS, AnswerTokens, Labels, Style
 from ..fast.quantize import Kind
+from ..model.folder import stored_weights
 from ..model.llama import Llama, LlamaConfig, as_stored, read_config
-from ..support.errors import InputError, atomic_write_text, make_folder
+from ..support.errors import InputError
 from ..support.fields import check
-from ..support.tensors import (
-    check_names,
-    check_tensor,
-    load_tensors,
-    read_json,
-    save_tensors,
-    stored_weights,
-)
+from ..support.files import atomic_write_text, make_folder, read_json
+from ..support.tensors import check_names, check_tensor, load_tensors, save_tensors
 from . import ranks as distributed
 from . import savepoints
 

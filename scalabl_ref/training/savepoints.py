@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..support.errors import InputError, atomic_write_text, make_folder
-from ..support.tensors import load_tensors, read_json, save_tensors, sha256
+from ..support.errors import InputError
+from ..support.files import atomic_write_text, make_folder, read_json, sha256
+from ..support.tensors import load_tensors, save_tensors
 from . import ranks as distributed
 
 FOLDER, MANIFEST = "checkpoint", "manifest.json"

@@ -30,7 +30,8 @@ from scalabl_ref.evaluation import comparison, metrics
 from scalabl_ref.evaluation.comparison import table
 from scalabl_ref.methods import Swag
 from scalabl_ref.support.errors import Interrupted
-from scalabl_ref.support.tensors import load_tensors, save_tensors, sha256
+from scalabl_ref.support.files import sha256
+from scalabl_ref.support.tensors import load_tensors, save_tensors
 from scalabl_ref.training.lock import alone
 from scalabl_ref.training.trainer import Trainer
 

@@ -10,7 +10,8 @@ import torch
 from scalabl_ref import AdapterConfig, Llama, adapters, add_adapters, load_run, save_run
 from scalabl_ref.interop.exporting import Trained
 from scalabl_ref.interop.importing import import_adapter
-from scalabl_ref.support.tensors import load_tensors, read_json, save_tensors
+from scalabl_ref.support.files import read_json
+from scalabl_ref.support.tensors import load_tensors, save_tensors
 
 from ..tolerances import logits_bound
 

@@ -12,7 +12,8 @@ import torch
 from scalabl_ref import AdapterConfig, InputError, Llama, Noise, adapters, add_adapters, save_run
 from scalabl_ref.interop.exporting import export
 from scalabl_ref.methods import Ensemble, Laplace, Swag
-from scalabl_ref.support.tensors import load_tensors, read_json, save_tensors
+from scalabl_ref.support.files import read_json
+from scalabl_ref.support.tensors import load_tensors, save_tensors
 from scalabl_ref.training.runs import adapter_state
 
 from ..app.test_cli import ok, refused

@@ -11,7 +11,7 @@ from scalabl_ref import AdapterConfig, InputError, Llama, Noise, adapters, add_a
 from scalabl_ref.app import cli
 from scalabl_ref.core.adapter import COVARIANCES
 from scalabl_ref.interop.importing import read_run, start_from
-from scalabl_ref.support.tensors import read_json
+from scalabl_ref.support.files import read_json
 
 from ..app.test_cli import ok, refused
 from ..models import questions_file, tiny_folder

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scalabl_ref import InputError, Llama, adapters
-from scalabl_ref.support.tensors import read_json
+from scalabl_ref.support.files import read_json
 
 from .samples import LETTERS, Q0, TOKENS, Evil, bound, bring, official_state
 

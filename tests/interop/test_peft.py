@@ -10,7 +10,8 @@ import torch
 
 from scalabl_ref import AdapterConfig, InputError, Llama, adapters, add_adapters
 from scalabl_ref.interop.exporting import export
-from scalabl_ref.support.tensors import load_tensors, read_json, save_tensors
+from scalabl_ref.support.files import read_json
+from scalabl_ref.support.tensors import load_tensors, save_tensors
 
 from ..models import tiny_folder
 from ..tolerances import rounding

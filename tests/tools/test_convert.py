@@ -20,15 +20,9 @@ import pytest
 import torch
 
 from scalabl_ref import InputError, Llama
-from scalabl_ref.model.config import LlamaConfig, RopeConfig
-from scalabl_ref.support.tensors import (
-    Stored,
-    Weights,
-    load_tensors,
-    ours_to_hf,
-    save_tensors,
-    write_tensors,
-)
+from scalabl_ref.model.folder import Weights, ours_to_hf
+from scalabl_ref.model.llama import LlamaConfig, RopeConfig
+from scalabl_ref.support.tensors import Stored, load_tensors, save_tensors, write_tensors
 
 from ..conftest import ROOT
 from ..models import CLASSES, TINY

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from scalabl_ref import AdapterConfig, InputError, Llama, Noise, add_adapters, load_run, save_run
-from scalabl_ref.support.tensors import ours_to_hf, save_tensors
+from scalabl_ref.model.folder import ours_to_hf
+from scalabl_ref.support.tensors import save_tensors
 from scalabl_ref.training.runs import adapter_state, fingerprint, folder_fingerprint, run_facts
 
 from ..models import TINY, tiny_folder, tiny_model
