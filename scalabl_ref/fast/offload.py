@@ -10,12 +10,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class KeptOnCpu(torch.autograd.graph.save_on_cpu):
-    """PyTorch's `save_on_cpu`: what the forward pass in this context keeps for the backward one
-    waits in the CPU's memory, pinned if `device` is a GPU.
+    """PyTorch's `save_on_cpu`: tensors that autograd saves in this context wait on the CPU, in
+    pinned memory if `device` is a GPU.
 
-    Other than there, weights stay where they are, what several operations keep is copied once, and
-    a tensor comes back with the strides it had, for kernels that want rows to start at a multiple
-    of some bytes, or that repeat one.
+    There are three differences. Weights stay where they are. A tensor that several operations save
+    is copied once. A tensor comes back with its strides, because kernels may need aligned rows, or
+    read one row many times.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,7 +33,7 @@ class KeptOnCpu(torch.autograd.graph.save_on_cpu):
             return tensor
         shape, stride, offset = tensor.shape, tensor.stride(), tensor.storage_offset()
         span = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-        if not tensor.numel() or span > 2 * tensor.numel():  # a part of much
+        if not tensor.numel() or span > 2 * tensor.numel():  # a small part of its memory
             return self.copy(tensor), None, None
         storage = StorageWeakRef(tensor.untyped_storage())
         key = storage.cdata, offset, span, tensor.dtype, tensor._version

@@ -39,8 +39,9 @@ TO = ("peft", "hf")
 class Trained:
     """A finished run to export.
 
-    model, info: `load_run`'s. posterior: `methods.load_posterior`'s. base: the folder of the base
-    model. name: what the base is called, as on the Hub; None is the folder's name there, or here.
+    model, info: from `load_run`. posterior: from `methods.load_posterior`. base: the folder of the
+    base model. name: the base's name on the Hub; None takes it from the Hub's cache, else from the
+    folder.
     """
 
     run: Path
@@ -57,7 +58,7 @@ class Trained:
 
     @torch.no_grad()
     def card(self, tokenizer: Tokenizer | None) -> Card:
-        """What README.md says; `tokenizer` names the answer tokens."""
+        """The facts of README.md; `tokenizer` decodes the answer tokens."""
         kl: KL = (self.info.get("train") or {}).get("kl") or "forward"
         drawn = ADAPTERS[self.config.method].variational and self.posterior is None
         metrics = self.run / "metrics.json"
@@ -76,9 +77,9 @@ class Trained:
         return next(iter(adapters(self.model).values())).config
 
     def loras(self, samples: int, seed: int) -> list[Callable[[], Lora]]:
-        """What to write: draw i of `samples`, which is Noise(seed, i), or for 0 the mean.
+        """Functions that give the LoRAs to write: draws Noise(seed, i); the mean for samples = 0.
 
-        Members, of an ensemble. Raises InputError for what is no LoRA.
+        For an ensemble they give its members. Raises InputError for a model that is no LoRA.
         """
         check_samples(samples)
         draws: list[Noise | None] = [Noise(seed, i) for i in range(samples)]
@@ -87,7 +88,7 @@ class Trained:
             if not 0 < samples <= count:
                 raise InputError(
                     f"{self.run}: the mean of an ensemble is no LoRA: samples can be 1 to {count}, "
-                    "for its members"
+                    "one for each member"
                 )
             return [partial(self._setting, state) for state in self.posterior.members[:samples]]
         if isinstance(self.posterior, Swag):
@@ -110,8 +111,8 @@ class Trained:
             )
         if self.config.sampling == "token":
             raise InputError(
-                f"{self.run}: its draws differ from token to token, as no LoRA's do: export its "
-                "mean"
+                f"{self.run}: its draws differ from token to token, so they are no LoRAs: export "
+                "its mean"
             )
 
     def _setting(self, state: dict[str, Tensor]) -> Lora:
@@ -143,16 +144,16 @@ def export(
 ) -> list[str]:
     """Write the new folder `target` and return the names of the folders that hold models.
 
-    to: "peft" writes adapter_model.safetensors and adapter_config.json, "hf" a model of Hugging
-    Face's layout with the adapter merged into its weights; either with a README.md. samples = 0
-    writes the mean into `target`; else draw i is in target/sample-i and is what the model answers
+    to: "peft" writes adapter_model.safetensors and adapter_config.json, "hf" a model in Hugging
+    Face's layout with the adapter merged into its weights; both write a README.md. samples = 0
+    writes the mean into `target`; else draw i is in target/sample-i and answers as the model does
     under Noise(seed, i) with sampling "batch". dtype: of merged weights, None is the base's own.
-    tokenizer: to name the answer tokens by.
+    tokenizer: decodes the answer tokens in README.md.
 
-    An adapted head that was cut down to class tokens becomes one whose other rows are the base's;
-    one that is tied to the embedding is merged into a head of its own.
+    An adapted head that was cut down to class tokens gets the base's rows for all other tokens. One
+    that is tied to the embedding is merged into a separate head.
 
-    Raises InputError for what cannot be said as a LoRA, and leaves nothing half-written.
+    Raises InputError for a model that is no LoRA, and leaves nothing half-written.
     """
     if to not in TO:
         raise InputError(f"to must be one of {', '.join(TO)}, not {to!r}")

@@ -1,7 +1,7 @@
-"""Adapters trained elsewhere as runs, or as the start of a training.
+"""Adapters that were trained elsewhere become runs, and runs the start of a training.
 
-A plain LoRA becomes the start of a run, for ScalaBL through the thin SVD of B A; state dictionaries
-of the official code are read as they are.
+A plain LoRA becomes the start of a run, for ScalaBL by the thin SVD of B A. State dictionaries of
+the official code keep their values.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ FROM = ("peft", "bayesadapt")
 def start_from(
     model: Llama, found: Mapping[str, Adapter], source: Any, without: Collection[str] = ()
 ) -> None:
-    """Give the model's adapters the values of others, by layer.
+    """Give the model's adapters the values of other adapters, by layer.
 
-    without: layers that need have none, whose adapters keep their start, with B = 0.
+    without: layers for which there may be no other adapter; theirs keep their start, with B = 0.
 
-    Where method, covariance, rank and scaling are the same, these are all the values; else the mean
-    function's alone, see `Adapter.set_lora_`. Of a head for all tokens, one that was cut down takes
-    its own tokens' rows.
+    If method, covariance, rank and scaling are the same, all values are taken; else only those of
+    the mean function, see `Adapter.set_lora_`. A head that was cut down takes the rows of its own
+    tokens from a head for all tokens.
 
-    Raises InputError, which names `source`, if the layers are others, or if the rank is too large.
+    Raises InputError, naming `source`, if the layers differ or if the rank is too large.
     """
     own = adapters(model)
     for name in (own.keys() ^ found.keys()) - set(without):
@@ -72,7 +72,7 @@ def start_from(
 def read_run(run: Path | str, model: Llama) -> dict[str, Adapter]:
     """The adapters of a run on the same base as `model`, by layer, for `start_from`.
 
-    Raises InputError if the base or the answer tokens are others.
+    Raises InputError if the base or the answer tokens differ.
     """
     info, path = run_facts(run), Path(run) / "adapter.safetensors"
     config = AdapterConfig(**info["adapter"])
@@ -103,15 +103,14 @@ def import_adapter(
     dtype: torch.dtype | None = None,
     device: Device = None,
 ) -> dict[str, Any]:
-    """Make the new run folder `target` of adapters trained elsewhere; returns facts about it.
+    """Write the new run folder `target` with adapters trained elsewhere; returns facts about it.
 
-    kind: "peft", `source` a folder as PEFT saves it, or "bayesadapt", a state_dict.pt of the
-    official code or the folder that it lies in. options: fields of AdapterConfig; rank, alpha and
-    targets are the source's. Without a method it is the source's if that has a distribution, and
-    "scalabl" if it is a plain LoRA. alpha, labels: what a state_dict.pt does not say; 2 * rank,
-    and answers A, B, ..., by default. info: facts for run.json.
+    kind: "peft" for a folder that PEFT saved, "bayesadapt" for a state_dict.pt of the official code
+    or its folder. options: fields of AdapterConfig; rank, alpha and targets are the source's. The
+    default method is the source's, and "scalabl" for a plain LoRA. alpha, labels: missing in a
+    state_dict.pt; by default 2 * rank, and answers A, B, .... info: facts for run.json.
 
-    Raises InputError naming the file and tensor for what is not such an adapter of this base.
+    Raises InputError naming the file and the tensor if it is not such an adapter of this base.
     """
     if kind not in FROM:
         raise InputError(f"from must be one of {', '.join(FROM)}, not {kind!r}")
@@ -119,7 +118,7 @@ def import_adapter(
         model = Llama.from_pretrained(base, dtype=dtype, device=device)
         if kind == "peft":
             if alpha is not None or labels is not None:
-                raise InputError("alpha and labels are for bayesadapt: a PEFT folder says them")
+                raise InputError("alpha and labels are for bayesadapt: a PEFT folder has its own")
             file, found, without = read_peft(Path(source), model)
         else:
             file, found = read_official(Path(source), model, base, alpha, labels)
@@ -132,7 +131,7 @@ def import_adapter(
             raise InputError(f"{file}: {error}") from None
         start_from(model, found, file, without)
         kept = (config.method, config.covariance) == (theirs.method, theirs.covariance)
-        # Of how it was trained we know what the official code does, and nothing else.
+        # The official code's way of training is known, nobody else's is.
         kl = {"scalabl": "official", "blob": "forward"}.get(theirs.method) if kept else None
         train = {"kl": kl, "objective": "official" if kl else None, "seed": None}
         facts: dict[str, Any] = {
@@ -150,7 +149,7 @@ def import_adapter(
 def _run_config(
     theirs: AdapterConfig, layers: set[str], options: Mapping[str, Any]
 ) -> AdapterConfig:
-    """Of the run that adapters of the configuration `theirs` on these layers become."""
+    """The configuration of a run made of adapters of the configuration `theirs` on these layers."""
     random = theirs.method not in ("mle", "map")
     given = {key: value for key, value in options.items() if value is not None}
     ends = {layer.rpartition(".")[2] for layer in layers}

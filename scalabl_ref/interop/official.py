@@ -25,11 +25,11 @@ def read_official(
 ) -> tuple[Path, dict[str, Adapter]]:
     """The official code's state_dict.pt, and adapters of its method by layer.
 
-    It holds parameters under PEFT's names: of ScalaBL Vh, log_s, log_s_sigma and B, of BLoB A, its
-    root rho and B, of plain LoRA A and B. Its alpha is 2 r. Its head has the answers' rows alone,
-    to which `model`'s head is cut down here; it never is tied. The prior is not taken: there,
-    log_p_mu and log_p_sigma share memory with the starting widths sigma_0 where they should be 0,
-    so that it is N(sigma_0, (1 + sigma_0)^2) and not N(0, 1).
+    The file has PEFT's names for the parameters of ScalaBL (Vh, log_s, log_s_sigma, B), of BLoB (A,
+    its root rho, B) or of plain LoRA (A, B). alpha is 2 r. The head has only the answers' rows, and
+    is never tied; the head of `model` is cut down to these rows. The prior is not read: in the
+    official code log_p_mu and log_p_sigma share memory with the starting widths sigma_0, so that
+    the prior is N(sigma_0, (1 + sigma_0)^2) instead of N(0, 1).
     """
     file = source / OFFICIAL_FILE if source.is_dir() else source
     tensors = {n: t for n, t in open_tensors(file).items() if not n.endswith(_PRIOR)}
@@ -41,7 +41,7 @@ def read_official(
     method = next((name for name, form in FORMS.items() if form.keys() & extra), "mle")
     A = next(theirs for theirs, ours in FORMS[method].items() if ours == "A")
     head = layers.get("lm_head", {}).get("lora_B.weight")
-    if head is not None and tensors[head]().dim() == 2:  # what else it is, is told below
+    if head is not None and tensors[head]().dim() == 2:  # another shape is refused below
         _cut_head(file, model, len(tensors[head]()), base, labels)
 
     def config_of(layer: str) -> AdapterConfig:
@@ -62,7 +62,7 @@ def _cut_head(
         return
     try:
         names = labels or letters(rows)
-        # The official code takes the vocabulary's own entries, whatever comes before them.
+        # The official code takes the vocabulary's own entries, whatever text precedes them.
         model.trim_head(answer_tokens(load_tokenizer(base), [], names, "alone").ids)
     except InputError as error:
         raise InputError(f"{file}: the {rows} rows of its head: {error}") from None

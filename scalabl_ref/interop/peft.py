@@ -69,11 +69,11 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
 
 
 def read_peft(folder: Path, model: Llama) -> tuple[Path, dict[str, Adapter], list[str]]:
-    """The file of weights in a folder that PEFT saved, plain adapters by layer, and the layers
-    beside them that adapter_config.json leaves out (layers_to_transform, names or a pattern).
+    """A folder that PEFT saved: its file of weights, plain adapters by layer, and similar layers
+    that adapter_config.json leaves out (by layers_to_transform, names or a pattern).
 
-    Each has the rank and the scaling that adapter_config.json gives its layer, by use_rslora,
-    rank_pattern and alpha_pattern. Raises InputError for any setting that is more than a LoRA.
+    Each adapter has the rank and the scaling that adapter_config.json gives its layer, by
+    use_rslora, rank_pattern and alpha_pattern. Raises InputError for a setting beyond plain LoRA.
     """
     path = folder / PEFT_CONFIG
     values = read_json(path)
@@ -107,7 +107,7 @@ def read_peft(folder: Path, model: Llama) -> tuple[Path, dict[str, Adapter], lis
 
 
 def _is_chosen(path: Path, values: dict[str, Any], layer: str) -> bool:
-    """Whether PEFT adapts that layer, our name, as it reads adapter_config.json."""
+    """Whether PEFT adapts a layer, which has our name, by adapter_config.json."""
     name = ours_to_hf(layer)
     targets, indices = values.get("target_modules"), values.get("layers_to_transform")
 
@@ -131,11 +131,11 @@ def _is_chosen(path: Path, values: dict[str, Any], layer: str) -> bool:
         index = next((int(match[1]) for match in matches if match), None)
         return index in (indices if isinstance(indices, list) else [indices])
     except (re.error, TypeError) as error:
-        raise InputError(f"{path}: layers are not chosen as PEFT does: {error}") from None
+        raise InputError(f"{path}: PEFT could not choose layers by this: {error}") from None
 
 
 def _layer_config(path: Path, values: dict[str, Any], layer: str) -> AdapterConfig:
-    """Rank and scaling of one layer, as PEFT finds them."""
+    """Rank and scaling of one layer, found as PEFT finds them."""
     rank = _by_pattern(path, values, "rank_pattern", layer, values.get("r", 8))
     alpha = _by_pattern(path, values, "alpha_pattern", layer, values.get("lora_alpha", 8))
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
@@ -148,7 +148,7 @@ def _layer_config(path: Path, values: dict[str, Any], layer: str) -> AdapterConf
 
 
 def _by_pattern(path: Path, values: dict[str, Any], key: str, layer: str, default: Any) -> Any:
-    """The value of the first pattern that is the end of the layer's name; a regular expression."""
+    """The value of the first pattern, a regular expression, that the layer's name ends with."""
     patterns = values.get(key) or {}
     if not isinstance(patterns, dict):
         raise InputError(f"{path}: expected an object under {key!r}")
@@ -160,7 +160,7 @@ def _by_pattern(path: Path, values: dict[str, Any], key: str, layer: str, defaul
 
 
 def _check_the_rest(file: Path, tensors: Readers, model: Llama) -> None:
-    """PEFT keeps embedding and head beside an adapter of lm_head: they must be the base's own."""
+    """PEFT saves embedding and head with an adapter of lm_head: they must be the base's own."""
     base = model.state_dict()
     for name, read in tensors.items():
         if THEIRS.fullmatch(name):

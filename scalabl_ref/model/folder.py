@@ -53,7 +53,7 @@ def ours_to_hf(name: str) -> str:
     return ".".join(prefix + parts)
 
 
-# How tensors are called that only folders have whose weights were quantised, and by what.
+# Endings of tensors' names in folders of weights that were quantised elsewhere, by method.
 _CODES = {
     ".absmax": "bitsandbytes",
     ".quant_map": "bitsandbytes",
@@ -71,10 +71,10 @@ class Weights(Mapping[str, Tensor]):
     """The tensors of a model folder by name, each read from its file when it is asked for.
 
     Finds model.safetensors, model.safetensors.index.json, pytorch_model.bin or
-    pytorch_model.bin.index.json, in this order; `files` are those that hold tensors. once: memory
-    that a tensor took is given back with it, where else a file's pages stay as long as this object.
-    Raises InputError naming the file for a missing shard, a broken header, a pickle that holds
-    anything but tensors, or the codes of weights that were quantised elsewhere.
+    pytorch_model.bin.index.json, in this order; `files` are the files of tensors. once: a tensor's
+    memory is freed with it; otherwise a file's pages stay as long as this object. Raises InputError
+    naming the file for a missing shard, a broken header, a pickle with anything but tensors, or
+    codes of weights that were quantised elsewhere.
     """
 
     def __init__(self, folder: Path | str, once: bool = False) -> None:
@@ -166,8 +166,8 @@ def write_model(
 ) -> None:
     """Fill a model folder: model.safetensors, copies of `files` by their name, config.json.
 
-    The last is what makes it a model: whatever stops this leaves a folder that no one can load.
-    dtype and progress as in `write_tensors`.
+    config.json comes last, so that an incomplete folder cannot be loaded. dtype and progress: as in
+    `write_tensors`.
     """
     write_tensors(folder / WEIGHTS, tensors, dtype, progress)
     for name, source in files.items():

@@ -1,4 +1,4 @@
-"""What users see when an input is bad or work ends early."""
+"""Errors for users: bad input, work that ends early, and the lines that tell of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class InputError(ValueError):
 def expected(name: str, names: Iterable[str]) -> str:
     """The end of a message about `name`, which is not among `names`.
 
-    ": did you mean NAME?" where one of them is much like it, else ": expected ...", which is cut.
+    ": did you mean NAME?" if one of them is similar, else ": expected ..." and the first names.
     """
     known = list(names)
     near = difflib.get_close_matches(name, known, n=1)
@@ -32,13 +32,13 @@ def expected(name: str, names: Iterable[str]) -> str:
 
 
 class Interrupted(Exception):
-    """A signal ended the work; `signum` says which. step: of training, which had a checkpoint then.
+    """The signal `signum` ended the work. step: of training, after which there is a checkpoint.
 
     The command line exits with code 128 + signum.
     """
 
     def __init__(self, signum: int, step: int | None = None) -> None:
-        super().__init__(signum, step)  # what it is made of again in another process
+        super().__init__(signum, step)  # from which pickle makes it again in another process
         self.signum, self.step = signum, step
 
     def __str__(self) -> str:
@@ -48,9 +48,9 @@ class Interrupted(Exception):
 
 @contextmanager
 def on_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """While the block runs, SIGINT and SIGTERM are `handle`'s.
+    """While the block runs, `handle` handles SIGINT and SIGTERM.
 
-    Not outside the main thread: there they are somebody else's to handle.
+    Only in the main thread: Python allows no other thread to set handlers.
     """
     try:
         old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -65,9 +65,9 @@ def on_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None
 
 
 class RankLost(Exception):
-    """Another process of the run, a rank or a study's, ended, or did not answer in time.
+    """Another process of a run or a study ended, or did not answer in time.
 
-    What happened there that process says itself, if it can; the command line exits with code 3.
+    That process prints the reason itself, if it can; the command line exits with code 3.
     """
 
 
@@ -79,14 +79,14 @@ _NO_MEMORY = re.compile(
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory was wanting: libraries say so in errors of many kinds."""
+    """Whether memory was short: libraries report it in errors of many kinds."""
     return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
 
 
 def ending(error: BaseException, where: str = "") -> tuple[int, str] | None:
-    """Exit code and line with which the command line ends; None for what is a fault of ours.
+    """Exit code and last line of the command line; None for a bug, which needs a traceback.
 
-    where: what comes between "error" and its colon.
+    where: text between "error" and its colon.
     """
     if isinstance(error, (InputError, RankLost)):
         return (2 if isinstance(error, InputError) else 3), f"error{where}: {error}"
@@ -113,7 +113,7 @@ _COMMANDS = ("scalabl", "scalabl_ref", "convert_hf.py", "convert_gguf.py")
 
 
 def leave_command(error: BaseException) -> None:
-    """End this process as `ending` says, if it is one of the project's commands."""
+    """End this process with the code and line of `ending`, if it is one of our commands."""
     said = ending(error)
     if said and any(Path(word).name in _COMMANDS for word in sys.orig_argv[:5]):
         print(said[1], file=sys.stderr)

@@ -62,7 +62,7 @@ def sha256(path: Path, progress: Callable[[int], Any] = lambda size: None) -> st
 
 @contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """Within the block an OSError is an InputError that names `path`, which cannot be written."""
+    """Within the block an OSError becomes an InputError: `path` cannot be written."""
     try:
         yield
     except OSError as error:
@@ -70,7 +70,7 @@ def writing(path: Path | str) -> Iterator[None]:
 
 
 class _Named(io.FileIO):
-    """A file whose own errors name `path`: what else the block around it raises is not meant."""
+    """A file whose write errors are InputErrors that name `path`."""
 
     def __init__(self, file: Path | str, mode: str, path: Path | str) -> None:
         super().__init__(file, mode)
@@ -85,9 +85,9 @@ class _Named(io.FileIO):
 def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
     """A binary file that becomes `path` when the block ends well, and nothing otherwise.
 
-    Written under a temporary name in the same folder, flushed to disk, then renamed: a reader sees
-    the old file or the new one. Raises InputError naming `path` if it cannot be written; an OSError
-    of the block's own, as of a file that it reads, stays as it is.
+    It is written under a temporary name in the same folder, flushed to disk, then renamed: a reader
+    sees the old file or the new one. Raises InputError naming `path` if it cannot be written. Other
+    errors in the block, as of a file that it reads, are not changed.
     """
     path = Path(path)
     with writing(path):
@@ -113,16 +113,16 @@ def atomic_write_text(path: Path | str, text: str) -> None:
 
 
 def atomic_write_texts(texts: Mapping[Path | str, str]) -> None:
-    """Write several files by their paths, the first one last; none, if one cannot be written."""
+    """Write several files, all or none; the first one appears last."""
     with ExitStack() as stack:
         for path, text in texts.items():
             file = stack.enter_context(atomic_write(path))
             file.write(text.encode("utf-8"))
-            file.flush()  # a full disk is noticed before the first of them is renamed
+            file.flush()  # a full disk shows before the first of them is renamed
 
 
 def open_log(path: Path | str) -> IO[str]:
-    """A text file to add lines to, each written at once; InputError if one cannot be."""
+    """A text file for adding lines, each written at once. Raises InputError if it cannot."""
     with writing(path):
         file = _Named(path, "ab", path)
     return io.TextIOWrapper(io.BufferedWriter(file), "utf-8", newline="\n", line_buffering=True)
@@ -164,7 +164,7 @@ def new_folder(path: Path | str) -> Iterator[Path]:
             os.rename(temporary, path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, InputError):  # in the words of who knows no temporary name
+        if isinstance(error, InputError):  # the user does not know the temporary name
             raise InputError(str(error).replace(str(temporary), str(path))) from None
         raise
 

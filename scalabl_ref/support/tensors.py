@@ -23,7 +23,7 @@ from .files import atomic_write, refuse_pointer
 
 
 def open_tensors(path: Path, once: bool = False) -> dict[str, Callable[[], Tensor]]:
-    """A function for each tensor of one file, by name, that reads it; `once` as in Weights."""
+    """Functions that read the tensors of one file, by name. once: as in model.folder.Weights."""
     readers = _open_file(path, mmap=once)
     # torch's oldest format cannot be mapped: its tensors were all read just now.
     if once and (path.suffix == ".safetensors" or zipfile.is_zipfile(path)):
@@ -32,7 +32,7 @@ def open_tensors(path: Path, once: bool = False) -> dict[str, Callable[[], Tenso
 
 
 def _read_once(path: Path, name: str) -> Tensor:
-    """A tensor in a mapping of the file that is its own, and so ends with it."""
+    """A tensor in its own mapping of the file, which ends with the tensor."""
     return _open_file(path, mmap=True)[name]()
 
 
@@ -86,7 +86,7 @@ def _named_errors(path: Path) -> Iterator[None]:
 
 
 def _fits(path: Path) -> bool:
-    """Whether there is memory for twice what a file holds."""
+    """Whether there is memory for twice the size of a file."""
     try:
         bytearray(2 * path.stat().st_size)
     except (MemoryError, OSError):
@@ -95,13 +95,13 @@ def _fits(path: Path) -> bool:
 
 
 def load_pickle(path: Path, mmap: bool = False) -> Any:
-    """What torch.save wrote to `path`, tensors and plain containers only; never runs code.
+    """The object that torch.save wrote: tensors and plain containers only; never runs code.
 
     mmap: read a tensor's values when they are used, if the file's format allows that.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it has to say of a damaged file, the error says
+            warnings.simplefilter("ignore")  # of a damaged file the error tells as well
             mmap = _is_plain_zip(path) and mmap
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:

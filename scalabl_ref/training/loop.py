@@ -31,13 +31,13 @@ def fit(
 ) -> None:
     """Train to the end, writing RUN/train.jsonl and checkpoints (`savepoints`) on the way.
 
-    resume: go on from the newest checkpoint that is whole, or begin if there is none at all.
-    `progress` is told each step's log record. beside: write checkpoints while training goes on.
-    On SIGINT or SIGTERM the step in hand is finished, a checkpoint written and Interrupted raised.
-    On several ranks all call it, with a folder that all of them see; rank 0 writes the log, and a
-    signal to one of them is a signal to all.
-    Raises InputError if all checkpoints there are damaged, or of a run with other settings, or if
-    one cannot be written.
+    resume: go on from the newest checkpoint that is whole, or begin if there is no checkpoint.
+    progress: is called with each step's record. beside: write checkpoints while training goes on.
+    SIGINT and SIGTERM let the current step end, write a checkpoint, and raise Interrupted.
+    On several ranks all call it, with a folder that all ranks see. Rank 0 writes the log; a signal
+    to one rank ends all of them.
+    Raises InputError if all checkpoints are damaged, if they are of a run with other settings, or
+    if one cannot be written.
     """
     run = Path(run)
     make_folder(run)
@@ -48,7 +48,7 @@ def fit(
     distributed.barrier()  # every rank has seen the run as it was
     if distributed.rank() == 0:
         saver.forget_after(trainer.done)
-    caught: list[int] = []  # the step in hand is finished first
+    caught: list[int] = []  # signals, which wait for the end of the step
     with on_signals(lambda number, _: caught.append(number)), _open_log(run, trainer.done) as log:
         while trainer.done < config.steps:
             started = time.perf_counter()
@@ -68,7 +68,7 @@ def fit(
 
 
 def _identity(trainer: Trainer) -> dict[str, Any]:
-    """Settings and data that a checkpoint must share with the run that resumes it, as of JSON."""
+    """The settings and data that a run must share with the checkpoint it resumes; JSON."""
     config = dataclasses.asdict(trainer.config)
     for name in ("checkpoint_every", "micro_batch", "recompute", "offload_activations", "compile"):
         del config[name]  # none changes the function computed
@@ -103,9 +103,9 @@ def _first_difference(theirs: Any, ours: Any) -> str:
 
 @contextmanager
 def _open_log(run: Path, count: int) -> Iterator[IO[str]]:
-    """RUN/train.jsonl, to add to; for ranks other than 0 a file that keeps nothing.
+    """RUN/train.jsonl, open for adding lines; on ranks other than 0 the null device.
 
-    It is cut to its first `count` lines: steps after the checkpoint will be done again.
+    It is cut to its first `count` lines: the steps after the checkpoint are done again.
     """
     if distributed.rank() == 0:
         _keep_lines(run / "train.jsonl", count)
@@ -115,7 +115,7 @@ def _open_log(run: Path, count: int) -> Iterator[IO[str]]:
 
 
 def _keep_lines(path: Path, count: int) -> None:
-    """Cut a file to its first `count` lines, whatever their bytes; each has its end then."""
+    """Cut a file to its first `count` lines, whatever their bytes, and end each in a line break."""
     lines: list[bytes] = []
     with suppress(FileNotFoundError), open(path, "rb") as file:
         lines = list(islice(file, count))

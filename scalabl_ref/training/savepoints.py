@@ -1,9 +1,9 @@
-"""A run's checkpoints, RUN/checkpoint/STEP: tensors, in as many files as there were ranks.
+"""A run's checkpoints, RUN/checkpoint/STEP: one file of tensors from each rank.
 
-The files are safetensors, named as Hugging Face's shards are, which torch.distributed.checkpoint
-reads as well; any number of ranks goes on from what any other wrote. manifest.json, written last,
-has every file's SHA-256: a checkpoint is whole, or it is none. The one before is kept until the
-next is whole, and after.
+The files are safetensors with the names of Hugging Face's shards; torch.distributed.checkpoint
+reads them too. A run can go on with another number of ranks. manifest.json is written last and has
+the SHA-256 of every file: without it, or with another digest, a checkpoint is not used. The two
+newest checkpoints are kept.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Savepoint(NamedTuple):
 
 
 class Saver:
-    """Writes the checkpoints of one run; in a thread beside the training, if `beside`.
+    """Writes the checkpoints of one run. beside: in a thread, while training goes on.
 
-    On several ranks all make one, with a folder that all of them see, and call it alike.
+    On several ranks each has one, with a folder that all ranks see, and all make the same calls.
     """
 
     def __init__(self, run: Path, beside: bool = False) -> None:
@@ -66,13 +66,13 @@ class Saver:
             self._pending = self._thread.submit(self._write, done, copies, identity)
 
     def wait(self) -> None:
-        """Until what was saved last is on disk. Raises InputError if it could not be written."""
+        """Wait until the last checkpoint is on disk. Raises InputError if it cannot be written."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def forget_after(self, step: int) -> None:
-        """Remove checkpoints of later steps, and what is left of unfinished ones; nothing else."""
+        """Remove checkpoints of later steps and remains of unfinished ones, nothing else."""
         for path in self.folder.glob("*"):
             unfinished = re.fullmatch(rf"\.{STEP}\.tmp", path.name)
             if unfinished or (_is_checkpoint(path) and int(path.name) > step):
@@ -102,7 +102,7 @@ class Saver:
         self._together(finish, temporary)
 
     def _together(self, action: Callable[[], None], temporary: Path) -> None:
-        """Do what may fail on any rank; if it does, InputError on all of them."""
+        """Call `action`; if it fails on any rank, raise InputError on all of them."""
         from safetensors import SafetensorError
 
         problem = ""
@@ -122,7 +122,7 @@ def exists(run: Path) -> bool:
 
 
 def progress(run: Path) -> str:
-    """How far a run has come that has checkpoints, as "step 400 of 1000"."""
+    """How far a run with checkpoints has come, such as "step 400 of 1000"."""
     newest = _newest_first(run / FOLDER)[0]
     text = f"step {int(newest.name)}"
     try:
@@ -166,11 +166,11 @@ def _read(folder: Path) -> Savepoint:
     if not (isinstance(files, dict) and files and isinstance(identity, dict)) or (
         done != int(folder.name)
     ):
-        raise InputError(f"{folder / MANIFEST}: not of a checkpoint of this program")
+        raise InputError(f"{folder / MANIFEST}: was not written by this program")
     tensors: dict[str, Tensor] = {}
     for name, digest in files.items():
         path = folder / Path(name).name
         if not path.is_file() or sha256(path) != digest:
-            raise InputError(f"{path}: is not the file that was written")
+            raise InputError(f"{path}: has changed since it was written")
         tensors |= load_tensors(path)[0]
     return Savepoint(tensors, done, identity)

@@ -42,9 +42,9 @@ class TrainConfig:
     objective: "elbo" steps AdamW on NLL + beta KL / N. "official" does, per batch, an AdamW step on
         the NLL and then an SGD step on the sum of KLs, at rate kl_lr * schedule * pi_i.
     kl_lr: that SGD rate. seed: of data order, noise and initial values.
-    recompute: of each block keep its input alone, and compute the rest again in the backward pass:
-        less memory, a third more time. offload_activations: what is kept waits in the CPU's memory.
-        compile: the blocks, see `Llama.compile_blocks`.
+    recompute: store only each block's input, and compute the rest again in the backward pass: less
+        memory, a third more time. offload_activations: activations wait in the CPU's memory for the
+        backward pass. compile: compile the blocks, see `Llama.compile_blocks`.
     swag: share of the steps, the last ones, after which the trainer's collector is called.
     checkpoint_every: steps between checkpoints.
 
@@ -88,15 +88,15 @@ class TrainConfig:
         if self.kl not in KLS:
             raise InputError(f"kl must be one of {', '.join(KLS)}, not {self.kl!r}")
         if self.compile and self.offload_activations:
-            raise InputError("compiled blocks do not take part in offload_activations")
+            raise InputError("offload_activations does not work with compiled blocks")
 
 
 def parameter_groups(
     own: Sequence[Adapter], lr: float, variational_lr: float | None = None
 ) -> list[dict[str, Any]]:
-    """What an optimiser of these adapters is given: A and B, then what sets the widths, if any.
+    """An optimiser's groups of parameters: A and B, then the parameters of the widths, if any.
 
-    lr, variational_lr: the rates of either, as in TrainConfig.
+    lr, variational_lr: their rates, as in TrainConfig.
     """
     variational = [a.get_parameter(name) for a in own for name in a.variational]
     fast = set(variational)
@@ -109,7 +109,7 @@ def parameter_groups(
 
 
 class Collector(Protocol):
-    """What follows the weights through the last steps of a training, as `methods.Swag` does."""
+    """Follows the weights through the last steps of a training, as `methods.Swag` does."""
 
     def collect(self, model: Llama) -> None:
         """Take the adapters as they are after a step."""
@@ -128,15 +128,15 @@ class Collector(Protocol):
 class Trainer:
     """Model, data and optimisers of one run; `step()` does one optimiser step.
 
-    On several ranks (`distributed`) each does its share of a step's examples, and all end the step
-    with the same adapters.
+    On several ranks each does a part of a step's examples, and all end the step with the same
+    adapters.
 
-    The model carries adapters. data: the encoded training set. Its N is the N of KL / N.
-    collector: is called after each of the last `swag` steps. init: what the adapters' values come
-    from, if not from their seed: the SHA-256 of a file.
+    model: has adapters. data: the encoded training set, whose size is the N of KL / N. collector:
+    is called after each of the last steps, a share `swag` of all. init: the SHA-256 of the file
+    that the adapters' values come from; None if they come from the seed.
 
-    Raises InputError if the adapters have no KL in the configuration's direction, or if a collector
-    is given and no `swag`, or the other way round.
+    Raises InputError if the adapters have no KL in the configuration's direction, or if only one
+    of a collector and `swag` is given.
     """
 
     model: Llama
@@ -153,7 +153,7 @@ class Trainer:
         if c.compile:
             compile_blocks(self.model)
         self.adapters = list(adapters(self.model).values())
-        kl_divergence(self.model, c.kl)  # raises now what else the first step would
+        kl_divergence(self.model, c.kl)  # raises now, not at the first step
         if (c.swag > 0) != (self.collector is not None):
             raise InputError(f"swag is {c.swag}: a collector is needed if it is above 0, else none")
         groups = parameter_groups(self.adapters, c.lr, c.variational_lr)
@@ -165,7 +165,7 @@ class Trainer:
         self.order = TrainingOrder([len(t) for t in self.data.tokens], c.batch, c.seed)
 
     def step(self) -> dict[str, float]:
-        """One step; returns what the log records of it: step, loss, nll, kl, sigma, lr.
+        """Do one step. Returns its record for the log: step, loss, nll, kl, sigma, lr.
 
         Raises InputError if the loss is not finite.
         """
@@ -210,7 +210,7 @@ class Trainer:
         total = 0.0
         for start in range(0, len(share), size):
             batch = collate(self.data, share[start : start + size]).to(self.model.device)
-            n = max(0, own - start)  # how many of its rows count, if not all
+            n = max(0, own - start)  # rows that count, if fewer than all
             with kept:
                 logits, labels = class_logits(self.model, batch, noise), batch.labels
             nll = F.cross_entropy(logits[:n], labels[:n], reduction="sum") / len(indices)
@@ -247,7 +247,7 @@ class Trainer:
         """
 
         def below(prefix: str) -> dict[str, Tensor]:
-            """The tensors whose names begin so, by what comes after."""
+            """The tensors whose names begin with `prefix`, by the rest of their names."""
             start = len(prefix)
             return {name[start:]: t for name, t in tensors.items() if name.startswith(prefix)}
 
@@ -266,6 +266,6 @@ class Trainer:
 
 @torch.no_grad()
 def mean_sigma(model: nn.Module) -> float:
-    """Mean standard deviation of what the adapters draw; 0 where nothing is drawn."""
+    """Mean standard deviation of the adapters' draws; 0 if they draw nothing."""
     widths = torch.cat([adapter.widths() for adapter in adapters(model).values()])
     return widths.mean().item() if len(widths) else 0.0

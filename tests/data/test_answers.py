@@ -79,14 +79,14 @@ def test_the_vocabularys_own_letters_where_nothing_goes(tmp_path):
     tokenizer = byte_tokenizer(tmp_path / "joined", JOINED)
     found = answer_tokens(tokenizer, ["Answer:"], "AB")
     assert found[:2] == (ids(tokenizer, "A", "B"), "alone")
-    assert "choice ' A' is not one token of its own after 'Answer:'" in found.notice
+    assert "choice ' A' is not a single token after 'Answer:'" in found.notice
     assert answer_tokens(tokenizer, [], "AB", "alone") == (found.ids, "alone", None)
 
 
 def test_bare_letters_asked_for_and_joined_are_taken_alone(qwen_like):
     found = answer_tokens(qwen_like, ["Answer:"], "AB", "bare")
     assert found[:2] == (ids(qwen_like, "A", "B"), "alone")
-    assert "choice 'A' is not one token of its own after 'Answer:'" in found.notice
+    assert "choice 'A' is not a single token after 'Answer:'" in found.notice
 
 
 def test_after_a_line_break_the_bare_letter_goes_first(qwen_like):
@@ -106,7 +106,7 @@ def test_every_kind_of_end_is_looked_at(plain, tmp_path):
     joins_after_b = byte_tokenizer(tmp_path / "b", [("b", "A")], joining=False)
     assert answer_tokens(joins_after_b, ["a", "c"], "AB").kind == "bare"
     assert answer_tokens(joins_after_b, ["a", "b", "c"], "AB").kind == "alone"
-    with pytest.raises(InputError, match="choice ' A' is not one token.*--answer-tokens bare"):
+    with pytest.raises(InputError, match="choice ' A' is not a single token.*--answer-tokens bare"):
         answer_tokens(plain, ["Answer:"], "AB", "space")
 
 

@@ -414,7 +414,9 @@ def test_a_name_on_the_hub_is_found_in_its_cache(tmp_path):
         )
 
     done = run("some/other")
-    assert done.returncode == 2 and "some/other: no such folder, nor to be had" in done.stderr
+    assert (
+        done.returncode == 2 and "some/other: no such folder, and the Hub gave none" in done.stderr
+    )
     done = run("some/model")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "ours/manifest.json").read_text())["source"].endswith(commit)

@@ -64,9 +64,9 @@ def test_compiled_blocks_do_not_offload():
 
 
 @DYNAMO
-def test_compiled_blocks_train_alike(monkeypatch):
+@torch._dynamo.config.patch(allow_unspec_int_on_nn_module=False)
+def test_compiled_blocks_train_alike():
     """Few programs for all blocks, draws and shapes, no break in a graph, the same losses."""
-    monkeypatch.setattr(torch._dynamo.config, "allow_unspec_int_on_nn_module", False)
     torch._dynamo.reset()
     more = torch._dynamo.config.recompile_limit + 2  # blocks than there may be programs of one
     plain, compiled = (
