@@ -235,7 +235,7 @@ def test_the_card_says_what_is_known(base, tmp_path, monkeypatch, capsys):
         f"{metrics['nll']:.4f} | {metrics['brier']:.4f} |\n",
         "| train.jsonl, temperature | 24 |", "2 draws, seed 0, 15 bins", "- scalabl_ref: 0.1.0\n",
         f"- torch: {torch.__version__}", 'PeftModel.from_pretrained(base, "out")',
-        f"'A' ({LETTERS[0]}), 'B' ({LETTERS[1]}), 'C' ({LETTERS[2]}) alone",
+        f"only for the tokens 'A' ({LETTERS[0]}), 'B' ({LETTERS[1]}), 'C' ({LETTERS[2]}): compare",
     ):  # fmt: skip
         assert words in text, words
     hf = (tmp_path / "merged" / "README.md").read_text()
