@@ -27,7 +27,7 @@ try:
     from .model.attach import add_adapters
     from .model.config import LlamaConfig
     from .model.llama import Llama
-    from .training.trainer import load_run, save_run
+    from .training.runs import load_run, save_run
     from .verify import reference
 
     subspace_lora_linear = SubspaceAdapter.op

@@ -10,8 +10,10 @@ import torch
 
 from scalabl_ref import AdapterConfig, Llama, LlamaConfig, adapters, add_adapters
 from scalabl_ref.core.objective import Batch
+from scalabl_ref.data import Encoded
 from scalabl_ref.model.attach import Linear
 from scalabl_ref.support.tensors import save_tensors
+from scalabl_ref.training.trainer import Collector, TrainConfig, Trainer
 
 TINY = LlamaConfig(
     vocab_size=40,
@@ -75,6 +77,31 @@ def tiny_batch(rows: int = 4, seed: int = 0, longest: int = 9) -> Batch:
     tokens[torch.arange(tokens.shape[1]) >= lengths[:, None]] = 0
     labels = torch.randint(0, len(CLASSES), (rows,), generator=generator)
     return Batch(tokens, lengths, labels, torch.arange(rows), torch.tensor(CLASSES))
+
+
+def tiny_data(rows: int = 10, seed: int = 0) -> Encoded:
+    """Random prompts with labels out of CLASSES."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 10, (rows,), generator=generator).tolist()
+    tokens = [torch.randint(1, 40, (n,), generator=generator).tolist() for n in lengths]
+    labels = torch.randint(0, len(CLASSES), (rows,), generator=generator).tolist()
+    return Encoded(tokens, labels, list(CLASSES))
+
+
+def trainer(
+    data: Encoded | None = None,
+    model: dict | None = None,
+    collector: Collector | None = None,
+    **config,
+) -> Trainer:
+    """Of a tiny model with B = 0, on ten rows, for 12 steps."""
+    settings = {"steps": 12, "batch": 4, "lr": 1e-2, "checkpoint_every": 5, **config}
+    return Trainer(
+        tiny_model(wake=False, **(model or {})),
+        data or tiny_data(),
+        TrainConfig(**settings),
+        collector=collector,
+    )
 
 
 def tiny_folder(folder: Path, **config) -> Path:

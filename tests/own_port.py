@@ -41,7 +41,8 @@ from scalabl_ref.model.config import RopeConfig
 from scalabl_ref.model.inputs import Inputs
 from scalabl_ref.model.llama import MLP, Context, RMSNorm
 from scalabl_ref.support.tensors import load_tensors
-from scalabl_ref.training.trainer import TrainConfig, Trainer, kl_period, kl_weight, warmup_linear
+from scalabl_ref.training.schedule import kl_period, kl_weight, warmup_linear
+from scalabl_ref.training.trainer import TrainConfig, Trainer
 
 from .exact import PI, exact_normals
 

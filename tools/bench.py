@@ -243,7 +243,7 @@ def draws(args: argparse.Namespace) -> list[dict[str, Any]]:
     from scalabl_ref.data.tokenizer import load_tokenizer
     from scalabl_ref.evaluation.predict import DESIGNS, predict
     from scalabl_ref.evaluation.sequential import Auto, predict_auto
-    from scalabl_ref.training.trainer import load_run
+    from scalabl_ref.training.runs import load_run
 
     if args.run is None or args.data is None:
         raise SystemExit("draws needs --run and --data")

@@ -38,23 +38,21 @@ import torch
 from scalabl_ref.data.tokenizer import companion_files, tokenizer_files
 from scalabl_ref.fast.quantize import KINDS, Kind
 from scalabl_ref.model.config import LlamaConfig
+from scalabl_ref.model.folder import FORMAT, ours_to_hf, stored_weights, with_dtype, write_model
 from scalabl_ref.model.llama import Llama
 from scalabl_ref.model.weights import as_stored, check_model
-from scalabl_ref.support.errors import InputError, atomic_write_text, ending, make_folder
-from scalabl_ref.support.hub import hub_name, model_folder
-from scalabl_ref.support.progress import progress_bar
-from scalabl_ref.support.tensors import (
-    FORMAT,
-    Stored,
+from scalabl_ref.support.errors import InputError, ending
+from scalabl_ref.support.files import (
+    atomic_write_text,
+    make_folder,
     new_folder,
-    ours_to_hf,
     read_json,
     refuse_pointer,
     sha256,
-    stored_weights,
-    with_dtype,
-    write_model,
 )
+from scalabl_ref.support.hub import hub_name, model_folder
+from scalabl_ref.support.progress import progress_bar
+from scalabl_ref.support.tensors import Stored
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from llama2c import read_llama2c, write_llama2c

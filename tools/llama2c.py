@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from scalabl_ref.model.config import LlamaConfig, RopeConfig
-from scalabl_ref.support.errors import InputError, atomic_write
+from scalabl_ref.support.errors import InputError
+from scalabl_ref.support.files import atomic_write
 from scalabl_ref.support.tensors import PIECE, Stored, buffer
 
 HEADER = struct.Struct("<7i")

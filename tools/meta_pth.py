@@ -17,7 +17,8 @@ from torch import Tensor
 
 from scalabl_ref.model.config import LlamaConfig, RopeConfig
 from scalabl_ref.support.errors import InputError
-from scalabl_ref.support.tensors import Stored, open_tensors, read_json
+from scalabl_ref.support.files import read_json
+from scalabl_ref.support.tensors import Stored, open_tensors
 
 
 class Family(NamedTuple):

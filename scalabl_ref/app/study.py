@@ -61,22 +61,18 @@ from ..evaluation.metrics import checked_bins
 from ..evaluation.predict import check_samples, predict_all
 from ..methods import Ensemble, Laplace, Posterior, Swag, fit_tfb
 from ..model.attach import add_adapters
+from ..model.folder import Weights
 from ..model.llama import Llama
 from ..model.weights import read_config
-from ..support.errors import (
-    InputError,
-    Interrupted,
-    RankLost,
-    atomic_write_text,
-    expected,
-    make_folder,
-    on_signals,
-)
+from ..support.errors import InputError, Interrupted, RankLost, expected, on_signals
 from ..support.fields import check, json_text
-from ..support.lock import alone
+from ..support.files import atomic_write_text, make_folder, read_json, sha256
 from ..support.progress import progress_bar
-from ..support.tensors import Weights, load_tensors, read_json, save_tensors, sha256
-from ..training.trainer import DType, TrainConfig, Trainer, fit, load_run, save_run
+from ..support.tensors import load_tensors, save_tensors
+from ..training.lock import alone
+from ..training.loop import fit
+from ..training.runs import DType, load_run, save_run
+from ..training.trainer import TrainConfig, Trainer
 
 MOST_JOBS = 256  # processes, which a study starts all at once
 
@@ -343,10 +339,10 @@ class Fit:
         data = _encoded(self.study, ["train"])["train"]
         model = _base_model(self.study, self.device)
         add_adapters(model.trim_head(data.classes), self.adapter, self.train.seed)
-        trainer = Trainer(model, data, self.train)
-        fit(trainer, self.folder, resume=True)
-        if self.train.swag:
-            trainer.swag.save(self.folder)
+        swag = Swag() if self.train.swag else None
+        fit(Trainer(model, data, self.train, collector=swag), self.folder, resume=True)
+        if swag:
+            swag.save(self.folder)
         info = {
             "model": self.study.model,
             "data": self.study.train,

@@ -1,7 +1,7 @@
-"""Data sets as questions with lettered answers; their encoding; batches in a reproducible order.
+"""Data sets as questions with lettered answers, their encoding, and batches in a fixed order.
 
-Every example is a prompt and the index of its answer: class 0 is the token "A", class 1 "B", and so
-on, directly after the prompt's last character.
+An example is a prompt and the index of its answer. By default class 0 is the token "A" directly
+after the prompt, class 1 is "B", and so on.
 """
 
 from ..core.objective import Batch

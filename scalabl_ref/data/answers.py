@@ -1,16 +1,17 @@
 """The token of each answer, by one rule for a whole set of prompts.
 
-"space"  the answer behind a space, " A", where that is one token of its own after every prompt:
+"space"  " A", the answer behind a space, if it is a single token after every prompt:
          encode(prompt + " A") == encode(prompt) + [id]
-"bare"   the answer by itself, "A", where that continues every prompt in the same way
-"alone"  the vocabulary's own entry "A", whatever the tokenizer makes of it after the prompt, as the
-         official code takes it (convert_tokens_to_ids)
+"bare"   "A", without a space, if it is a single token after every prompt
+"alone"  the vocabulary's entry "A", whatever the tokenizer makes of it after a prompt; the official
+         code takes this one (convert_tokens_to_ids)
 
-"auto" takes the first of these that holds. Where every prompt ends in a line break or a space, as
-in a chat, "bare" comes before "space": there a model goes on without a space. If "bare" is asked
-for and does not hold, "alone" is taken, and a notice says so.
+"auto" takes the first rule that holds. If every prompt ends in a line break or a space, as in a
+chat, "bare" comes before "space", because a model goes on without a space there. If "bare" is asked
+for and does not hold, "alone" is taken with a notice.
 
-An answer in words may be several tokens: its first one stands for it, and must be another for each.
+An answer in words may have several tokens. Its first token stands for it, and must differ from the
+first tokens of the other answers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .tokenizer import Tokenizer
 
 
 class Answers(NamedTuple):
-    """ids: token of each class, in order. kind: "space", "bare" or "alone". notice: for people."""
+    """ids: token of each class, in order. kind: "space", "bare" or "alone". notice: a warning."""
 
     ids: list[int]
     kind: AnswerTokens
@@ -41,7 +42,7 @@ def answer_tokens(
     """The token of each answer after these prompts, as the module's docstring says.
 
     answers: letters, or with `words` labels of any length. Raises InputError naming the answer and
-    the end of a prompt if no token can be had, or if two answers have the same one.
+    the end of a prompt if an answer has no token, or if two answers have the same.
     """
     ends = _ends(prompts)
     if kind != "auto":
@@ -64,7 +65,7 @@ def answer_tokens(
 
 
 def _ends(prompts: Iterable[str]) -> list[str]:
-    """One prompt for every way in which they end: the last word and the white space behind it."""
+    """One prompt for each ending of the prompts: the last word and the white space behind it."""
     ends: dict[tuple[str, str], str] = {}
     for prompt in prompts:
         stripped = prompt.rstrip()
@@ -76,7 +77,7 @@ def _ends(prompts: Iterable[str]) -> list[str]:
 def _after_all(
     tokenizer: Tokenizer, ends: list[str], answers: Sequence[str], kind: str, words: bool
 ) -> list[int]:
-    """The tokens that the answers add to every one of these prompts, or InputError."""
+    """The tokens that the answers add to each of the prompts. Raises InputError if they differ."""
     texts = [f" {answer}" if kind == "space" else answer for answer in answers]
     found: list[int] = []
     for end in ends:

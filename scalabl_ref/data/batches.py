@@ -23,9 +23,9 @@ class Encoded:
     """A data set in token ids; example i is the one with `Batch.ids` i, whatever batch it is in.
 
     tokens: ids of each prompt. labels: class of each. classes: token id of each class.
-    examples: what the rows are, with the prompts that were encoded. wording: how these were made,
-    with nothing left to choose. notice: what a person should know of the answers' tokens.
-    cut, left_out: how many prompts were longer than wording.max_length, and what became of them.
+    examples: the rows, with the prompts that were encoded. wording: how the prompts were made; no
+    setting is "auto". notice: a warning about the answers' tokens, for the user.
+    cut, left_out: how many prompts longer than wording.max_length were cut, or left out.
     """
 
     tokens: list[list[int]]
@@ -49,14 +49,14 @@ def encode(
 ) -> Encoded:
     """Prompts and answers as token ids.
 
-    classes: how many letters, by default num_classes(examples). max_length: longest prompt in
-    tokens that the model takes. truncate: cut longer ones on the left, behind BOS. answerable:
-    every label must be one of the classes; those of a set out of distribution, which may have more
-    choices than the head that meets it, stay as they are. wording: how prompts are made and answers
-    chosen; None takes the examples' own prompts and letters.
+    classes: how many letters, by default num_classes(examples). max_length: the model's longest
+    prompt in tokens. truncate: cut longer prompts on the left, behind BOS. answerable: every label
+    must be one of the classes; False for out-of-distribution data, which may have more choices than
+    the model's head. wording: how prompts are made and answers chosen; None takes the examples' own
+    prompts and letters.
 
-    Raises InputError if there are no examples, if an answer has no token after a prompt, or naming
-    the row whose label is no class or whose prompt is too long.
+    Raises InputError if there are no examples or if an answer has no token after a prompt, and,
+    naming the row, if a label is no class or a prompt is too long.
     """
     if not examples:
         raise InputError("there are no examples")
@@ -64,7 +64,7 @@ def encode(
     for i, example in enumerate(asked.examples):
         if answerable and example.label >= len(asked.names):
             raise InputError(
-                f"example {i} (id {example.id}): its answer is {asked.answer(examples[i])}, and "
+                f"example {i} (id {example.id}): its answer is {asked.answer(examples[i])}, but "
                 f"there are {len(asked.names)} classes, to {asked.names[-1]}"
             )
     rows, cut = _rows(asked, tokenizer, max_length, truncate)
@@ -82,7 +82,7 @@ def encode(
 
 
 class _Asked(NamedTuple):
-    """Examples with their prompts, the classes' names, their tokens, and how it was all made."""
+    """Examples with their prompts, the classes' names and tokens, and the wording of all."""
 
     examples: list[Example]
     names: Sequence[str]
@@ -90,7 +90,7 @@ class _Asked(NamedTuple):
     wording: Wording
 
     def answer(self, example: Example) -> str:
-        """The name of an example's answer, class or not; the example as its file has it."""
+        """The name of the answer of an example from a file, whether it is a class or not."""
         in_words = self.wording.words is not None
         return repr(example.choices[example.label]) if in_words else LETTERS[example.label]
 
@@ -101,7 +101,7 @@ def _ask(
     wording: Wording | None,
     classes: int | None,
 ) -> _Asked:
-    """The examples in words or letters; what "auto" takes, `Wording` says."""
+    """The examples with labels in words or letters; for "auto" see `Wording`."""
     wanted = wording or Wording(labels="letters")
     chat = ChatTemplate.load(tokenizer.files, tokenizer.special) if wanted.style == "chat" else None
     notice = None
@@ -137,9 +137,9 @@ def _answered(
 def _rows(
     asked: _Asked, tokenizer: Tokenizer, max_length: int | None, truncate: bool
 ) -> tuple[dict[int, list[int]], int]:
-    """Token ids by the example's place, but for those left out; and how many were cut.
+    """Token ids by the example's place, without those left out; and how many were cut.
 
-    max_length: the model's, beside the wording's own.
+    max_length: the model's limit; the wording may have another.
     """
     wording = asked.wording
     limits = (n for n in (max_length, wording.max_length) if n is not None)
@@ -155,9 +155,9 @@ def _rows(
                 continue
             if not truncate and wording.max_length is None:
                 raise InputError(
-                    f"example {i} (id {example.id}): its prompt has {len(row)} tokens, and the "
-                    f"model takes at most {limit}: --max-length {limit} cuts it, and with "
-                    "--drop-long leaves it out"
+                    f"example {i} (id {example.id}): its prompt has {len(row)} tokens, but the "
+                    f"model takes at most {limit}: --max-length {limit} cuts it, or leaves it out "
+                    "with --drop-long"
                 )
             row, cut = row[:start] + row[len(row) - (limit - start) :], cut + 1
         rows[i] = row
@@ -180,7 +180,8 @@ def collate(data: Encoded, indices: Sequence[int]) -> Batch:
 
 
 def evaluation_batches(data: Encoded, batch_size: int) -> Iterator[Batch]:
-    """Every example once, longest prompts first: little padding, and memory peaks at the start.
+    """Every example once, the longest prompts first: little padding, and the peak of memory is at
+    the start.
 
     Raises InputError for a batch size below 1.
     """
@@ -193,7 +194,7 @@ def evaluation_batches(data: Encoded, batch_size: int) -> Iterator[Batch]:
 
 # --- order, a pure function of the seed -----------------------------------------------------------
 
-# Streams of philox_words: each purpose adds the epoch to a number of its own.
+# Streams of philox_words: each purpose has its own base, to which it adds the epoch.
 _EXAMPLES, _BATCHES, _SPLIT = 1 << 48, 2 << 48, 3 << 48
 _WINDOW = 16  # batches, at most, among which examples are sorted by length
 
@@ -201,9 +202,9 @@ _WINDOW = 16  # batches, at most, among which examples are sorted by length
 class TrainingOrder:
     """Which examples each training step sees, as a pure function of (seed, step).
 
-    Every epoch shows every example once. Shuffled examples are sorted by length within windows of
-    max(1, min(16, batches // 4)) batches, so that a batch has little padding and yet is another set
-    in every epoch, then the batches are shuffled. One batch per epoch is short where batch_size
+    Every epoch shows every example once. The examples are shuffled, then sorted by length within
+    windows of max(1, min(16, batches // 4)) batches; then the batches are shuffled. So a batch has
+    little padding, and differs from epoch to epoch. One batch of an epoch is short if batch_size
     does not divide the number of examples.
 
     lengths: of all prompts, in tokens. Raises InputError if there are none, or no batch_size.
@@ -214,7 +215,7 @@ class TrainingOrder:
             raise InputError(f"cannot make batches of {batch_size} from {len(lengths)} examples")
         self.lengths, self.batch_size, self.seed = list(lengths), batch_size, seed
         self.steps_per_epoch = math.ceil(len(lengths) / batch_size)
-        self._made: tuple[int, list[list[int]]] = (-1, [])  # the epoch last asked for
+        self._made: tuple[int, list[list[int]]] = (-1, [])  # the latest epoch
 
     def indices(self, step: int) -> list[int]:
         """Indices of the examples of this step, counted from 0."""
@@ -236,7 +237,7 @@ class TrainingOrder:
 def split(
     examples: Sequence[Example], fraction: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """(rest, held_out): a random `fraction` set apart by the seed, both in their first order.
+    """(rest, held_out): the seed chooses a `fraction` to hold out; both keep the examples' order.
 
     Raises InputError unless 0 <= fraction < 1, or if one part of a real split would be empty.
     """

@@ -1,7 +1,7 @@
 """Chat templates: a conversation as the text that a model was tuned to read.
 
-A template is a program in jinja2's language that came with the model. It runs in jinja2's sandbox,
-with what transformers gives to templates, so that it writes what it writes there.
+A template is a program in jinja2's language that comes with the model. It runs in jinja2's sandbox
+with the functions and settings of transformers, and so writes the same text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .tokenizer import tokenizer_files
 if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-# For questions: Qwen3 answers without a draft, and Llama's day is its template's own, not today.
+# For questions: Qwen3 answers without a draft, and Llama's date is a fixed one, not today.
 FIXED: dict[str, Any] = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
 _LONGEST = 10_000_000  # characters; a template can loop for as long as it likes
@@ -28,7 +28,7 @@ _LONGEST = 10_000_000  # characters; a template can loop for as long as it likes
 class ChatTemplate:
     """The template `source`, which came from `file`.
 
-    special: the texts of the tokenizer's special tokens, which templates write: see Tokenizer.
+    special: the texts of the tokenizer's special tokens, see Tokenizer; templates write them.
     Raises InputError naming the file if it is not a template.
     """
 
@@ -47,7 +47,7 @@ class ChatTemplate:
     ) -> ChatTemplate | None:
         """The template of a model folder, or of a tokenizer's `files`; None if it has none.
 
-        chat_template.jinja goes before what tokenizer_config.json says; of several templates there,
+        chat_template.jinja has precedence over tokenizer_config.json; of several templates there,
         "default" is taken. Raises InputError naming the file if it cannot be read.
         """
         files = tokenizer_files(files) if isinstance(files, Path) else files
@@ -72,11 +72,11 @@ class ChatTemplate:
     def render(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any
     ) -> str:
-        """The text of `messages`, each {"role": ..., "content": ...}; BOS is in it if it belongs.
+        """The text of `messages`, each {"role": ..., "content": ...}, with BOS if the model has it.
 
-        add_generation_prompt: end with what comes before an answer. variables: what else the
-        template may ask for, such as `FIXED`. Raises InputError naming the file if the template
-        refuses the messages, fails, or does not end.
+        add_generation_prompt: end with the text that precedes an answer. variables: others that the
+        template uses, such as `FIXED`. Raises InputError naming the file if the template refuses
+        the messages, fails, or does not end.
         """
         given = {**self._special, "tools": None, "documents": None, **variables}
         given.update(messages=messages, add_generation_prompt=add_generation_prompt)
@@ -104,7 +104,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} ... {% endgeneration %} marks what a model writes: no more."""
+        """{% generation %} ... {% endgeneration %}, which only mark a model's text."""
 
         tags = {"generation"}
 

@@ -1,4 +1,4 @@
-"""Files of questions: every format's rows, and what each of them must be."""
+"""Files of questions: the rows of every format, checked."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ TREC_CLASSES = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")  # as its files wri
 TREC_HUB = ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM")  # 0 to 5 in the Hub's coarse_label
 MMLU_HEADER = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
 
-# The columns of a CSV file that are read if no others are named, in any case of letters.
+# The usual names of a CSV file's columns, in upper or lower case.
 TEXT_COLUMNS = ("text", "sentence", "prompt", "question")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where formats csv and jsonl have a row's text and its label.
+    """The columns of a row's text and its label, in formats csv and jsonl.
 
-    None: the one of TEXT_COLUMNS and of LABEL_COLUMNS that a table has; "prompt" and "label" in
-    jsonl.
+    None: in a table its only column out of TEXT_COLUMNS or LABEL_COLUMNS, in jsonl "prompt" and
+    "label".
     """
 
     text: str | None = None
@@ -38,7 +38,7 @@ class Columns:
 
 
 def format_of(path: Path | str) -> str:
-    """The format that the ending of a file's name says: csv for .csv and .tsv, otherwise jsonl."""
+    """The format by the ending of a file's name: csv for .csv and .tsv, otherwise jsonl."""
     return "csv" if Path(path).suffix.lower() in (".csv", ".tsv") else "jsonl"
 
 
@@ -52,11 +52,11 @@ def load(
 ) -> list[Example]:
     """The examples of a file, in its order; only the first `limit` if that is given.
 
-    format: one of FORMATS. template: as in `question`. names: the labels, in order, which are the
-    choices of every row of a csv file, or of a jsonl file whose rows have no "choices": those that
-    the model was trained on; None: all that the whole file has, sorted. columns: of these two
-    formats. Raises InputError naming the file, the line and what was expected there if the file
-    is absent, empty or not of this format.
+    format: one of FORMATS. template: as in `question`. names: the labels that the model was trained
+    on, in order: the choices of every row of a csv file, or of a jsonl file without "choices"; None
+    takes all labels of the whole file, sorted. columns: for these two formats. Raises InputError
+    naming the file, the line and the expected content if the file is absent, empty or of another
+    format.
     """
     path = Path(path)
     one_of(FORMATS, format, "the format")
@@ -109,7 +109,7 @@ def _reader(
 
 
 def _with_labels_beside(path: Path, rows: Rows) -> Rows:
-    """Rows with "answer", from the second of Winogrande's files where there is such a file."""
+    """Rows with "answer", taken from the second of Winogrande's files if it exists."""
     kept = list(rows)
     for beside in files(path, "winogrande")[1:]:
         labels = [label for _, label in text_rows(beside, read_text(beside))]
@@ -126,7 +126,7 @@ def _mmlu_records(path: Path, text: str) -> Rows:
     return (record for i, record in found if i or record[1] != MMLU_HEADER)
 
 
-# --- one's own files: the labels of all rows are the choices of each ------------------------------
+# --- the user's own files: the labels of all rows are the choices of each -------------------------
 
 
 def _own(
@@ -159,7 +159,7 @@ def _own(
 def _column(
     path: Path, header: list[str], asked: str | None, usual: tuple[str, ...], option: str
 ) -> str:
-    """The column of this name, or else the only one with a usual name."""
+    """The column with the name `asked`; without it, the only one with a usual name."""
     found = [name for name in header if (name == asked if asked else name.lower() in usual)]
     if len(found) != 1:
         kind = repr(asked) if asked else ", ".join(usual)
@@ -234,7 +234,7 @@ def _known(label: str, names: Sequence[str]) -> int:
 
 
 def _place(label: Any, choices: list[str]) -> int:
-    """The place in `choices` that a label says, by its number or its name."""
+    """The index in `choices` of a label, which is an index or a name."""
     places = f"0 to {len(choices) - 1}"
     hint = ""
     if isinstance(label, str):
@@ -254,7 +254,7 @@ def _place(label: Any, choices: list[str]) -> int:
 
 
 def _near(name: str, names: Sequence[str]) -> str | None:
-    """The one of `names` that is most like it, if one is, by their first hundred letters."""
+    """The most similar of `names`, if one is similar, by their first hundred letters."""
     starts = {other.lower()[:100]: other for other in names}
     found = difflib.get_close_matches(name.lower()[:100], starts, n=1)
     return starts[found[0]] if found else None
@@ -294,7 +294,7 @@ def _winogrande(row: dict[str, Any]) -> Parsed:
 
 
 def _boolq(row: dict[str, Any]) -> Parsed:
-    """BoolQ: "answer" is true or false, or "label" 0 or 1, as SuperGLUE has it."""
+    """BoolQ: "answer" is true or false, or, as in SuperGLUE, "label" is 0 or 1."""
     text = f"{_get(row, 'passage', str)}\n{_get(row, 'question', str)}?"
     if "label" in row and "answer" not in row:
         label = _answer(row, "label", ("0", "1"))
@@ -304,7 +304,7 @@ def _boolq(row: dict[str, Any]) -> Parsed:
 
 
 def _mmlu(row: list[str] | dict[str, Any]) -> Parsed:
-    """MMLU: its authors' files answer A to D and have no header; those with one answer 0 to 3."""
+    """MMLU: its authors' files have answers A to D and no header; others 0 to 3 and a header."""
     if isinstance(row, list):
         if len(row) != len(MMLU_HEADER):
             raise InputError(f"expected {len(MMLU_HEADER)} columns, found {len(row)}")
@@ -338,8 +338,8 @@ def _trec(row: str | dict[str, Any]) -> Parsed:
     return checked_text(text, "the question"), FIXED_CHOICES["trec"], index, ""
 
 
-# How a row is taken apart; a column of which a table has one, or it is none; how the rows of a file
-# that is neither JSON nor such a table are read.
+# By format: the function that parses a row; columns of which a table must have one; the reader of a
+# file that is neither JSON nor such a table.
 _READERS: dict[str, tuple[Callable[[Any], Parsed], set[str], Callable[[Path, str], Rows]]] = {
     "arc": (_arc, {"answerKey"}, json_rows),
     "obqa": (_arc, {"answerKey"}, json_rows),
@@ -354,7 +354,7 @@ _KINDS = {str: "a text", int: "a whole number", list: "a list", dict: "an object
 
 
 def _get(row: Any, key: str, kind: type | None = None, option: str = "") -> Any:
-    """row[key], which must be there and be of this kind. option: that which names another key."""
+    """row[key]. Raises InputError if it is missing or not a `kind`; `option` names another key."""
     if not isinstance(row, dict):
         raise InputError(f"expected an object with the key {key!r}, found {shown(row)}")
     if key not in row:
@@ -367,13 +367,13 @@ def _get(row: Any, key: str, kind: type | None = None, option: str = "") -> Any:
 
 
 def _unnested(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with its choices read, if they are a cell of a table."""
+    """The row, with its choices as a list if they are the cell of a table."""
     choices = row.get("choices")
     return row | {"choices": nested(choices)} if isinstance(choices, str) else row
 
 
 def _answer(row: dict[str, Any], key: str, names: Sequence[str]) -> int:
-    """The index in `names` of row[key]: a text, or a number, true or false written as one."""
+    """The index in `names` of row[key]; numbers and booleans count as their texts."""
     value = _get(row, key)
     if value in (None, "", -1, "-1"):
         raise InputError(f"{key!r} is {value!r}: this split has no labels, take another")

@@ -1,15 +1,15 @@
-"""Questions as prompts: what the model reads before it answers.
+"""Questions as prompts.
 
 A row's question and choices fill a template. The answer is a letter, "A" for the first choice, or
-the choice's own words; the prompt is given as it is, or as a user's message in the model's chat
-template. `Wording` holds these settings. A run stores them, and is evaluated with the same ones.
+the choice's own words. The prompt is plain text, or a user's message in the model's chat template.
+`Wording` holds these settings. A run stores them, and its evaluation uses the same.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +19,10 @@ from .chat import FIXED, ChatTemplate
 from .text import checked_text, one_of, read_text
 from .tokenizer import LETTERS
 
-# What the model reads, by format. {question} is the row's text, {choices} is "A. ...", "B. ...",
-# each on a line of its own.
-# No prompt ends in a space: tokenizers would join it to the letter. The two sets of short texts
-# leave their fixed choices unsaid: they are there to be learnt by very small models.
+# The prompt's template by format. {question} is the row's text, {choices} is "A. ...", "B. ...",
+# one on each line.
+# No prompt ends in a space, because tokenizers would join it to the letter. The prompts of the two
+# sets of short texts leave out their fixed choices: very small models learn them.
 _MULTIPLE_CHOICE = "{question}\n{choices}\nAnswer:"
 TEMPLATES = {
     "jsonl": _MULTIPLE_CHOICE,
@@ -36,16 +36,16 @@ TEMPLATES = {
     "csv": _MULTIPLE_CHOICE,
 }
 FORMATS = tuple(TEMPLATES)
-# In a chat the model is asked in words. With labels as words, {choices} is "one, two, three".
+# In a chat the prompt is a sentence. With labels as words, {choices} is "one, two, three".
 _CHAT_TEMPLATES = {
     "letters": "{question}\n{choices}\nAnswer with the letter of the right choice alone.",
     "words": "{question}\nAnswer with one of: {choices}.",
 }
-# Formats whose labels can be words without being asked to: those of the user's own data.
+# Formats in which labels "auto" may be words: those of the user's own data.
 _OWN_DATA = ("jsonl", "csv")
 _PLACE = re.compile(r"\{(\w+)\}")
 
-# Choices that belong to the format and not to the row, in the order of the letters.
+# Choices that are the same for all rows of a format, in the order of the letters.
 FIXED_CHOICES = {
     "boolq": ("No", "Yes"),
     "sst2": ("negative", "positive"),
@@ -61,9 +61,9 @@ LABELS: tuple[Labels, ...] = ("auto", "letters", "words")
 
 @dataclass(frozen=True)
 class Example:
-    """A question. prompt: all that the model reads. label: index of the answer among `choices`.
+    """A question. prompt: the whole text for the model. label: index of the answer in `choices`.
 
-    question, format: the row's own text and its format, of which another prompt can be made.
+    question, format: the row's own text and its format, from which another prompt can be made.
     """
 
     prompt: str
@@ -75,7 +75,7 @@ class Example:
 
     @property
     def lettered(self) -> bool:
-        """Whether the choices are the letters themselves: the question is a whole prompt then."""
+        """Whether the choices are the letters themselves; the question is then a whole prompt."""
         letters = tuple(LETTERS[: len(self.choices)])
         return self.format != "csv" and self.choices == letters
 
@@ -90,12 +90,12 @@ class Wording:
         for rows of jsonl and csv that all have the same choices, if each begins with another token;
         else letters.
     answer_tokens: "space", "bare", "alone" or "auto", see `answers.answer_tokens`.
-    names: the choices that every row has, in the order of the classes; None where rows differ.
-    max_length: longest prompt in tokens; longer ones are cut on the left behind BOS, or with
-        drop_long, which a chat needs, are left out. None: a prompt that the model cannot take is an
+    names: the choices of every row, in the order of the classes; None if rows differ.
+    max_length: longest prompt in tokens; longer prompts are cut on the left behind BOS, or left out
+        with drop_long, which a chat needs. None: a prompt that is too long for the model is an
         error.
 
-    Raises InputError for a value that it cannot have.
+    Raises InputError for an invalid value.
     """
 
     template: str | None = None
@@ -116,13 +116,13 @@ class Wording:
             raise InputError("drop_long needs a max_length (--drop-long needs --max-length)")
         if self.style == "chat" and self.max_length is not None and not self.drop_long:
             raise InputError(
-                "a prompt in a chat template is not cut, for its beginning would be lost: "
-                "--max-length needs --drop-long there"
+                "a prompt in a chat template cannot be cut, because its beginning would be lost: "
+                "give --max-length together with --drop-long"
             )
 
     @staticmethod
-    def of_run(info: dict[str, Any]) -> Wording:
-        """From the facts of a run; one that does not say so has plain prompts and bare letters."""
+    def of_run(info: Mapping[str, Any]) -> Wording:
+        """From the facts of a run; the defaults are plain prompts and bare letters."""
         names = info.get("label_names")
         return Wording(
             info.get("prompt_template"),
@@ -135,20 +135,20 @@ class Wording:
         )
 
     def facts(self) -> dict[str, Any]:
-        """What a run stores; `of_run` reads it back."""
+        """The settings as a run stores them; `of_run` reads them back."""
         facts = asdict(self)
         names = {"template": "prompt_template", "style": "prompt_style", "names": "label_names"}
         return {names.get(key, key): value for key, value in facts.items()}
 
     def in_letters(self, examples: Sequence[Example]) -> Wording:
-        """The same with letters, and with the examples' choices if all have the same ones."""
+        """The same with letters, and with the examples' choices if all have the same choices."""
         same = None if examples[0].lettered else label_names(examples)
         return replace(self, labels="letters", names=self.names or same)
 
     def in_words(self, examples: Sequence[Example]) -> Wording:
-        """The same with the examples' own labels. Raises InputError if these are not all the same.
+        """The same with the examples' own labels. Raises InputError if the examples' labels differ.
 
-        Which order they have does not matter: the first example's is taken, or `names`.
+        Their order may differ: the order is that of `names`, or of the first example.
         """
         if self.names is not None:
             return replace(self, labels="words")
@@ -175,13 +175,13 @@ class Wording:
 
     @property
     def words(self) -> tuple[str, ...] | None:
-        """The labels where they are words."""
+        """The labels if they are words, else None."""
         return self.names if self.labels == "words" else None
 
     def word(self, example: Example, chat: ChatTemplate | None) -> Example:
-        """The example with its prompt, and with its label among `names` where labels are words.
+        """The example with its prompt and, if labels are words, its label as an index in `names`.
 
-        A label that is not among them becomes len(names). Raises InputError where a chat is wanted
+        A label that is not in `names` becomes len(names). Raises InputError if the style is "chat"
         and the model has no template.
         """
         text, names = self._text(example), self.words
@@ -203,7 +203,7 @@ class Wording:
             template = _CHAT_TEMPLATES["letters" if names is None else "words"]
         elif template is None:
             template = TEMPLATES[example.format]
-            if names is not None:  # what the labels are is learnt: no row need say it
+            if names is not None:  # training teaches the labels: prompts need not list them
                 template = template.replace("{choices}\n", "")
         return _filled(template, example.question, example.choices, names)
 
@@ -211,7 +211,7 @@ class Wording:
 def _filled(
     template: str, question: str, choices: Sequence[str], names: Sequence[str] | None = None
 ) -> str:
-    """The template with its places filled; what a row says is not looked at for places again."""
+    """The template with its places filled; braces in a row's text are only braces."""
     pairs = zip(LETTERS, choices, strict=False)  # as many letters as there are choices
     lettered = "\n".join(f"{letter}. {choice}" for letter, choice in pairs)
     places = {"question": question, "choices": lettered if names is None else ", ".join(names)}
@@ -225,9 +225,9 @@ def _few(choices: Sequence[str]) -> str:
 def read_template(path: Path | str) -> str:
     """The prompt template in a text file.
 
-    The line break that an editor puts at the end of a file is not part of it; a further one is.
-    It must hold {question} and may hold {choices}; braces around anything but a word are only
-    braces. Raises InputError naming the file if it cannot be read or holds another {word}.
+    One line break at the end of the file is not part of it. It must have {question} and may have
+    {choices}; braces around anything but a word are only braces. Raises InputError naming the file
+    if it cannot be read or has another {word}.
     """
     template = read_text(Path(path)).removesuffix("\n").removesuffix("\r")
     names = _PLACE.findall(template)
@@ -250,12 +250,12 @@ def question(
     id: str = "",
     template: str | None = None,
 ) -> Example:
-    """The example that a row of `format` with this text and these choices becomes.
+    """The example for a row of `format` with this text and these choices.
 
-    Its prompt is plain, with lettered choices: `encode` words it otherwise. template: in place of
-    the format's; see `read_template`. Choices that are the letters A, B, ... themselves mean that
-    `text` is a whole prompt, and is left as it is; not so in format csv, where labels may have such
-    names. Raises InputError for choices that the format cannot have.
+    Its prompt is plain, with lettered choices; `encode` can make another. template: replaces the
+    format's, see `read_template`. If the choices are the letters A, B, ... themselves, `text` is a
+    whole prompt and stays as it is, except in format csv, whose labels may have such names. Raises
+    InputError for choices that the format cannot have.
     """
     one_of(FORMATS, format, "the format")
     checked_text(text, "the question")
@@ -276,6 +276,6 @@ def num_classes(examples: Sequence[Example]) -> int:
 
 
 def label_names(examples: Sequence[Example]) -> tuple[str, ...] | None:
-    """The choices that all the examples have, for `load` of a further file; None if they differ."""
+    """The choices of all the examples, for `load` of another file; None if they differ."""
     found = {example.choices for example in examples}
     return found.pop() if len(found) == 1 else None

@@ -1,4 +1,4 @@
-"""Rows of files: lines, JSON objects, CSV and TSV; each with its place, for messages."""
+"""Rows of files: lines, JSON objects, CSV and TSV. Each has its place in the file, for errors."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Rows = Iterator[tuple[str, Any]]  # "line 3" or, in a JSON array, "entry 3"; and
 
 _BLANK = re.compile(r"\s*")
 _OBJECT = re.compile(r'\s*(\[\s*)?\{\s*"')
-# The text of a list or a dictionary in Python, with or without NumPy's arrays: a text in quotes
-# and, before the next one, white space; the beginning and the end of an array. A quote without its
-# pair goes to the end, so that none is looked at twice.
+# Parts of a list or a dictionary as Python writes it, with or without NumPy's arrays: a text in
+# quotes with the white space before the next text; the beginning and the end of an array. A quote
+# without its pair reaches to the end, so that the search takes linear time.
 _PYTHON = re.compile(
     r"""(?P<text>'(?:[^'\\]|\\.)*(?:'|\Z)|"(?:[^"\\]|\\.)*(?:"|\Z))(?P<next>\s+(?=['"]))?|"""
     r"""array\(|(?:,\s*dtype=\w+)?\)""",
@@ -30,7 +30,7 @@ _ESCAPED = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", "'": "'", '"': '"'}
 
 
 def text_rows(path: Path, text: str) -> Rows:
-    """The lines that are not blank. path: of all readers here, what messages name."""
+    """The lines that are not blank. path: the file's name in errors, as for all readers here."""
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield f"line {number}", line.strip()
@@ -76,8 +76,8 @@ def _after_blank(text: str, at: int) -> int:
 def table(path: Path, text: str) -> tuple[list[str], Rows]:
     """The header of a CSV or TSV file, and the rows below it as {column: cell}.
 
-    Columns are parted by tabs in a file whose name ends in .tsv, else by that of comma, tab and
-    semicolon that the header has most often.
+    The separator is a tab if the name ends in .tsv, else the one of comma, tab and semicolon that
+    is most frequent in the header.
     """
     first = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]
     delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",", "\t", ";", key=first.count)
@@ -98,7 +98,7 @@ def table(path: Path, text: str) -> tuple[list[str], Rows]:
 
 
 def records(path: Path, text: str, delimiter: str, quotes: bool = True) -> Rows:
-    """The cells of each row of a CSV file that is not blank; the place is the row's first line."""
+    """The cells of the rows of a CSV file that are not blank; the place is a row's first line."""
     line = 1
     reader = _reader(text, delimiter, quotes)
     try:
@@ -119,9 +119,10 @@ def _reader(text: str, delimiter: str, quotes: bool) -> Any:
 
 
 def _quotes_pair(text: str) -> bool:
-    """Whether the quotes of a TSV file are CSV's. In many, GLUE's too, a quote is only a letter.
+    """Whether quotes in a TSV file have the meaning that they have in CSV.
 
-    There, one that begins a cell may seem to end rows later, with tabs and line breaks between.
+    In many files, such as GLUE's, a quote is an ordinary letter. A quote at the start of a cell
+    would then reach to another one rows later, across tabs and line breaks.
     """
     try:
         cells = (cell for row in _reader(text, "\t", True) for cell in row)
@@ -131,9 +132,9 @@ def _quotes_pair(text: str) -> bool:
 
 
 def nested(cell: str) -> Any:
-    """A list or an object in a cell of a table, as JSON or as pandas writes it (its repr).
+    """The list or object in a cell of a table, as JSON or as pandas writes it (its repr).
 
-    Returns the cell itself if it is neither.
+    Returns any other cell unchanged.
     """
     for text in (cell, _PYTHON.sub(_as_json, cell)):
         try:

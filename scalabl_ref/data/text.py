@@ -34,7 +34,7 @@ def shown(value: Any, most: int = 60) -> str:
 
 
 def checked_text(value: Any, what: str) -> str:
-    """`value`, which must be a text with something in it that can be written as UTF-8."""
+    """`value`. Raises InputError unless it is a text, not blank, that UTF-8 can encode."""
     if not isinstance(value, str):
         raise InputError(f"{what} must be a text, not {shown(value)}")
     if not value.strip():

@@ -1,6 +1,6 @@
 """Text to token ids and back: sentencepiece models, and tokenizer.json through `tokenizers`.
 
-Both packages are imported where they are first needed, so that importing this one stays quick.
+Both packages are imported on first use, so that importing this one is quick.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..support.errors import InputError
+from ..support.files import refuse_pointer
 from ..support.hub import model_folder
-from ..support.tensors import refuse_pointer
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
 
 LETTERS = string.ascii_uppercase  # the answer classes, in order
 
-# What a model folder may hold of its tokenizer. All that is there travels with a model.
+# The files of a tokenizer in a model folder. They are copied along with a model.
 _SENTENCEPIECE, _HUGGING_FACE = "tokenizer.model", "tokenizer.json"
 _CONFIG, _SPECIAL, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 _FILES = (_SENTENCEPIECE, _HUGGING_FACE, _CONFIG, _SPECIAL, _ADDED, "chat_template.jinja")
-# What it may hold beside those and its weights.
+# Other files that are copied along with a model.
 _COMPANIONS = ("generation_config.json", "vocab.json", "merges.txt")
 
 
 def letters(count: int) -> str:
-    """The letters of so many answers. Raises InputError if there are none, or too many."""
+    """The first `count` letters. Raises InputError if count is 0 or larger than the alphabet."""
     if not 1 <= count <= len(LETTERS):
         raise InputError(f"{count} answer classes: there are letters for {len(LETTERS)}")
     return LETTERS[:count]
@@ -43,11 +43,11 @@ def letters(count: int) -> str:
 class Tokenizer(ABC):
     """Text to ids and back.
 
-    vocab_size: one more than the largest id. bos_id, eos_id: ids that begin and end a text, None
-    where the model has none. eos_ids: all ids that end a text, eos_id first: the tokenizer's, and
-    those of the model's config.json and generation_config.json. special: the texts of the tokens
-    that have a role, such as {"eos_token": "</s>"}. files: name in a model folder -> where the file
-    lies, to copy along with a model.
+    vocab_size: the largest id plus one. bos_id, eos_id: ids that begin and end a text, None if the
+    model has none. eos_ids: all ids that end a text, eos_id first: those of the tokenizer, of
+    config.json and of generation_config.json. special: the texts of tokens with a role, such as
+    {"eos_token": "</s>"}. files: the tokenizer's files by their names in a model folder, to copy
+    along with a model.
     """
 
     vocab_size: int
@@ -56,14 +56,14 @@ class Tokenizer(ABC):
     eos_ids: tuple[int, ...]
     special: dict[str, str]
     files: dict[str, Path]
-    _prefix: list[int]  # what goes before every text: the BOS id, or nothing
+    _prefix: list[int]  # the ids before every text: BOS or none
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Token ids of `text`, as the model saw text in its pre-training; transformers' ids.
+        """Token ids of `text`, the same as transformers gives.
 
         bos: begin with the BOS token if this model's texts do (Llama's do; those of SmolLM2 and
-        Qwen2.5 do not). Nothing is put at the end. The name of a special or added token in the
-        text, such as "</s>", is that token. Raises InputError if `text` is not valid Unicode.
+        Qwen2.5 do not). Nothing is added at the end. The name of a special or added token in the
+        text, such as "</s>", becomes that token. Raises InputError if `text` is not valid Unicode.
         """
         try:
             text.encode("utf-8")
@@ -74,18 +74,18 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens such as BOS.
 
-        Ids from vocab_size on have no text: many models have more rows than their tokenizer has
-        tokens. Raises InputError for a negative id.
+        Ids from vocab_size on have no text: many models have more rows than tokens. Raises
+        InputError for a negative id.
         """
         if min(ids, default=0) < 0:
             raise InputError(f"token id {min(ids)} is negative")
         return self._decode([i for i in ids if i < self.vocab_size])
 
     def class_token_ids(self, classes: int | Sequence[str], context: str) -> list[int]:
-        """The id of each answer letter where it follows `context` directly.
+        """The id of each answer letter directly after `context`.
 
-        classes: the letters, or how many of them, from "A" on. Raises InputError naming the letter
-        unless encode(context + letter) == encode(context) + [id], each id another.
+        classes: the letters, or their number, from "A" on. Raises InputError naming the letter
+        unless encode(context + letter) == encode(context) + [id] with different ids.
         """
         if isinstance(classes, int):
             classes = letters(classes)
@@ -94,9 +94,7 @@ class Tokenizer(ABC):
         for letter in classes:
             tokens = self.encode(context + letter)
             if tokens[:-1] != before:
-                raise InputError(
-                    f"choice {letter!r} is not one token of its own after {context[-20:]!r}"
-                )
+                raise InputError(f"choice {letter!r} is not a single token after {context[-20:]!r}")
             if tokens[-1] in ids:
                 other = classes[ids.index(tokens[-1])]
                 raise InputError(f"choices {other!r} and {letter!r} are the same token")
@@ -104,7 +102,7 @@ class Tokenizer(ABC):
         return ids
 
     def _find_ends(self, settings: _Settings) -> None:
-        """Set bos_id, eos_id and eos_ids: a token that is named goes before one given by its id."""
+        """Set bos_id, eos_id and eos_ids; a token given by name has precedence over one by id."""
         ids = {}
         for end in ("bos", "eos"):
             named = self.special.get(f"{end}_token")
@@ -116,9 +114,9 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token_id(self, piece: str) -> int | None:
-        """Id of the vocabulary's entry `piece`, as it is written there; None if it has none.
+        """Id of the vocabulary's entry `piece`, literally; None if there is no such entry.
 
-        "A" in Llama 2 is 29909, the letter within a word; "▁A", which begins one, is another.
+        "A" in Llama 2 is 29909, the letter within a word; "▁A", at the start of a word, is another.
         """
 
     @abstractmethod
@@ -145,8 +143,8 @@ class _SentencePiece(Tokenizer):
     def __init__(self, path: Path, settings: _Settings) -> None:
         data = _read(path)
         self._model = _sentencepiece(path, data)
-        # Text behind an added token, as it is: in a protobuf message a field that comes again
-        # overrides. Field 3 (the normaliser) gets add_dummy_prefix and remove_extra_whitespaces 0.
+        # For text behind an added token, unchanged: in a protobuf message a later field overrides.
+        # Field 3 (the normaliser) gets add_dummy_prefix and remove_extra_whitespaces 0.
         self._inner = _sentencepiece(path, data + b"\x1a\x04\x18\x00\x20\x00")
         pieces = range(self._model.vocab_size())
         control = [i for i in pieces if self._model.is_control(i) or self._model.is_unknown(i)]
@@ -162,10 +160,10 @@ class _SentencePiece(Tokenizer):
         self._legacy = settings.legacy
 
     def _add(self, settings: _Settings, control: dict[str, int]) -> None:
-        """Give ids to the added tokens, and find in a text what is one of them.
+        """Give ids to the added tokens, and prepare to find them in a text.
 
-        `tokenizers` does that, with a vocabulary of nothing else, as it does it for transformers;
-        to it "" stands for any other text.
+        `tokenizers` finds them, as in transformers, with a vocabulary of the added tokens alone and
+        of "" for any other text.
         """
         import tokenizers
 
@@ -252,8 +250,8 @@ class _HuggingFace(Tokenizer):
         )
         self.vocab_size = 1 + max(self._model.get_vocab().values(), default=-1)
         self.special = settings.special
-        # Whether texts begin with BOS is for the file's post-processor to say, as in transformers:
-        # see what it puts before a text, and put that there ourselves, so that it is never doubled.
+        # The file's post-processor decides whether texts begin with BOS, as in transformers. Find
+        # the ids that it puts before a text, and add them here, so that they are never doubled.
         probe = self._model.encode("a")
         self._prefix = probe.ids[: [*probe.special_tokens_mask, 0].index(0)]
         self._find_ends(settings)
@@ -276,7 +274,7 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
 
 
 def companion_files(folder: Path) -> dict[str, Path]:
-    """The files that travel with a model's weights, by name: the tokenizer's first."""
+    """The files to copy along with a model's weights, by name, the tokenizer's first."""
     files = {name: folder / name for name in _COMPANIONS if (folder / name).exists()}
     return {**tokenizer_files(folder), **files}
 
@@ -284,8 +282,8 @@ def companion_files(folder: Path) -> dict[str, Path]:
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """The tokenizer of a model folder (or name on the Hub), or of one file of either kind.
 
-    In a folder, tokenizer.json goes before tokenizer.model, as in transformers. Raises InputError
-    naming the file if it is absent or damaged.
+    In a folder, tokenizer.json has precedence over tokenizer.model, as in transformers. Raises
+    InputError naming the file if it is absent or damaged.
     """
     path = model_folder(path)
     if path.is_dir():
@@ -323,14 +321,14 @@ def _is_sentencepiece(path: Path) -> bool:
 
 @dataclass
 class _Settings:
-    """What the smaller files of a folder say of its tokenizer.
+    """The settings of a tokenizer in the smaller files of a folder.
 
-    special: as of Tokenizer. added: tokens that are one id each wherever they are in a text, in the
-    order in which they get their ids, each with its id where the files say it. complete: what they
-    say of these goes before what a tokenizer.json says. ids: ids of "bos" and "eos" that are given
-    by number. add_bos, legacy: of sentencepiece models alone. legacy:
-    every part of a text between added tokens gets the space that sentencepiece puts before a text;
-    else the first one alone does, if it begins without a space.
+    special: as in Tokenizer. added: tokens that have one id wherever they are in a text, in the
+    order in which they get ids, each with its id if a file has it. complete: these settings have
+    precedence over those in tokenizer.json. ids: ids of "bos" and "eos" that are given by number.
+    add_bos, legacy: for sentencepiece models only. legacy: sentencepiece's space goes before every
+    part of a text between added tokens; else only before the first part, if that begins without a
+    space.
     """
 
     special: dict[str, str] = field(default_factory=dict)
@@ -344,8 +342,8 @@ class _Settings:
 def _read_settings(folder: Path) -> _Settings:
     """The settings of a folder, read as transformers reads them.
 
-    What special_tokens_map.json and added_tokens.json say is in tokenizer_config.json as well,
-    where that lists all added tokens, and does not count then.
+    If tokenizer_config.json lists all added tokens, special_tokens_map.json and added_tokens.json
+    are not read.
     """
     own, model = _json_object(folder / _CONFIG), _json_object(folder / "config.json")
     if isinstance(model.get("hf_config"), dict):  # a converted folder keeps the original's
@@ -382,14 +380,14 @@ def _read_settings(folder: Path) -> _Settings:
     except (AttributeError, KeyError, TypeError, ValueError):  # no object, number or AddedToken
         name = _CONFIG if complete else _ADDED
         raise InputError(
-            f"{folder / name}: lists added tokens in another form than id and token"
+            f"{folder / name}: expected added tokens as pairs of id and token"
         ) from None
     add_bos = own.get("add_bos_token") is not False
     return _Settings(special, added, complete, ids, add_bos, bool(legacy))
 
 
 def _added(listed: dict[Any, Any], named: Iterable[Any]) -> list[tuple[int | None, AddedToken]]:
-    """The tokens that have ids, by these; then those that have only a role, if they are others."""
+    """The tokens with ids, in the order of ids; then other tokens that only have a role."""
     from tokenizers import AddedToken
 
     def token(value: Any, **flags: bool) -> AddedToken:
@@ -415,7 +413,7 @@ _FLAGS = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
 
 
 def _text(token: Any) -> str | None:
-    """A token's text, from the text itself or from an object with the token's flags."""
+    """A token's text, given as a text or as an object with the token's flags."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) and text else None
 

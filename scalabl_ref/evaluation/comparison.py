@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..support.tensors import load_tensors, read_json
+from ..support.files import read_json
+from ..support.tensors import load_tensors
 from . import metrics
 from .report import write_report
 

@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from ..core.config import ADAPTERS
-from ..support.errors import InputError, atomic_write_texts
+from ..support.errors import InputError
 from ..support.fields import json_text
-from ..support.tensors import read_json
+from ..support.files import atomic_write_texts, read_json
 from ..training import ranks as distributed
 from ..training import savepoints
 from . import metrics

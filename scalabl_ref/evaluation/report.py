@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from ..support.errors import atomic_write_text
+from ..support.files import atomic_write_text
 from . import metrics
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 from ..core.config import AdapterConfig
 from ..core.noise import NOISE_VERSION
 
-# What of a layout is written: library, relation to the base, in words, how it is loaded.
+# A layout's library, its relation to the base, and its description.
 _LAYOUTS = {
     "peft": ("peft", "adapter", "A LoRA adapter"),
     "hf": ("transformers", "finetune", "A model with a LoRA merged into its weights"),
@@ -34,10 +34,11 @@ model = AutoModelForCausalLM.from_pretrained({place})
 
 @dataclass(frozen=True)
 class Card:
-    """Facts about a run, whichever of its draws the card lies beside.
+    """The facts of a run that are the same for all its draws.
 
-    base: the base model's name. info: run.json's facts. kl: in words, None if there is none.
-    metrics: metrics.json's object. answers: the tokens that a cut-down head answers with.
+    base: the base model's name. info: the facts of run.json. kl: its direction and value in words,
+    None if there is no KL. metrics: the object in metrics.json. answers: the tokens of a head that
+    was cut down.
     """
 
     base: str
@@ -52,7 +53,7 @@ class Card:
         return self.info.get("posterior") or self.config.method
 
     def text(self, to: str, what: str, place: str) -> str:
-        """The file. to: "peft" or "hf". what: "the mean" or a draw, in words. place: the folder."""
+        """README.md. to: "peft" or "hf". what: "the mean" or a draw. place: the folder."""
         loader = _LOADERS[to].format(base=json.dumps(self.base), place=json.dumps(place))
         parts = [
             self._front(to),
@@ -78,15 +79,15 @@ class Card:
         return "\n".join(["---", *lines, "---", ""])
 
     def _about(self, to: str, what: str) -> str:
-        lines = [f"{_LAYOUTS[to][2]}: {what} of what scalabl_ref trained by {self.method}."]
+        lines = [f"{_LAYOUTS[to][2]}: {what} of a {self.method} run of scalabl_ref."]
         if what == "the mean" and self.method not in ("mle", "map"):
-            lines.append("It answers as the run does without draws: its uncertainty is not here.")
+            lines.append("It answers as the run does without draws: without its uncertainty.")
         if what != "the mean":
-            lines.append("The run's answers are probabilities averaged over all that it draws.")
+            lines.append("The run's answers are probabilities averaged over all its draws.")
         if self.answers:
             lines.append(
-                f"The head was adapted for the tokens {', '.join(self.answers)} alone: compare "
-                "their logits with each other; the others are the base's."
+                f"The head was adapted only for the tokens {', '.join(self.answers)}: compare "
+                "their logits with each other; the logits of other tokens are the base's."
             )
         return " ".join(lines) + "\n"
 
@@ -129,11 +130,12 @@ class Card:
         ]
         how = f"{m.get('samples')} draws, seed {m.get('seed')}, {m.get('bins')} bins"
         table = ["| data | n | ACC | ECE | NLL | Brier |", "|---|---|---|---|---|---|", *rows, ""]
-        return f"## Metrics\n\nOf the whole run, not of this file: {how}.\n\n" + "\n".join(table)
+        about = f"These are metrics of the whole run, not of this file: {how}."
+        return f"## Metrics\n\n{about}\n\n" + "\n".join(table)
 
 
 def _value(number: float | None) -> str:
-    """A metric of metrics.json, where null stands for an infinite one."""
+    """A metric of metrics.json, in which null means infinity."""
     return "inf" if number is None else f"{number:.4f}"
 
 

@@ -3,18 +3,17 @@
     attached = attach(model, AdapterConfig(rank=8))
     logits = attached(input_ids=ids, attention_mask=mask, noise=Noise(seed=0, draw=0)).logits
 
-Such a model has no argument in which a draw could travel to its layers. It travels in a context
-variable, set by `drawing` for the length of one block and for the thread that runs it: nothing of
-it is left in the model. Gradient checkpointing runs layers once more, in the backward pass, when
-that block is over: what is run again carries its draw with it (`carrying`), or it is an error.
+Such a model has no argument for a draw. The draw reaches the layers in a context variable that
+`drawing` sets for one block and one thread, so that nothing of it stays in the model. Gradient
+checkpointing runs layers again in the backward pass, after that block: a function that is run again
+must carry its draw (`carrying`), else it is an error.
 
-Nothing here imports transformers but `trainer`, which needs it.
+Only `trainer` imports transformers.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import inspect
 import json
 import math
@@ -30,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.adapter import adapter_state, adapters
+from ..core.adapter import Adapter, adapter_state, adapters
 from ..core.config import TARGETS, AdapterConfig
 from ..core.noise import FIRST_TRAINING_DRAW, Keys, Noise, token_groups
 from ..core.objective import KL, complexity
@@ -38,9 +37,11 @@ from ..core.predictive import Prediction, predictive
 from ..evaluation.predict import Draws
 from ..model.attach import Linear as Adapted
 from ..model.attach import layer_id, new_adapter
-from ..support.errors import InputError, atomic_write_text, make_folder
-from ..support.tensors import load_tensors, read_json, save_tensors
-from ..training.trainer import load_adapter_state, parameter_groups
+from ..support.errors import InputError
+from ..support.files import atomic_write_text, make_folder, read_json
+from ..support.tensors import check_names, load_tensors, save_tensors
+from ..training.runs import load_adapter_state
+from ..training.trainer import parameter_groups
 
 if TYPE_CHECKING:
     from ..core.objective import Batch
@@ -66,15 +67,15 @@ ELSEWHERE = 2**30
 POSITIONS = 2**16
 
 
-# --- the draw, on its way to the layers ---------------------------------------------------------
+# --- from the call to the layers: the draw --------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What the layers of one call of the model are to draw.
+    """The draw of one call of the model.
 
-    given: the caller's group ids. ids: those of this call's rows, (B,) or (B, T), None for 0 .. B-1
-    by row. B, T: its sequences and tokens. kept: how many tokens its head sees, 0 for all.
+    given: the caller's group ids. ids: the ids of this call's rows, (B,) or (B, T); None: 0 .. B-1
+    by row. B, T: its sequences and tokens. kept: how many tokens the head sees, 0 for all.
     """
 
     noise: Noise | None
@@ -87,8 +88,8 @@ class _Call:
     def groups(self, x: Tensor, layer: str) -> Tensor | None:
         """Group ids for the rows of a layer's input x (..., d_in); None: 0, 1, ... by row.
 
-        Sequences may come as (B, ...), or flattened with their tokens as (B T, ...).
-        Raises InputError where neither fits, naming the layer.
+        x is (B, ...), or sequences and tokens are flattened, (B T, ...). Raises InputError naming
+        the layer if it is neither.
         """
         ids, shape = self.ids, x.shape[:-1]
         if shape[:1] == (self.B,):
@@ -101,8 +102,8 @@ class _Call:
                 ids = torch.arange(self.B, device=x.device)
             return ids.reshape(-1) if ids.dim() == 2 else ids.repeat_interleave(self.T)
         raise InputError(
-            f"layer {layer} has an input of shape {tuple(x.shape)}: its rows cannot be told apart "
-            f'as {self.B} sequences of {self.T} tokens; sampling "batch" needs no telling'
+            f"layer {layer} has an input of shape {tuple(x.shape)}: its rows are not those "
+            f'of {self.B} sequences of {self.T} tokens; sampling "batch" does not need them'
         )
 
 
@@ -121,21 +122,21 @@ def _within(call: _Call) -> Iterator[None]:
 
 @contextmanager
 def drawing(noise: Noise | None, groups: Tensor | None = None) -> Iterator[None]:
-    """Within the block, and in its thread, attached models run under this draw.
+    """Within the block, in its thread, attached models run under this draw.
 
-    noise: None is the mean model, as outside of any such block. groups: (B,) int64 id of each row's
-    draw, None is 0 .. B-1; or ids (B, T) of every token. For what has no `noise` argument, such as
-    `generate`; where that has beams, give all rows of an example the same id.
+    noise: None is the mean model, as outside of any such block. groups: int64 ids of the rows'
+    draws, (B,), or of the tokens' draws, (B, T); None is 0 .. B-1 by row. For functions without an
+    argument `noise`; with beam search, give all rows of an example the same id.
     """
     with _within(_Call(noise, groups)):
         yield
 
 
 def carrying(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` under the draw that is in force now, whenever and wherever it is called.
+    """`function` under the current draw, whenever and wherever it is called.
 
-    What transformers checkpoints is made such by itself. A model that calls torch's `checkpoint`
-    must do it: checkpoint(hf.carrying(block), x).
+    Functions that transformers checkpoints become so by themselves. A model that calls torch's
+    `checkpoint` must write checkpoint(hf.carrying(block), x).
     """
     return partial(_run, _CALL.get() or _MEAN, function)
 
@@ -150,7 +151,7 @@ def _checkpoint(original: Callable[..., Any], function: Any, *args: Any, **kwarg
 
 
 def _carry_through_checkpoints(model: nn.Module) -> None:
-    """Make whatever a model of transformers checkpoints carry its draw into the backward pass."""
+    """Make the functions that a model of transformers checkpoints carry their draw."""
     for module in model.modules():
         found = vars(module).get("_gradient_checkpointing_func")
         if found and getattr(found, "func", None) is not _checkpoint:
@@ -158,13 +159,13 @@ def _carry_through_checkpoints(model: nn.Module) -> None:
 
 
 def _begin(sampling: str, span: int, model: nn.Module, args: Any, kwargs: Any) -> None:
-    """Before the model's forward: which rows it has, for the draw that is in force.
+    """Before the model's forward pass: complete the current draw by the ids of the call's rows.
 
-    span: positions that a group id of token sampling has room for.
+    span: the number of positions in the group ids of token sampling.
     """
     if getattr(model, "_is_replica", False):
         raise InputError(
-            "an attached model does not run under nn.DataParallel, whose threads know of no draw: "
+            "an attached model does not run under nn.DataParallel, whose threads have no draw: "
             "start one process for each device"
         )
     if model.training:
@@ -176,7 +177,7 @@ def _begin(sampling: str, span: int, model: nn.Module, args: Any, kwargs: Any) -
     first = [given.get("input_ids"), given.get("inputs_embeds"), *given.values()]
     rows = next((t for t in first if isinstance(t, Tensor)), None)
     if rows is None:
-        raise InputError("the model was called without a tensor: its rows are not known")
+        raise InputError("the model was called without a tensor: its rows are unknown")
     shape = rows.shape[:-1] if rows.is_floating_point() else rows.shape
     B, T = shape[0], shape[1:].numel()
     ids = call.given if call.given is None else call.given.to(rows.device)
@@ -194,9 +195,9 @@ def _begin(sampling: str, span: int, model: nn.Module, args: Any, kwargs: Any) -
 
 
 def _positions(given: Mapping[str, Any], T: int, device: torch.device, span: int) -> Tensor:
-    """Each token's position among the real ones of its row, (B or 1, T), cached ones counted.
+    """Each token's position among its row's real tokens, cached ones included, (B or 1, T).
 
-    Raises InputError if there may be `span` of them or more.
+    Raises InputError if there may be more than `span` positions.
     """
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     cache = given.get("past_key_values", given.get("cache"))
@@ -211,7 +212,7 @@ def _positions(given: Mapping[str, Any], T: int, device: torch.device, span: int
 
 
 def _in_backward() -> bool:
-    """Whether autograd calls us, as it does where a checkpoint runs a function again."""
+    """Whether autograd is calling, as it does when a checkpoint runs a function again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -219,9 +220,19 @@ def _in_backward() -> bool:
 
 
 class Linear(Adapted, nn.Linear):  # type: ignore[misc]  # one says Parameter, one Tensor
-    """An nn.Linear with an adapter; the draw is that of the call that it runs in."""
+    """An nn.Linear with an adapter, under the draw of the call that it runs in.
 
-    label: str  # the layer's name in its model
+    It takes the place of a layer and has the layer's own weight (d_out, d_in) and bias, so that
+    tied weights stay tied.
+    """
+
+    label = ""  # the layer's name in its model
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        d_out, d_in = weight.shape
+        nn.Linear.__init__(self, d_in, d_out, bias is not None, "meta")
+        self.weight, self.bias = weight, bias  # type: ignore[assignment]  # both are Parameters
+        self.adapter = None
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """x (..., d_in) -> (..., d_out). Raises InputError as `_Call.groups` does, or if run again
@@ -231,8 +242,8 @@ class Linear(Adapted, nn.Linear):  # type: ignore[misc]  # one says Parameter, o
             return super().forward(x)
         if call is None and _in_backward():
             raise InputError(
-                f"layer {self.label} is run again in the backward pass, and its draw is not known "
-                "there: give checkpoint hf.carrying(function), not function"
+                f"layer {self.label} is run again in the backward pass, where its draw is unknown: "
+                "give checkpoint hf.carrying(function), not function"
             )
         call = call or _MEAN
         if call.noise is None:
@@ -253,8 +264,8 @@ class Head(Linear):
 def layer_ids(model: nn.Module) -> dict[str, int]:
     """The noise id of each nn.Linear layer by name, whichever of them are adapted.
 
-    A layer with one of Llama's names has the id that it has in this project's Llama. Any other, and
-    a second layer that the same would fall to, has ELSEWHERE plus its place among all these layers.
+    A layer with one of Llama's names has the id that it has in this project's Llama. A layer with
+    another name, or with an id that is taken, has ELSEWHERE plus its place among these layers.
     """
     linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     ids: dict[str, int] = {}
@@ -275,8 +286,14 @@ def _chosen(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
         target = next((t for t in targets if name == t or name.endswith(f".{t}")), None)
         if target is None:
             continue
-        if type(module) is not nn.Linear or "forward" in vars(module):
-            changed = " whose forward was replaced" if type(module) is nn.Linear else ""
+        if module is model:
+            raise InputError("the model is one nn.Linear: put it into a module, as nn.Sequential")
+        changed = ""
+        if type(module) is nn.Linear and "forward" in vars(module):
+            changed = " whose forward was replaced"
+        elif any(value for key, value in vars(module).items() if key.endswith("_hooks")):
+            changed = " with hooks, which are for after attaching"
+        if type(module) is not nn.Linear or changed:
             raise InputError(
                 f"layer {name} is a {type(module).__name__}{changed}, expected a plain nn.Linear"
             )
@@ -293,9 +310,10 @@ def _chosen(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
 
 @dataclass(frozen=True, eq=False)
 class Attached:
-    """A model with adapters in its layers. It stays the model that it was, and is changed in place.
+    """A model with adapters in its layers: the model that was given, changed in place.
 
-    targets: names of the adapted layers. classes: token ids that its head was cut down to.
+    targets: names of the adapted layers. classes: token ids of the rows left in its head; None if
+    the head is whole.
     """
 
     model: nn.Module
@@ -325,49 +343,40 @@ def attach(
     targets: Sequence[str] | Literal["all-linear"] | None = None,
     classes: Sequence[int] | None = None,
 ) -> Attached:
-    """Freeze `model` and put an adapter on each nn.Linear that is a target.
+    """Freeze `model` and put a layer with an adapter in the place of each target, an nn.Linear.
 
-    targets: names, or last parts of dotted names, of layers: for models whose layers are not called
-        as a Llama's are; None is config.targets. "all-linear" is every nn.Linear but the head.
-    classes: token ids of the answers; the head is cut down to their rows, in this order, and then
-        gives their logits alone, in float32. None leaves it whole.
+    targets: layers' names, or the last parts of dotted names; None is config.targets.
+        "all-linear" is every nn.Linear but the head.
+    classes: token ids of the answers; the head is cut down to their rows, in this order, and gives
+        their logits in float32. None leaves it whole.
 
-    Parameters are on their layers' devices, and move with the model. Their initial values, and
-    their draws, are a function of (seed, layer's id): see `layer_ids`.
+    Parameters are on their layers' devices, and move with the model. Their initial values are a
+    function of (seed, layer's id), see `layer_ids`; draws depend on the layer's id as well.
 
     Raises InputError, and leaves the model as it was, if it has adapters already, if a target is no
-    plain nn.Linear (a Conv1D, a quantised one), if there is none of its name, if the rank is larger
-    than a dimension of a layer, or if a class is no row of the head.
+    plain nn.Linear (a Conv1D, a quantised layer, one with hooks), if none has its name, if the rank
+    is larger than a dimension of a layer, or if a class is no row of the head.
     """
     if adapters(model):
         raise InputError("the model already has adapters")
     wanted = _names(model, config.targets if targets is None else targets)
     layers = _chosen(model, wanted)
-    whole, head = _head(model), None
+    head, ids = _head(model), layer_ids(model)
+    new: dict[nn.Module | None, Linear] = {}  # by the layers whose places they take
     if classes is not None:
-        head = _cut(whole, classes)
-    ids, made = layer_ids(model), {}
+        new[head] = _cut(head, classes)
     for name, module in layers.items():
-        weight = head.weight if head is not None and module is whole else module.weight
-        made[name] = new_adapter(
-            name,
-            (weight.shape[0], weight.shape[1]),
-            config,
-            ids[name],
-            seed,
-            module is whole,
-            weight.device,
-        )
-    if head is not None:
-        model.set_output_embeddings(head)  # type: ignore[operator]
-        if hasattr(model, "config"):
-            model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        layer = new.setdefault(module, Linear(module.weight, module.bias))
+        layer.label = name
+        (d_out, d_in), place = layer.weight.shape, (ids[name], seed, module is head)
+        layer.adapter = new_adapter(name, (d_out, d_in), config, *place, layer.weight.device)
+        layer.train(module.training)
     model.requires_grad_(False)
-    for name, adapter in made.items():
-        layer: Any = model.get_submodule(name)
-        if type(layer) is nn.Linear:
-            layer.__class__ = Linear  # in place: tied weights and hooks stay
-        layer.label, layer.adapter = name, adapter
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in new:
+            model.set_submodule(name, new[module])
+    if classes is not None and hasattr(model, "config"):
+        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
     settings = getattr(model, "config", None)
     span = getattr(settings, "max_position_embeddings", None) or POSITIONS
     begin = partial(_begin, config.sampling, span)
@@ -400,12 +409,8 @@ def _cut(whole: nn.Module | None, classes: Sequence[int]) -> Head:
         wrong = f"id {outside[0]} is outside" if outside else "there are no classes, of"
         raise InputError(f"{wrong} the head's {len(whole.weight)} ids")
     rows = list(classes)
-    head: Any = nn.Linear(whole.in_features, len(rows), whole.bias is not None, device="meta")
-    head.weight = nn.Parameter(whole.weight.detach()[rows].float())
-    if whole.bias is not None:
-        head.bias = nn.Parameter(whole.bias.detach()[rows].float())
-    head.__class__, head.adapter = Head, None
-    return head
+    parts = (None if p is None else p.detach()[rows].float() for p in (whole.weight, whole.bias))
+    return Head(*(None if p is None else nn.Parameter(p, requires_grad=False) for p in parts))
 
 
 # --- objective and predictive --------------------------------------------------------------------
@@ -421,9 +426,9 @@ class Objective:
     """The project's objective on causal language modelling: NLL per label + beta * KL / N.
 
     Labels are those of transformers, (B, T): the label at t is the target of the logits at t - 1,
-    and -100 is none. num_examples: N, how many labels there are in the training set; where a row
-    has one, as `inputs` makes them, this is the number of rows, and with beta = 1 and the forward
-    KL, -N times the objective is the bound on the evidence.
+    and -100 means no label. num_examples: N, the number of labels in the training set. If each row
+    has one label, as from `inputs`, N is the number of rows; with beta = 1 and the forward KL, -N
+    times the objective is then the bound on the evidence.
     """
 
     attached: Attached
@@ -440,11 +445,12 @@ class Objective:
     def __call__(
         self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """The loss of a batch, as compute_loss_func of a transformers Trainer; the NLL alone while
-        the model is in evaluation mode.
+        """The loss of a batch, for compute_loss_func of a transformers Trainer; in evaluation mode
+        only the NLL.
 
-        num_items_in_batch: labels of all the batches of one optimiser step, None for those of this
-        one; a batch's share of the KL is that of its labels. Raises InputError without labels.
+        num_items_in_batch: the number of labels in all batches of one optimiser step; None: in this
+        batch. A batch's share of the KL is its share of the labels. Raises InputError without
+        labels.
         """
         if labels is None:
             raise InputError("the batch has no labels")
@@ -460,10 +466,10 @@ class Objective:
 
 
 def inputs(attached: Attached, batch: Batch) -> dict[str, Tensor]:
-    """The arguments, labels among them, with which a transformers model reads a `data.Batch`.
+    """The arguments of a transformers model for a `data.Batch`, with labels.
 
-    One column longer than the prompts: a row's label, its class' index or, if the head is whole,
-    its token id, stands behind its last token. `predict` leaves the labels out.
+    They are one column longer than the prompts: a row's label, the index of its class or, if the
+    head is whole, its token id, is behind its last token. `predict` leaves the labels out.
     """
     tokens = F.pad(batch.tokens, (0, 1))
     mask = torch.arange(tokens.shape[1], device=tokens.device) < batch.lengths[:, None]
@@ -484,16 +490,16 @@ def predict(
 ) -> Prediction:
     """Predictive distribution over the answer classes at each row's last real token.
 
-    batch: the model's arguments, such as a tokenizer gives: attention_mask may say 0 on either
-    side, and is all ones if it is absent. Draw i is Noise(seed, i), a row's that of its id in
-    `groups`; samples = 0 is the mean model. classes: their token ids, where the head is whole. The
-    model is in evaluation mode meanwhile.
+    batch: the model's arguments, such as a tokenizer gives. attention_mask may be 0 on either side;
+    without it all tokens count. Draw i is Noise(seed, i), of a row by its id in `groups`; samples =
+    0 is the mean model. classes: the answers' token ids, if the head is whole. The model predicts
+    in evaluation mode and then returns to its mode.
 
     Raises InputError for negative `samples`, without classes, or if a row has no token.
     """
     if (classes is None) == (attached.classes is None):
         has = "no classes were given" if classes is None else "the head was cut down, and has them"
-        raise InputError(f"predict needs the token ids of the classes once: {has}")
+        raise InputError(f"predict needs the classes' token ids once: {has}")
     given: dict[str, Any] = {name: t for name, t in batch.items() if name != "labels"}
     B, T = given["input_ids"].shape
     accepted = inspect.signature(attached.model.forward).parameters
@@ -517,7 +523,7 @@ def predict(
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and the like, and then every module in the mode in which it was."""
+    """Evaluation mode for the block; then every module returns to its mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -542,58 +548,71 @@ def trainer(
 ) -> Any:
     """A transformers Trainer of `Objective(attached, num_examples, beta, kl)`.
 
-    Every batch has a draw of its own, a function of `seed`, the step, its place among the batches
-    of that step, and the process; evaluation is of the mean model. Widths are kept in bounds.
-    variational_lr: as in TrainConfig, beside args.learning_rate. base: the class to extend, in
-    place of transformers.Trainer. options: its other arguments.
+    Every batch has its own draw, a function of `seed`, the step, the batch's place in that step,
+    and the process. Evaluation uses the mean model. Widths are kept in bounds. variational_lr: as
+    in TrainConfig; the other rate is args.learning_rate. base: the class to extend, by default
+    transformers.Trainer. options: its other arguments.
     """
     import transformers
 
-    base = base or transformers.Trainer
-    layers = list(adapters(attached.model).values())
-
-    class Bound(transformers.TrainerCallback):
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            for adapter in layers:
-                adapter.bound_()
-
-    class Trainer(base):  # type: ignore[misc, valid-type]
-        optimizer: Any
-        _at = (-1, -1)  # the step in hand, and the place of its latest batch
-
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            noise = Noise(seed, self._draw()) if model.training else None
-            with drawing(noise):
-                return super().compute_loss(model, inputs, *args, **kwargs)
-
-        def _draw(self) -> int:
-            step, place = self.state.global_step, self._at[1] + 1
-            self._at = step, place if step == self._at[0] else 0
-            batch = step * self.args.gradient_accumulation_steps + self._at[1]
-            return FIRST_TRAINING_DRAW + batch * self.args.world_size + self.args.process_index
-
-        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-            if self.optimizer is None:
-                kind, how = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-                groups = parameter_groups(layers, self.args.learning_rate, variational_lr)
-                decay = {"weight_decay": self.args.weight_decay}
-                self.optimizer = kind([{**group, **decay} for group in groups], **how)
-            return self.optimizer
-
     loss = Objective(attached, num_examples, beta, kl)
-    made = Trainer(model=attached.model, compute_loss_func=loss, **options)
-    made.add_callback(Bound())
+    kind: Any = type("Trainer", (_Draws, base or transformers.Trainer), {})
+    made = kind(model=attached.model, compute_loss_func=loss, **options)
+    made.layers = list(adapters(attached.model).values())
+    made.seed, made.variational_lr = seed, variational_lr
     return made
+
+
+class _Draws:
+    """Draws, two learning rates and bounds, for a transformers Trainer: its first base class.
+
+    layers: the adapters. seed, variational_lr: as in `trainer`.
+    """
+
+    args: Any
+    model: Any
+    state: Any
+    optimizer: Any
+    layers: list[Adapter]
+    seed: int
+    variational_lr: float | None
+    _at = (-1, -1)  # the current step, and the place of its latest batch
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        noise = Noise(self.seed, self._draw()) if model.training else None
+        with drawing(noise):
+            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def _draw(self) -> int:
+        step, place = self.state.global_step, self._at[1] + 1
+        self._at = step, place if step == self._at[0] else 0
+        batch = step * self.args.gradient_accumulation_steps + self._at[1]
+        return FIRST_TRAINING_DRAW + batch * self.args.world_size + self.args.process_index
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        if self.optimizer is None:
+            kind, how = self.get_optimizer_cls_and_kwargs(  # type: ignore[attr-defined]
+                self.args, self.model
+            )
+            groups = parameter_groups(self.layers, self.args.learning_rate, self.variational_lr)
+            decay = {"weight_decay": self.args.weight_decay}
+            self.optimizer = kind([{**group, **decay} for group in groups], **how)
+        self.optimizer.register_step_post_hook(self._bound)
+        return self.optimizer
+
+    def _bound(self, *_: Any) -> None:
+        for adapter in self.layers:
+            adapter.bound_()
 
 
 # --- on disk -------------------------------------------------------------------------------------
 
 
 def save(attached: Attached, folder: Path | str) -> None:
-    """Write the adapters, FOLDER/adapter.safetensors, and what they are of, FOLDER/adapter.json.
+    """Write the adapters, FOLDER/adapter.safetensors, and their settings, FOLDER/adapter.json.
 
-    Beside the tensors of each adapter is the first row of the weight that it adapts, by which
-    `load` knows the base.
+    Each adapter is saved with the first row of the weight that it adapts: `load` knows the base by
+    these rows.
     """
     folder = Path(folder)
     make_folder(folder)
@@ -609,12 +628,12 @@ def save(attached: Attached, folder: Path | str) -> None:
 
 
 def load(model: nn.Module, folder: Path | str) -> Attached:
-    """Attach to `model`, the base, the adapters that `save` wrote.
+    """Attach the adapters that `save` wrote to `model`, the base.
 
-    The base may have been loaded in float32, bfloat16 or float16, then and now. Older folders have
-    a digest of it, the key "base" of adapter.json, which float16 changes.
+    The base may be loaded in float32, bfloat16 or float16, now and when it was saved.
 
-    Raises InputError if a file is missing or broken, or if the base is another; load it again then.
+    Raises InputError if a file is missing or broken, or if the base is another one; `model` may
+    have been changed then.
     """
     path = Path(folder) / "adapter.json"
     record = read_json(path)
@@ -628,15 +647,9 @@ def load(model: nn.Module, folder: Path | str) -> Attached:
         attached = attach(model, config, 0, record["targets"], record["classes"])
     except (TypeError, InputError) as error:
         raise InputError(f"{path}: {error}") from None
-    if "base" in record:
-        same = record["base"] == _digest(model)
-    else:
-        names = [f"{name}.base" for name in adapters(model)]
-        missing = [name for name in names if name not in tensors]
-        if missing:
-            raise InputError(f"{file}: tensor {missing[0]} is missing")
-        same = all(map(_same, _rows(model).values(), map(tensors.pop, names)))
-    if not same:
+    rows = {f"{name}.base": row for name, row in _rows(model).items()}
+    check_names(file, tensors, [*rows, *adapter_state(model)])
+    if not all(_same(row, tensors.pop(name)) for name, row in rows.items()):
         raise InputError(f"{folder}: was trained on another base model")
     load_adapter_state(model, tensors, file)
     return attached
@@ -653,18 +666,10 @@ def _rows(model: nn.Module) -> dict[str, Tensor]:
 def _same(row: Tensor, saved: Tensor) -> bool:
     """Whether two rows can be the same one, each rounded to float32, bfloat16 or float16.
 
-    bfloat16 rounds by half its eps of a value at most, as does float16, which for small values is
-    half its smallest; twice as much is let through.
+    bfloat16 rounds a value by at most half its eps, float16 also by half its smallest number. The
+    tolerance is twice that.
     """
     half = torch.finfo(torch.float16)
     least, eps = half.smallest_normal * half.eps, torch.finfo(torch.bfloat16).eps
     row = row.float().cpu()
     return row.shape == saved.shape and torch.allclose(row, saved.float(), eps, least)
-
-
-def _digest(model: nn.Module) -> str:
-    """Of the rows in bfloat16, to which float32 and bfloat16 round alike; float16 does not."""
-    digest = hashlib.sha256()
-    for name, row in _rows(model).items():
-        digest.update(json.dumps([name, row.bfloat16().tolist()]).encode())
-    return digest.hexdigest()

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..core.adapter import adapters
 from ..core.objective import class_logits
-from ..support.errors import InputError, make_folder
+from ..support.errors import InputError
+from ..support.files import make_folder
 from ..support.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:

@@ -30,7 +30,8 @@ from torch.utils.hooks import RemovableHandle
 from ..core.adapter import Adapter, adapters
 from ..core.noise import RESERVED_LAYER, Noise
 from ..core.objective import class_logits
-from ..support.errors import InputError, make_folder
+from ..support.errors import InputError
+from ..support.files import make_folder
 from ..support.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:

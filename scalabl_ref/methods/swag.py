@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..core.adapter import adapter_state
 from ..core.noise import Noise
-from ..support.errors import InputError, make_folder
+from ..support.errors import InputError
+from ..support.files import make_folder
 from ..support.tensors import load_tensors, save_tensors
 from .ensemble import State, mean_log_probs
 
@@ -50,12 +51,26 @@ class Swag:
                 old = kept.get(name, torch.zeros_like(new))
                 kept[name] = old + (new - old) / self.count
 
+    def state(self) -> State:
+        """The averages and their count by name, for a checkpoint of the training."""
+        parts = {"mean": self.mean, "square": self.square}
+        averages = {f"{key}.{name}": v for key, part in parts.items() for name, v in part.items()}
+        return {"count": torch.tensor(self.count), **averages}
+
+    def restore(self, state: State) -> None:
+        """Go on from the result of `state`."""
+        for key, part in (("mean", self.mean), ("square", self.square)):
+            part.clear()
+            start = f"{key}."
+            part.update((n.removeprefix(start), v) for n, v in state.items() if n.startswith(start))
+        self.count = int(state["count"])
+
     def save(self, folder: Path | str) -> None:
         """Write FOLDER/swag.safetensors. Raises InputError if it cannot be written."""
         make_folder(folder)
-        parts = (("mean", self.mean), ("square", self.square))
-        tensors = [(f"{key}.{name}", value) for key, part in parts for name, value in part.items()]
-        save_tensors(Path(folder) / FILE, tensors, {"count": str(self.count)})
+        averages = self.state()
+        count = averages.pop("count")
+        save_tensors(Path(folder) / FILE, averages.items(), {"count": str(count.item())})
 
     @classmethod
     def load(cls, folder: Path | str) -> Swag:

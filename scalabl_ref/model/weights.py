@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from ..support.errors import InputError
+from ..support.files import read_json
 from ..support.hub import model_folder
-from ..support.tensors import FLOATS, FORMAT, Weights, hf_to_ours, is_finite, read_json
+from ..support.tensors import FLOATS, is_finite
 from .attach import Device, Linear
 from .config import LlamaConfig
+from .folder import FORMAT, Weights, hf_to_ours
 from .llama import Llama
 
 Item = TypeVar("Item")

@@ -1,20 +1,16 @@
-"""What users see when an input is bad or work ends early, and files written whole or not at all."""
+"""Errors for users: bad input, work that ends early, and the lines that tell of them."""
 
 from __future__ import annotations
 
 import difflib
-import io
-import os
 import re
 import signal
 import sys
-import tempfile
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
 
 
 class InputError(ValueError):
@@ -27,7 +23,7 @@ class InputError(ValueError):
 def expected(name: str, names: Iterable[str]) -> str:
     """The end of a message about `name`, which is not among `names`.
 
-    ": did you mean NAME?" where one of them is much like it, else ": expected ...", which is cut.
+    ": did you mean NAME?" if one of them is similar, else ": expected ..." and the first names.
     """
     known = list(names)
     near = difflib.get_close_matches(name, known, n=1)
@@ -36,13 +32,13 @@ def expected(name: str, names: Iterable[str]) -> str:
 
 
 class Interrupted(Exception):
-    """A signal ended the work; `signum` says which. step: of training, which had a checkpoint then.
+    """The signal `signum` ended the work. step: of training, after which there is a checkpoint.
 
     The command line exits with code 128 + signum.
     """
 
     def __init__(self, signum: int, step: int | None = None) -> None:
-        super().__init__(signum, step)  # what it is made of again in another process
+        super().__init__(signum, step)  # from which pickle makes it again in another process
         self.signum, self.step = signum, step
 
     def __str__(self) -> str:
@@ -52,9 +48,9 @@ class Interrupted(Exception):
 
 @contextmanager
 def on_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """While the block runs, SIGINT and SIGTERM are `handle`'s.
+    """While the block runs, `handle` handles SIGINT and SIGTERM.
 
-    Not outside the main thread: there they are somebody else's to handle.
+    Only in the main thread: Python allows no other thread to set handlers.
     """
     try:
         old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -69,9 +65,9 @@ def on_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None
 
 
 class RankLost(Exception):
-    """Another process of the run, a rank or a study's, ended, or did not answer in time.
+    """Another process of a run or a study ended, or did not answer in time.
 
-    What happened there that process says itself, if it can; the command line exits with code 3.
+    That process prints the reason itself, if it can; the command line exits with code 3.
     """
 
 
@@ -83,14 +79,14 @@ _NO_MEMORY = re.compile(
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory was wanting: libraries say so in errors of many kinds."""
+    """Whether memory was short: libraries report it in errors of many kinds."""
     return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
 
 
 def ending(error: BaseException, where: str = "") -> tuple[int, str] | None:
-    """Exit code and line with which the command line ends; None for what is a fault of ours.
+    """Exit code and last line of the command line; None for a bug, which needs a traceback.
 
-    where: what comes between "error" and its colon.
+    where: text between "error" and its colon.
     """
     if isinstance(error, (InputError, RankLost)):
         return (2 if isinstance(error, InputError) else 3), f"error{where}: {error}"
@@ -117,91 +113,8 @@ _COMMANDS = ("scalabl", "scalabl_ref", "convert_hf.py", "convert_gguf.py")
 
 
 def leave_command(error: BaseException) -> None:
-    """End this process as `ending` says, if it is one of the project's commands."""
+    """End this process with the code and line of `ending`, if it is one of our commands."""
     said = ending(error)
     if said and any(Path(word).name in _COMMANDS for word in sys.orig_argv[:5]):
         print(said[1], file=sys.stderr)
         raise SystemExit(said[0]) from None
-
-
-@contextmanager
-def writing(path: Path | str) -> Iterator[None]:
-    """Within the block an OSError is an InputError that names `path`, which cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
-
-
-class _Named(io.FileIO):
-    """A file whose own errors name `path`: what else the block around it raises is not meant."""
-
-    def __init__(self, file: Path | str, mode: str, path: Path | str) -> None:
-        super().__init__(file, mode)
-        self._path = path
-
-    def write(self, data: Any) -> int:
-        with writing(self._path):
-            return super().write(data)
-
-
-@contextmanager
-def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
-    """A binary file that becomes `path` when the block ends well, and nothing otherwise.
-
-    Written under a temporary name in the same folder, flushed to disk, then renamed: a reader sees
-    the old file or the new one. Raises InputError naming `path` if it cannot be written; an OSError
-    of the block's own, as of a file that it reads, stays as it is.
-    """
-    path = Path(path)
-    with writing(path):
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        os.close(descriptor)
-        with io.BufferedWriter(_Named(name, "wb", path)) as file:
-            yield file
-            file.flush()
-            with writing(path):
-                os.fsync(file.fileno())
-        with writing(path):
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def atomic_write_text(path: Path | str, text: str) -> None:
-    """Write `text` to `path` as UTF-8, whole or not at all."""
-    atomic_write_texts({path: text})
-
-
-def atomic_write_texts(texts: Mapping[Path | str, str]) -> None:
-    """Write several files by their paths, the first one last; none, if one cannot be written."""
-    with ExitStack() as stack:
-        for path, text in texts.items():
-            file = stack.enter_context(atomic_write(path))
-            file.write(text.encode("utf-8"))
-            file.flush()  # a full disk is noticed before the first of them is renamed
-
-
-def open_log(path: Path | str) -> IO[str]:
-    """A text file to add lines to, each written at once; InputError if one cannot be."""
-    with writing(path):
-        file = _Named(path, "ab", path)
-    return io.TextIOWrapper(io.BufferedWriter(file), "utf-8", newline="\n", line_buffering=True)
-
-
-def make_folder(path: Path | str) -> None:
-    """The folder `path`, with its parents. Raises InputError if it cannot be made."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be made a folder: {error.strerror}") from None
-
-
-def _umask() -> int:
-    """The process's file mode mask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

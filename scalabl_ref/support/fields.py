@@ -1,4 +1,4 @@
-"""Values as JSON has them: held against the annotations of what they are for, and written."""
+"""Values of JSON: checked against type annotations, and written."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _WORDS = {
 def check(values: Mapping[str, Any], types: Mapping[str, Any], where: str = "") -> None:
     """Raise InputError, naming the key, for one that is not in `types` or is of another type.
 
-    types: by name, as typing.get_type_hints has them: those of JSON's values, also in tuples,
-    lists, dictionaries, literals and unions. where: what the values are in, before their names.
+    types: by name, as from typing.get_type_hints: types of JSON's values, also in tuples, lists,
+    dictionaries, literals and unions. where: text before the names in errors.
     """
     for name, value in values.items():
         if name not in types:
@@ -34,7 +34,7 @@ def check(values: Mapping[str, Any], types: Mapping[str, Any], where: str = "") 
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """`value` as JSON. A number that is not finite becomes null: JSON has no other word for it."""
+    """`value` as JSON. A number that is not finite becomes null, because JSON has none."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 

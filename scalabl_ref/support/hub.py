@@ -14,9 +14,9 @@ _FILES = (".json", ".model", ".bin", ".gguf", ".pth", ".pt", ".safetensors")
 def model_folder(model: Path | str, revision: str | None = None) -> Path:
     """`model` as a path, or the folder of its files from the Hub if it is a name there.
 
-    What exists here is never looked for there. revision: branch, tag or commit; the name may say it
-    after an @. The files go to the package's own cache, safetensors if there are some, and
-    HF_HUB_OFFLINE=1 keeps off the network. Raises InputError for a name that leads to no model.
+    A path that exists is never looked up on the Hub. revision: branch, tag or commit; the name may
+    give it after an @. The files go to the Hub's own cache, safetensors if the model has them.
+    HF_HUB_OFFLINE=1 uses only the cache. Raises InputError for a name that leads to no model.
     """
     path, name = Path(model), str(model)
     match = _NAME.fullmatch(name)
@@ -26,7 +26,7 @@ def model_folder(model: Path | str, revision: str | None = None) -> Path:
 
 
 def hub_name(folder: Path) -> str | None:
-    """The name of the model whose files the Hub's cache has in that folder, None elsewhere."""
+    """The name of the model in a folder of the Hub's cache; None for other folders."""
     repository = folder.parent.parent.name
     if folder.parent.name != "snapshots" or not repository.startswith("models--"):
         return None
@@ -54,5 +54,5 @@ def _download(name: str, revision: str | None) -> Path:
     except Exception as error:  # the package and its transport raise many kinds
         reason = " ".join(str(error).split())
         reason = reason if len(reason) < 100 else f"{reason[:100]}..."
-        raise InputError(f"{name}: no such folder, nor to be had from the Hub: {reason}") from None
+        raise InputError(f"{name}: no such folder, and the Hub gave none: {reason}") from None
     return folder

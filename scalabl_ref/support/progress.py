@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -9,11 +10,9 @@ from typing import Any
 def progress_bar(total: int, title: str, unit: str, done: int = 0) -> Any:
     """A tqdm bar with an estimate of the time left; quiet where standard error is no terminal.
 
-    Of several ranks (`distributed`) the first alone shows one.
+    Of the processes that torchrun starts, the first alone shows one.
     """
     from tqdm import tqdm
-
-    from ..training import ranks as distributed
 
     return tqdm(
         total=total,
@@ -23,5 +22,5 @@ def progress_bar(total: int, title: str, unit: str, done: int = 0) -> Any:
         unit_scale=unit == "B",
         dynamic_ncols=True,
         leave=False,
-        disable=not sys.stderr.isatty() or distributed.rank() > 0,
+        disable=not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0",
     )

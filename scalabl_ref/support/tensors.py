@@ -1,23 +1,14 @@
-"""Model folders on disk: config.json and tensors, in Hugging Face's layout or in ours.
-
-Our layout is one `model.safetensors` with this package's tensor names and a `config.json` that
-says "format": "scalabl_ref" and keeps the original configuration, so that the way back is exact.
-Nothing here knows the model; `llama` reads its configuration and weights through these functions.
-"""
+"""Files of tensors: safetensors and what torch.save writes, whole or tensor by tensor."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
-import os
 import pickle
 import re
-import shutil
-import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,155 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InputError, atomic_write, atomic_write_text, out_of_memory, writing
-
-FORMAT = "scalabl_ref"
-WEIGHTS = "model.safetensors"
-
-# Parts of a tensor's name in Hugging Face's layout and in ours. Applied part by part, so the map
-# is its own documentation and its inverse is the same table read the other way.
-_HF_TO_OURS = {
-    "self_attn": "attn",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "mlp_norm",
-}
-_OURS_TO_HF = {ours: hf for hf, ours in _HF_TO_OURS.items()}
-
-
-def hf_to_ours(name: str) -> str:
-    """model.layers.0.self_attn.q_proj.weight -> layers.0.attn.q_proj.weight
-
-    Raises InputError for a name that no causal language model of this layout has.
-    """
-    if not name.startswith(("model.", "lm_head.")):
-        raise InputError(f"tensor {name}: expected a name that begins with model. or lm_head.")
-    parts = name.removeprefix("model.").split(".")
-    return ".".join(_HF_TO_OURS.get(part, part) for part in parts)
-
-
-def ours_to_hf(name: str) -> str:
-    """layers.0.attn.q_proj.weight -> model.layers.0.self_attn.q_proj.weight"""
-    parts = [_OURS_TO_HF.get(part, part) for part in name.split(".")]
-    prefix = [] if parts[0] == "lm_head" else ["model"]
-    return ".".join(prefix + parts)
-
-
-_POINTER = b"version https://git-lfs.github.com/"
-
-
-def refuse_pointer(path: Path) -> None:
-    """Raise InputError if a file holds not its contents but git-lfs's note of where they are."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(len(_POINTER))
-    except OSError:
-        return  # whoever reads it says so
-    if start == _POINTER:
-        raise InputError(f"{path}: is a git-lfs pointer: fetch the file itself with git lfs pull")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises InputError if it is absent or is not an object."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # of the text, of a long number, of a deep nest
-        refuse_pointer(path)
-        raise InputError(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
-# How tensors are called that only folders have whose weights were quantised, and by what.
-_CODES = {
-    ".absmax": "bitsandbytes",
-    ".quant_map": "bitsandbytes",
-    ".SCB": "bitsandbytes",
-    ".qweight": "GPTQ or AWQ",
-    ".qzeros": "GPTQ or AWQ",
-    ".weight_packed": "compressed-tensors",
-    ".weight_scale": "compressed-tensors or in FP8",
-    ".weight_scale_inv": "an FP8 method",
-    ".scales": "MLX, or another method",
-}
-
-
-class Weights(Mapping[str, Tensor]):
-    """The tensors of a model folder by name, each read from its file when it is asked for.
-
-    Finds model.safetensors, model.safetensors.index.json, pytorch_model.bin or
-    pytorch_model.bin.index.json, in this order; `files` are those that hold tensors. once: memory
-    that a tensor took is given back with it, where else a file's pages stay as long as this object.
-    Raises InputError naming the file for a missing shard, a broken header, a pickle that holds
-    anything but tensors, or the codes of weights that were quantised elsewhere.
-    """
-
-    def __init__(self, folder: Path | str, once: bool = False) -> None:
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise InputError(f"{folder}: no such folder")
-        self.files: list[Path] = []
-        self._readers: dict[str, Callable[[], Tensor]] = {}
-        for file, names in self._files():
-            self.files.append(file)
-            found = open_tensors(file, once)
-            absent = [name for name in names or () if name not in found]
-            if absent:
-                raise InputError(
-                    f"{file}: tensor {absent[0]} is missing, though the index names it"
-                )
-            self._readers.update(found)
-        for name in self._readers:
-            by = next((by for end, by in _CODES.items() if name.endswith(end)), None)
-            if by:
-                raise InputError(
-                    f"{self.folder}: tensor {name} is of weights that were quantised elsewhere, by "
-                    f"{by}: take the same model in 16 bits or more"
-                )
-
-    def _files(self) -> Iterator[tuple[Path, list[str] | None]]:
-        """Each weight file with the tensors that the index expects in it (None: no index)."""
-        for single in (WEIGHTS, "pytorch_model.bin"):
-            if (self.folder / single).exists():
-                yield self.folder / single, None
-                return
-            index = self.folder / f"{single}.index.json"
-            if not index.exists():
-                continue
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise InputError(f"{index}: expected a non-empty object under 'weight_map'")
-            for shard in dict.fromkeys(weight_map.values()):
-                if not isinstance(shard, str) or Path(shard).name != shard:
-                    raise InputError(f"{index}: {shard!r} is not the name of a file in the folder")
-                if not (self.folder / shard).exists():
-                    raise InputError(f"{self.folder / shard}: shard is missing")
-                yield (
-                    self.folder / shard,
-                    [name for name, where in weight_map.items() if where == shard],
-                )
-            return
-        raise InputError(
-            f"{self.folder}: no weights: expected model.safetensors, pytorch_model.bin, "
-            "or the index.json of their shards"
-        )
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._readers[name]()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._readers)
-
-    def __len__(self) -> int:
-        return len(self._readers)
+from .errors import InputError, out_of_memory
+from .files import atomic_write, refuse_pointer
 
 
 def open_tensors(path: Path, once: bool = False) -> dict[str, Callable[[], Tensor]]:
-    """A function for each tensor of one file, by name, that reads it; `once` as in Weights."""
+    """Functions that read the tensors of one file, by name. once: as in model.folder.Weights."""
     readers = _open_file(path, mmap=once)
     # torch's oldest format cannot be mapped: its tensors were all read just now.
     if once and (path.suffix == ".safetensors" or zipfile.is_zipfile(path)):
@@ -184,7 +32,7 @@ def open_tensors(path: Path, once: bool = False) -> dict[str, Callable[[], Tenso
 
 
 def _read_once(path: Path, name: str) -> Tensor:
-    """A tensor in a mapping of the file that is its own, and so ends with it."""
+    """A tensor in its own mapping of the file, which ends with the tensor."""
     return _open_file(path, mmap=True)[name]()
 
 
@@ -238,7 +86,7 @@ def _named_errors(path: Path) -> Iterator[None]:
 
 
 def _fits(path: Path) -> bool:
-    """Whether there is memory for twice what a file holds."""
+    """Whether there is memory for twice the size of a file."""
     try:
         bytearray(2 * path.stat().st_size)
     except (MemoryError, OSError):
@@ -247,13 +95,13 @@ def _fits(path: Path) -> bool:
 
 
 def load_pickle(path: Path, mmap: bool = False) -> Any:
-    """What torch.save wrote to `path`, tensors and plain containers only; never runs code.
+    """The object that torch.save wrote: tensors and plain containers only; never runs code.
 
     mmap: read a tensor's values when they are used, if the file's format allows that.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it has to say of a damaged file, the error says
+            warnings.simplefilter("ignore")  # of a damaged file the error tells as well
             mmap = _is_plain_zip(path) and mmap
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
@@ -377,28 +225,38 @@ class Stored:
         return Stored(tensor.dtype, tuple(tensor.shape), read)
 
 
-def stored_weights(folder: Path) -> tuple[Weights, dict[str, Stored]]:
-    """A model folder's tensors by our names, each read when it is asked for, in either layout."""
-    weights = Weights(folder, once=True)
-    converted = read_json(folder / "config.json").get("format") == FORMAT
-    tensors = {
-        (name if converted else hf_to_ours(name)): Stored.of(partial(weights.__getitem__, name))
-        for name in weights
-    }
-    return weights, tensors
-
-
-def with_dtype(values: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """A config.json of Hugging Face's layout that says `dtype`, if it says any."""
-    if dtype is None:
-        return values
-    name = str(dtype).removeprefix("torch.")
-    return {key: name if key in ("dtype", "torch_dtype") else v for key, v in values.items()}
-
-
 def is_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite, in no memory beside the tensor's."""
     return tensor.numel() == 0 or all(bool(end.isfinite()) for end in tensor.aminmax())
+
+
+def check_names(source: Any, found: Collection[str], expected: Collection[str]) -> None:
+    """Raise InputError, naming `source` and the tensor, for one that is missing or unexpected."""
+    for name in expected:
+        if name not in found:
+            raise InputError(f"{source}: tensor {name} is missing")
+    for name in found:
+        if name not in expected:
+            raise InputError(f"{source}: tensor {name} is unexpected")
+
+
+def check_tensor(
+    source: Any, name: str, tensor: Tensor, like: Tensor, dtype: torch.dtype | None = None
+) -> None:
+    """Raise InputError, naming `source` and the tensor, unless it can take the place of `like`.
+
+    It must have the shape of `like`, the same dtype or, for floats, any of 16 bits or more, and
+    values that are finite in `dtype`; None is its own. `like` may be on the meta device.
+    """
+    if tensor.shape != like.shape:
+        shapes = f"shape {tuple(tensor.shape)}, expected {tuple(like.shape)}"
+        raise InputError(f"{source}: tensor {name} has {shapes}")
+    floats = like.is_floating_point()
+    if tensor.dtype not in (FLOATS if floats else (like.dtype,)):
+        kind = "floats of 16 bits or more" if floats else like.dtype
+        raise InputError(f"{source}: tensor {name} is {tensor.dtype}, expected {kind}")
+    if not is_finite(tensor if dtype is None else tensor.to(dtype)):
+        raise InputError(f"{source}: tensor {name} has NaN or infinite values")
 
 
 def buffer(tensor: Tensor) -> Any:
@@ -446,71 +304,3 @@ def write_tensors(
                     raise InputError(f"tensor {name} has NaN or infinite values as {part.dtype}")
                 file.write(buffer(part))
                 progress(part.nbytes)
-
-
-def sha256(path: Path, progress: Callable[[int], Any] = lambda size: None) -> str:
-    """SHA-256 of a file. Raises InputError if it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-                progress(len(block))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file, whole or not at all. Raises InputError if either cannot be read or written."""
-    try:
-        with open(source, "rb") as file, atomic_write(target) as out:
-            shutil.copyfileobj(file, out)
-    except OSError as error:
-        raise InputError(f"{source}: cannot be copied: {error.strerror}") from None
-
-
-@contextmanager
-def new_folder(path: Path | str) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and nothing otherwise.
-
-    Raises InputError if there is something at `path` already, or if it cannot be written there.
-    """
-    path = Path(path)
-    if path.exists():
-        raise InputError(f"{path}: exists already")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-    try:
-        yield temporary
-        with writing(path):
-            temporary.chmod(0o755)
-            os.rename(temporary, path)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, InputError):  # in the words of who knows no temporary name
-            raise InputError(str(error).replace(str(temporary), str(path))) from None
-        raise
-
-
-def write_model(
-    folder: Path,
-    config: dict[str, Any],
-    tensors: Mapping[str, Stored],
-    files: Mapping[str, Path],
-    dtype: torch.dtype | None = None,
-    progress: Callable[[int], Any] = lambda size: None,
-) -> None:
-    """Fill a model folder: model.safetensors, copies of `files` by their name, config.json.
-
-    The last is what makes it a model: whatever stops this leaves a folder that no one can load.
-    dtype and progress as in `write_tensors`.
-    """
-    write_tensors(folder / WEIGHTS, tensors, dtype, progress)
-    for name, source in files.items():
-        copy_file(source, folder / name)
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    atomic_write_text(folder / "config.json", text)

@@ -1,8 +1,8 @@
-"""Ranks: the processes that torchrun starts, which share the work of one run.
+"""Ranks: the processes that torchrun starts. They distribute the work of one run.
 
-Without torchrun there is one rank, and nothing here communicates. Noise is keyed by example and
-step and the order of the data by the step, so a share of the work is the same work wherever it is
-done: ranks change which process adds which numbers up, and with that the rounding alone.
+Without torchrun there is one rank, and nothing here communicates. Noise depends on the example and
+the step, and the order of the data on the step. So the number of ranks changes only which process
+adds which numbers, and with it the rounding.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..model.llama import Llama
 
 Item = TypeVar("Item")
-TIMEOUT = 600.0  # seconds that a rank waits for the others, unless told otherwise
+TIMEOUT = 600.0  # seconds that a rank waits for the others by default
 _timeout = timedelta(seconds=TIMEOUT)
 
 
@@ -37,7 +37,7 @@ def world() -> int:
 
 
 def rank() -> int:
-    """Which of them this process is; 0 writes and prints."""
+    """The number of this process among the ranks, from 0; rank 0 writes and prints."""
     return dist.get_rank() if _are_joined() else 0
 
 
@@ -46,7 +46,7 @@ def _are_joined() -> bool:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """A plain "cuda" as this rank's own GPU of its machine; any other device as it is."""
+    """The device of this rank: for "cuda" without a number, its own GPU of the machine."""
     if device.type != "cuda" or device.index is not None or "LOCAL_RANK" not in os.environ:
         return device
     return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -57,9 +57,9 @@ def joined(device: torch.device, timeout: float = TIMEOUT) -> Iterator[None]:
     """Join torchrun's other ranks for as long as the block lasts; without torchrun, do nothing.
 
     Tensors on the CPU go through gloo, those on a GPU through NCCL. timeout: seconds that a rank
-    waits for the others in any exchange. Raises RankLost in the others, at once, when a rank ends
-    before the block does, and after `timeout` when one does not answer; InputError for a timeout
-    that is none.
+    waits for the others in any exchange. Raises RankLost in the other ranks at once if a rank ends
+    before the block does, and after `timeout` if a rank does not answer. Raises InputError for an
+    invalid timeout.
     """
     if not 0 < timeout <= 1e6:
         raise InputError(f"timeout must be above 0 s and at most 1e6 s, and is {timeout}")
@@ -91,8 +91,8 @@ def barrier() -> None:
 def share(items: Sequence[Item]) -> tuple[list[Item], int]:
     """This rank's part of `items`, and how many of it count.
 
-    Every rank gets equally many, since all must take part in every exchange of a sharded model:
-    where there are too few, the first of all stands in at the end, and does not count.
+    Every rank gets the same number of items, because all ranks must take part in every exchange of
+    a sharded model. A rank with one item too few gets the first item as well, which does not count.
     """
     part = list(items[rank() :: world()])
     own = len(part)
@@ -102,21 +102,21 @@ def share(items: Sequence[Item]) -> tuple[list[Item], int]:
 
 
 def sum_(values: Tensor) -> None:
-    """Add the ranks' `values` up, in place, on all of them."""
+    """Replace `values` on every rank by their sum over the ranks."""
     if world() > 1:
         dist.all_reduce(values)
 
 
 def as_first(values: Tensor) -> None:
-    """Make `values`, in place, those of the first rank."""
+    """Replace `values` on every rank by those of rank 0."""
     if world() > 1:
         dist.broadcast(values, 0)
 
 
 def add_up(parameters: Sequence[Parameter], value: float) -> float:
-    """Add the ranks' gradients of `parameters` up, in place, and their `value`, which it returns.
+    """Replace the gradients of `parameters` by their sums over the ranks; returns that of `value`.
 
-    One buffer of float64 in one exchange; its sums are rounded to the gradients' dtype once.
+    All go in one exchange of a float64 buffer; the sums are rounded to the gradients' dtype once.
     """
     if world() == 1:
         return value
@@ -131,7 +131,7 @@ def add_up(parameters: Sequence[Parameter], value: float) -> float:
 
 
 def largest(number: int, group: dist.ProcessGroup | None = None) -> int:
-    """The largest of the ranks' numbers, which `group` exchange, by default as everything else."""
+    """The largest of the ranks' numbers. group: exchanges them; None is the usual group."""
     if world() == 1:
         return number
     value = torch.tensor(number)
@@ -140,7 +140,7 @@ def largest(number: int, group: dist.ProcessGroup | None = None) -> int:
 
 
 def new_group() -> dist.ProcessGroup | None:
-    """All ranks once more, for the exchanges of another thread; None for one rank."""
+    """A group of all ranks, for the exchanges of another thread; None if there is one rank."""
     return dist.new_group(backend="gloo", timeout=_timeout) if world() > 1 else None
 
 
@@ -148,25 +148,25 @@ def new_group() -> dist.ProcessGroup | None:
 
 
 def need_ranks() -> None:
-    """Raise InputError without ranks over which a base could be spread."""
+    """Raise InputError if torchrun did not start this process."""
     if not _are_joined():
         raise InputError(
-            "a base is spread, or offloaded, over ranks: start them with torchrun, one with "
-            "torchrun --nproc-per-node 1"
+            "sharding and offloading weights need ranks: start them with torchrun, a single one "
+            "with torchrun --nproc-per-node 1"
         )
 
 
 def shard(model: Llama, device: torch.device | None = None, offload: bool = False) -> None:
-    """Keep one part of N of every weight of the frozen base on each rank (PyTorch's FSDP2).
+    """Keep on each of N ranks an N-th of every weight of the frozen base (PyTorch's FSDP2).
 
-    Call it when adapters and head are what they will be. Whole, plain tensors they are only while
-    they are needed: a block's while it is computed, forwards and backwards, an untied embedding's
-    while it is read, the head's and the last norm's from the first block on. From then on all ranks
-    must make the same passes through the model. The adapters stay whole on all ranks.
+    Call it after the adapters are added and the head is cut. Weights are gathered while they are
+    needed: a block's weights during its forward and backward pass, an untied embedding while it is
+    read, the head and the last norm from the first block on. After the call all ranks must make the
+    same passes through the model. The adapters stay whole on all ranks.
 
-    device: where it computes, if not where it is; weights go there unit by unit, and a base in the
-    CPU's memory need never be whole on a GPU. offload: the parts stay in the CPU's memory, and a
-    unit goes over when it is needed.
+    device: where the model computes; None is where it is. Weights go there unit by unit, so that a
+    base in the CPU's memory need never be whole on a GPU. offload: a unit stays in the CPU's memory
+    until it is needed.
 
     Raises InputError without ranks, or if this PyTorch cannot do it.
     """
@@ -195,5 +195,5 @@ def sharded(model: Llama) -> bool:
 
 
 def whole(weight: Tensor) -> Tensor:
-    """A weight of a base that may be sharded; if it is, all ranks must ask for it."""
+    """A weight of a base that may be sharded, gathered; then all ranks must call this."""
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight

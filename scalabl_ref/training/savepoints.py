@@ -1,9 +1,9 @@
-"""A run's checkpoints, RUN/checkpoint/STEP: tensors, in as many files as there were ranks.
+"""A run's checkpoints, RUN/checkpoint/STEP: one file of tensors from each rank.
 
-The files are safetensors, named as Hugging Face's shards are, which torch.distributed.checkpoint
-reads as well; any number of ranks goes on from what any other wrote. manifest.json, written last,
-has every file's SHA-256: a checkpoint is whole, or it is none. The one before is kept until the
-next is whole, and after.
+The files are safetensors with the names of Hugging Face's shards; torch.distributed.checkpoint
+reads them too. A run can go on with another number of ranks. manifest.json is written last and has
+the SHA-256 of every file: without it, or with another digest, a checkpoint is not used. The two
+newest checkpoints are kept.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..support.errors import InputError, atomic_write_text, make_folder
-from ..support.tensors import load_tensors, read_json, save_tensors, sha256
+from ..support.errors import InputError
+from ..support.files import atomic_write_text, make_folder, read_json, sha256
+from ..support.tensors import load_tensors, save_tensors
 from . import ranks as distributed
 
 FOLDER, MANIFEST = "checkpoint", "manifest.json"
@@ -29,10 +30,18 @@ KEPT = 2  # checkpoints, the newest
 STEP = r"\d{8,}"  # a checkpoint's name
 
 
-class Saver:
-    """Writes the checkpoints of one run; in a thread beside the training, if `beside`.
+class Savepoint(NamedTuple):
+    """A checkpoint: its tensors, the steps done, and the settings of its run, an object of JSON."""
 
-    On several ranks all make one, with a folder that all of them see, and call it alike.
+    tensors: dict[str, Tensor]
+    done: int
+    identity: dict[str, Any]
+
+
+class Saver:
+    """Writes the checkpoints of one run. beside: in a thread, while training goes on.
+
+    On several ranks each has one, with a folder that all ranks see, and all make the same calls.
     """
 
     def __init__(self, run: Path, beside: bool = False) -> None:
@@ -41,38 +50,37 @@ class Saver:
         self._group = distributed.new_group() if beside else None  # of the threads alone
         self._pending: Future[None] | None = None
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
-        """Write what `load` is to give back; beside the training, what it is now.
+    def save(self, done: int, tensors: Mapping[str, Tensor], identity: dict[str, Any]) -> None:
+        """Write a `Savepoint`; in background mode, of a snapshot taken now.
 
-        tensors: the same on every rank. facts: JSON, with done (the step) and swag, whole numbers,
-        and identity, an object. Raises InputError, on every rank, if one cannot write, now or the
-        time before; the checkpoints there are stay.
+        The tensors are the same on every rank. Raises InputError, on every rank, if one of them
+        cannot write now, or could not the time before; earlier checkpoints stay.
         """
         self.wait()
         if self._thread is None:
-            self._write(step, tensors, facts)
+            self._write(done, tensors, identity)
         else:
             copies = {
                 name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()
             }
-            self._pending = self._thread.submit(self._write, step, copies, facts)
+            self._pending = self._thread.submit(self._write, done, copies, identity)
 
     def wait(self) -> None:
-        """Until what was saved last is on disk. Raises InputError if it could not be written."""
+        """Wait until the last checkpoint is on disk. Raises InputError if it cannot be written."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def forget_after(self, step: int) -> None:
-        """Remove checkpoints of later steps, and what is left of unfinished ones; nothing else."""
+        """Remove checkpoints of later steps and remains of unfinished ones, nothing else."""
         for path in self.folder.glob("*"):
             unfinished = re.fullmatch(rf"\.{STEP}\.tmp", path.name)
             if unfinished or (_is_checkpoint(path) and int(path.name) > step):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _write(self, step: int, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+    def _write(self, done: int, tensors: Mapping[str, Tensor], identity: dict[str, Any]) -> None:
         rank, world = distributed.rank(), distributed.world()
-        final = self.folder / f"{step:08}"
+        final = self.folder / f"{done:08}"
         temporary = final.with_name(f".{final.name}.tmp")
         own = [(name, tensors[name]) for name in sorted(tensors)[rank::world]]
 
@@ -84,7 +92,7 @@ class Saver:
             if rank:
                 return
             files = {path.name: sha256(path) for path in sorted(temporary.glob("*.safetensors"))}
-            record = {"files": files, **facts}
+            record = {"files": files, "done": done, "identity": identity}
             atomic_write_text(temporary / MANIFEST, json.dumps(record, indent=2) + "\n")
             os.replace(temporary, final)
             for old in _newest_first(self.folder)[KEPT:]:
@@ -94,7 +102,7 @@ class Saver:
         self._together(finish, temporary)
 
     def _together(self, action: Callable[[], None], temporary: Path) -> None:
-        """Do what may fail on any rank; if it does, InputError on all of them."""
+        """Call `action`; if it fails on any rank, raise InputError on all of them."""
         from safetensors import SafetensorError
 
         problem = ""
@@ -114,7 +122,7 @@ def exists(run: Path) -> bool:
 
 
 def progress(run: Path) -> str:
-    """How far a run has come that has checkpoints, as "step 400 of 1000"."""
+    """How far a run with checkpoints has come, such as "step 400 of 1000"."""
     newest = _newest_first(run / FOLDER)[0]
     text = f"step {int(newest.name)}"
     try:
@@ -123,10 +131,10 @@ def progress(run: Path) -> str:
         return text
 
 
-def load(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, facts) of the newest checkpoint that is whole, on the CPU.
+def load(run: Path) -> Savepoint:
+    """The newest checkpoint that is whole, on the CPU.
 
-    Warns of newer ones that are not. Raises InputError if there is none.
+    Warns of newer ones that are not whole. Raises InputError if none is.
     """
     problems: list[InputError] = []
     for folder in _newest_first(run / FOLDER):
@@ -152,19 +160,17 @@ def _is_checkpoint(path: Path) -> bool:
     return re.fullmatch(STEP, path.name) is not None
 
 
-def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    facts = read_json(folder / MANIFEST)
-    files, kinds = facts.pop("files", None), {"done": int, "swag": int, "identity": dict}
-    if (
-        not (isinstance(files, dict) and files)
-        or not all(isinstance(facts.get(name), kind) for name, kind in kinds.items())
-        or facts["done"] != int(folder.name)
+def _read(folder: Path) -> Savepoint:
+    record = read_json(folder / MANIFEST)
+    files, done, identity = (record.get(key) for key in ("files", "done", "identity"))
+    if not (isinstance(files, dict) and files and isinstance(identity, dict)) or (
+        done != int(folder.name)
     ):
-        raise InputError(f"{folder / MANIFEST}: not of a checkpoint of this program")
+        raise InputError(f"{folder / MANIFEST}: was not written by this program")
     tensors: dict[str, Tensor] = {}
     for name, digest in files.items():
         path = folder / Path(name).name
         if not path.is_file() or sha256(path) != digest:
-            raise InputError(f"{path}: is not the file that was written")
+            raise InputError(f"{path}: has changed since it was written")
         tensors |= load_tensors(path)[0]
-    return tensors, facts
+    return Savepoint(tensors, done, identity)

@@ -6,52 +6,27 @@ rates. So a run stopped at any step and resumed from its checkpoint repeats the 
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import math
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
-from typing import IO, Any, Literal, get_type_hints
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..core.adapter import Adapter, adapter_state, adapters
-from ..core.config import AdapterConfig
 from ..core.noise import FIRST_TRAINING_DRAW, Noise
 from ..core.objective import KL, KLS, class_logits, complexity
-from ..data import FORMATS, AnswerTokens, Encoded, Labels, Style, TrainingOrder, collate
-from ..fast.quantize import Kind
+from ..data import Encoded, TrainingOrder, collate
+from ..fast.offload import KeptOnCpu
 from ..fast.rows import compile_blocks
-from ..methods.swag import Swag
-from ..model.attach import Device, add_adapters
 from ..model.llama import Llama
-from ..support.errors import (
-    InputError,
-    Interrupted,
-    atomic_write,
-    atomic_write_text,
-    make_folder,
-    on_signals,
-    open_log,
-)
-from ..support.fields import check, json_text
-from ..support.tensors import load_tensors, read_json, save_tensors
+from ..support.errors import InputError
 from . import ranks as distributed
-from . import savepoints
-
-Objective = Literal["elbo", "official"]
-OBJECTIVES: tuple[Objective, ...] = ("elbo", "official")
-DType = Literal["float32", "bfloat16"]  # that a run's base can be asked for in
-DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
+from .runs import OBJECTIVES, Objective, load_adapter_state
+from .schedule import kl_period, kl_weight, warmup_linear
 
 
 @dataclass(frozen=True)
@@ -68,10 +43,10 @@ class TrainConfig:
     objective: "elbo" steps AdamW on NLL + beta KL / N. "official" does, per batch, an AdamW step on
         the NLL and then an SGD step on the sum of KLs, at rate kl_lr * schedule * pi_i.
     kl_lr: that SGD rate. seed: of data order, noise and initial values.
-    recompute: of each block keep its input alone, and compute the rest again in the backward pass:
-        less memory, a third more time. offload_activations: what is kept waits in the CPU's memory.
-        compile: the blocks, see `rows.compile_blocks`.
-    swag: share of the steps, the last ones, whose weights are collected for `methods.Swag`.
+    recompute: store only each block's input, and compute the rest again in the backward pass: less
+        memory, a third more time. offload_activations: activations wait in the CPU's memory for the
+        backward pass. compile: compile the blocks, see `Llama.compile_blocks`.
+    swag: share of the steps, the last ones, after which the trainer's collector is called.
     checkpoint_every: steps between checkpoints.
 
     Raises InputError for a value outside its range.
@@ -114,45 +89,15 @@ class TrainConfig:
         if self.kl not in KLS:
             raise InputError(f"kl must be one of {', '.join(KLS)}, not {self.kl!r}")
         if self.compile and self.offload_activations:
-            raise InputError("compiled blocks do not take part in offload_activations")
-
-
-# --- schedules ---------------------------------------------------------------------------------
-
-
-def warmup_linear(step: int, steps: int, warmup: float) -> float:
-    """Factor on a learning rate at `step` of 0 .. steps - 1: linear up, then linear down to 0.
-
-    As transformers' get_linear_schedule_with_warmup: the first step's factor is 0 if there is any
-    warm-up.
-    """
-    rise = int(warmup * steps)
-    if step < rise:
-        return step / max(1, rise)
-    return max(0.0, (steps - step) / max(1, steps - rise))
-
-
-def kl_period(num_examples: int, batch: int) -> int:
-    """M = int(100 N^(pi/8) / batch): the official code's number of KL weights in a round."""
-    return max(1, int(100 * num_examples ** (math.pi / 8) / batch))
-
-
-def kl_weight(step: int, period: int) -> float:
-    """pi_i = 2^i / (2^(M+1) - 1), i = (step mod M) + 1: the official code's KL weight."""
-    i = step % period + 1
-    # 2^i / (2^(M+1) - 1) without the big powers: M reaches several hundred.
-    return 2.0 ** (i - period - 1) / (1.0 - 2.0 ** (-period - 1))
-
-
-# --- one step ----------------------------------------------------------------------------------
+            raise InputError("offload_activations does not work with compiled blocks")
 
 
 def parameter_groups(
     own: Sequence[Adapter], lr: float, variational_lr: float | None = None
 ) -> list[dict[str, Any]]:
-    """What an optimiser of these adapters is given: A and B, then what sets the widths, if any.
+    """An optimiser's groups of parameters: A and B, then the parameters of the widths, if any.
 
-    lr, variational_lr: the rates of either, as in TrainConfig.
+    lr, variational_lr: their rates, as in TrainConfig.
     """
     variational = [a.get_parameter(name) for a in own for name in a.variational]
     fast = set(variational)
@@ -164,69 +109,42 @@ def parameter_groups(
     return groups
 
 
-class KeptOnCpu(torch.autograd.graph.save_on_cpu):
-    """PyTorch's `save_on_cpu`: what the forward pass in this context keeps for the backward one
-    waits in the CPU's memory, pinned if `device` is a GPU.
+class Collector(Protocol):
+    """Follows the weights through the last steps of a training, as `methods.Swag` does."""
 
-    Other than there, weights stay where they are, what several operations keep is copied once, and
-    a tensor comes back with the strides it had, for kernels that want rows to start at a multiple
-    of some bytes, or that repeat one.
-    """
+    def collect(self, model: Llama) -> None:
+        """Take the adapters as they are after a step."""
+        ...
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(pin_memory=device.type == "cuda")
-        self.copy, self.fetch = self.pack_hook, self.unpack_hook
-        self.pack_hook, self.unpack_hook = self._pack, self._unpack
-        self.copied: dict[tuple[Any, ...], tuple[StorageWeakRef, Any]] = {}  # by what they copy
+    def state(self) -> dict[str, Tensor]:
+        """All that has been collected, for a checkpoint."""
+        ...
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self.copied.clear()
-
-    def _pack(self, tensor: Tensor) -> Any:
-        if _is_weight(tensor):
-            return tensor
-        shape, stride, offset = tensor.shape, tensor.stride(), tensor.storage_offset()
-        span = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-        if not tensor.numel() or span > 2 * tensor.numel():  # a part of much
-            return self.copy(tensor), None, None
-        storage = StorageWeakRef(tensor.untyped_storage())
-        key = storage.cdata, offset, span, tensor.dtype, tensor._version
-        if key not in self.copied or self.copied[key][0].expired():
-            self.copied[key] = storage, self.copy(tensor.detach().as_strided((span,), (1,)))
-        return self.copied[key][1], shape, stride
-
-    def _unpack(self, packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        copy, shape, stride = packed
-        return self.fetch(copy) if shape is None else self.fetch(copy).as_strided(shape, stride)
-
-
-def _is_weight(tensor: Tensor) -> bool:
-    """Whether it is a parameter, or a view of one."""
-    return isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` returned."""
+        ...
 
 
 @dataclass
 class Trainer:
     """Model, data and optimisers of one run; `step()` does one optimiser step.
 
-    On several ranks (`distributed`) each does its share of a step's examples, and all end the step
-    with the same adapters.
+    On several ranks each does a part of a step's examples, and all end the step with the same
+    adapters.
 
-    The model carries adapters. data: the encoded training set. Its N is the N of KL / N.
-    swag: the weights collected so far, if the configuration asks for any. init: what the adapters'
-    values come from, if not from their seed: the SHA-256 of a file.
+    model: has adapters. data: the encoded training set, whose size is the N of KL / N. collector:
+    is called after each of the last steps, a share `swag` of all. init: the SHA-256 of the file
+    that the adapters' values come from; None if they come from the seed.
 
-    Raises InputError if the adapters have no KL in the configuration's direction.
+    Raises InputError if the adapters have no KL in the configuration's direction, or if only one
+    of a collector and `swag` is given.
     """
 
     model: Llama
     data: Encoded
     config: TrainConfig
     done: int = 0  # steps finished
-    swag: Swag = field(default_factory=Swag)
+    collector: Collector | None = None
     init: str | None = None
     optimizer: torch.optim.Optimizer = field(init=False)
 
@@ -236,7 +154,9 @@ class Trainer:
         if c.compile:
             compile_blocks(self.model)
         self.adapters = list(adapters(self.model).values())
-        complexity(self.model, c.kl)  # raises now what else the first step would
+        complexity(self.model, c.kl)  # raises now, not at the first step
+        if (c.swag > 0) != (self.collector is not None):
+            raise InputError(f"swag is {c.swag}: a collector is needed if it is above 0, else none")
         groups = parameter_groups(self.adapters, c.lr, c.variational_lr)
         self.variational = [p for group in groups[1:] for p in group["params"]]
         self.optimizer = torch.optim.AdamW(
@@ -246,7 +166,7 @@ class Trainer:
         self.order = TrainingOrder([len(t) for t in self.data.tokens], c.batch, c.seed)
 
     def step(self) -> dict[str, float]:
-        """One step; returns what the log records of it: step, loss, nll, kl, sigma, lr.
+        """Do one step. Returns its record for the log: step, loss, nll, kl, sigma, lr.
 
         Raises InputError if the loss is not finite.
         """
@@ -271,8 +191,8 @@ class Trainer:
         for adapter in self.adapters:
             adapter.bound_()
         self.done += 1
-        if self.done > (1 - c.swag) * c.steps:
-            self.swag.collect(self.model)
+        if self.collector and self.done > (1 - c.swag) * c.steps:
+            self.collector.collect(self.model)
         return {
             "step": step,
             "loss": loss,
@@ -291,7 +211,7 @@ class Trainer:
         total = 0.0
         for start in range(0, len(share), size):
             batch = collate(self.data, share[start : start + size]).to(self.model.device)
-            n = max(0, own - start)  # how many of its rows count, if not all
+            n = max(0, own - start)  # rows that count, if fewer than all
             with kept:
                 logits, labels = class_logits(self.model, batch, noise), batch.labels
             nll = F.cross_entropy(logits[:n], labels[:n], reduction="sum") / len(indices)
@@ -312,320 +232,41 @@ class Trainer:
                 if gradient is not None:
                     parameter.sub_(rate * gradient)
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a checkpoint holds: tensors by name (adapters, optimiser, SWAG), and counts."""
+    def state(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint by name: adapters, optimiser, and what was collected."""
         tensors = {f"adapters.{name}": value for name, value in adapter_state(self.model).items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
-        for part in ("mean", "square"):
-            averages = getattr(self.swag, part).items()
-            tensors |= {f"swag.{part}.{name}": value for name, value in averages}
-        return tensors, {"done": self.done, "swag": self.swag.count}
+        if self.collector:
+            tensors |= {f"collected.{name}": v for name, v in self.collector.state().items()}
+        return tensors
 
-    def restore(self, tensors: dict[str, Tensor], counts: dict[str, Any]) -> None:
-        """Continue from what `state` returned. Raises InputError if it is of another run."""
+    def restore(self, tensors: dict[str, Tensor], done: int) -> None:
+        """Continue from what `state` returned after `done` steps.
+
+        Raises InputError if it is of another run.
+        """
 
         def below(prefix: str) -> dict[str, Tensor]:
-            """The tensors whose names begin so, by what comes after."""
+            """The tensors whose names begin with `prefix`, by the rest of their names."""
             start = len(prefix)
             return {name[start:]: t for name, t in tensors.items() if name.startswith(prefix)}
 
         load_adapter_state(self.model, below("adapters."), "checkpoint")
-        device = self.adapters[0].A.device
-        averages = (
-            {k: v.to(device) for k, v in below(f"swag.{part}.").items()}
-            for part in ("mean", "square")
-        )
-        self.swag = Swag(counts["swag"], *averages)
+        if self.collector:
+            device = self.adapters[0].A.device
+            self.collector.restore({k: v.to(device) for k, v in below("collected.").items()})
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in below("optimizer.").items():
             index, _, key = name.partition(".")
             moments.setdefault(int(index), {})[key] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.done = counts["done"]
+        self.done = done
 
 
 @torch.no_grad()
 def mean_sigma(model: nn.Module) -> float:
-    """Mean standard deviation of what the adapters draw; 0 where nothing is drawn."""
+    """Mean standard deviation of the adapters' draws; 0 if they draw nothing."""
     widths = torch.cat([adapter.widths() for adapter in adapters(model).values()])
     return widths.mean().item() if len(widths) else 0.0
-
-
-# --- runs on disk ------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def load_adapter_state(model: nn.Module, state: dict[str, Tensor], source: Any) -> None:
-    """Copy `state` into the adapters. Raises InputError for a wrong name, shape or value."""
-    own = adapter_state(model)
-    for name in own.keys() ^ state.keys():
-        raise InputError(f"{source}: tensor {name} is {'missing' if name in own else 'unexpected'}")
-    for name, parameter in own.items():
-        if state[name].shape != parameter.shape:
-            raise InputError(
-                f"{source}: tensor {name} has shape {tuple(state[name].shape)}, "
-                f"expected {tuple(parameter.shape)}"
-            )
-        if not torch.isfinite(state[name]).all():
-            raise InputError(f"{source}: tensor {name} has NaN or infinite values")
-        parameter.copy_(state[name])
-
-
-def fingerprint(model: Llama) -> str:
-    """A digest of the base model: configuration, norms, and the first row of each q projection.
-
-    Enough to notice that an adapter meets another base, at no cost for a large one. All ranks call
-    it if the base is sharded.
-    """
-    config = dataclasses.replace(model.config, head_tokens=None).to_dict()
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    projections = [w for name, w in model.named_parameters() if name.endswith("q_proj.weight")]
-    for weight in (model.norm.weight, *projections):
-        part = distributed.whole(weight.detach())
-        part = part if weight is model.norm.weight else part[0]
-        digest.update(json.dumps(part.double().tolist()).encode())
-    return digest.hexdigest()
-
-
-def save_run(run: Path | str, model: Llama, info: dict[str, Any]) -> None:
-    """Write RUN/adapter.safetensors and RUN/run.json; `load_run` reads them back.
-
-    On several ranks all call it, and rank 0 writes.
-    info: facts to keep, "model" (the base's folder) among them; must be JSON. `run_facts` says
-    which others are read, and what is taken without them. `Encoded.wording.facts()` are those that
-    `evaluate` and `predict` need to ask as the run was trained.
-    """
-    run = Path(run)
-    config = next(iter(adapters(model).values())).config
-    record = {
-        **info,
-        "adapter": dataclasses.asdict(config),
-        "head_tokens": model.config.head_tokens,
-        "fingerprint": fingerprint(model),
-    }
-    if distributed.rank():
-        return
-    make_folder(run)
-    save_tensors(run / "adapter.safetensors", adapter_state(model).items())
-    atomic_write_text(run / "run.json", json.dumps(record, indent=2) + "\n")
-
-
-# Facts of a run.json that are read, and what those that can be left out are then.
-_FACTS: dict[str, Any] = {
-    "model": str,
-    "adapter": dict[str, Any],
-    "head_tokens": list[int] | None,
-    "fingerprint": str,
-    "quantize": Kind | None,
-    "dtype": DType | None,
-    "posterior": str | None,
-    "format": str,
-    "prompt_template": str | None,
-    "text_column": str | None,
-    "label_column": str | None,
-    "prompt_style": Style | None,
-    "labels": Labels | None,
-    "answer_tokens": AnswerTokens | None,
-    "label_names": list[str] | None,
-    "max_length": int | None,
-    "drop_long": bool | None,
-    "data": str | None,
-    "data_sha256": str | None,
-    "limit": int | None,
-    "holdout": float,
-    "train": dict[str, Any],
-}
-_NEEDED = ("model", "adapter", "head_tokens", "fingerprint")
-_USUAL: dict[str, Any] = {"format": "jsonl", "holdout": 0.0, "train": {}}
-_TRAIN_FACTS: dict[str, Any] = {"kl": KL | None, "objective": Objective | None, "seed": int | None}
-
-
-def run_facts(run: Path | str) -> dict[str, Any]:
-    """What RUN/run.json says, completed: format is "jsonl", holdout 0, other facts None.
-
-    Facts that only people read are there if `save_run` was told them. Raises InputError naming the
-    file and the key that is missing or cannot be what it is.
-    """
-    path = Path(run) / "run.json"
-    if not os.path.exists(path):
-        raise InputError(_why_no_run(path.parent))
-    info = read_json(path)
-    try:
-        for key in _NEEDED:
-            if key not in info:
-                raise InputError(f"key {key!r} is missing")
-        info = _completed(info, _FACTS, _USUAL)
-        check(info["adapter"], get_type_hints(AdapterConfig), "adapter: ")
-        AdapterConfig(**info["adapter"])
-        info["train"] = _completed(info["train"], _TRAIN_FACTS, {}, "train: ")
-        if info["format"] not in FORMATS:
-            raise InputError(f"format must be {' or '.join(FORMATS)}, not {info['format']!r}")
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    return info
-
-
-def _why_no_run(folder: Path) -> str:
-    """What is in a folder that has no run.json, and what to do then."""
-    if not folder.is_dir():
-        return f"{folder}: no such folder: expected a run, which `scalabl train` writes"
-    if savepoints.exists(folder):
-        step = savepoints.progress(folder)
-        return f"{folder}: training is unfinished, at {step}: go on with train --resume"
-    if (folder / "train.jsonl").exists():
-        return f"{folder}: training ended before its first checkpoint: begin with train --resume"
-    if (folder / "adapter_config.json").exists():
-        return f"{folder}: is a PEFT adapter and no run: `scalabl import --from peft` makes it one"
-    if (folder / "config.json").exists():
-        return (
-            f"{folder}: is a model and no run: give it as --model alone (a trained adapter becomes "
-            "a run by `scalabl import`)"
-        )
-    return f"{folder}: no run: run.json, which `scalabl train` writes at its end, is not there"
-
-
-def _completed(
-    values: dict[str, Any], types: dict[str, Any], usual: dict[str, Any], where: str = ""
-) -> dict[str, Any]:
-    """`values` with those of `types` that they leave out: `usual`, or None. Others can be there."""
-    check({key: value for key, value in values.items() if key in types}, types, where)
-    return {**dict.fromkeys(types), **usual, **values}
-
-
-def load_run(
-    run: Path | str,
-    model: Llama | None = None,
-    device: Device = None,
-    dtype: torch.dtype | None = None,
-    base: Path | str | None = None,
-) -> tuple[Llama, dict[str, Any]]:
-    """The trained model and the facts that `save_run` kept, as of `run_facts`.
-
-    model: the base, already loaded and untrimmed; None loads it from where run.json says. base: the
-    folder of `model`, to be named in errors.
-    Raises InputError if a file is missing or broken, or if the base is not the one trained on.
-    """
-    run = Path(run)
-    info = run_facts(run)
-    given = base or (info["model"] if model is None else "the model given")
-    if model is None:
-        model = Llama.from_pretrained(info["model"], dtype, device, info["quantize"])
-    if fingerprint(model) != info["fingerprint"]:
-        if Path(given).resolve() == Path(info["model"]).resolve():
-            raise InputError(
-                f"{run}: was trained on another base model than {info['model']} is now"
-            )
-        raise InputError(f"{run}: was trained on {info['model']}; {given} is another model")
-    if info["head_tokens"] is not None:
-        model.trim_head(info["head_tokens"])
-    add_adapters(model, AdapterConfig(**info["adapter"]))
-    tensors, _ = load_tensors(run / "adapter.safetensors")
-    load_adapter_state(model, tensors, run / "adapter.safetensors")
-    return model.eval(), info
-
-
-# --- the loop ----------------------------------------------------------------------------------
-
-
-def fit(
-    trainer: Trainer,
-    run: Path | str,
-    resume: bool = False,
-    progress: Callable[[dict[str, float]], None] = lambda record: None,
-    beside: bool = False,
-) -> None:
-    """Train to the end, writing RUN/train.jsonl and checkpoints (`savepoints`) on the way.
-
-    resume: go on from the newest checkpoint that is whole, or begin if there is none at all.
-    `progress` is told each step's log record. beside: write checkpoints while training goes on.
-    On SIGINT or SIGTERM the step in hand is finished, a checkpoint written and Interrupted raised.
-    On several ranks all call it, with a folder that all of them see; rank 0 writes the log, and a
-    signal to one of them is a signal to all.
-    Raises InputError if all checkpoints there are damaged, or of a run with other settings, or if
-    one cannot be written.
-    """
-    run = Path(run)
-    make_folder(run)
-    identity, config = _identity(trainer), trainer.config
-    saver = savepoints.Saver(run, beside)
-    if resume and savepoints.exists(run):
-        _restore(trainer, run, identity)
-    distributed.barrier()  # every rank has seen the run as it was
-    if distributed.rank() == 0:
-        saver.forget_after(trainer.done)
-    caught: list[int] = []  # the step in hand is finished first
-    with on_signals(lambda number, _: caught.append(number)), _open_log(run, trainer.done) as log:
-        while trainer.done < config.steps:
-            started = time.perf_counter()
-            record = trainer.step()
-            record["seconds"] = time.perf_counter() - started
-            log.write(json_text(record) + "\n")
-            progress(record)
-            signum = distributed.largest(caught[0] if caught else 0)
-            due = trainer.done % config.checkpoint_every == 0
-            if signum or due or trainer.done == config.steps:
-                tensors, counts = trainer.state()
-                saver.save(trainer.done, tensors, {**counts, "identity": identity})
-            if signum:
-                saver.wait()
-                raise Interrupted(signum, trainer.done)
-        saver.wait()
-    distributed.barrier()  # all of it is written
-
-
-def _identity(trainer: Trainer) -> dict[str, Any]:
-    """Settings and data that a checkpoint must share with the run that resumes it, as of JSON."""
-    config = dataclasses.asdict(trainer.config)
-    for name in ("checkpoint_every", "micro_batch", "recompute", "offload_activations", "compile"):
-        del config[name]  # none changes the function computed
-    config["dtype"] = str(trainer.model.embed_tokens.weight.dtype).removeprefix("torch.")
-    config["init"] = trainer.init
-    data = hashlib.sha256(json.dumps([trainer.data.tokens, trainer.data.labels]).encode())
-    adapter = dataclasses.asdict(trainer.adapters[0].config)
-    record = {"train": config, "adapter": adapter, "data": data.hexdigest()}
-    record["model"] = fingerprint(trainer.model)
-    return json.loads(json.dumps(record))
-
-
-def _restore(trainer: Trainer, run: Path, identity: dict[str, Any]) -> None:
-    tensors, facts = savepoints.load(run)
-    theirs = facts.get("identity", {})
-    differing = [key for key in identity if identity[key] != theirs.get(key)]
-    if differing:
-        detail = _first_difference(theirs.get(differing[0]), identity[differing[0]])
-        raise InputError(
-            f"{run / savepoints.FOLDER}: is of a run with other settings: {differing[0]}{detail}"
-        )
-    trainer.restore(tensors, facts)
-
-
-def _first_difference(theirs: Any, ours: Any) -> str:
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in ours:
-            if ours[key] != theirs.get(key):
-                return f".{key} was {theirs.get(key)!r} and now is {ours[key]!r}"
-    return " differs"
-
-
-@contextmanager
-def _open_log(run: Path, count: int) -> Iterator[IO[str]]:
-    """RUN/train.jsonl, to add to; for ranks other than 0 a file that keeps nothing.
-
-    It is cut to its first `count` lines: steps after the checkpoint will be done again.
-    """
-    if distributed.rank() == 0:
-        _keep_lines(run / "train.jsonl", count)
-    path = os.devnull if distributed.rank() else run / "train.jsonl"
-    with open_log(path) as log:
-        yield log
-
-
-def _keep_lines(path: Path, count: int) -> None:
-    """Cut a file to its first `count` lines, whatever their bytes; each has its end then."""
-    lines: list[bytes] = []
-    with suppress(FileNotFoundError), open(path, "rb") as file:
-        lines = list(islice(file, count))
-    with atomic_write(path) as kept:
-        kept.writelines(line.removesuffix(b"\n") + b"\n" for line in lines)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ..core.noise import NOISE_VERSION
-from ..support.errors import InputError, atomic_write_text
-from ..support.tensors import load_tensors, new_folder, read_json, save_tensors
+from ..support.errors import InputError
+from ..support.files import atomic_write_text, new_folder, read_json
+from ..support.tensors import load_tensors, save_tensors
 from .vectors import vectors
 
 FORMAT = "scalabl-conformance"

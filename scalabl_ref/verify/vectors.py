@@ -24,7 +24,7 @@ from ..core.noise import FIRST_TRAINING_DRAW, Noise
 from ..evaluation import metrics
 from ..model.config import LlamaConfig, RopeConfig
 from ..model.llama import Llama
-from ..training.trainer import kl_period, kl_weight, warmup_linear
+from ..training.schedule import kl_period, kl_weight, warmup_linear
 from . import reference
 from .checks import Case, sizes, terms
 from .known_answers import philox_answers

@@ -24,13 +24,13 @@ from scalabl_ref.data import encode, load
 from scalabl_ref.data.tokenizer import load_tokenizer
 from scalabl_ref.evaluation.evaluate import results_folder
 from scalabl_ref.evaluation.predict import MOST_SAMPLES
-from scalabl_ref.support.lock import alone
 from scalabl_ref.support.tensors import load_pickle, load_tensors, save_tensors
+from scalabl_ref.training.lock import alone
 
 from ..conftest import ROOT
 from ..models import TINY, questions_file, tiny_folder
-from ..support.test_errors import full_disk
 from ..support.test_fields import strict
+from ..support.test_files import full_disk
 from ..tolerances import rounding
 
 
@@ -385,7 +385,7 @@ def test_out_of_distribution_with_more_classes_is_scored_on_what_it_can_answer(w
     assert ood["n"] == 10 and ood["n_scored"] == sum(label < 2 for label in labels)
     for asked in ("wide.jsonl", "test.jsonl --calibrate wide.jsonl"):
         said = refused(f"evaluate --run run --data {asked}", capsys)
-        assert "example 1 (id 1): its answer is C, and there are 2 classes, to B" in said
+        assert "example 1 (id 1): its answer is C, but there are 2 classes, to B" in said
 
 
 def test_generation(work, capsys):

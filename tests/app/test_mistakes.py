@@ -130,8 +130,8 @@ MISTAKES = [
      "labels 'no cat' and 'no dog' begin with the same token, 'n': rename one, or use "
      "--labels letters"),
     ("train ... --data long.jsonl",
-     "example 1 (id 1): its prompt has 332 tokens, and the model takes at most 128: "
-     "--max-length 128 cuts it, and with --drop-long leaves it out"),
+     "example 1 (id 1): its prompt has 332 tokens, but the model takes at most 128: "
+     "--max-length 128 cuts it, or leaves it out with --drop-long"),
     ("train ... --data long.jsonl --drop-long",
      "drop_long needs a max_length (--drop-long needs --max-length)"),
     ("train ... --data onechoice.jsonl",
@@ -161,7 +161,7 @@ MISTAKES = [
      "model.gguf, line 1: not JSON: Expecting value: line 1 column 1 (char 0): is --format "
      "right?"),
     ("train ... --answer-tokens space",
-     "choice ' A' is not one token of its own after 'no 1\\nC. no 2\\nAnswer:': use "
+     "choice ' A' is not a single token after 'no 1\\nC. no 2\\nAnswer:': use "
      "--answer-tokens bare"),
     ("train ... --prompt-style chat", "this model has no chat template: use --prompt-style plain"),
     ("train ... --max-length 0", "max_length must be at least 1 token, and is 0"),
@@ -222,8 +222,8 @@ MISTAKES = [
     ("train ... --batch 0", "batch must be at least 1, not 0"),
     ("train ... --warmup 2", "warmup must lie between 0 and 1, and is 2.0"),
     ("train ... --shard",
-     "a base is spread, or offloaded, over ranks: start them with torchrun, one with torchrun "
-     "--nproc-per-node 1"),
+     "sharding and offloading weights need ranks: start them with torchrun, a single one with "
+     "torchrun --nproc-per-node 1"),
     ("train ... --out half --resume --lr 0.5",
      "half/checkpoint: is of a run with other settings: train.lr was 0.001 and now is 0.5"),
     ("train ... --out half", "half: holds a run already: give --resume or another --out"),
@@ -410,7 +410,7 @@ def test_a_name_on_the_hub(folder, monkeypatch, capsys):
     hub = types.SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     said = answer(command, folder, monkeypatch, capsys)
-    assert said.startswith("owner/name: no such folder, nor to be had from the Hub: Name or serv")
+    assert said.startswith("owner/name: no such folder, and the Hub gave none: Name or serv")
 
 
 def test_there_are_fifty_mistakes_at_least_and_no_two_the_same():

@@ -25,8 +25,8 @@ from scalabl_ref.app.plan import (
 from scalabl_ref.core.adapter import adapters
 from scalabl_ref.core.config import TARGETS
 from scalabl_ref.core.objective import Batch, class_logits
+from scalabl_ref.fast.offload import KeptOnCpu
 from scalabl_ref.fast.quantize import quantize_model
-from scalabl_ref.training.trainer import KeptOnCpu
 
 SHAPE = LlamaConfig(100, 64, 160, 4, 8, 4, 8)
 ALL = tuple(TARGETS)

@@ -79,14 +79,14 @@ def test_the_vocabularys_own_letters_where_nothing_goes(tmp_path):
     tokenizer = byte_tokenizer(tmp_path / "joined", JOINED)
     found = answer_tokens(tokenizer, ["Answer:"], "AB")
     assert found[:2] == (ids(tokenizer, "A", "B"), "alone")
-    assert "choice ' A' is not one token of its own after 'Answer:'" in found.notice
+    assert "choice ' A' is not a single token after 'Answer:'" in found.notice
     assert answer_tokens(tokenizer, [], "AB", "alone") == (found.ids, "alone", None)
 
 
 def test_bare_letters_asked_for_and_joined_are_taken_alone(qwen_like):
     found = answer_tokens(qwen_like, ["Answer:"], "AB", "bare")
     assert found[:2] == (ids(qwen_like, "A", "B"), "alone")
-    assert "choice 'A' is not one token of its own after 'Answer:'" in found.notice
+    assert "choice 'A' is not a single token after 'Answer:'" in found.notice
 
 
 def test_after_a_line_break_the_bare_letter_goes_first(qwen_like):
@@ -106,7 +106,7 @@ def test_every_kind_of_end_is_looked_at(plain, tmp_path):
     joins_after_b = byte_tokenizer(tmp_path / "b", [("b", "A")], joining=False)
     assert answer_tokens(joins_after_b, ["a", "c"], "AB").kind == "bare"
     assert answer_tokens(joins_after_b, ["a", "b", "c"], "AB").kind == "alone"
-    with pytest.raises(InputError, match="choice ' A' is not one token.*--answer-tokens bare"):
+    with pytest.raises(InputError, match="choice ' A' is not a single token.*--answer-tokens bare"):
         answer_tokens(plain, ["Answer:"], "AB", "space")
 
 
@@ -191,7 +191,7 @@ def test_another_order_of_the_same_labels_is_read_by_name(plain):
     turned = question("q", list(QUEUES)[::-1], "jsonl", 0)
     assert encode([turned], plain, wording=wording).labels == [4]
     foreign = question("q", ["x", "y"], "jsonl", 1, "f")
-    with pytest.raises(InputError, match=r"\(id f\): its answer is 'y', and there are 5 classes"):
+    with pytest.raises(InputError, match=r"\(id f\): its answer is 'y', but there are 5 classes"):
         encode([foreign], plain, wording=wording)
     assert encode([foreign], plain, wording=wording, answerable=False).labels == [5]
 
@@ -255,7 +255,7 @@ def test_long_prompts_are_cut_or_left_out(plain):
         encode(some, plain, wording=Wording(max_length=2, drop_long=True))
     with pytest.raises(InputError, match="--drop-long needs --max-length"):
         Wording(drop_long=True)
-    with pytest.raises(InputError, match="in a chat template is not cut.*needs --drop-long"):
+    with pytest.raises(InputError, match="in a chat template cannot be cut.*--drop-long"):
         Wording(style="chat", max_length=6)
     with pytest.raises(InputError, match="max_length must be at least 1"):
         Wording(max_length=0)

@@ -461,10 +461,10 @@ def test_class_tokens_extend_the_prompt_by_one_token(request, fixture):
 @pytest.mark.parametrize(
     "classes, context, message",
     [
-        (["A", "yes please"], "Answer:", "choice 'yes please' is not one token"),
-        (2, "Answer: ", "choice 'A' is not one token"),  # the space and the letter become one
+        (["A", "yes please"], "Answer:", "choice 'yes please' is not a single token"),
+        (2, "Answer: ", "choice 'A' is not a single token"),  # the space and the letter become one
         (["A", "B", "A"], "Answer:", "choices 'A' and 'A' are the same token"),
-        (["A", "", "B"], "Answer:", "choice '' is not one token"),
+        (["A", "", "B"], "Answer:", "choice '' is not a single token"),
         (27, "Answer:", "27 answer classes: there are letters for 26"),
         (0, "Answer:", "0 answer classes"),
     ],
@@ -491,7 +491,7 @@ def test_a_letter_that_changes_the_token_before_it(tmp_path):
     bpe = tokenizers.models.BPE(vocab, [("y", "A"), ("x", "y")])
     tokenizer = load_tokenizer(folder(tmp_path, tokenizers.Tokenizer(bpe).to_str()))
     assert tokenizer.encode("xy") == [4] and tokenizer.encode("xyA") == [0, 3]
-    with pytest.raises(InputError, match="choice 'A' is not one token"):
+    with pytest.raises(InputError, match="choice 'A' is not a single token"):
         tokenizer.class_token_ids(["A"], "xy")
 
 
@@ -546,7 +546,7 @@ def test_bad_configuration(tmp_path, model_file, content):
     ],
 )
 def test_bad_added_tokens(tmp_path, model_file, name, value):
-    with pytest.raises(InputError, match=rf"{name}\.json: lists added tokens in another form"):
+    with pytest.raises(InputError, match=rf"{name}\.json: expected added tokens as pairs"):
         load_tokenizer(added_folder(tmp_path, model_file, {name: value}))
 
 

@@ -28,12 +28,11 @@ from scalabl_ref.core.objective import complexity
 from scalabl_ref.data import evaluation_batches
 from scalabl_ref.evaluation.predict import predict_all
 from scalabl_ref.methods.blob import SIGNS, BlobAdapter
-from scalabl_ref.training.trainer import kl_weight, warmup_linear
+from scalabl_ref.training.schedule import kl_weight, warmup_linear
 
-from ..models import tiny_model
+from ..models import tiny_data, tiny_model, trainer
 from ..stats import KSTest, ZTest
 from ..tolerances import rounding
-from ..training.test_trainer import tiny_data, trainer
 
 
 def random_adapter(seed=0, rank=3, d_in=5, d_out=4, layer=9, dtype=torch.float64, **config):

@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalabl_ref import Noise, adapters
-from scalabl_ref.interop.adapters import export
+from scalabl_ref.interop.exporting import export
 
-from ..interop.test_adapters import (
+from ..interop.samples import (
     KINDS,
     LETTERS,
     RANDOM,

@@ -21,14 +21,8 @@ import torch
 
 from scalabl_ref import InputError, Llama
 from scalabl_ref.model.config import LlamaConfig, RopeConfig
-from scalabl_ref.support.tensors import (
-    Stored,
-    Weights,
-    load_tensors,
-    ours_to_hf,
-    save_tensors,
-    write_tensors,
-)
+from scalabl_ref.model.folder import Weights, ours_to_hf
+from scalabl_ref.support.tensors import Stored, load_tensors, save_tensors, write_tensors
 
 from ..conftest import ROOT
 from ..models import CLASSES, TINY
@@ -420,7 +414,9 @@ def test_a_name_on_the_hub_is_found_in_its_cache(tmp_path):
         )
 
     done = run("some/other")
-    assert done.returncode == 2 and "some/other: no such folder, nor to be had" in done.stderr
+    assert (
+        done.returncode == 2 and "some/other: no such folder, and the Hub gave none" in done.stderr
+    )
     done = run("some/model")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "ours/manifest.json").read_text())["source"].endswith(commit)

@@ -17,18 +17,13 @@ from scalabl_ref.core.adapter import adapter_state
 from scalabl_ref.evaluation import answering
 from scalabl_ref.fast.quantize import quantize_model
 from scalabl_ref.training import ranks as distributed
-from scalabl_ref.training.trainer import (
-    TrainConfig,
-    Trainer,
-    fingerprint,
-    fit,
-    load_run,
-)
+from scalabl_ref.training.loop import fit
+from scalabl_ref.training.runs import fingerprint, load_run
+from scalabl_ref.training.trainer import Collector, TrainConfig, Trainer
 
-from ..models import TINY, questions_file, tiny_folder, tiny_model
+from ..models import TINY, questions_file, tiny_data, tiny_folder, tiny_model
 from ..ranks import on_ranks
 from ..tolerances import curve_bound, logits_bound
-from .test_trainer import tiny_data
 
 CPU = torch.device("cpu")
 STEPS, RATE = 9, 1e-2
@@ -40,10 +35,12 @@ def _as_many_threads_as_a_rank(threads):
     threads(1)
 
 
-def trainer(**config) -> Trainer:
+def trainer(collector: Collector | None = None, **config) -> Trainer:
     """Of ten examples in batches of 4, 4 and 2: four ranks cannot share the last one evenly."""
     settings = {"steps": STEPS, "batch": 4, "lr": RATE, "checkpoint_every": 3, **config}
-    return Trainer(tiny_model(wake=False), tiny_data(), TrainConfig(**settings))
+    return Trainer(
+        tiny_model(wake=False), tiny_data(), TrainConfig(**settings), collector=collector
+    )
 
 
 def train(

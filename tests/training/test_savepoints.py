@@ -23,10 +23,12 @@ import pytest
 import torch
 
 from scalabl_ref import InputError
+from scalabl_ref.methods import Swag
 from scalabl_ref.support.errors import Interrupted, RankLost
 from scalabl_ref.training import ranks as distributed
 from scalabl_ref.training import savepoints
-from scalabl_ref.training.trainer import Trainer, fit
+from scalabl_ref.training.loop import fit
+from scalabl_ref.training.trainer import Trainer
 
 from ..models import questions_file, tiny_folder
 from ..ranks import on_ranks
@@ -43,14 +45,15 @@ def job(
     """What each rank does; `fault` happens to rank `where`. Returns the command line's code."""
     try:
         with distributed.joined(CPU, timeout):
-            made = trainer(swag=0.5)
+            swag = Swag()
+            made = trainer(swag, swag=0.5)
             if shard:
                 distributed.shard(made.model)
             if fault and distributed.rank() == where:
                 FAULTS[fault](made)
             fit(made, folder, resume, beside=beside)
             if distributed.rank() == 0:
-                torch.save(vars(made.swag), folder / "swag")
+                torch.save(vars(swag), folder / "swag")
     except (InputError, RankLost) as error:
         print(f"error: {error}")
         return BAD_INPUT if isinstance(error, InputError) else LOST
@@ -127,8 +130,8 @@ def resumed(folder: Path, ranks: int, most: int, **options) -> None:
     logged = len(curve(folder))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _, facts = savepoints.load(folder)
-    assert logged - facts["done"] <= most, (logged, facts["done"])
+        done = savepoints.load(folder).done
+    assert logged - done <= most, (logged, done)
     assert on_ranks(ranks, job, folder, "", 0, True) == [OK] * ranks
     assert_same_curve(folder)
     assert not list(folder.glob("checkpoint/.*")), "something unfinished is left"
@@ -255,12 +258,13 @@ def test_other_ranks_go_on_with_the_same_curve(tmp_path, before, after):
     assert len(list(tmp_path.glob("checkpoint/00000006/*.safetensors"))) == before
     resumed(tmp_path, after, most=0)
     swag = torch.load(tmp_path / "swag")
-    whole = trainer(swag=0.5)
+    expected = Swag()
+    whole = trainer(expected, swag=0.5)
     for _ in range(STEPS):
         whole.step()
-    assert swag["count"] == whole.swag.count == 5
+    assert swag["count"] == expected.count == 5
     bound = alone()[1]  # of the loss: values of weights, which Adam moves by the rate at most
-    for name, value in whole.swag.mean.items():
+    for name, value in expected.mean.items():
         assert (swag["mean"][name] - value).abs().max() <= bound + 1e-3, name
 
 
@@ -272,7 +276,7 @@ def test_ranks_that_find_nothing_begin(tmp_path):
 def test_pytorchs_own_checkpoints_read_ours(finished):
     dcp = pytest.importorskip("torch.distributed.checkpoint")
     storage = pytest.importorskip("torch.distributed.checkpoint.hf_storage")
-    tensors, _ = savepoints.load(finished)
+    tensors = savepoints.load(finished).tensors
     ours = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of being alone
@@ -286,10 +290,10 @@ def test_a_checkpoint_beside_the_training_is_of_its_own_step(tmp_path):
     tensors = {"a": torch.zeros(3)}
     saver = savepoints.Saver(tmp_path, beside=True)
     write, saver._write = saver._write, lambda *a: (time.sleep(0.2), write(*a))[1]
-    saver.save(1, tensors, {"done": 1, "swag": 0, "identity": {}})
+    saver.save(1, tensors, {})
     tensors["a"] += 1
     saver.wait()
-    assert torch.equal(savepoints.load(tmp_path)[0]["a"], torch.zeros(3))
+    assert torch.equal(savepoints.load(tmp_path).tensors["a"], torch.zeros(3))
 
 
 # --- torchrun itself ---------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""One process at a time in a run's folder."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from ..training import ranks as distributed
-from .errors import InputError, make_folder, writing
+from ..support.errors import InputError
+from ..support.files import make_folder, writing
+from . import ranks as distributed
 
 
 @contextmanager
 def alone(folder: Path | str, new: bool = False) -> Iterator[None]:
-    """While the block runs, no other process is in such a block with this folder.
+    """While the block runs, no other process can enter such a block with this folder.
 
-    The lock is a file, FOLDER/.lock, which holds the number of the process and is removed at the
-    end, with the folder if nothing else came into it. It is released if its holder dies. new: the
-    folder must not be there yet, so the file lies beside it. Where the file system knows no locks,
-    there are none. On several ranks all call it, and rank 0 holds the lock.
+    The lock is a file, FOLDER/.lock, which holds the number of the process. It is removed at the
+    end, with the folder if that is empty, and it is released if its holder dies. new: the folder
+    must not exist yet, so the file lies beside it. File systems without locks give no protection.
+    On several ranks all call it, and rank 0 holds the lock.
 
     Raises InputError, on all ranks, if another process holds it, or if it cannot be written.
     """
@@ -32,7 +33,7 @@ def alone(folder: Path | str, new: bool = False) -> Iterator[None]:
             except InputError as error:
                 problem = str(error)
         if distributed.largest(int(bool(problem))):
-            raise InputError(problem or f"{folder}: rank 0 cannot have it for itself")
+            raise InputError(problem or f"{folder}: rank 0 cannot lock it")
         yield
 
 
@@ -53,12 +54,12 @@ def _held(path: Path, folder: Path) -> Iterator[None]:
             os.close(descriptor)
     finally:
         for each in made:
-            with suppress(OSError):  # there is something in it
+            with suppress(OSError):  # it is not empty
                 each.rmdir()
 
 
 def _locked(path: Path, folder: Path) -> int:
-    """The open file at `path`, which this process alone has locked."""
+    """The open file at `path`, locked by this process."""
     while True:
         with writing(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

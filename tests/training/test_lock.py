@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from scalabl_ref import InputError
-from scalabl_ref.support.lock import alone
 from scalabl_ref.training import ranks as distributed
+from scalabl_ref.training.lock import alone
 
 from ..ranks import on_ranks
 

@@ -12,22 +12,17 @@ import pytest
 import torch
 
 from scalabl_ref import InputError
-from scalabl_ref.support.errors import (
+from scalabl_ref.support.files import (
     atomic_write,
     atomic_write_text,
     atomic_write_texts,
-    make_folder,
-    open_log,
-)
-from scalabl_ref.support.tensors import (
-    Stored,
     copy_file,
-    load_tensors,
+    make_folder,
     new_folder,
+    open_log,
     read_json,
-    save_tensors,
-    write_tensors,
 )
+from scalabl_ref.support.tensors import Stored, load_tensors, save_tensors, write_tensors
 
 ROOM = 4096  # bytes that a file may have where `full_disk` is on
 LARGE = torch.zeros(ROOM)
@@ -139,6 +134,21 @@ def test_a_new_folder_is_named_as_it_will_be(tmp_path):
     ):
         make_folder(tmp_path / "new" / "of another process")
     assert os.listdir(tmp_path) == ["new"]
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "new") as folder:
+        (folder / "file").write_text("half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(tmp_path / "deep" / "new") as folder:
+        (folder / "file").write_text("whole")
+    assert (tmp_path / "deep" / "new" / "file").read_text() == "whole"
+    with pytest.raises(InputError, match="exists already"), new_folder(tmp_path / "deep" / "new"):
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"), new_folder(tmp_path / "file" / "x"):
+        pass
 
 
 @pytest.fixture

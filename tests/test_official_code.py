@@ -15,10 +15,10 @@ from scalabl_ref import Noise, kl_forward, kl_official, subspace_lora_linear
 from scalabl_ref.core.adapter import initial_matrix, initial_values
 from scalabl_ref.data import Encoded, evaluation_batches
 from scalabl_ref.evaluation import metrics
-from scalabl_ref.training.trainer import kl_period, kl_weight, warmup_linear
+from scalabl_ref.training.schedule import kl_period, kl_weight, warmup_linear
 
-from ..conftest import ROOT
-from ..core.test_objective import TwoRows
+from .conftest import ROOT
+from .core.test_objective import TwoRows
 
 S, SIGMA = torch.tensor([0.3, -0.4]).double().exp(), torch.tensor([0.05, 0.2]).double()
 

@@ -1,0 +1,129 @@
+"""The loop: resuming to the bit, signals, damaged logs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from scalabl_ref import InputError
+from scalabl_ref.core.adapter import adapter_state
+from scalabl_ref.support.errors import Interrupted
+from scalabl_ref.training.loop import fit
+
+from ..models import tiny_data, trainer
+
+
+def log_of(folder):
+    keep = ("step", "loss", "nll", "kl", "sigma", "lr")
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    return [{key: json.loads(line)[key] for key in keep} for line in lines]
+
+
+@pytest.mark.parametrize("objective", ["elbo", "official"])
+@pytest.mark.parametrize("stop", [3, 5, 11])
+def test_resuming_repeats_the_uninterrupted_run_to_the_bit(tmp_path, objective, stop):
+    whole = trainer(objective=objective)
+    fit(whole, tmp_path / "whole")
+
+    def interrupt(record):
+        if record["step"] == stop - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match=f"SIGTERM after {stop} steps"):
+        fit(trainer(objective=objective), tmp_path / "parts", progress=interrupt)
+    second = trainer(objective=objective)
+    fit(second, tmp_path / "parts", resume=True)
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
+    for a, b in zip(
+        adapter_state(whole.model).values(), adapter_state(second.model).values(), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def die(record):
+    """Stop a run of checkpoints every 5 steps after 8, as losing the machine would."""
+    if record["step"] == 7:
+        raise MemoryError
+
+
+def test_a_run_killed_outright_resumes_from_its_last_checkpoint(tmp_path):
+    """Nothing could be saved at the end: steps after the checkpoint are done again."""
+
+    whole = trainer()
+    fit(whole, tmp_path / "whole")
+    with pytest.raises(MemoryError):
+        fit(trainer(), tmp_path / "parts", progress=die)
+    assert len(log_of(tmp_path / "parts")) == 8
+    again = trainer()
+    fit(again, tmp_path / "parts", resume=True)
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
+
+
+DAMAGE = b"\xff\x00 \r \xe2\x80\xa8 \x85"  # no UTF-8, and to some the ends of lines
+
+
+@pytest.mark.parametrize("end, kept", [(b"\n1\n2\n3\n4\n5", b"\n1\n2\n3\n"), (b"", b"\n")])
+def test_a_damaged_log_does_not_stop_a_run(tmp_path, end, kept):
+    """Its lines up to the checkpoint, here 5, stay as they are; a last one without end gets it."""
+    with pytest.raises(MemoryError):
+        fit(trainer(), tmp_path, progress=die)
+    log = tmp_path / "train.jsonl"
+    log.write_bytes(b"0\n" + DAMAGE + end)
+    fit(trainer(), tmp_path, resume=True)
+    kept = b"0\n" + DAMAGE + kept
+    before, after = log.read_bytes()[: len(kept)], log.read_bytes()[len(kept) :]
+    assert before == kept
+    steps = [json.loads(line)["step"] for line in after.splitlines()]
+    assert steps == list(range(5, 12))
+
+
+def test_ctrl_c_checkpoints_too(tmp_path):
+    before = signal.getsignal(signal.SIGINT)  # ignored, where the suite runs in the background
+    with pytest.raises(Interrupted) as caught:
+        fit(trainer(), tmp_path, progress=lambda record: os.kill(os.getpid(), signal.SIGINT))
+    assert caught.value.signum == signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is before
+    assert (
+        len(log_of(tmp_path)) == 1
+        and (tmp_path / "checkpoint" / "00000001" / "manifest.json").exists()
+    )
+
+
+def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
+    """One that has not begun, and one killed before its first checkpoint, whatever it logged."""
+
+    def die_early(record):
+        if record["step"] == 3:
+            raise MemoryError
+
+    fit(trainer(), tmp_path / "whole")
+    fit(trainer(), tmp_path / "new", resume=True)
+    with pytest.raises(MemoryError):
+        fit(trainer(), tmp_path / "parts", progress=die_early)
+    (tmp_path / "parts" / "checkpoint" / ".00000005.tmp").mkdir(parents=True)
+    assert len(log_of(tmp_path / "parts")) == 4
+    fit(trainer(), tmp_path / "parts", resume=True)
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "new") == log_of(tmp_path / "parts")
+
+
+def test_resuming_something_else_is_refused(tmp_path):
+    fit(trainer(), tmp_path)
+    for change, message in (
+        ({"lr": 0.5}, r"train.lr was 0.01 and now is 0.5"),
+        ({"model": {"rank": 2}}, r"adapter.rank was 3 and now is 2"),
+        ({"data": tiny_data(seed=1)}, "data differs"),
+    ):
+        with pytest.raises(InputError, match=message):
+            fit(trainer(**change), tmp_path, resume=True)
+    for manifest in tmp_path.glob("checkpoint/*/manifest.json"):
+        manifest.write_text("not a checkpoint")
+    with pytest.raises(InputError, match=r"00000012/manifest\.json: not JSON"):
+        fit(trainer(), tmp_path, resume=True)
+    for manifest in tmp_path.glob("checkpoint/*/manifest.json"):
+        manifest.unlink()
+    with pytest.raises(InputError, match=r"00000012/manifest\.json: no such file"):
+        fit(trainer(), tmp_path, resume=True)
