@@ -6,9 +6,7 @@ import dataclasses
 import html
 import json
 import math
-import multiprocessing
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -22,20 +20,21 @@ import pytest
 import torch
 
 from scalabl_ref import InputError, Llama
-from scalabl_ref.app import cli, protocol
-from scalabl_ref.app import study as study_module
+from scalabl_ref.app import cli
 from scalabl_ref.app.plan import product_rate
-from scalabl_ref.app.study import METHODS, Fit, Job, Study, cost, study
+from scalabl_ref.app.study import METHODS, Fit, Job, Study, cost, paper, run_study
+from scalabl_ref.app.study.sets import encoded_sets
 from scalabl_ref.evaluation import comparison, metrics
 from scalabl_ref.evaluation.comparison import table
 from scalabl_ref.methods import Swag
-from scalabl_ref.support.errors import Interrupted
 from scalabl_ref.support.lock import alone
 from scalabl_ref.support.tensors import load_tensors, save_tensors, sha256
 from scalabl_ref.training.trainer import Trainer
 
 from ..models import questions_file, tiny_folder
+from ..tickets import QUEUES
 from ..tolerances import rounding
+from .commands import facts
 
 SLOW = pytest.mark.slow
 ROUNDING = rounding(torch.float64, 16)  # of means and deviations over two seeds
@@ -62,7 +61,7 @@ def done(tmp_path_factory):
     """A study of every method, and its results."""
     folder = tmp_path_factory.mktemp("study")
     path = config(folder, methods=list(METHODS), lr=[0.01])
-    return Study.read(path), folder / "out", study(Study.read(path), folder / "out")
+    return Study.read(path), folder / "out", run_study(Study.read(path), folder / "out")
 
 
 def test_every_method_is_tuned_on_equally_many_trials_and_tested_with_every_seed(done):
@@ -164,7 +163,7 @@ def sized(tmp_path_factory):
     """A study with two other sizes and a sweep: its folder and results."""
     folder = tmp_path_factory.mktemp("sized")
     path = config(folder, **SIZED, sizes=[10, 20], sweep=["scalabl"])
-    return folder, study(Study.read(path), folder / "out")
+    return folder, run_study(Study.read(path), folder / "out")
 
 
 def test_sizes_and_sweeps_are_the_studies_of_their_own(sized):
@@ -172,7 +171,7 @@ def test_sizes_and_sweeps_are_the_studies_of_their_own(sized):
     folder, results = sized
     assert list(results["sizes"]) == [10, 20]
     changes = {**SIZED, "methods": ["scalabl"], "limit": 10}
-    small = study(Study.read(config(folder, **changes)), folder / "small")
+    small = run_study(Study.read(config(folder, **changes)), folder / "small")
     for name, row in small["methods"].items():
         assert results["sizes"][10]["methods"][name]["seeds"] == row["seeds"]
         assert results["methods"][name]["seeds"] != row["seeds"]
@@ -264,12 +263,12 @@ def test_the_cost_told_first_is_what_is_done(tmp_path):
     methods = ["mle", "ensemble", "tfb", "blob"]
     path = config(tmp_path, methods=methods, lr=[0.01], sweep=["blob"])
     told = cost(Study.read(path))
-    study(Study.read(path), tmp_path / "out")
+    run_study(Study.read(path), tmp_path / "out")
     records = [json.loads(p.read_text()) for p in (tmp_path / "out/runs").glob("*/run.json")]
     assert told["runs"] == len(records)
     assert told["steps"] == sum(record["train"]["steps"] for record in records)
     alone = Study.read(config(tmp_path, methods=["mle"], lr=[0.01], seeds=[4]))
-    sets = study_module._encoded(alone, ("train", "validation", "test", "other"))
+    sets = encoded_sets(alone, ("train", "validation", "test", "other"))
     tokens = {name: sum(map(len, data.tokens)) for name, data in sets.items()}
     mean = tokens["train"] / len(sets["train"].tokens)
     trained = 2 * mean * 4 * (3 + 1)  # forward and backward, batches of 4; 3 steps, and a quarter
@@ -309,7 +308,7 @@ def test_the_papers_protocol(tmp_path, capsys, monkeypatch):
     assert cli.main(command) == 2
     assert "winogrande/train_s.jsonl: no such file: task winogrande_s" in capsys.readouterr().err
     # And it runs, with its steps cut down.
-    full = protocol.paper
+    full = paper.studies
 
     def short(*arguments):
         return {
@@ -317,11 +316,11 @@ def test_the_papers_protocol(tmp_path, capsys, monkeypatch):
             for task, study in full(*arguments).items()
         }
 
-    monkeypatch.setattr(protocol, "paper", short)
+    monkeypatch.setattr(paper, "studies", short)
     with pytest.warns(UserWarning, match="tfb: no sigma in .* satisfies the tolerance: mle-"):
         assert cli.main([*command, "--tasks", "arc_easy"]) == 0
     results = json.loads(capsys.readouterr().out)["results"][str(tmp_path / "out" / "arc_easy")]
-    assert set(protocol.METHODS) < set(results["methods"])
+    assert set(paper.METHODS) < set(results["methods"])
     assert results["study"]["dtype"] == "bfloat16"
 
 
@@ -329,23 +328,23 @@ def test_openbookqa_is_tested_on_seven_other_sets(tmp_path):
     for file in ("openbookqa/train.jsonl", "openbookqa/test.jsonl"):
         _arc(tmp_path / file, 4)
     with pytest.raises(InputError, match="ARC-Challenge-Test.jsonl: no such file"):
-        protocol.paper("model", tmp_path, ("openbookqa",))
-    for file, _ in protocol.OUT_OF_DISTRIBUTION.values():
+        paper.studies("model", tmp_path, ("openbookqa",))
+    for file, _ in paper.OUT_OF_DISTRIBUTION.values():
         _arc(tmp_path / file, 4)
-    studies = protocol.paper("model", tmp_path, ("openbookqa",))
-    assert set(studies["openbookqa"].ood) == set(protocol.OUT_OF_DISTRIBUTION)
+    studies = paper.studies("model", tmp_path, ("openbookqa",))
+    assert set(studies["openbookqa"].ood) == set(paper.OUT_OF_DISTRIBUTION)
     assert studies["openbookqa"].settings == {"steps": 5000, "batch": 4, "rank": 8}
     with pytest.raises(InputError, match="unknown task 'chess'"):
-        protocol.paper("model", tmp_path, ("chess",))
+        paper.studies("model", tmp_path, ("chess",))
 
 
 def test_what_is_there_is_not_done_again(tmp_path, monkeypatch):
     path, out = config(tmp_path, methods=["mle"], lr=[0.01]), tmp_path / "out"
-    first = study(Study.read(path), out)
+    first = run_study(Study.read(path), out)
     calls = []
     for kind in (Fit, Job):
         monkeypatch.setattr(kind, "run", lambda self: calls.append(self))
-    again = study(Study.read(path), out)
+    again = run_study(Study.read(path), out)
     assert calls == [] and again == first
 
 
@@ -368,7 +367,7 @@ def test_what_has_changed_is_done_again(tmp_path):
     out, wanted = tmp_path / "out", quick(tmp_path)
 
     def numbers():
-        found = study(wanted, out)["methods"]["mle"]
+        found = run_study(wanted, out)["methods"]["mle"]
         return found["seeds"], [len(list((out / kind).iterdir())) for kind in ("runs", "answers")]
 
     first, counts = numbers()
@@ -384,7 +383,7 @@ def test_what_has_changed_is_done_again(tmp_path):
 def test_what_has_moved_is_not_done_again(tmp_path, monkeypatch):
     """And what is still to be answered is answered by the base where it now lies."""
     out = tmp_path / "out"
-    first = study(quick(tmp_path), out)["methods"]
+    first = run_study(quick(tmp_path), out)["methods"]
     moved = {name: str(tmp_path / f"moved-{name}") for name in ("model", "train", "test")}
     there = quick(tmp_path, **moved, ood={"other": {"path": moved["test"], "limit": 5}})
     for name, path in moved.items():
@@ -392,9 +391,9 @@ def test_what_has_moved_is_not_done_again(tmp_path, monkeypatch):
     monkeypatch.setattr(Fit, "run", lambda self: pytest.fail(f"{self.folder} is trained again"))
     with monkeypatch.context() as patch:
         patch.setattr(Job, "run", lambda self: pytest.fail(f"{self.folder} answers again"))
-        assert study(there, out)["methods"] == first
+        assert run_study(there, out)["methods"] == first
     shutil.rmtree(out / "answers")
-    assert study(there, out)["methods"]["mle"]["seeds"] == first["mle"]["seeds"]
+    assert run_study(there, out)["methods"]["mle"]["seeds"] == first["mle"]["seeds"]
 
 
 def test_data_that_change_while_a_study_runs_stop_it(tmp_path, monkeypatch):
@@ -405,8 +404,8 @@ def test_data_that_change_while_a_study_runs_stop_it(tmp_path, monkeypatch):
         relabel(tmp_path / "train.jsonl")
 
     monkeypatch.setattr(Fit, "run", edits)
-    with pytest.raises(InputError, match="train.jsonl: was changed while the study ran"):
-        study(quick(tmp_path), tmp_path / "out")
+    with pytest.raises(InputError, match="train.jsonl: has changed while the study ran"):
+        run_study(quick(tmp_path), tmp_path / "out")
 
 
 def test_sets_are_held_against_the_model_before_any_training(tmp_path):
@@ -482,23 +481,9 @@ def test_a_base_is_known_by_what_is_in_its_folder(tmp_path):
     assert changed()
 
 
-def test_two_studies_in_one_folder_do_not_meet(tmp_path, capsys):
-    path, out = config(tmp_path, methods=["mle"], lr=[0.01], seeds=[0]), tmp_path / "out"
-    out.mkdir()
-    command = ["study", str(path), "--out", str(out)]
-    with alone(out):
-        assert cli.main(command) == 2
-    said = capsys.readouterr().err
-    assert f"error: {out}: is in use by another process (pid {os.getpid()})" in said
-    assert list(out.iterdir()) == []
-    assert cli.main(command) == 0
-    (out / ".lock").mkdir()
-    assert cli.main(command) == 2 and ".lock: cannot be written" in capsys.readouterr().err
-
-
 def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
     path = config(tmp_path, methods=["scalabl"], lr=[0.01])
-    whole = study(Study.read(path), tmp_path / "whole")
+    whole = run_study(Study.read(path), tmp_path / "whole")
     real, calls = Job.run, []
 
     def stops(job):
@@ -509,9 +494,9 @@ def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Job, "run", stops)
     with pytest.raises(KeyboardInterrupt):
-        study(Study.read(path), tmp_path / "out")
+        run_study(Study.read(path), tmp_path / "out")
     monkeypatch.setattr(Job, "run", real)
-    results = study(Study.read(path), tmp_path / "out")
+    results = run_study(Study.read(path), tmp_path / "out")
     for name, row in results["methods"].items():
         assert row["seeds"] == whole["methods"][name]["seeds"]
 
@@ -519,7 +504,7 @@ def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
 @SLOW
 def test_processes_give_the_same_numbers(tmp_path):
     path = config(tmp_path, methods=["mle"], lr=[0.01])
-    one, two = (study(Study.read(path), tmp_path / f"jobs{n}", n) for n in (1, 2))
+    one, two = (run_study(Study.read(path), tmp_path / f"jobs{n}", n) for n in (1, 2))
     for name, row in one["methods"].items():
         for a, b in zip(row["seeds"], two["methods"][name]["seeds"], strict=True):
             assert a == pytest.approx(b, abs=1e-5)
@@ -533,10 +518,16 @@ def test_a_bad_run_stops_those_beside_it(tmp_path):
         tmp_path, methods=["mle", "map"], lr=[0.01], knobs=knobs, settings=settings, seeds=[0]
     )
     with pytest.raises(InputError, match="the loss is inf at step 0"):
-        study(Study.read(path), tmp_path / "out", 2)
+        run_study(Study.read(path), tmp_path / "out", 2)
     assert len(list((tmp_path / "out/runs").iterdir())) <= 2
     assert not list((tmp_path / "out").glob("runs/*/run.json"))
-    assert multiprocessing.active_children() == []
+    assert workers_of(os.getpid()) == []
+
+
+def workers_of(process):
+    """The processes that it has started to work."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [c for c in children if b"app.workers" in Path(f"/proc/{c}/cmdline").read_bytes()]
 
 
 def both_train(out, patience=60):
@@ -565,14 +556,13 @@ def test_a_study_that_is_stopped_stops_its_processes(tmp_path, capsys, who, numb
 
     def stop():
         both_train(out)
-        workers = [process.pid for process in multiprocessing.active_children()]
-        os.kill(os.getpid() if who == "study" else workers[0], number)
+        os.kill(os.getpid() if who == "study" else int(workers_of(os.getpid())[0]), number)
 
     stopping = threading.Thread(target=stop)
     stopping.start()
     assert cli.main(["study", str(path), "--out", str(out), "--jobs", "2"]) == code
     stopping.join()
-    assert multiprocessing.active_children() == []
+    assert workers_of(os.getpid()) == []
     said = capsys.readouterr().err
     assert said.startswith(words) and said.count("\n") == 1
     assert len(list(out.glob("runs/*/checkpoint/*"))) == (1 if number == signal.SIGKILL else 2)
@@ -593,10 +583,10 @@ def test_a_study_that_is_killed_leaves_no_process(tmp_path):
     command = [sys.executable, "-m", "scalabl_ref", "study", path, "--out", out, "--jobs", "2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     both_train(out)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    left = workers_of(process.pid)
+    assert len(left) == 2
     process.kill()
-    assert process.wait(60) == -signal.SIGKILL and len(children) > 2
-    left = children
+    assert process.wait(60) == -signal.SIGKILL
     for _ in range(3000):  # a minute
         left = [child for child in left if not ended(child)]
         if not left:
@@ -609,13 +599,6 @@ def test_a_study_that_is_killed_leaves_no_process(tmp_path):
         pass  # the folder is free
     assert len(list(out.glob("runs/*/checkpoint/*"))) == 2
     assert not list(out.glob("runs/*/run.json"))
-
-
-def test_an_interruption_travels_between_processes():
-    for error in (Interrupted(signal.SIGINT, 5), Interrupted(signal.SIGTERM)):
-        again = pickle.loads(pickle.dumps(error))
-        assert str(again) == str(error) and again.signum == error.signum
-    assert str(Interrupted(signal.SIGINT, 5)) == "interrupted by SIGINT after 5 steps"
 
 
 def test_bold_is_only_what_the_bootstrap_tells_apart():
@@ -638,21 +621,6 @@ def test_bold_is_only_what_the_bootstrap_tells_apart():
     assert not best["significant"] and math.isnan(best["difference"][0])
 
 
-def test_command_and_bad_files(tmp_path, capsys):
-    path = config(tmp_path, methods=["mle"], lr=[0.01], seeds=[0])
-    assert cli.main(["study", str(path), "--out", str(tmp_path / "out")]) == 0
-    out = capsys.readouterr().out
-    assert "| mle | lr 0.01, share_of_steps" in out and "results.md" in out
-    for jobs, limit in ((0, "least 1"), (10**9, "most 256")):
-        assert (
-            cli.main(["study", str(path), "--out", str(tmp_path / "out"), "--jobs", str(jobs)]) == 2
-        )
-        assert capsys.readouterr().err == f"error: jobs must be at {limit}, and are {jobs}\n"
-    path.write_text('{"model": "m"}')
-    assert cli.main(["study", str(path), "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == f"error: {path}: field 'train' is missing\n"
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -665,7 +633,7 @@ def test_command_and_bad_files(tmp_path, capsys):
         ({"format": "xml"}, "format must be one of jsonl, arc"),
         ({"seeds": 3}, "seeds must be a list (each a whole number), not 3"),
         ({"seeds": []}, "seeds must have values"),
-        ({"seeds": [1, 1]}, "seeds must have values, and none of them twice"),
+        ({"seeds": [1, 1]}, "seeds must have values, each only once"),
         ({"seeds": [-1]}, "seeds must not be negative"),
         ({"seeds": [True]}, "seeds must be a list (each a whole number), not [True]"),
         ({"lr": 0.001}, "lr must be a list (each a finite number), not 0.001"),
@@ -724,3 +692,22 @@ def test_a_setting_that_some_methods_heed_is_theirs(tmp_path):
     trials = {name: study.trials(name)[0] for name in study.methods}
     beta = {name: study.configs(name, trial, 0)[1].beta for name, trial in trials.items()}
     assert beta == {"scalabl": 1.0, "map": 2, "dropout": 2}
+
+
+def test_a_study_has_templates_and_answers_of_its_own(tickets):
+    (tickets / "own.txt").write_text("{question} Queue:\n\n")
+    settings = {"steps": 2, "batch": 4, "rank": 2}
+    config = Study(
+        "model", "tickets.jsonl", "others.jsonl", prompt_template="own.txt", labels="words",
+        answer_tokens="bare", methods=("mle",), lr=(1e-3,), seeds=(0,), settings=settings,
+        knobs={"mle": [1.0]},
+    )  # fmt: skip
+    run_study(config, tickets / "out")
+    (run,) = (tickets / "out/runs").iterdir()
+    info = facts(run)
+    assert info["prompt_template"] == "{question} Queue:\n" and info["labels"] == "words"
+    assert info["label_names"] == list(QUEUES) and len(info["head_tokens"]) == 5
+    # Other prompts are another run, though files and settings are the same.
+    run_study(dataclasses.replace(config, labels="letters"), tickets / "out")
+    kinds = sorted(facts(run)["labels"] for run in (tickets / "out/runs").iterdir())
+    assert kinds == ["letters", "words"]

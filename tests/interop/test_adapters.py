@@ -29,7 +29,7 @@ from scalabl_ref.interop.adapters import Trained, export, import_adapter, read_r
 from scalabl_ref.methods import Ensemble, Laplace, Swag
 from scalabl_ref.support.tensors import load_tensors, read_json, save_tensors
 
-from ..app.test_cli import ok, refused
+from ..app.commands import ok, refused
 from ..models import questions_file, tiny_batch, tiny_folder
 from ..tolerances import logits_bound, rounding
 
@@ -906,7 +906,7 @@ def test_import_evaluate_train_export(work, capsys):
     # The other methods that start from a plain LoRA.
     ok("import --from peft peft --model base --out plain --method mle", capsys)
     words = refused("posterior laplace --run plain --out laplace", capsys)
-    assert "plain/run.json: does not say what file it was trained on: give --data" in words
+    assert "plain/run.json: does not name the training data: give --data" in words
     ok("posterior tfb --run plain --out tfb --data train.jsonl --tolerance 1", capsys)
     ok("export --run tfb --to peft --out tfb-out --samples 1", capsys)
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ..support.errors import InputError, expected
+from ...support.errors import InputError, expected
 
 # What other programs call an option of ours.
 _ELSEWHERE = {
