@@ -2,16 +2,82 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 
+from scalabl_ref import InputError
 from scalabl_ref.app import cli
+from scalabl_ref.app.cli import options
+from scalabl_ref.app.cli.parser import Parser
 from scalabl_ref.evaluation.predict import MOST_SAMPLES
 
 from ...data.test_answers import CHAT
 from ...tickets import QUEUES
 from ..commands import NEXT, TRAIN, facts, ok, refused, scores
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A field of each kind."""
+
+    kind: Literal["plain", "fancy"] = "plain"
+    maybe: Literal["a", "b"] | None = "a"
+    name: str = "x"
+    count: int = 3
+    rate: float = 1e-3
+    alpha: float | None = None
+    parts: tuple[str, ...] = ("p", "q")
+    fast: bool = False
+
+
+HELPS = {field.name: f"the {field.name}" for field in dataclasses.fields(Settings)}
+
+
+def settings_parser(**more) -> Parser:
+    parser = Parser("prog")
+    options.add_fields(parser, Settings, HELPS, **more)
+    return parser
+
+
+def test_options_of_fields_give_only_what_the_user_gave():
+    for given in (
+        {},
+        {"kind": "fancy", "maybe": "b", "name": "y", "count": 4, "rate": 0.5, "alpha": 2.0,
+         "parts": ["r", "s"], "fast": True},
+    ):  # fmt: skip
+        words = []
+        for name, value in given.items():
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            words += [f"--{name}", *map(str, values)]
+        assert options.given(Settings, settings_parser().parse_args(words)) == given
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--kind good", "--kind must be one of plain, fancy, not 'good'"),
+        ("--maybe c", "--maybe must be one of a, b, not 'c'"),
+        ("--count 1.5", "--count must be a whole number, not '1.5'"),
+        ("--rate fast", "--rate must be a number, not 'fast'"),
+        ("--name z", "--name must be one of x, y, not 'z'"),
+    ],
+)
+def test_options_of_fields_have_the_fields_types_and_choices(words, message):
+    with pytest.raises(InputError, match=message):
+        settings_parser(choices={"name": ("x", "y")}).parse_args(words.split())
+
+
+def test_help_of_fields_has_their_defaults():
+    text = " ".join(settings_parser(default="{}, or the run's").format_help().split())
+    for name, value in (("kind", "plain"), ("maybe", "a"), ("count", "3"), ("rate", "0.001"),
+                        ("alpha", "2 * rank"), ("parts", "p q")):  # fmt: skip
+        assert f"the {name} (default: {value}, or the run's)" in text
+    assert "--fast the fast" in text and "the fast (" not in text
+
 
 TICKETS = TRAIN.replace("train.jsonl", "tickets.jsonl")
 
