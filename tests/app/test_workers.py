@@ -69,7 +69,8 @@ def is_there(pid: str) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
-def test_jobs_are_shared_by_processes_of_one_thread_that_end_with_the_block(tmp_path):
+def test_jobs_are_shared_by_processes_of_one_thread_that_end_with_the_block(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # what PyTorch would take
     with Workers(2) as workers:
         for part in ("ab", "cde"):  # the same processes do both
             assert len(list(workers.run([Writes(tmp_path, name) for name in part]))) == len(part)
