@@ -7,7 +7,7 @@ import os
 from scalabl_ref.app import cli
 from scalabl_ref.support.lock import alone
 
-from ..test_study import config
+from ..study.studies import config
 
 
 def test_two_studies_in_one_folder_do_not_meet(tmp_path, capsys):
