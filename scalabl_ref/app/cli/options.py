@@ -213,7 +213,7 @@ def add_samples(parser: argparse.ArgumentParser) -> None:
         "and --most; exact: integrate (only for scalabl on lm_head alone, with at most 4 classes "
         "or rank 3)")  # fmt: skip
     helps = {
-        "tolerance": "--samples auto: stop once, with 95 % confidence, no other answer is more "
+        "tolerance": "--samples auto: stop once, with 95 %% confidence, no other answer is more "
         "probable by more than this",
         "most": "--samples auto: stop after this many draws, at most 100,000",
     }

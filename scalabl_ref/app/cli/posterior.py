@@ -99,10 +99,10 @@ def _check_plain(runs: list[Path], method: str) -> None:
         ours, first = _must_agree(info), _must_agree(facts[0])
         for key in ours:
             if ours[key] != first[key]:
-                raise InputError(f"{run}: no ensemble with {runs[0]}: {key} differs")
+                raise InputError(f"{run}: cannot join {runs[0]} in an ensemble: {key} differs")
         same = by_weights.setdefault(sha256(run / "adapter.safetensors"), run)
         if same is not run:
-            raise InputError(f"{run}: no ensemble with {same}: the weights are the same")
+            raise InputError(f"{run}: has the same weights as {same}: an ensemble needs others")
 
 
 def _must_agree(info: dict[str, Any]) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def open_run(
     model, _ = load_run(run, base, base=folder)
     posterior = load_posterior(run, info)
     if sharded(args) and posterior is not None:
-        raise InputError(f"{run}: posterior {info['posterior']} needs a whole base")
+        raise InputError(f"{run}: posterior {info['posterior']} does not work with --shard")
     shard(args, model)
     return model, load_tokenizer(folder), info, posterior
 

@@ -27,7 +27,9 @@ def test_a_posterior_keeps_its_runs_prompt_template(work, capsys):
     assert ours.pop("prompt_template") == "{question} Well:"
     assert theirs.pop("prompt_template") is None and ours == theirs
     ensemble = "posterior ensemble --run run whole --out both"
-    assert "whole: no ensemble with run: prompt_template differs" in refused(ensemble, capsys)
+    assert "whole: cannot join run in an ensemble: prompt_template differs" in refused(
+        ensemble, capsys
+    )
 
 
 def test_draws_of_a_posterior_have_no_design(work, capsys):
