@@ -12,8 +12,8 @@ from ...support.errors import InputError, expected
 
 # Our options by their names in other programs.
 _ELSEWHERE = {
-    "--epochs": "--steps (rows / --batch of them are one epoch)",
-    "--num-epochs": "--steps (rows / --batch of them are one epoch)",
+    "--epochs": "--steps (one epoch is rows / --batch steps)",
+    "--num-epochs": "--steps (one epoch is rows / --batch steps)",
     "--learning-rate": "--lr",
     "--batch-size": "--batch",
     "--output": "--out",

@@ -1,6 +1,6 @@
 """Estimate memory and time of a training step, from the model's shape alone, for each dtype or
 quantisation of the base model: whole on each GPU, split over the GPUs, or kept in CPU memory. An
-arrow marks the fastest that fits."""
+arrow marks the plan to take."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bandwidth", type=float, metavar="GB/s",
         help="memory bandwidth in GB/s (needed with --rate)")  # fmt: skip
     add("--link", type=float, metavar="GB/s",
-        help="rate at which a GPU receives data from other GPUs or from CPU memory, in GB/s: adds "
-        "the time of transfers, and plans with the base in CPU memory")  # fmt: skip
+        help="rate at which a GPU receives data from other GPUs or from CPU memory, in GB/s; "
+        "adds the time of transfers, and plans that keep the base in CPU memory")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> Result:

@@ -173,8 +173,8 @@ MISTAKES = [
      "no command 'lora': expected demo, train, posterior, evaluate, predict, generate, "
      "export, import, count, plan, verify, conformance, study, info"),
     ("train --epochs 3",
-     "scalabl train has no option --epochs: did you mean --steps (rows / --batch of them are "
-     "one epoch)?"),
+     "scalabl train has no option --epochs: did you mean --steps (one epoch is rows / --batch "
+     "steps)?"),
     ("train ... --learning-rate 1e-3",
      "scalabl train has no option --learning-rate: did you mean --lr?"),
     ("train ... --batch-size 4", "scalabl train has no option --batch-size: did you mean --batch?"),
