@@ -99,10 +99,10 @@ def _check_plain(runs: list[Path], method: str) -> None:
         ours, first = _must_agree(info), _must_agree(facts[0])
         for key in ours:
             if ours[key] != first[key]:
-                raise InputError(f"{run}: cannot join {runs[0]} in an ensemble: {key} differs")
+                raise InputError(f"{run}: differs from {runs[0]} in {key}: they make no ensemble")
         same = by_weights.setdefault(sha256(run / "adapter.safetensors"), run)
         if same is not run:
-            raise InputError(f"{run}: has the same weights as {same}: an ensemble needs others")
+            raise InputError(f"{run}: has the same weights as {same}: they make no ensemble")
 
 
 def _must_agree(info: dict[str, Any]) -> dict[str, Any]:
