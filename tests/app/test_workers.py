@@ -24,7 +24,7 @@ class Writes:
     name: str
 
     def run(self) -> None:
-        print("a line on standard output, which is no answer")
+        print("a line that does not belong among results", flush=True)
         (self.folder / self.name).write_text(f"{os.getpid()} {torch.get_num_threads()}")
         while len(pids(self.folder)) < 2:
             time.sleep(0.01)
@@ -69,7 +69,9 @@ def is_there(pid: str) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
-def test_jobs_are_shared_by_processes_of_one_thread_that_end_with_the_block(tmp_path, monkeypatch):
+def test_jobs_are_shared_by_processes_of_one_thread_that_end_with_the_block(
+    tmp_path, monkeypatch, capfd
+):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # what PyTorch would take
     with Workers(2) as workers:
         for part in ("ab", "cde"):  # the same processes do both
@@ -78,6 +80,7 @@ def test_jobs_are_shared_by_processes_of_one_thread_that_end_with_the_block(tmp_
     assert len(pids(tmp_path)) == 2 and str(os.getpid()) not in pids(tmp_path)
     assert all(path.read_text().endswith(" 1") for path in tmp_path.iterdir())
     assert not any(is_there(pid) for pid in pids(tmp_path))
+    assert capfd.readouterr().out == ""
 
 
 def test_one_job_at_a_time_is_done_here(tmp_path):

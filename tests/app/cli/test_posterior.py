@@ -27,9 +27,7 @@ def test_a_posterior_keeps_its_runs_prompt_template(work, capsys):
     assert ours.pop("prompt_template") == "{question} Well:"
     assert theirs.pop("prompt_template") is None and ours == theirs
     ensemble = "posterior ensemble --run run whole --out both"
-    assert "differs from run in prompt_template: they make no ensemble" in refused(
-        ensemble, capsys
-    )
+    assert "differs from run in prompt_template: they make no ensemble" in refused(ensemble, capsys)
 
 
 def test_draws_of_a_posterior_have_no_design(work, capsys):
