@@ -130,7 +130,7 @@ def kept(work: Workload, width: int, quantized: bool = False) -> list[float]:
             inputs = sum(4 * rows[name] * d_in for name in own)
         else:
             inputs = wide * d_in * sum({rows[name] for name in own})
-        return inputs + sum(4 * rank * rows[name] * (3 if quantized else 1) for name in own)
+        return inputs + sum(4 * rank * rows[name] * (4 if quantized else 1) for name in own)
 
     total: list[float] = []
     live = False
