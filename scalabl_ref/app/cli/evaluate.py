@@ -10,16 +10,8 @@ from typing import Any
 
 from ...data import Example, Wording, format_of, load
 from ...data.tokenizer import Tokenizer, load_tokenizer
-from ...evaluation.evaluate import (
-    BASE,
-    Answers,
-    Samples,
-    answer,
-    check_results,
-    encode_for,
-    evaluate,
-    results_folder,
-)
+from ...evaluation.answering import Answers, Samples, answer, encode_for
+from ...evaluation.evaluate import BASE, check_results, results_folder, score
 from ...evaluation.metrics import checked_bins
 from ...methods import Posterior
 from ...model.llama import Llama
@@ -74,8 +66,7 @@ def run(args: argparse.Namespace) -> Result:
         if not args.force:
             check_results(folder, settings)
         answers, calibration, ood = _asked(args, samples, info)
-        result = evaluate(
-            folder,
+        results = score(
             {**info, "data": str(args.data)},
             answers,
             seed=args.seed,
@@ -84,13 +75,13 @@ def run(args: argparse.Namespace) -> Result:
             calibration=calibration,
             ood=ood,
             settings=settings,
-            latest=None if args.out else args.run,
         )
+        results.write(folder, *([args.run] if args.run and not args.out else []))
     if answers.encoded:
         say_wording(args, answers.encoded)
-    say(args, _table(result))
+    say(args, _table(results.metrics))
     say(args, f"written: {folder / 'metrics.json'}, predictions.jsonl, report.html")
-    return result
+    return results.metrics
 
 
 def _base_facts(args: argparse.Namespace) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ...core.config import ADAPTERS, COVARIANCES, TARGETS, AdapterConfig
 from ...data import FORMATS, STYLES, Columns, Wording, format_of, read_template
-from ...evaluation.evaluate import Samples
+from ...evaluation.answering import Samples
 from ...evaluation.predict import DESIGNS, check_samples
 from ...evaluation.sequential import Auto
 from ...support.errors import InputError

@@ -9,8 +9,8 @@ from typing import Any
 
 from ...data import Wording, evaluation_batches
 from ...data.tokenizer import Tokenizer
-from ...evaluation.evaluate import encode_for
-from ...methods import Ensemble, Laplace, Posterior, Swag, tfb
+from ...evaluation.answering import encode_for
+from ...methods import Ensemble, Laplace, Posterior, Swag, fit_tfb
 from ...model.llama import Llama
 from ...support.errors import InputError
 from ...support.lock import alone
@@ -73,7 +73,7 @@ def _made(
     encoded = encode_for(model, tokenizer, examples, Wording.of_run(info))
     batches = evaluation_batches(encoded, args.batch)
     if args.method == "tfb":
-        sigma = tfb(model, batches, args.tolerance, samples=args.samples, seed=args.seed)
+        sigma = fit_tfb(model, batches, args.tolerance, args.samples, args.seed)
         return None, {"sigma": sigma}
     laplace = Laplace.fit(model, batches, args.layers, args.kron_rank).optimise_prior()
     return laplace, {"precision": laplace.precision}

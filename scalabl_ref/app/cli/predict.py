@@ -8,7 +8,7 @@ import argparse
 from typing import Any
 
 from ...data import Wording, question
-from ...evaluation.evaluate import answer
+from ...evaluation.answering import answer
 from ...support.errors import InputError
 from . import options, runs
 from .output import Result, say

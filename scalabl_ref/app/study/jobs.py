@@ -11,18 +11,17 @@ from pathlib import Path
 
 import torch
 
-from ...core.adapter import adapters
+from ...core.adapter import adapter_state, adapters
 from ...core.config import AdapterConfig
 from ...data import Encoded, evaluation_batches
 from ...evaluation.predict import predict_all
-from ...methods import Laplace, Posterior
-from ...methods.ensemble import Ensemble, Swag
+from ...methods import Ensemble, Laplace, Posterior, Swag
 from ...model.attach import add_adapters
 from ...model.llama import Llama
 from ...support.errors import atomic_write_text, make_folder
 from ...support.fields import json_text
 from ...support.tensors import load_tensors, read_json, save_tensors
-from ...training.trainer import TrainConfig, Trainer, adapter_state, fit, load_run, save_run
+from ...training.trainer import TrainConfig, Trainer, fit, load_run, save_run
 from .config import Study, digest
 from .methods import METHODS, Method
 from .sets import base_model, encoded_sets

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...data import Encoded, evaluation_batches
-from ...methods import Laplace, Posterior, tfb
-from ...methods.ensemble import Swag
+from ...methods import Laplace, Posterior, Swag, fit_tfb
 from ...model.llama import Llama
 from ...support.errors import InputError
 
@@ -50,7 +49,7 @@ def _tfb(model: Llama, run: Path, sets: Sets, samples: int, seed: int) -> None:
     study should not end for that.
     """
     try:
-        tfb(model, evaluation_batches(sets["validation"], 32), 0.003, samples=samples, seed=seed)
+        fit_tfb(model, evaluation_batches(sets["validation"], 32), 0.003, samples, seed)
     except InputError as error:
         warnings.warn(f"tfb: {error}: {run.name} answers with its mean", stacklevel=2)
 

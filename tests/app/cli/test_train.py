@@ -108,7 +108,7 @@ def test_a_run_is_not_overwritten(work, capsys):
 def test_a_run_that_ended_early_can_be_done_again(work, capsys):
     """Wrong settings leave nothing; one killed before a checkpoint is begun anew."""
     official = f"{TRAIN} --method blob --kl official"
-    assert "method blob has the KL 'forward' alone" in refused(official, capsys)
+    assert "method blob has only the KL 'forward'" in refused(official, capsys)
     assert not (work / "run").exists()
     (work / "run").mkdir()
     (work / "run" / "train.jsonl").write_text('{"step": 0, "loss": 7.0}\n{"st')
