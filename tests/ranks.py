@@ -13,7 +13,7 @@ from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["scalabl_ref.app.cli", "scalabl_ref.training.loop", "scalabl_ref.evaluation.evaluate",
+    ["scalabl_ref.app.cli.train", "scalabl_ref.app.cli.evaluate", "scalabl_ref.training.loop",
      "scalabl_ref.data.tokenizer", "torch._dynamo", "torch.distributed.fsdp",
      "tests.training.test_savepoints"]
 )  # fmt: skip

@@ -116,7 +116,7 @@ def test_links_and_commands_exist(document):
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (document.parent / target).exists(), target
     for command in re.findall(r"^ {4}scalabl (\w+)", text, re.MULTILINE):
-        assert command in cli._COMMANDS, command
+        assert command in cli.COMMANDS, command
     for tool in re.findall(r"python (tools/\w+\.py)", text):
         assert (ROOT / tool).is_file(), tool
 

@@ -1,4 +1,4 @@
-"""Public model shapes by name, for `scalabl count`: facts from the models' own config.json."""
+"""Shapes of public models by name, from their own config.json, and what adapters add to them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _qwen25(vocab: int, *sizes: int, tied: bool = False) -> LlamaConfig:
     )
 
 
-# name: (hidden, intermediate, layers, heads, kv heads)
+# Sizes: hidden, intermediate, layers, heads, key-value heads.
 CONFIGS: dict[str, LlamaConfig] = {
     "llama-2-7b": _llama2(4096, 11008, 32, 32, 32),
     "llama-2-13b": _llama2(5120, 13824, 40, 40, 40),
@@ -58,24 +58,16 @@ CONFIGS: dict[str, LlamaConfig] = {
     "qwen2.5-32b": _qwen25(152064, 5120, 27648, 64, 40, 8),
     "qwen2.5-72b": _qwen25(152064, 8192, 29568, 80, 64, 8),
     "smollm2-135m": _llama(
-        49152,
-        576,
-        1536,
-        30,
-        9,
-        3,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        rope=RopeConfig(theta=100000.0),
-        tie_word_embeddings=True,
+        49152, 576, 1536, 30, 9, 3, max_position_embeddings=8192, rms_norm_eps=1e-5,
+        rope=RopeConfig(theta=100000.0), tie_word_embeddings=True,
     ),
-}
+}  # fmt: skip
 
 
 def find_config(name: str) -> LlamaConfig:
-    """The shape of that name, or the one in a config.json (or in the folder that holds one).
+    """A model's shape, by its name above, or from a config.json or the folder that has one.
 
-    Raises InputError if it is neither.
+    Raises InputError for any other name.
     """
     if name.lower() in CONFIGS:
         return CONFIGS[name.lower()]

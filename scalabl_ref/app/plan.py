@@ -1,10 +1,9 @@
-"""What a training step will take, from the model's shape alone: memory, time, and what fits.
+"""An estimate of a training step from the model's shape alone: its memory, its time, what fits.
 
-The memory of a step is that of the base's weights, of the adapters with AdamW's two moments, of
-what the forward pass keeps for the backward one (`kept`, tensor by tensor), of what one block
-needs on the way, and of the program. Its time is that of its products at a rate of FLOP/s, of what
-is done value by value at a rate of bytes/s, of unpacking a quantised base, and of what devices
-exchange. docs/large.md has both models, and their predictions beside measurements.
+Memory: the base's weights, the adapters with AdamW's two moments, all tensors that the forward pass
+keeps for the backward pass (`kept`), the temporary tensors of one block, and the program. Time:
+matrix products at a rate in FLOP/s, elementwise work at a rate in bytes/s, unpacking of a quantised
+base, and transfers between devices. docs/large.md derives both and compares them with measurements.
 """
 
 from __future__ import annotations
@@ -43,10 +42,10 @@ CALL = 6e-6  # seconds of one, however little it does
 
 @dataclass(frozen=True)
 class Workload:
-    """A step on one device: so many rows at a time (`micro_batch`), all of `tokens` tokens.
+    """A step on one device: `rows` rows at a time (`micro_batch`), each of `tokens` tokens.
 
-    classes: rows that the head is cut down to; None leaves it whole. Raises InputError for a size
-    below 1, or more tokens than the model has positions.
+    classes: rows of the head that are kept; None keeps all. Raises InputError for a size below 1,
+    or for more tokens than the model has positions.
     """
 
     config: LlamaConfig
@@ -67,9 +66,9 @@ class Workload:
 
 
 class Rates(NamedTuple):
-    """What a device does in a second: FLOP of products with weights and of attention's, bytes read
-    and written; the seconds to make a quantised weight whole, for each of its values; and the bytes
-    it receives in a second from the others, or from the CPU's memory."""
+    """A device's speed. flop: FLOP/s of products with weights. attention: FLOP/s of attention.
+    bytes: bytes/s read and written. unpack: seconds to unpack one value of a quantised weight.
+    link: bytes/s received from other devices or from CPU memory."""
 
     flop: float
     attention: float
@@ -79,7 +78,7 @@ class Rates(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a step has to do: FLOP, FLOP, bytes and values, as in `Rates`."""
+    """The work of a step: FLOP, FLOP of attention, bytes, and values to unpack, as in `Rates`."""
 
     flop: float
     attention: float
@@ -88,13 +87,12 @@ class Work(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A way to do a step on each of so many devices, its memory in bytes, its time in seconds.
+    """A way to do a step on each of `devices` devices: its memory in bytes, its time in seconds.
 
-    kind: one of `BASES`. checkpointing: whether blocks keep their input alone and run forward once
-    more. shards: devices over which FSDP spreads the base. offloaded: whether what it spreads stays
-    in the CPU's memory. base: weights that stay on the device. adapters: with AdamW's moments.
-    activations: kept for the backward pass. workspace: of the moment when most is needed. peak:
-    all, the program included.
+    kind: one of `BASES`. checkpointing: blocks keep only their input and run forward twice.
+    shards: devices over which FSDP spreads the base. offloaded: its parts stay in CPU memory.
+    base: weights on the device. adapters: with AdamW's moments. activations: kept for the backward
+    pass. workspace: temporary memory at its largest. peak: all of these and the program.
     """
 
     kind: str
@@ -114,10 +112,10 @@ class Plan(NamedTuple):
 
 
 def kept(work: Workload, width: int, quantized: bool = False) -> list[float]:
-    """Bytes that the forward pass keeps for the backward one: of each block, then of the head.
+    """Bytes that the forward pass keeps for the backward pass: of each block, then of the head.
 
-    width: bytes of a value of the base. What needs no gradient keeps nothing, which is all before
-    the first adapter; of the last block, all but keys and values is of the answer's tokens alone.
+    width: bytes of a value of the base. Layers before the first adapter need no gradient and keep
+    nothing. In the last block only keys and values have all tokens; the rest has one for each row.
     """
     c, rank, targets = work.config, work.adapter.rank, set(work.adapter.targets)
     d, f = c.hidden_size, c.intermediate_size
@@ -126,13 +124,13 @@ def kept(work: Workload, width: int, quantized: bool = False) -> list[float]:
     norm = 4 * (d + 1)  # RMSNorm's input as float32, and one over its root mean square
 
     def adapted(names: tuple[str, ...], d_in: int, rows: dict[str, int], wide: int = width) -> int:
-        """Inputs of layers that share theirs, and A x; without the core also its products."""
+        """Inputs of layers that share an input, and A x; without the core, its products too."""
         own = [name for name in names if name in targets]
         if quantized and wide < 4:  # each casts its input
             inputs = sum(4 * rows[name] * d_in for name in own)
         else:
             inputs = wide * d_in * sum({rows[name] for name in own})
-        return inputs + sum(4 * rank * rows[name] * (3 if quantized else 1) for name in own)
+        return inputs + sum(4 * rank * rows[name] * (4 if quantized else 1) for name in own)
 
     total: list[float] = []
     live = False
@@ -173,7 +171,7 @@ def _sizes(work: Workload, base: str) -> tuple[float, float, float]:
     blocks = sum(p.nbytes for p in model.layers.parameters())
     ends = sum(p.nbytes for p in model.parameters()) - blocks
     if work.classes:
-        ends -= 0 if model.tied else model.lm_head.weight.nbytes  # but for a few rows
+        ends -= 0 if model.tied else model.lm_head.weight.nbytes  # a few rows remain
         model.trim_head(list(range(work.classes)))
     add_adapters(model, work.adapter)
     own = adapters(model).values()
@@ -189,9 +187,9 @@ def memory(
     offloaded: bool = False,
     device: str = "cpu",
 ) -> Plan:
-    """A step's memory, its seconds left 0; arguments as in `Plan`.
+    """A step's memory, with 0 for its seconds; arguments as in `Plan`.
 
-    Of a base that is spread, two blocks and both ends are whole on each device at the same time.
+    When the base is spread, each device holds two whole blocks and both ends at a time.
     """
     dtype, kind = BASES[base]
     width, c = dtype.itemsize, work.config
@@ -210,8 +208,8 @@ def memory(
         passing += c.intermediate_size * c.hidden_size * width
     if not checkpointing:
         passing -= sum(acts[-2:])  # what the last block and the head kept is free by then
-    # The optimiser has gradients, and two more of their size on the way, but no activations; an
-    # exchange has them in float64, each by itself and end to end.
+    # The optimiser needs the gradients and two temporary copies, but no activations. An exchange
+    # needs them in float64, one by one and joined.
     workspace = max(passing, (5 if devices > 1 else 3) * trained - activations, 0.0)
     resident = PROGRAM[device] + stays + 3 * trained
     peak = resident + activations + workspace
@@ -225,37 +223,38 @@ def memory(
 
 
 def work_of(work: Workload, base: str, checkpointing: bool = False) -> Work:
-    """What a step has to do.
+    """The work of a step.
 
-    A token takes 2 FLOP for each weight forward, and as many backward, where the base is frozen
-    and the first block's input needs no gradient. Attention is causal; its gradient has five
-    products for two. Bytes are counted operation by operation, each reading and writing memory.
+    A token takes 2 FLOP for each weight forward and as many backward (the base is frozen), except
+    for the first block's projections, whose input needs no gradient. Attention is causal; its
+    gradient has five products where the forward pass has two. Every operation reads and writes
+    memory.
     """
     dtype, kind = BASES[base]
     width, c = dtype.itemsize, work.config
     d, f, layers = c.hidden_size, c.intermediate_size, c.num_hidden_layers
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     N, B = work.rows * work.tokens, work.rows
-    inner, rest = 2 * d * kv, 2 * d * q + 3 * d * f  # weights: of keys and values; of what follows
-    once = 2 * ((layers - 1) * N * (inner + rest) + N * inner + B * rest)
-    back = once - 2 * N * (inner + d * q)
+    inner, rest = 2 * d * kv, 2 * d * q + 3 * d * f  # weights of keys and values, and all others
+    forward = 2 * ((layers - 1) * N * (inner + rest) + N * inner + B * rest)  # FLOP
+    backward = forward - 2 * N * (inner + d * q)
+    forwards = 2 if checkpointing else 1
     attention = 2 * work.tokens * N * q * (layers - 1)
-    again = 1 if checkpointing else 0
-    flop = (1 + again) * once + back
-    norm, swiglu = _passed(width)
-    there = d * (2 * norm[0] + 6 * width) + (q + kv) * 10 * width + f * swiglu[0]
-    back_again = d * (2 * norm[1] + 15 * width) + (q + kv) * 12 * width + f * swiglu[1]
+    norm, swiglu = _value_bytes(width)
+    forward_bytes = d * (2 * norm[0] + 6 * width) + (q + kv) * 10 * width + f * swiglu[0]
+    backward_bytes = d * (2 * norm[1] + 15 * width) + (q + kv) * 12 * width + f * swiglu[1]
     sizes = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d),
              "gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}  # fmt: skip
     shapes = [sizes[name] for name in work.adapter.targets if name in sizes]
-    update = sum(3 * d_in + 4 * d_out for d_in, d_out in shapes) * width  # read x, add to y; back
-    passed = N * (layers - 1) * ((1 + again) * there + back_again + update)
-    unpacked = (2 + again) * layers * (inner + rest) if kind else 0.0
-    return Work(flop, (3.5 + again) * attention, passed, unpacked)
+    # Forward an adapter reads x and adds to y, backward it does the same with their gradients.
+    adapter_bytes = sum(3 * d_in + 4 * d_out for d_in, d_out in shapes) * width
+    moved = N * (layers - 1) * (forwards * forward_bytes + backward_bytes + adapter_bytes)
+    unpacked = (1 + forwards) * layers * (inner + rest) if kind else 0.0
+    return Work(forwards * forward + backward, (2.5 + forwards) * attention, moved, unpacked)
 
 
-def _passed(width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Bytes read and written for a value of RMSNorm's and of SwiGLU's: forward, and backward."""
+def _value_bytes(width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Bytes read and written for each value of RMSNorm and of SwiGLU: (forward, backward) each."""
     cast = 0 if width == 4 else 2 * (4 + width)
     return (20 + 2 * width + cast, 40 + 2 * width + cast), (5 * width, 11 * width)
 
@@ -263,11 +262,11 @@ def _passed(width: int) -> tuple[tuple[int, int], tuple[int, int]]:
 def exchanged(
     work: Workload, base: str, devices: int = 1, shards: int = 1, offloaded: bool = False
 ) -> tuple[float, float]:
-    """Bytes that a device receives in a step, and that it reads and writes to do so.
+    """Bytes that a device receives in a step, and that it reads and writes for that.
 
-    A spread base comes in for the forward pass and for the backward one, its ends once; of an
-    exchange over N devices a N-th is there already. The gradients of the adapters are added up in
-    float64, in a ring: each device sends and receives them twice, but for a N-th.
+    A spread base is received twice, for the forward and the backward pass, and its ends once. Of
+    each exchange over N devices, one N-th is there already. The adapters' gradients are summed in
+    float64 in a ring: a device receives all but an N-th of them twice.
     """
     blocks, ends, trained = _sizes(work, base)
     gathered = 2 * blocks + ends if shards > 1 or offloaded else 0.0
@@ -286,37 +285,37 @@ def seconds(
     shards: int = 1,
     offloaded: bool = False,
 ) -> float:
-    """A step's time, of which nothing is done at the same time. Weights are read once a pass."""
+    """A step's time if no two parts overlap. Weights are read once in each pass."""
     todo = work_of(work, base, checkpointing)
-    once = 2 * _sizes(work, base)[0]  # bytes
-    products = max(todo.flop / rates.flop, once / rates.bytes) + todo.attention / rates.attention
+    weights = 2 * _sizes(work, base)[0]  # bytes, read forward and backward
+    products = max(todo.flop / rates.flop, weights / rates.bytes) + todo.attention / rates.attention
     calls = CALL * CALLS * work.config.num_hidden_layers
     received, copied = exchanged(work, base, devices, shards, offloaded)
-    passed = (todo.bytes + copied) / rates.bytes + received / rates.link
-    return products + passed + todo.unpacked * rates.unpack + calls
+    moved = (todo.bytes + copied) / rates.bytes + received / rates.link
+    return products + moved + todo.unpacked * rates.unpack + calls
 
 
 def plans(
     work: Workload, rates: dict[str, Rates], gpus: int = 1, device: str = "cuda"
 ) -> list[Plan]:
-    """Every way to do a step: the bases that have rates, checkpointing or not, the base whole,
-    spread, and offloaded, where the rate is known at which it would come back."""
+    """Every way to do a step: each base that has rates, with and without checkpointing, whole,
+    spread over the GPUs, and, if the link's rate is known, offloaded."""
     devices = max(1, gpus)
     ways = []
-    for (base, known), again in itertools.product(rates.items(), (False, True)):
+    for (base, known), checkpointing in itertools.product(rates.items(), (False, True)):
         where = [(1, False), *([(devices, False)] if devices > 1 else [])]
         if math.isfinite(known.link) and device != "cpu":
             where.append((devices, True))
         for shards, offloaded in where:
-            plan = memory(work, base, again, devices, shards, offloaded, device)
-            took = seconds(work, base, known, again, devices, shards, offloaded)
+            plan = memory(work, base, checkpointing, devices, shards, offloaded, device)
+            took = seconds(work, base, known, checkpointing, devices, shards, offloaded)
             ways.append(plan._replace(seconds=took))
     return ways
 
 
 def best(ways: list[Plan], room: float) -> Plan | None:
-    """The fastest that fits into `room` bytes, of bfloat16; where none does of int8, then nf4; and
-    where none does either, in the same order, of those whose base is offloaded."""
+    """The fastest plan that fits into `room` bytes, in bfloat16 if one fits, else in int8, else in
+    nf4, and else in the same order among those that offload the base."""
     for offloaded, base in itertools.product((False, True), ("bfloat16", "int8", "nf4")):
         same = [plan for plan in ways if (plan.offloaded, plan.kind) == (offloaded, base)]
         fitting = [plan for plan in same if plan.peak <= room]
@@ -331,7 +330,7 @@ def measured_rates(
     device: str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
 ) -> Rates:
-    """Of this device, on the workload's sizes as far as those take no more than seconds."""
+    """This device's rates, measured on the workload's sizes, cut so that it takes seconds."""
 
     def median_seconds(run: Callable[[], object]) -> float:
         times = []
@@ -341,7 +340,7 @@ def measured_rates(
             if device.startswith("cuda"):
                 torch.cuda.synchronize(device)
             times.append(clock() - started)
-        return sorted(times[1:])[2]  # the first gets things ready
+        return sorted(times[1:])[2]  # the first run is a warm-up
 
     dtype, kind = BASES[base]
     c, N = work.config, min(work.rows * work.tokens, 512)
@@ -358,23 +357,23 @@ def measured_rates(
     gate, up = (torch.ones(N, f, **like).requires_grad_() for _ in range(2))
     stream, norm = torch.ones(N, d, **like).requires_grad_(), RMSNorm(d, 1e-6, dtype, device)
     norm.requires_grad_(False)
-    bytes_norm, bytes_swiglu = (N * sum(both) for both in _passed(dtype.itemsize))
+    bytes_norm, bytes_swiglu = (N * sum(both) for both in _value_bytes(dtype.itemsize))
     grad = torch.autograd.grad
     moved = median_seconds(lambda: grad(SwiGLU.apply(gate, up), (gate, up), gate))
     moved += median_seconds(lambda: grad(norm(stream), stream, stream))
     B, T, heads = min(work.rows, 2), work.tokens, c.num_attention_heads
-    asked, keys, values = (
+    queries, keys, values = (
         torch.ones(B, n, T, c.head_dim, **like).requires_grad_()
         for n in (heads, c.num_key_value_heads, c.num_key_value_heads)
     )
 
     def attend() -> Tensor:
         return F.scaled_dot_product_attention(
-            asked, keys, values, is_causal=True, enable_gqa=True
+            queries, keys, values, is_causal=True, enable_gqa=True
         )  # fmt: skip
 
     attention = 7.0 * B * T * T * heads * c.head_dim
-    attention /= median_seconds(lambda: grad(attend(), (asked, keys, values), asked))
+    attention /= median_seconds(lambda: grad(attend(), (queries, keys, values), queries))
     unpack = 0.0
     if kind:
         codes, scale = quantize(weight, kind)
@@ -385,9 +384,9 @@ def measured_rates(
 
 
 def product_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of a plain product of two square matrices on this device: the median of five.
+    """FLOP/s of a product of two square matrices on this device: the median of five.
 
-    Of matrices as large as take 10 ms to multiply, up to 8192 rows.
+    The matrices are large enough to take 10 ms, with at most 8192 rows.
     """
 
     def seconds(n: int) -> float:

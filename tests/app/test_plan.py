@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 
 import pytest
 import torch
 
 from scalabl_ref import AdapterConfig, InputError, Llama, LlamaConfig, Noise, add_adapters
-from scalabl_ref.app import cli
 from scalabl_ref.app.plan import (
     BASES,
     Rates,
@@ -196,46 +194,6 @@ def test_time_follows_the_rates():
     assert seconds(work, "nf4", fast) > seconds(work, "nf4", fast._replace(unpack=0.0))
 
 
-PLAN = "plan --config llama-2-7b --rate 500 --bandwidth 2000 --json"
-
-
-def plan(arguments: str, capsys) -> dict:
-    assert cli.main([*PLAN.split(), *arguments.split()]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def test_the_command_says_what_fits(capsys):
-    assert plan("--memory 80", capsys)["best"]["kind"] == "bfloat16"
-    small = plan("--memory 10 --rows 1", capsys)
-    assert small["best"]["kind"] in ("int8", "nf4")
-    assert {p["kind"] for p in small["plans"] if not p["fits"]} >= {"float32", "bfloat16"}
-    spread = plan("--memory 10 --rows 1 --gpus 8", capsys)["best"]
-    assert spread["kind"] == "bfloat16" and spread["shards"] == 8
-    assert plan("--memory 1", capsys)["best"] is None
-    linked = [plan(f"--memory {room} --rows 1 --link 25", capsys)["best"] for room in (10, 3)]
-    assert [p["offloaded"] for p in linked] == [False, True]
-    assert linked[0]["kind"] in ("int8", "nf4") and linked[1]["kind"] == "bfloat16"
-    both = plan("--memory 80 --gpus 4 --link 25", capsys)["plans"]
-    ways = {(p["shards"], p["offloaded"]) for p in both}
-    assert ways == {(1, False), (4, False), (4, True)}
-    took = {(p["shards"], p["offloaded"]): p["seconds"] for p in both if p["kind"] == "bfloat16"}
-    assert took[1, False] < took[4, False] < took[4, True]
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ("--memory 1 --tokens 5000", "5000 tokens, but the model has only 4096 positions"),
-        ("--memory 1 --rows 0", "rows must be at least 1"),
-        ("--memory 0", "other numbers must be above 0"),
-        ("--memory 1 --link 0", "other numbers must be above 0"),
-        ("--memory 1 --gpus 0 --link 1", "--link is of GPUs"),
-        ("--memory 1 --bandwidth -1", "other numbers must be above 0"),
-        ("--memory 1 --config nothing", "'nothing' is neither a file nor a known model"),
-    ],
-)
-def test_what_cannot_be_planned_is_refused(arguments, message, capsys):
-    assert cli.main([*PLAN.split(), *arguments.split()]) == 2
-    assert message in capsys.readouterr().err
+def test_a_workload_has_rows():
     with pytest.raises(InputError, match="rows must be at least 1"):
         Workload(SHAPE, rows=0)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from scalabl_ref import InputError, Llama, Noise, adapters
 from scalabl_ref.core.noise import FIRST_TRAINING_DRAW
 from scalabl_ref.core.objective import class_logits
+from scalabl_ref.methods import fit_tfb
 from scalabl_ref.methods import tfb as tfb_module
-from scalabl_ref.methods.tfb import fit_tfb, largest
+from scalabl_ref.methods.tfb import largest
 
 from ..models import TINY, tiny_batch, tiny_model
 from ..tolerances import logits_bound, rounding

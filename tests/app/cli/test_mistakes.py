@@ -15,7 +15,7 @@ import torch
 
 from scalabl_ref.app import cli
 
-from ..models import questions_file, tiny_folder
+from ...models import questions_file, tiny_folder
 
 USUAL = {
     "train": "train --model model --data train.jsonl --out new --steps 4 --batch 4 --rank 2",
@@ -78,7 +78,7 @@ MISTAKES = [
     ("evaluate ... --out train.jsonl", "train.jsonl: cannot be made a folder: File exists"),
     ("evaluate --run run --data train.jsonl --out run/test",
      "run/test: holds results of another data file: give --force or --out DIR"),
-    ("evaluate --data test.jsonl", "give --run, or --model for a base model alone"),
+    ("evaluate --data test.jsonl", "give --run, or --model to evaluate a model without adapters"),
     ("evaluate --run run", "scalabl evaluate: the following arguments are required: --data"),
     ("evaluate --model peft --data test.jsonl",
      "peft: is a PEFT adapter and no model: `scalabl import --from peft` makes it a run"),
@@ -173,8 +173,8 @@ MISTAKES = [
      "no command 'lora': expected demo, train, posterior, evaluate, predict, generate, "
      "export, import, count, plan, verify, conformance, study, info"),
     ("train --epochs 3",
-     "scalabl train has no option --epochs: did you mean --steps (rows / --batch of them are "
-     "one epoch)?"),
+     "scalabl train has no option --epochs: did you mean --steps (one epoch is rows / --batch "
+     "steps)?"),
     ("train ... --learning-rate 1e-3",
      "scalabl train has no option --learning-rate: did you mean --lr?"),
     ("train ... --batch-size 4", "scalabl train has no option --batch-size: did you mean --batch?"),
@@ -241,10 +241,10 @@ MISTAKES = [
      "letters"),
     ("evaluate ... --seed -1", "seed must be in [0, 18446744073709551616), not -1"),
     # other commands
-    ("predict --run run --prompt x --choices a b c d", "run: answers 3 choices, not 4"),
+    ("predict --run run --prompt x --choices a b c d", "run: can answer 3 choices, not 4"),
     ("predict --run run --prompt x --choices a", "expected 2 to 26 choices, found 1"),
     ("predict --run run --prompt how are you --choices a b c",
-     "'are' belongs to no option: a text with spaces needs quotes"),
+     "unexpected argument 'are': a text with spaces needs quotes"),
     ("predict --run run --prompt '' --choices a b c", "the question is empty"),
     ("predict --run run --choices a b c",
      "scalabl predict: the following arguments are required: --prompt"),
@@ -256,17 +256,17 @@ MISTAKES = [
     ("generate --prompt x", "give --run or --model"),
     ("generate --model absent --prompt x", "absent/config.json: no such file"),
     ("posterior laplace --run run --out new",
-     "run: laplace is made of runs of mle or map, not of scalabl"),
+     "run: laplace needs a run of method mle or map, not scalabl"),
     ("posterior bayes --run mle --out new",
      "method must be one of laplace, tfb, swag, ensemble, not 'bayes'"),
     ("posterior ensemble --run mle --out new",
      "posterior ensemble takes two runs or more in --run, not 1"),
     ("posterior swag --run mle --out new",
-     "mle: has no swag.safetensors, which train --swag writes"),
+     "mle: has no swag.safetensors, which `train --swag` writes"),
     ("posterior laplace --run mle --out run", "run: exists already"),
     ("posterior laplace --run mle mle --out new",
      "posterior laplace takes one run in --run, not 2"),
-    ("posterior laplace --run laplace --out new", "laplace: has a posterior already, laplace"),
+    ("posterior laplace --run laplace --out new", "laplace: already has a posterior: laplace"),
     ("study absent.json --out new", "absent.json: no such file"),
     ("study study.json --out new", "study.json: unknown field 'method': did you mean methods?"),
     ("study paper --out new", "study paper needs --model and --data"),

@@ -14,8 +14,8 @@ from scalabl_ref.data.tokenizer import load_tokenizer
 from scalabl_ref.evaluation.predict import predict_all
 from scalabl_ref.methods import Laplace, Swag, fit_tfb, load_posterior
 
-from ..models import questions_file, tiny_folder
-from .test_cli import ok, refused
+from ...models import questions_file, tiny_folder
+from ..commands import ok, refused
 
 TRAIN = "train --model model --data train.jsonl --steps 8 --batch 4 --rank 2 --lr 0.02"
 
@@ -144,9 +144,9 @@ def test_what_cannot_be_made_is_refused(work, capsys):
         assert message in refused(command, capsys)
         assert not (work / "x").exists()
     ok("posterior swag --run run0 --out made", capsys)
-    assert "has a posterior already, swag" in refused("posterior swag --run made --out x", capsys)
+    assert "already has a posterior: swag" in refused("posterior swag --run made --out x", capsys)
     last = refused("posterior ensemble --run run0 run1 made --out x", capsys)
-    assert "made: has a posterior already, swag" in last
+    assert "made: already has a posterior: swag" in last
     assert "cannot write text" in refused("generate --run made --prompt a", capsys)
 
 
@@ -160,7 +160,7 @@ def test_what_draws_by_itself_is_not_made_into_another(work, capsys, method):
         ok(f"{TRAIN} --method {method} --swag 0.5 --out ours", capsys)
     for name, runs in (("laplace", ""), ("tfb", ""), ("swag", ""), ("ensemble", "run0 run1")):
         said = refused(f"posterior {name} --run {runs} ours --out x", capsys)
-        assert f"ours: {name} is made of runs of mle or map, not of {method}" in said
+        assert f"ours: {name} needs a run of method mle or map, not {method}" in said
     assert not (work / "x").exists()
 
 

@@ -1,17 +1,17 @@
-"""The published comparison as studies, for anyone with a 7B model and a GPU.
+"""The published comparison as studies, for readers with a 7B model and a GPU.
 
 Settings are those of the official code, SRI-CSL/BayesAdapt: rank 8 on q, v and the head, 5000 steps
-of 4 at a rate of 1e-4 with 6 % warm-up, a bfloat16 base, 10 draws. What it does not have is added:
-a validation split, on which every method has equally many trials, and three seeds. Tests are on the
-published test sets, or on development sets where test labels are not public (Winogrande, BoolQ).
+of 4 rows at a learning rate of 1e-4 with 6 % warm-up, a bfloat16 base, 10 draws. Added are a
+validation set, on which every method has equally many trials, and three seeds. The test sets are
+the published ones, or development sets where test labels are not public (Winogrande, BoolQ).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ..support.errors import InputError
-from .study import Study
+from ...support.errors import InputError
+from .config import Study
 
 # Files as published, under one folder: training set, test set, format.
 TASKS = {
@@ -22,7 +22,7 @@ TASKS = {
     "openbookqa": ("openbookqa/train.jsonl", "openbookqa/test.jsonl", "obqa"),
     "boolq": ("boolq/train.jsonl", "boolq/dev.jsonl", "boolq"),
 }
-# What a model trained on OpenBookQA meets afterwards.
+# Sets out of distribution for a model that was trained on OpenBookQA.
 OUT_OF_DISTRIBUTION = {
     "arc_challenge": ("arc/ARC-Challenge-Test.jsonl", "arc"),
     "arc_easy": ("arc/ARC-Easy-Test.jsonl", "arc"),
@@ -36,14 +36,14 @@ METHODS = ("mle", "map", "dropout", "ensemble", "laplace", "blob", "tfb", "scala
            "scalabl as published")  # fmt: skip
 
 
-def paper(
+def studies(
     model: Path | str, data: Path | str, tasks: tuple[str, ...] = tuple(TASKS)
 ) -> dict[str, Study]:
-    """The studies by task. model: folder of the base; data: folder that the files lie under.
+    """The studies by task. model: folder of the base model. data: folder of all data files.
 
-    Raises InputError for an unknown task or a file that is not there.
+    Raises InputError for an unknown task or a missing file.
     """
-    data, studies = Path(data), {}
+    data, found = Path(data), {}
     for task in tasks:
         if task not in TASKS:
             raise InputError(f"unknown task {task!r}: expected {', '.join(TASKS)}")
@@ -52,7 +52,7 @@ def paper(
         for file in (train, test, *(file for file, _ in foreign.values())):
             if not (data / file).exists():
                 raise InputError(f"{data / file}: no such file: task {task} needs it")
-        studies[task] = Study(
+        found[task] = Study(
             model=str(model),
             train=str(data / train),
             test=str(data / test),
@@ -65,4 +65,4 @@ def paper(
             lr=(1e-4,),
             settings={"steps": 5000, "batch": 4, "rank": 8},
         )
-    return studies
+    return found

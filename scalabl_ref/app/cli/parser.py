@@ -1,4 +1,4 @@
-"""argparse's parser with errors of one line, which name the option that was probably meant."""
+"""argparse's parser with one-line errors that suggest the option the user probably meant."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ..support.errors import InputError, expected
+from ...support.errors import InputError, expected
 
-# What other programs call an option of ours.
+# Our options by their names in other programs.
 _ELSEWHERE = {
-    "--epochs": "--steps (rows / --batch of them are one epoch)",
-    "--num-epochs": "--steps (rows / --batch of them are one epoch)",
+    "--epochs": "--steps (one epoch is rows / --batch steps)",
+    "--num-epochs": "--steps (one epoch is rows / --batch steps)",
     "--learning-rate": "--lr",
     "--batch-size": "--batch",
     "--output": "--out",
@@ -25,10 +25,10 @@ _KINDS = {int: "a whole number", float: "a number"}
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises InputError, where argparse prints the usage and exits."""
+    """Raises InputError where argparse prints the usage and exits."""
 
     def parse_known_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
-        """As argparse's, but an unknown option is refused before a missing one is."""
+        """As argparse's, but reports an unknown option before a missing one."""
         if self._subparsers is None:
             for argument in args:
                 if argument == "--":

@@ -1,0 +1,197 @@
+"""Train adapters on a file of questions and answers. The base model itself does not change. The
+run folder in --out then has the adapters and all that `evaluate` and `predict` need to know."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ...core.config import AdapterConfig
+from ...data import Encoded, Wording, encode, load, num_classes, split
+from ...data.tokenizer import load_tokenizer
+from ...fast.quantize import KINDS
+from ...interop.importing import read_run, start_from
+from ...methods import Swag
+from ...model.attach import add_adapters
+from ...model.llama import Llama
+from ...support.errors import InputError, Interrupted
+from ...support.files import sha256
+from ...support.progress import progress_bar
+from ...training import savepoints
+from ...training.lock import alone
+from ...training.loop import fit
+from ...training.runs import run_facts, save_run
+from ...training.trainer import TrainConfig, Trainer
+from . import options, runs
+from .output import Result, say, say_wording
+
+OPTIMISER = {
+    "steps": "optimiser steps",
+    "batch": "questions per optimiser step",
+    "micro_batch": "questions per forward pass; their gradients are accumulated",
+    "lr": "AdamW learning rate of A and B",
+    "variational_lr": "AdamW learning rate of log s and log sigma, or of blob's G",
+    "warmup": "fraction of the steps over which learning rates rise from 0",
+    "weight_decay": "weight decay of AdamW",
+    "beta": "weight of KL / N in the loss, for N training questions; 1 is the ELBO",
+    "kl": "direction of the KL divergence: forward is KL(q||p), official is KL(p||q)",
+    "objective": "elbo: AdamW on NLL and KL together; official: AdamW on the NLL, then SGD on the "
+    "KL, as in the official code",
+    "swag": "average the weights over this last fraction of the steps, for `posterior swag` "
+    "(mle, map)",
+    "kl_lr": "SGD learning rate of the KL (objective official)",
+}
+MEMORY = {
+    "checkpoint_every": "steps between checkpoints",
+    "recompute": "store only each block's input for the backward pass and compute the rest again: "
+    "less memory, more time",
+    "offload_activations": "store activations for the backward pass in CPU memory",
+    "compile": "compile the transformer blocks with torch.compile",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    options.add_base(parser)
+    options.add_data(parser)
+    add("--out", type=Path, required=True, metavar="RUN", help="run folder to write")
+    add("--init", type=Path, metavar="RUN",
+        help="start from this run: from all its values, or only from its mean if method, "
+        "covariance, rank or scaling differ")  # fmt: skip
+    add("--resume", action="store_true",
+        help="continue from the last checkpoint in --out; start anew if there is none")  # fmt: skip
+    options.add_fields(parser, TrainConfig, OPTIMISER)
+    options.add_targets(parser, "{}, or --init's")
+    options.add_fields(
+        parser, AdapterConfig, {"alpha": "scaling of the adapters is alpha / rank"},
+        "{}, or --init's",
+    )  # fmt: skip
+    options.add_adapter(parser)
+    add("--head", choices=("classes", "full"), default="classes",
+        help="rows of lm_head to keep: classes keeps the answers' tokens; full keeps all, which "
+        "`generate` needs")  # fmt: skip
+    options.add_wording(parser, "{}")
+    add("--holdout", type=float, default=0.0, metavar="FRACTION",
+        help="fraction of the questions to leave out of training, for `evaluate --temperature` "
+        "(default: 0)")  # fmt: skip
+    options.add_fields(parser, TrainConfig, MEMORY)
+    add("--checkpoints-beside", action="store_true",
+        help="write checkpoints in the background while training continues")  # fmt: skip
+    add("--quantize", choices=KINDS,
+        help="store the base model's blocks in 8 or 4 bits (default: not quantised)")  # fmt: skip
+    options.add_dtype(parser, "the base model; adapters are always float32")
+    options.add_ranks(parser)
+
+
+@runs.on_ranks
+def run(args: argparse.Namespace) -> Result:
+    with alone(args.out):
+        adapter, config = _configs(args)
+        _check_out(args)
+        model, data, init = _prepared(args, adapter)
+        swag = Swag() if config.swag else None
+        start = init["sha256"] if init else None
+        trainer = Trainer(model, data, config, collector=swag, init=start)
+        info = _facts(args, data) | {"init": init, "train": dataclasses.asdict(config)}
+        try:
+            _fit(args, trainer, config.steps, data)
+        except Interrupted as error:
+            if not args.process:
+                print(f"{error}: continue with --resume", file=sys.stderr)
+            return {"run": str(args.out), "steps": trainer.done, "exit_code": 128 + error.signum}
+        save_run(args.out, model, info)
+        if swag and not args.process:
+            swag.save(args.out)
+        last = _last_record(args.out / "train.jsonl")
+    count = len(data.labels)
+    say(args, f"trained {trainer.done} steps on {count} examples: {args.out}")
+    return {"run": str(args.out), "steps": trainer.done, "examples": count, "last": last}
+
+
+def _configs(args: argparse.Namespace) -> tuple[AdapterConfig, TrainConfig]:
+    """The options for adapters, those left out as in --init's run, and for training."""
+    given = options.given(AdapterConfig, args)
+    if args.init:
+        before = AdapterConfig(**run_facts(args.init)["adapter"])
+        given = {name: getattr(before, name) for name in ("rank", "alpha", "targets")} | given
+    adapter = AdapterConfig(**given)
+    config = TrainConfig(**options.given(TrainConfig, args))
+    if not 0 <= args.holdout < 1:
+        raise InputError(f"--holdout must be in [0, 1), and is {args.holdout}")
+    if config.compile and runs.sharded(args):
+        raise InputError("--compile does not work with --shard or --offload-weights yet: give one")
+    return adapter, config
+
+
+def _check_out(args: argparse.Namespace) -> None:
+    """Raise InputError rather than overwrite a run; --resume may continue an unfinished one."""
+    resuming = args.resume and savepoints.exists(args.out)
+    if not resuming and (args.out / "run.json").exists():
+        raise InputError(f"{args.out}: holds a finished run: give another --out")
+    if not args.resume and (args.out / "train.jsonl").exists():
+        raise InputError(f"{args.out}: holds a run already: give --resume or another --out")
+    if args.resume and not resuming:
+        say(args, f"{args.out}: no checkpoint to resume from: starting at step 0")
+
+
+def _prepared(
+    args: argparse.Namespace, adapter: AdapterConfig
+) -> tuple[Llama, Encoded, dict[str, str] | None]:
+    """The model with its adapters, the data to train on, and the run that --init names."""
+    wording = options.wording(args, Wording())
+    examples = load(args.data, options.data_format(args), args.limit, columns=options.columns(args))
+    classes = num_classes(examples)
+    examples, _ = split(examples, args.holdout, args.seed)
+    model = runs.load_base(args, args.model, args.dtype, args.quantize)
+    longest = model.config.max_position_embeddings
+    data = encode(examples, load_tokenizer(args.model), classes, longest, wording=wording)
+    if args.head == "classes":
+        model.trim_head(data.classes)
+    add_adapters(model, adapter, args.seed)
+    init = None
+    if args.init:
+        start_from(model, read_run(args.init, model), args.init)
+        init = {"run": args.init.name, "sha256": sha256(args.init / "adapter.safetensors")}
+    runs.shard(args, model)
+    return model, data, init
+
+
+def _fit(args: argparse.Namespace, trainer: Trainer, steps: int, data: Encoded) -> None:
+    with progress_bar(steps, "train", "step") as bar:
+        begun = False
+
+        def show(record: dict[str, float]) -> None:
+            nonlocal begun
+            if not begun:  # the first step is done: no setting was refused
+                begun = True
+                say_wording(args, data)
+            bar.set_postfix({k: record[k] for k in ("loss", "kl", "sigma")}, refresh=False)
+            bar.update(int(record["step"]) + 1 - bar.n)
+
+        fit(trainer, args.out, args.resume, show, args.checkpoints_beside)
+
+
+def _facts(args: argparse.Namespace, data: Encoded) -> dict[str, Any]:
+    """What a run records of its base model, its data and its prompts."""
+    return {
+        "model": str(args.model.resolve()),
+        "data": str(args.data.resolve()),
+        "data_sha256": sha256(args.data),
+        "examples": len(data.labels),
+        "format": options.data_format(args),
+        **{name: vars(args)[name] for name in ("text_column", "label_column", "limit", "holdout")},
+        **data.wording.facts(),
+        "dtype": args.dtype,
+        "quantize": args.quantize,
+    }
+
+
+def _last_record(log: Path) -> Any:
+    try:
+        return json.loads(log.read_bytes().splitlines()[-1])
+    except (ValueError, IndexError):  # the log of a run that was finished before
+        raise InputError(f"{log}: its last line is not a record of a step") from None

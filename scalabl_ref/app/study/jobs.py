@@ -1,0 +1,192 @@
+"""The jobs of a study: training runs, and the answers of trained models. Each has a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...core.adapter import adapter_state, adapters
+from ...core.config import AdapterConfig
+from ...data import Encoded, evaluation_batches
+from ...evaluation.predict import predict_all
+from ...methods import Ensemble, Laplace, Posterior, Swag
+from ...model.attach import add_adapters
+from ...model.llama import Llama
+from ...support.fields import json_text
+from ...support.files import atomic_write_text, make_folder, read_json
+from ...support.tensors import load_tensors, save_tensors
+from ...training.loop import fit
+from ...training.runs import load_run, save_run
+from ...training.trainer import TrainConfig, Trainer
+from .config import Study, digest
+from .methods import METHODS, Method
+from .sets import base_model, encoded_sets
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One training run, in a run folder; methods that train alike share it."""
+
+    study: Study
+    adapter: AdapterConfig
+    train: TrainConfig
+    out: Path
+    device: str = "cpu"
+
+    @property
+    def folder(self) -> Path:
+        configs = [dataclasses.asdict(self.adapter), dataclasses.asdict(self.train)]
+        about = [self.study.base, self.study.describes("train"), configs]
+        return self.out / "runs" / f"{self.adapter.method}-{digest(about)}"
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "run.json").exists()
+
+    def run(self) -> None:
+        """Train, from the last checkpoint if there is one."""
+        started = time.perf_counter()
+        _reset_peak()
+        data = encoded_sets(self.study, ["train"])["train"]
+        model = base_model(self.study, self.device)
+        add_adapters(model.trim_head(data.classes), self.adapter, self.train.seed)
+        swag = Swag() if self.train.swag else None
+        fit(Trainer(model, data, self.train, collector=swag), self.folder, resume=True)
+        if swag:
+            swag.save(self.folder)
+        info = {
+            "model": self.study.model,
+            "data": self.study.train,
+            "format": self.study.format,
+            "limit": self.study.limit,
+            "holdout": self.study.validation,
+            "text_column": self.study.text_column,
+            "label_column": self.study.label_column,
+            **data.wording.facts(),
+            "dtype": self.study.dtype,
+            "train": dataclasses.asdict(self.train),
+            "seconds": time.perf_counter() - started,
+            "peak_bytes": _peak_bytes(),
+        }
+        save_run(self.folder, model, info)
+
+
+@dataclass(frozen=True)
+class Job:
+    """The answers of one model, a method with a trial's settings and a seed, to some sets."""
+
+    study: Study
+    method: str
+    trial: dict[str, float]
+    seed: int
+    sets: tuple[str, ...]
+    out: Path
+    device: str = "cpu"
+
+    @property
+    def folder(self) -> Path:
+        sets = {name: self.study.describes(name) for name in ("train", "test", *self.study.ood)}
+        how = [self.study.samples, self.study.settings, self.method, self.trial]
+        about = [self.study.base, sets, *how]
+        name = f"{self.method.replace(' ', '-')}-{digest(about)}-{self.seed}"
+        return self.out / "answers" / name
+
+    @property
+    def done(self) -> bool:
+        return not self.missing() and (self.folder / "answers.json").exists()
+
+    def missing(self) -> list[str]:
+        return [name for name in self.sets if not (self.folder / f"{name}.safetensors").exists()]
+
+    def fits(self) -> list[Fit]:
+        """The runs that must be trained before."""
+        return [self._fit(1000 * member + self.seed) for member in range(self._method.members)]
+
+    def run(self) -> None:
+        """Answer the sets that have no answers yet."""
+        started = time.perf_counter()
+        _reset_peak()
+        make_folder(self.folder)
+        fits, wanted = self.fits(), self.missing() or list(self.sets)
+        model, _ = load_run(fits[0].folder, base_model(self.study, self.device))
+        sets = encoded_sets(self.study, ["train", "validation", *wanted])
+        posterior = self._posterior(model, fits, sets)
+        ready = time.perf_counter()
+        for name in wanted:
+            answers = predict_all(
+                model,
+                evaluation_batches(sets[name], 32),
+                self.study.samples,
+                self.seed,
+                posterior=posterior,
+            )
+            tensors = {**answers._asdict(), "labels": torch.tensor(sets[name].labels)}
+            save_tensors(self.folder / f"{name}.safetensors", tensors.items())
+        answered = sum(len(sets[name].labels) for name in wanted)
+        trained = [read_json(f.folder / "run.json") for f in fits]
+        about = {
+            "method": self.method,
+            "trial": self.trial,
+            "seed": self.seed,
+            "runs": [f.folder.name for f in fits],
+            "parameters": _numbers(model, posterior),
+            "train_seconds": sum(t["seconds"] for t in trained) + ready - started,
+            "answer_seconds": (time.perf_counter() - ready) / answered,
+            "peak_bytes": max([_peak_bytes(), *(t["peak_bytes"] for t in trained)]),
+            "widths": {
+                name: a.widths().mean().item()
+                for name, a in adapters(model).items()
+                if len(a.widths())
+            },
+        }
+        atomic_write_text(self.folder / "answers.json", json_text(about, indent=2) + "\n")
+
+    def _posterior(
+        self, model: Llama, fits: list[Fit], sets: dict[str, Encoded]
+    ) -> Posterior | None:
+        if len(fits) > 1:
+            return Ensemble([load_tensors(f.folder / "adapter.safetensors")[0] for f in fits])
+        if self._method.after is None:
+            return None
+        return self._method.after(model, fits[0].folder, sets, self.study.samples, self.seed)
+
+    @property
+    def _method(self) -> Method:
+        return METHODS[self.method]
+
+    def _fit(self, seed: int) -> Fit:
+        configs = self.study.configs(self.method, self.trial, seed)
+        return Fit(self.study, *configs, self.out, self.device)
+
+
+def _numbers(model: Llama, posterior: Posterior | None) -> int:
+    """How many numbers a model needs for its answers, in addition to the base model."""
+    own = list(adapter_state(model).values())
+    if isinstance(posterior, Ensemble):
+        own = [p for state in posterior.members for p in state.values()]
+    elif isinstance(posterior, Swag):
+        own = [p for state in (posterior.mean, posterior.square) for p in state.values()]
+    elif isinstance(posterior, Laplace):
+        own += [p for curvature in posterior.curvature.values() for p in curvature]
+    return sum(p.numel() for p in own)
+
+
+def _reset_peak() -> None:
+    """Start this process's count of peak memory anew, where the system allows it (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_bytes() -> int:
+    """Peak resident memory since `_reset_peak`, or since the process began if that is unknown."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

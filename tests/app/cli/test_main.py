@@ -1,0 +1,193 @@
+"""What every command has in common: help, output, exit codes, and the end of errors."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from scalabl_ref import Llama
+from scalabl_ref.app import cli
+from scalabl_ref.app.cli import info
+from scalabl_ref.support.tensors import load_pickle
+
+from ...conftest import ROOT
+from ...models import TINY
+from ...support.test_files import full_disk
+from ..commands import TRAIN, contents, ok, refused, run
+
+
+def test_every_command_has_help(capsys):
+    for name in cli.COMMANDS:
+        with pytest.raises(SystemExit) as caught:
+            cli.main([name, "--help"])
+        out, _ = capsys.readouterr()
+        assert caught.value.code == 0
+        assert all(option in out for option in ("--json", "--seed", "--device"))
+
+
+def test_commands_speak_to_people_too(work, capsys):
+    code, out, _ = run(TRAIN, capsys)
+    assert code == 0 and "trained 6 steps on 24 examples" in out
+    code, out, _ = run("evaluate --run run --data test.jsonl --samples 2", capsys)
+    assert code == 0 and "ACC" in out and "report.html" in out
+    code, out, _ = run("predict --run run --prompt hello --choices one two three", capsys)
+    assert code == 0 and "mutual information:" in out
+
+
+FULL = "cannot be written: File too large"
+
+
+@pytest.mark.parametrize(
+    ("command", "rooms", "message"),
+    [
+        (TRAIN.replace("--out run", "--out next"), (0, 400, 4000), FULL),
+        ("export --run run --to hf --out next", (0, 4000), f"next/model.safetensors: {FULL}"),
+        ("export --run run --to peft --out next", (0, 1000), FULL),
+        ("import --from peft peft --model model --out next", (0, 1000), FULL),
+        ("posterior laplace --run run --out next", (0, 1000), FULL),
+        ("evaluate --run run --data test.jsonl", (0, 400, 4000), FULL),
+    ],
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
+    work, capsys, command, rooms, message
+):
+    ok(f"{TRAIN} --method mle", capsys)
+    ok("export --run run --to peft --out peft", capsys)
+    before = contents(work)
+    for room in rooms:
+        with full_disk(room):
+            code, _, said = run(command, capsys)  # training may have begun, and said so
+        assert code == 2 and said.count("\n") == 1, (room, said)
+        assert said.startswith("error: ") and message in said, (room, said)
+        new = contents(work).keys() - before.keys()
+        assert {Path(path).name for path in new} <= {"train.jsonl"}, (room, new)
+        assert {path: data for path, data in contents(work).items() if path in before} == before
+        (work / "next" / "train.jsonl").unlink(missing_ok=True)
+
+
+ALLOCATOR = (
+    "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+    "tried to allocate 8000000000000 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+MEMORY = (
+    "error: out of memory{}: less is needed with a smaller --batch or --micro-batch, --dtype "
+    "bfloat16, or --quantize nf4\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), MEMORY.format("")),
+        (RuntimeError("std::bad_alloc"), MEMORY.format("")),
+        (RuntimeError(ALLOCATOR), MEMORY.format(" (8000000000000 bytes were asked for at once)")),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+         MEMORY.format(" (2.00 GiB were asked for at once)")),
+        (RuntimeError("unable to mmap 404 bytes from file <x>: Cannot allocate memory (12)"),
+         MEMORY.format(" (404 bytes were asked for at once)")),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), MEMORY.format("")),
+        (ImportError("libx.so: failed to map segment from shared object"), MEMORY.format("")),
+        (RuntimeError("can't start new thread"),
+         "error: no thread can be started: a limit is reached (ulimit -u, -v)\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "some/file"),
+         "error: some/file: Permission denied\n"),
+        (OSError("no number"), "error: no number\n"),
+    ],
+)  # fmt: skip
+def test_what_the_machine_refuses_is_one_line(capsys, monkeypatch, error, said):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(info, "run", fail)
+    assert refused("info", capsys) == said
+
+
+def test_memory_ends_while_weights_are_read(work, capsys, monkeypatch):
+    """Which is not for want of a valid file."""
+    import safetensors
+
+    def fail(*_, **__):
+        raise safetensors.SafetensorError("Cannot allocate memory (os error 12)")
+
+    monkeypatch.setattr(safetensors, "safe_open", fail)
+    assert refused(TRAIN, capsys) == MEMORY.format("")
+    torch.save(dict(Llama(TINY).init_random_(0).state_dict()), work / "a.bin")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: fail())
+    with pytest.raises(safetensors.SafetensorError):
+        load_pickle(work / "a.bin")
+
+
+def test_a_fault_of_ours_is_a_traceback(monkeypatch):
+    def fail(args):
+        raise KeyError("x")
+
+    monkeypatch.setattr(info, "run", fail)
+    with pytest.raises(KeyError):
+        cli.main(["info"])
+
+
+def test_a_terminal_without_the_letters_is_told_their_numbers(work, capsys, monkeypatch):
+    ok(TRAIN, capsys)
+    screen = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    command = ["predict", "--run", "run", "--prompt", "x", "--choices", "да", "нет", "c"]
+    assert cli.main(command) == 0
+    assert "  \\u0434\\u0430\n" in screen.buffer.getvalue().decode("ascii")
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), "ascii", errors="strict"))
+    assert cli.main(["predict", "--run", "да", *command[3:]]) == 2
+    sys.stderr.flush()
+    assert b"\\u0434\\u0430: no such folder" in sys.stderr.buffer.getvalue()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_no_room_for_the_output_is_one_line(capsys, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["count", "--config", "llama-2-7b"]) == 2
+        assert capsys.readouterr().err == "error: No space left on device\n" and full.closed
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        ("raise KeyboardInterrupt", 130, "interrupted\n"),
+        ("raise MemoryError", 2, MEMORY.format("")),
+        ("raise ImportError('libtorch.so: failed to map segment from shared object')", 2,
+         MEMORY.format("")),
+        ("raise ImportError('something else')", 1, None),
+    ],
+)  # fmt: skip
+def test_what_ends_the_import_of_torch_is_one_line_too(tmp_path, body, code, said):
+    """Of the command alone: whoever imports the package gets the error itself."""
+    (tmp_path / "torch.py").write_text(body)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    for command in (["-m", "scalabl_ref", "info"], ["-c", "import scalabl_ref"]):
+        done = subprocess.run(
+            [sys.executable, *command],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        if command[0] == "-m" and said is not None:
+            assert (done.returncode, done.stderr) == (code, said)
+        else:
+            assert done.returncode not in (0, 2) and "Traceback" in done.stderr
+
+
+def test_a_closed_pipe_is_no_traceback(work):
+    command = [sys.executable, "-m", "scalabl_ref", "count", "--config", "llama-2-7b"]
+    reader = subprocess.Popen([sys.executable, "-c", "pass"], stdin=subprocess.PIPE)
+    reader.wait()
+    result = subprocess.run(command, stdout=reader.stdin, stderr=subprocess.PIPE, text=True)
+    reader.stdin.close()
+    assert "Traceback" not in result.stderr

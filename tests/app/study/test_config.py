@@ -1,0 +1,126 @@
+"""What a study's file may say, and what identifies its data and its base model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+import pytest
+
+from scalabl_ref import InputError
+from scalabl_ref.app.study import Study
+from scalabl_ref.support.files import sha256
+from scalabl_ref.support.tensors import load_tensors, save_tensors
+
+from .studies import config, quick
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"metods": []}, "unknown field 'metods'"),
+        ({"methods": ["magic"]}, "unknown method 'magic'"),
+        ({"methods": []}, "methods must have values"),
+        ({"methods": "mle"}, "methods must be a list (each a text), not 'mle'"),
+        ({"model": 3}, "model must be a text, not 3"),
+        ({"dtype": "int8"}, "dtype must be float32 or bfloat16"),
+        ({"format": "xml"}, "format must be one of jsonl, arc"),
+        ({"seeds": 3}, "seeds must be a list (each a whole number), not 3"),
+        ({"seeds": []}, "seeds must have values"),
+        ({"seeds": [1, 1]}, "seeds must have values, each only once"),
+        ({"seeds": [-1]}, "seeds must not be negative"),
+        ({"seeds": [True]}, "seeds must be a list (each a whole number), not [True]"),
+        ({"lr": 0.001}, "lr must be a list (each a finite number), not 0.001"),
+        ({"lr": []}, "lr must have values"),
+        ({"lr": [-1]}, "lr must be finite and not negative"),
+        ({"lr": [10**400]}, "lr must be a list (each a finite number)"),
+        ({"limit": "5"}, "limit must be a whole number or null, not '5'"),
+        ({"limit": 0}, "limit must be at least 1"),
+        ({"test_limit": -1}, "test_limit must be at least 1"),
+        ({"sizes": [8, 0]}, "sizes must be at least 1"),
+        ({"samples": 0}, "samples must be at least 1"),
+        ({"samples": 10**9}, "samples must be at most 100,000"),
+        ({"bins": 10**9}, "bins must be at most 10,000"),
+        ({"bins": 0}, "bins must be at least 1"),
+        ({"validation": 0}, "validation must be in (0, 1)"),
+        ({"validation": math.nan}, "validation must be a finite number"),
+        ({"ood": ["x"]}, "ood must be an object"),
+        ({"ood": {"x": "y"}}, "ood must be an object"),
+        ({"ood": {"x": {"file": "y"}}}, "ood: x: unknown field 'file': expected path, format"),
+        ({"ood": {"x": {"limit": 3}}}, "ood: x: field 'path' is missing"),
+        ({"ood": {"x": {"path": 3}}}, "ood: x: path must be a text"),
+        ({"ood": {"x": {"path": "y", "limit": 0}}}, "ood: x: limit must be at least 1"),
+        ({"ood": {"x": {"path": "y", "format": "z"}}}, "ood: x: format must be one of"),
+        ({"ood": {"../x": {"path": "y"}}}, "cannot be the name of a set"),
+        ({"sweep": ["blob"]}, "sweep: 'blob' is not among the study's methods"),
+        ({"knobs": {"scalable": [1]}}, "knobs: 'scalable' is not among the study's methods"),
+        ({"knobs": {"scalabl": 1.0}}, "knobs must be an object (each a list (each a finite num"),
+        ({"knobs": {"scalabl": []}}, "knobs: scalabl must have values"),
+        ({"knobs": {"scalabl": [-1]}}, "beta must be finite and not negative"),
+        ({"knobs": {"mle": [1.5]}}, "share_of_steps must be in (0, 1], and is 1.5"),
+        ({"settings": {"step": 4}}, "settings: unknown field 'step': did you mean steps?"),
+        ({"settings": {"steps": "4"}}, "settings: steps must be a whole number, not '4'"),
+        ({"settings": {"steps": 10**20}}, "settings: steps must be a whole number"),
+        ({"settings": {"steps": 0}}, "steps must be at least 1"),
+        ({"settings": {"rank": 0}}, "rank must be at least 1"),
+        ({"settings": {"targets": "lm_head"}}, "settings: targets must be a list (each a text)"),
+        ({"settings": {"recompute": 1}}, "settings: recompute must be true or false"),
+        ({"settings": {"micro_batch": 1.5}}, "micro_batch must be a whole number or null"),
+        ({"settings": {"kl": "backward"}}, "settings: kl must be forward or official"),
+        ({"settings": {"lr": 0.1}}, "settings: lr has no effect: every method here has its own"),
+        ({"settings": {"seed": 1}}, "settings: seed has no effect"),
+        ({"settings": {"method": "map"}}, "settings: method has no effect"),
+        ({"methods": ["scalabl"], "settings": {"beta": 2.0}}, "settings: beta has no effect"),
+    ],
+)  # fmt: skip
+def test_what_no_study_can_have_is_named_before_any_of_it(tmp_path, changes, message):
+    path = config(tmp_path, **changes)
+    with pytest.raises(InputError, match=re.escape(f"{path}: ") + ".*" + re.escape(message)):
+        Study.read(path)
+
+
+def test_a_setting_that_some_methods_heed_is_theirs(tmp_path):
+    """beta is a knob of scalabl alone; a number may be whole, and null is a default."""
+    settings = {"beta": 2, "alpha": None, "sampling": "token"}
+    study = Study.read(config(tmp_path, methods=["scalabl", "map", "dropout"], settings=settings))
+    trials = {name: study.trials(name)[0] for name in study.methods}
+    beta = {name: study.configs(name, trial, 0)[1].beta for name, trial in trials.items()}
+    assert beta == {"scalabl": 1.0, "map": 2, "dropout": 2}
+
+
+def test_winograndes_labels_are_contents(tmp_path):
+    train, labels = tmp_path / "train.jsonl", tmp_path / "train-labels.lst"
+    plain = quick(tmp_path)
+    labels.write_text("1\n")
+    assert dataclasses.replace(plain).contents == plain.contents
+    found = []
+    for text in ("1\n", "2\n"):
+        labels.write_text(text)
+        found.append(dataclasses.replace(plain, format="winogrande").contents["train"])
+    assert found[0][0] == found[1][0] == sha256(train) and found[0][1] != found[1][1]
+
+
+def test_a_base_is_known_by_what_is_in_its_folder(tmp_path):
+    """Every tensor, the configuration, the tokenizer: a change of any makes another."""
+    base, folder = quick(tmp_path).base, tmp_path / "model"
+    assert dataclasses.replace(quick(tmp_path), model=str(folder)).base == base
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    tensors, _ = load_tensors(folder / "model.safetensors")
+
+    def changed():
+        found = Study.read(tmp_path / "study.json").base != base
+        for name, data in kept.items():
+            (folder / name).write_bytes(data)
+        return found
+
+    assert not changed()
+    for name in tensors:
+        other = {**tensors, name: 1.5 * tensors[name]}
+        save_tensors(folder / "model.safetensors", other.items())
+        assert changed(), name
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_bytes(kept[name] + b"\n")
+        assert changed(), name
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert changed()

@@ -1,0 +1,60 @@
+"""The published comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from scalabl_ref import InputError, Llama
+from scalabl_ref.app import cli
+from scalabl_ref.app.study import paper
+
+from ...models import tiny_folder
+from .studies import FEW, arc_file
+
+
+def test_the_papers_protocol(tmp_path, capsys, monkeypatch):
+    model = tiny_folder(tmp_path / "model")
+    arc_file(tmp_path / "data/arc/ARC-Easy-Train.jsonl", 20)
+    arc_file(tmp_path / "data/arc/ARC-Easy-Test.jsonl", 9)
+    command = ["study", "paper", "--model", str(model), "--data", str(tmp_path / "data")]
+    command += ["--out", str(tmp_path / "out"), "--json"]
+    assert cli.main([*command, "--tasks", "arc_easy", "--cost"]) == 0
+    told = json.loads(capsys.readouterr().out)["cost"][str(tmp_path / "out" / "arc_easy")]
+    assert told["steps"] > 20 * 5000 and told["bytes"] == 2 * sum(
+        p.numel() for p in Llama.from_pretrained(model).parameters()
+    )
+    assert not (tmp_path / "out").exists()
+    assert cli.main(command) == 2
+    assert "winogrande/train_s.jsonl: no such file: task winogrande_s" in capsys.readouterr().err
+    # And it runs, with its steps cut down.
+    full = paper.studies
+
+    def short(*arguments):
+        return {
+            task: dataclasses.replace(study, settings={**FEW, "steps": 2}, seeds=(0,), samples=2)
+            for task, study in full(*arguments).items()
+        }
+
+    monkeypatch.setattr(paper, "studies", short)
+    with pytest.warns(UserWarning, match="tfb: no sigma in .* satisfies the tolerance: mle-"):
+        assert cli.main([*command, "--tasks", "arc_easy"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"][str(tmp_path / "out" / "arc_easy")]
+    assert set(paper.METHODS) < set(results["methods"])
+    assert results["study"]["dtype"] == "bfloat16"
+
+
+def test_openbookqa_is_tested_on_seven_other_sets(tmp_path):
+    for file in ("openbookqa/train.jsonl", "openbookqa/test.jsonl"):
+        arc_file(tmp_path / file, 4)
+    with pytest.raises(InputError, match="ARC-Challenge-Test.jsonl: no such file"):
+        paper.studies("model", tmp_path, ("openbookqa",))
+    for file, _ in paper.OUT_OF_DISTRIBUTION.values():
+        arc_file(tmp_path / file, 4)
+    studies = paper.studies("model", tmp_path, ("openbookqa",))
+    assert set(studies["openbookqa"].ood) == set(paper.OUT_OF_DISTRIBUTION)
+    assert studies["openbookqa"].settings == {"steps": 5000, "batch": 4, "rank": 8}
+    with pytest.raises(InputError, match="unknown task 'chess'"):
+        paper.studies("model", tmp_path, ("chess",))
