@@ -18,7 +18,6 @@ from ..core.adapter import Adapter, adapters
 from ..core.noise import FIRST_TRAINING_DRAW, Noise
 from ..core.objective import class_logits
 from ..core.predictive import predictive
-from ..evaluation.predict import check_samples
 from ..support.errors import InputError
 from .blob import FlipoutAdapter
 
@@ -79,7 +78,6 @@ def fit_tfb(
     any error the model is as it was.
     """
     points, device = _points(model), model.device
-    check_samples(samples)
     if samples < 1:
         raise InputError(f"samples must be at least 1, not {samples}")
     batches = [batch.to(device) for batch in batches]
