@@ -61,12 +61,12 @@ from ..evaluation.metrics import checked_bins
 from ..evaluation.predict import check_samples, predict_all
 from ..methods import Ensemble, Laplace, Posterior, Swag, fit_tfb
 from ..model.attach import add_adapters
-from ..model.folder import Weights
 from ..model.llama import Llama
 from ..model.weights import read_config
 from ..support.errors import InputError, Interrupted, RankLost, expected, on_signals
 from ..support.fields import check, json_text
 from ..support.files import atomic_write_text, make_folder, read_json, sha256
+from ..support.folders import Weights
 from ..support.progress import progress_bar
 from ..support.tensors import load_tensors, save_tensors
 from ..training.lock import alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from scalabl_ref.training.schedule import kl_period, kl_weight, warmup_linear
 from ..tolerances import rounding
 
 
+@pytest.mark.eq_7
 def test_periods_of_the_official_schedule():
     """METHOD, section 3: M at batch 4 for each data set's number of training examples."""
     sizes = {
