@@ -28,6 +28,7 @@ ROOMS = (*RANK, "verify")
 # Of two rooms in one row the first may import the second, because:
 BESIDE = {
     ("training", "data"): "a trainer is given encoded rows, and makes batches of them",
+    ("training", "fast"): "a training can offload activations and compile blocks",
     ("interop", "evaluation"): "a model of another package predicts as ours do",
 }
 
@@ -45,13 +46,10 @@ LONGEST = 60  # lines of a function, from its first line to its last
 
 # Cases that do not hold yet. One that holds must leave: the marks are strict.
 WAITING = {
-    "support -> training": "locks and progress bars ask for the rank",
     "core -> model": "the objective names the class of the model",
     "core -> fast": "the adapter calls the fast bodies, not a hook",
     "core -> data": "Batch is defined in data",
     "model -> fast": "quantised weights are made in the model",
-    "training -> fast": "run.json names the kind of quantisation",
-    "training -> methods": "the trainer collects the states of SWAG",
     "methods -> fast": "row_noise and adapted_linear stand beside the fast bodies",
     "methods -> data": "Batch is defined in data",
     "evaluation -> verify": "the nodes of the quadrature stand in the reference",

@@ -34,11 +34,11 @@ from scalabl_ref.data.tokenizer import load_tokenizer
 from scalabl_ref.fast.quantize import KINDS as CODES
 from scalabl_ref.fast.quantize import Kind
 from scalabl_ref.model.config import LlamaConfig, RopeConfig
-from scalabl_ref.model.folder import write_model
 from scalabl_ref.model.llama import Llama
 from scalabl_ref.model.weights import check_model
 from scalabl_ref.support.errors import InputError, ending
 from scalabl_ref.support.files import atomic_write, atomic_write_text, new_folder, refuse_pointer
+from scalabl_ref.support.folders import write_model
 from scalabl_ref.support.tensors import Stored
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))

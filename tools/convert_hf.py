@@ -38,7 +38,6 @@ import torch
 from scalabl_ref.data.tokenizer import companion_files, tokenizer_files
 from scalabl_ref.fast.quantize import KINDS, Kind
 from scalabl_ref.model.config import LlamaConfig
-from scalabl_ref.model.folder import FORMAT, ours_to_hf, stored_weights, with_dtype, write_model
 from scalabl_ref.model.llama import Llama
 from scalabl_ref.model.weights import as_stored, check_model
 from scalabl_ref.support.errors import InputError, ending
@@ -50,6 +49,7 @@ from scalabl_ref.support.files import (
     refuse_pointer,
     sha256,
 )
+from scalabl_ref.support.folders import FORMAT, ours_to_hf, stored_weights, with_dtype, write_model
 from scalabl_ref.support.hub import hub_name, model_folder
 from scalabl_ref.support.progress import progress_bar
 from scalabl_ref.support.tensors import Stored

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from scalabl_ref.app.demo import LETTERS, story
 from scalabl_ref.data.tokenizer import Tokenizer, import_sentencepiece, load_tokenizer
 from scalabl_ref.model.config import LlamaConfig
-from scalabl_ref.model.folder import write_model
 from scalabl_ref.model.llama import Llama
 from scalabl_ref.support.errors import InputError
 from scalabl_ref.support.files import new_folder
+from scalabl_ref.support.folders import write_model
 from scalabl_ref.support.progress import progress_bar
 from scalabl_ref.support.tensors import Stored
 

@@ -22,11 +22,11 @@ from ..core.objective import KL, complexity
 from ..data.tokenizer import Tokenizer, companion_files
 from ..evaluation.predict import check_samples
 from ..methods import Ensemble, Posterior, Swag
-from ..model.folder import FORMAT, ours_to_hf, stored_weights, with_dtype, write_model
 from ..model.llama import Llama
 from ..model.weights import as_stored, check_model, read_config
 from ..support.errors import InputError
 from ..support.files import atomic_write_text, make_folder, new_folder, read_json
+from ..support.folders import FORMAT, ours_to_hf, stored_weights, with_dtype, write_model
 from ..support.hub import hub_name
 from ..support.tensors import Stored
 from ..training.runs import load_adapter_state

@@ -12,9 +12,9 @@ from torch import Tensor
 from ..core.adapter import Adapter
 from ..core.config import COVARIANCES, TARGETS, AdapterConfig
 from ..model.attach import Linear
-from ..model.folder import hf_to_ours
 from ..model.llama import Llama
 from ..support.errors import InputError
+from ..support.folders import hf_to_ours
 from ..support.tensors import check_names, check_tensor
 
 Lora = dict[str, tuple[Tensor, Tensor]]  # A' (r, d_in) and B (d_out, r), float32, by layer

@@ -14,10 +14,10 @@ import torch
 
 from ..core.adapter import Adapter
 from ..core.config import AdapterConfig
-from ..model.folder import hf_to_ours, ours_to_hf
 from ..model.llama import Llama
 from ..support.errors import InputError
 from ..support.files import atomic_write_text, read_json
+from ..support.folders import hf_to_ours, ours_to_hf
 from ..support.tensors import Stored, open_tensors, write_tensors
 from .layers import THEIRS, Lora, Readers, read_theirs
 

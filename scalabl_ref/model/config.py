@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..support.errors import InputError
+from ..support.folders import FORMAT
 from .attach import Device
-from .folder import FORMAT
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..support.errors import InputError
 from ..support.files import read_json
+from ..support.folders import FORMAT, Weights, hf_to_ours
 from ..support.hub import model_folder
 from ..support.tensors import FLOATS, is_finite
 from .attach import Device, Linear
 from .config import LlamaConfig
-from .folder import FORMAT, Weights, hf_to_ours
 from .llama import Llama
 
 Item = TypeVar("Item")

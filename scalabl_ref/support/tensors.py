@@ -23,7 +23,7 @@ from .files import atomic_write, refuse_pointer
 
 
 def open_tensors(path: Path, once: bool = False) -> dict[str, Callable[[], Tensor]]:
-    """Functions that read the tensors of one file, by name. once: as in model.folder.Weights."""
+    """Functions that read the tensors of one file, by name. once: as in folders.Weights."""
     readers = _open_file(path, mmap=once)
     # torch's oldest format cannot be mapped: its tensors were all read just now.
     if once and (path.suffix == ".safetensors" or zipfile.is_zipfile(path)):

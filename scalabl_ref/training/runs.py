@@ -21,12 +21,12 @@ from ..data import FORMATS, AnswerTokens, Labels, Style
 from ..fast.quantize import Kind
 from ..model.attach import Device, add_adapters
 from ..model.config import LlamaConfig
-from ..model.folder import stored_weights
 from ..model.llama import Llama
 from ..model.weights import as_stored, read_config
 from ..support.errors import InputError
 from ..support.fields import check
 from ..support.files import atomic_write_text, make_folder, read_json
+from ..support.folders import stored_weights
 from ..support.tensors import check_names, check_tensor, load_tensors, save_tensors
 from . import ranks as distributed
 from . import savepoints

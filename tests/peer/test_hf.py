@@ -23,7 +23,7 @@ from scalabl_ref.core.objective import complexity
 from scalabl_ref.data import Encoded, collate
 from scalabl_ref.evaluation.predict import predict
 from scalabl_ref.interop import hf
-from scalabl_ref.model.folder import hf_to_ours
+from scalabl_ref.support.folders import hf_to_ours
 from scalabl_ref.training.trainer import TrainConfig, Trainer
 
 from ..conftest import ROOT

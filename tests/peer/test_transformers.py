@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalabl_ref import Llama, LlamaConfig
-from scalabl_ref.model.folder import ours_to_hf
+from scalabl_ref.support.folders import ours_to_hf
 from scalabl_ref.support.tensors import save_tensors
 
 from ..model.test_llama import HF, ROPES_IN_FILES

@@ -21,7 +21,7 @@ import torch
 
 from scalabl_ref import InputError, Llama
 from scalabl_ref.model.config import LlamaConfig, RopeConfig
-from scalabl_ref.model.folder import Weights, ours_to_hf
+from scalabl_ref.support.folders import Weights, ours_to_hf
 from scalabl_ref.support.tensors import Stored, load_tensors, save_tensors, write_tensors
 
 from ..conftest import ROOT

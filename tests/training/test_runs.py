@@ -10,7 +10,7 @@ import torch
 
 from scalabl_ref import AdapterConfig, InputError, Llama, Noise, add_adapters, load_run, save_run
 from scalabl_ref.core.adapter import adapter_state
-from scalabl_ref.model.folder import ours_to_hf
+from scalabl_ref.support.folders import ours_to_hf
 from scalabl_ref.support.tensors import save_tensors
 from scalabl_ref.training.runs import fingerprint, folder_fingerprint, run_facts
 

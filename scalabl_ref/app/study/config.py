@@ -16,7 +16,7 @@ from ...data import FORMATS, Labels, Style, Wording, files, read_template
 from ...data.tokenizer import tokenizer_files
 from ...evaluation.metrics import checked_bins
 from ...evaluation.predict import check_samples
-from ...model.folder import Weights
+from ...support.folders import Weights
 from ...support.errors import InputError, expected
 from ...support.fields import check
 from ...support.files import read_json, sha256

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..support.errors import InputError
-from ..support.files import atomic_write_text, copy_file, read_json
-from ..support.tensors import Stored, open_tensors, write_tensors
+from .errors import InputError
+from .files import atomic_write_text, copy_file, read_json
+from .tensors import Stored, open_tensors, write_tensors
 
 FORMAT = "scalabl_ref"
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from scalabl_ref import InputError, Llama, LlamaConfig
 from scalabl_ref.data.tokenizer import load_tokenizer
-from scalabl_ref.model.folder import Weights, hf_to_ours, ours_to_hf
+from scalabl_ref.support.folders import Weights, hf_to_ours, ours_to_hf
 from scalabl_ref.support.tensors import save_tensors
 
 from ..conftest import ROOT
