@@ -241,7 +241,15 @@ def initial_widths(uniform: Tensor, init_sigma: float) -> Tensor:
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """The model's adapters by the name of the layer that carries them, in model order."""
+    """The model's adapters by the name of the layer that carries them, in model order.
+
+    Example:
+
+    >>> from scalabl_ref import AdapterConfig, Llama, LlamaConfig, adapters, add_adapters
+    >>> model = add_adapters(Llama(LlamaConfig(32, 8, 16, 1, 2, 1, 4)), AdapterConfig(rank=2))
+    >>> list(adapters(model))
+    ['layers.0.attn.q_proj', 'layers.0.attn.v_proj', 'lm_head']
+    """
     return {
         name: module.adapter
         for name, module in model.named_modules()

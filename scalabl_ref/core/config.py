@@ -41,7 +41,10 @@ class AdapterConfig:
 
     Raises InputError for a value outside its range.
 
-    >>> AdapterConfig(rank=4, targets=["q_proj", "v_proj"]).scaling
+    Example:
+
+    >>> from scalabl_ref import AdapterConfig
+    >>> AdapterConfig(rank=4, targets=("q_proj", "v_proj")).scaling  # alpha / rank
     2.0
     """
 

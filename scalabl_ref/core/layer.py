@@ -61,9 +61,11 @@ def subspace_lora_linear(
     InputError (a ValueError too) for tensors that do not fit together, and for a layer, group or
     draw out of range.
 
-    >>> x, W, A, B = torch.ones(1, 2), torch.eye(2), torch.ones(1, 2), torch.ones(2, 1)
-    >>> subspace_lora_linear(x, W, None, A, B, torch.ones(1), torch.ones(1), 0.5, noise=None)
-    tensor([[2., 2.]])
+    >>> import torch
+    >>> from scalabl_ref import Noise, subspace_lora_linear
+    >>> x, A, B, one = torch.ones(1, 3), torch.ones(1, 3), torch.ones(3, 1), torch.ones(1)
+    >>> subspace_lora_linear(x, torch.eye(3), None, A, B, one, one, 2.0, None)  # 1 + 2 * 3 * 1
+    tensor([[7., 7., 7.]])
     """
     check_shapes(x, weight, bias, A, B, s, sigma)
     y = F.linear(x, weight, bias)  # (..., d_out)

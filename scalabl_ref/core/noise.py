@@ -47,8 +47,15 @@ class Noise:
     seed: integer in [0, 2^64), the Philox key. draw: integer in [0, 2^32), for example the step or
     the sample. Raises InputError for anything else.
 
-    >>> Noise(seed=1, draw=2).normal(layer=3, groups=2, rank=3).shape
-    torch.Size([2, 3])
+    Example: row g belongs to group g, whatever other groups are asked for.
+
+    >>> import torch
+    >>> from scalabl_ref import Noise
+    >>> eps = Noise(seed=0, draw=1).normal(layer=2, groups=3, rank=4)
+    >>> eps.shape
+    torch.Size([3, 4])
+    >>> Noise(seed=0, draw=1).normal(2, torch.tensor([2]), 4).equal(eps[2:])
+    True
     """
 
     seed: int

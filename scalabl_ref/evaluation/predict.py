@@ -118,6 +118,25 @@ def predict(
     with less error of their average, see `Draws`.
 
     Raises InputError as `check_samples` does, for an unknown `design`, or one with a posterior.
+
+    Example: draws disagree as soon as B is not 0.
+
+    >>> import torch
+    >>> from scalabl_ref import AdapterConfig, Llama, LlamaConfig, adapters, add_adapters, predict
+    >>> from scalabl_ref.core.objective import Batch
+    >>> model = Llama(LlamaConfig(32, 8, 16, 1, 2, 1, 4)).init_random_(seed=0)
+    >>> model = add_adapters(model.trim_head([5, 7]), AdapterConfig(rank=2, init_sigma=1.0))
+    >>> batch = Batch(
+    ...     tokens=torch.tensor([[3, 1, 4], [1, 5, 0]]), lengths=torch.tensor([3, 2]),
+    ...     labels=torch.tensor([0, 1]), ids=torch.tensor([0, 1]), classes=torch.tensor([5, 7]),
+    ... )
+    >>> predict(model, batch, samples=10).mutual_information.max().item() < 1e-12
+    True
+    >>> with torch.no_grad():
+    ...     adapters(model)["lm_head"].B[0] = 1.0
+    >>> prediction = predict(model, batch, samples=10)
+    >>> prediction.probs.shape, bool((prediction.mutual_information > 0.01).all())
+    (torch.Size([2, 2]), True)
     """
     check_samples(samples)
     if posterior is not None:

@@ -21,7 +21,6 @@ from ..core.objective import Batch, class_logits
 from ..core.predictive import Prediction, predictive
 from ..model.llama import Llama
 from ..support.errors import InputError
-from ..verify.reference import gauss_hermite
 
 NODES = (96, 48, 32)  # along each direction, where there are one, two or three
 
@@ -81,3 +80,13 @@ def integrate(mean: Tensor, factor: Tensor, counts: Sequence[int] = NODES) -> Pr
     weight = torch.cartesian_prod(*[weights] * directions).view(-1, directions).prod(1).to(mean)
     logits = mean + torch.einsum("qk,bck->qbc", grid, axes)
     return predictive(torch.log_softmax(logits, -1), weight)
+
+
+def gauss_hermite(n: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of E f(eps), eps ~ N(0, 1): Golub and Welsch's eigenvalues, (n,) each.
+
+    Exact for polynomials of degree up to 2n - 1.
+    """
+    off = torch.arange(1, n, dtype=torch.float64).sqrt()
+    values, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
+    return values, vectors[0].square()

@@ -50,6 +50,16 @@ def add_adapters(model: nn.Module, config: AdapterConfig, seed: int = 0) -> nn.M
 
     Raises InputError if the model has adapters already, if no layer has a target's name, or if
     the rank is larger than a dimension of a layer (naming the layer).
+
+    Example: B starts at 0, so that the model computes the same as before.
+
+    >>> import torch
+    >>> from scalabl_ref import AdapterConfig, Llama, LlamaConfig, Noise, add_adapters
+    >>> tokens, model = torch.tensor([[3, 1, 4]]), Llama(LlamaConfig(32, 8, 16, 1, 2, 1, 4))
+    >>> before = model.init_random_(seed=0)(tokens)
+    >>> model = add_adapters(model, AdapterConfig(rank=2))
+    >>> torch.equal(model(tokens, noise=Noise(seed=0, draw=0)), before)
+    True
     """
     if adapters(model):
         raise InputError("the model already has adapters")

@@ -124,6 +124,16 @@ class LlamaConfig:
     head_tokens: token ids of the rows that the head was cut down to; None is the whole vocabulary.
 
     Raises InputError for a value outside its range.
+
+    Example:
+
+    >>> from scalabl_ref import LlamaConfig
+    >>> config = LlamaConfig(
+    ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
+    ...     num_attention_heads=2, num_key_value_heads=1, head_dim=4,
+    ... )
+    >>> config.max_position_embeddings
+    2048
     """
 
     vocab_size: int

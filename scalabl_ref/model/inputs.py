@@ -41,7 +41,22 @@ class KVCache:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The arguments of one forward pass: those of `Llama.forward`."""
+    """The arguments of `Llama.forward`.
+
+    tokens: (B, T) int64. noise: the draw that the adapters use; None is the mean model.
+    groups: (B,) int64 id of each row's draw; None means 0 .. B-1. Under token sampling the group
+        of a token is id * max_position_embeddings + position, so that a draw depends neither on
+        padding nor on the cache.
+    lengths: (B,) int64 >= 1, the ends of right-padded rows (`last_only` reads there).
+    mask: (B, S) bool, True on real tokens, for any other padding; S counts cached tokens too.
+    cache: holds the tokens before these; filled in place. Give it the same `draws` every time,
+        and `mask` with all tokens after padding: it keeps neither `lengths` nor `mask`.
+    draws: S gives S B rows: rows 0 .. B-1 under `noise`, then under the S - 1 draws after it.
+    last_only: logits of each row's last token alone.
+    padded: compute the hidden states of padding too, as (B, T, D), for hooks into layers. The
+        body in fast/ otherwise leaves out padding and, with `last_only`, the last block's other
+        tokens.
+    """
 
     tokens: Tensor
     noise: Noise | None = None
@@ -59,7 +74,11 @@ class Inputs:
         return 0 if self.cache is None else len(self.cache)
 
     def check(self, limit: int) -> None:
-        """Raise as `Llama.forward` says; tell the cache whether it will hold padding."""
+        """Tell the cache whether it will hold padding.
+
+        Raises ValueError if both `lengths` and `mask` are given, and InputError past `limit`
+        positions, or without `mask` where the cache holds padding.
+        """
         if self.lengths is not None and self.mask is not None:
             raise ValueError("give lengths (right padding) or mask (any padding), not both")
         T, cache = self.tokens.shape[1], self.cache

@@ -136,6 +136,14 @@ class Llama(nn.Module):
     `Llama.from_pretrained(folder)` is the usual way in; `init_random_` fills a fresh model.
     recompute: whether training stores only each block's input and computes the rest again in the
     backward pass (fast/rows.py). quantized: the kind of the blocks' codes, see fast/quantize.py.
+
+    Example:
+
+    >>> import torch
+    >>> from scalabl_ref import Llama, LlamaConfig
+    >>> model = Llama(LlamaConfig(32, 8, 16, 1, 2, 1, 4)).init_random_(seed=0)
+    >>> model(torch.tensor([[3, 1, 4]])).shape  # logits of the next token
+    torch.Size([1, 3, 32])
     """
 
     recompute = False
@@ -175,24 +183,9 @@ class Llama(nn.Module):
     ) -> Tensor:
         """tokens (B, T) int64 -> logits (B, T, V), or (B, V) with `last_only`.
 
-        noise: the draw that the adapters use; None is the mean model.
-        groups: (B,) int64 id of each row's draw; None means 0 .. B-1. Under token sampling the
-            group of a token is id * max_position_embeddings + position, so that a draw depends
-            neither on padding nor on the cache.
-        lengths: (B,) int64 >= 1, the ends of right-padded rows (`last_only` reads there).
-        mask: (B, S) bool, True on real tokens, for any other padding; S counts cached tokens too.
-        cache: holds the tokens before these; filled in place. Give it the same `draws` every time,
-            and `mask` with all tokens after padding: it keeps neither `lengths` nor `mask`.
-        draws: S gives (S B, T, V) or (S B, V): rows 0 .. B-1 under `noise`, then under the S - 1
-            draws after it.
-        padded: compute the hidden states of padding too, as (B, T, D), for hooks into layers. The
-            body in fast/ otherwise leaves out padding and, with `last_only`, the last block's other
-            tokens.
-
-        Positions count real tokens. Logits at padding are meaningless. Raises ValueError if both
-        `lengths` and `mask` are given, and InputError past max_position_embeddings, without `mask`
-        where the cache holds padding, or for a group id so large that under token sampling there is
-        no room for its tokens.
+        `Inputs` states the arguments. Positions count real tokens. Logits at padding are
+        meaningless. Raises as `Inputs.check` does, and InputError for a group id so large that
+        under token sampling there is no room for its tokens.
         """
         inputs = Inputs(tokens, noise, groups, lengths, mask, cache, draws, last_only, padded)
         inputs.check(self.config.max_position_embeddings)

@@ -14,7 +14,7 @@ from ..support.errors import InputError
 from ..support.files import read_json
 from ..support.folders import FORMAT, Weights, hf_to_ours
 from ..support.hub import model_folder
-from ..support.tensors import FLOATS, is_finite
+from ..support.tensors import FLOATS, check_tensor, is_finite
 from .attach import Device, Linear
 from .config import LlamaConfig
 from .llama import Llama
@@ -201,19 +201,7 @@ def _checked(model: Llama, weights: Weights, names: dict[str, str]) -> Iterator[
         if name not in names:
             raise InputError(f"{weights.folder}: tensor {name} is missing")
         tensor = weights[names[name]]
-        if tensor.shape != empty.shape:
-            raise InputError(
-                f"{weights.folder}: tensor {names[name]} has shape {tuple(tensor.shape)}, "
-                f"expected {tuple(empty.shape)}"
-            )
-        floats = empty.is_floating_point()
-        if tensor.dtype not in (FLOATS if floats else (empty.dtype,)):
-            wanted = "floats of 16 bits or more" if floats else empty.dtype
-            raise InputError(
-                f"{weights.folder}: tensor {names[name]} is {tensor.dtype}, expected {wanted}"
-            )
-        if not is_finite(tensor):
-            raise InputError(f"{weights.folder}: tensor {names[name]} has NaN or infinite values")
+        check_tensor(weights.folder, names[name], tensor, empty)
         del tensor  # and with it the pages that were read
         yield name, weights[names[name]]
     # Old checkpoints store RoPE's frequencies, which we compute; a tied head may be stored twice.

@@ -142,6 +142,16 @@ def save_run(run: Path | str, model: Llama, info: Mapping[str, Any]) -> None:
     info: facts to keep, "model" (the base's folder) among them; must be JSON. `RunFacts` lists
     those that are read. `Encoded.wording.facts()` are those that `evaluate` and `predict` need to
     ask as the run was trained.
+
+    Example:
+
+    >>> import os, tempfile
+    >>> from scalabl_ref import AdapterConfig, Llama, LlamaConfig, add_adapters, save_run
+    >>> model = add_adapters(Llama(LlamaConfig(32, 8, 16, 1, 2, 1, 4)), AdapterConfig(rank=2))
+    >>> with tempfile.TemporaryDirectory() as run:
+    ...     save_run(run, model, {"model": "the base's folder"})
+    ...     sorted(os.listdir(run))
+    ['adapter.safetensors', 'run.json']
     """
     run = Path(run)
     config = next(iter(adapters(model).values())).config
@@ -216,6 +226,20 @@ def load_run(
     model: the base, already loaded and untrimmed; None loads it from where run.json says. base: the
     folder of `model`, to be named in errors.
     Raises InputError if a file is missing or broken, or if the base is not the one trained on.
+
+    Example: it gives back the model of `save_run`, given the same base model.
+
+    >>> import tempfile
+    >>> from scalabl_ref import AdapterConfig, Llama, LlamaConfig, adapters, add_adapters
+    >>> from scalabl_ref import load_run, save_run
+    >>> def base():
+    ...     return Llama(LlamaConfig(32, 8, 16, 1, 2, 1, 4)).init_random_(seed=0)
+    >>> trained = add_adapters(base(), AdapterConfig(rank=2), seed=1)
+    >>> with tempfile.TemporaryDirectory() as run:
+    ...     save_run(run, trained, {"model": "the base's folder"})
+    ...     model, facts = load_run(run, model=base())
+    >>> adapters(model)["lm_head"].A.equal(adapters(trained)["lm_head"].A)
+    True
     """
     run = Path(run)
     facts = run_facts(run)

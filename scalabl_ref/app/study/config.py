@@ -16,10 +16,10 @@ from ...data import FORMATS, Labels, Style, Wording, files, read_template
 from ...data.tokenizer import tokenizer_files
 from ...evaluation.metrics import checked_bins
 from ...evaluation.predict import check_samples
-from ...support.folders import Weights
 from ...support.errors import InputError, expected
 from ...support.fields import check
 from ...support.files import read_json, sha256
+from ...support.folders import Weights
 from ...training.runs import DType
 from ...training.trainer import TrainConfig
 from .methods import METHODS
