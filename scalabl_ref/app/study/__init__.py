@@ -27,7 +27,7 @@ from ...training.lock import alone
 from ..workers import Workers
 from . import paper
 from .config import Study
-from .cost import cost
+from .costs import cost
 from .jobs import Fit, Job
 from .methods import METHODS, Method
 
