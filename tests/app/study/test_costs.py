@@ -54,10 +54,10 @@ def test_sets_are_held_against_the_model_before_any_training(tmp_path):
     test = file("wide.jsonl", wide)
     long = file("long.jsonl", {**wide, "prompt": 128 * "?", "label": 0})
     narrow = {"test": test, "ood": {"other": {"path": test}}}
-    with pytest.raises(InputError, match=f"wide.jsonl: example 8 .*: {answer}, and there are 3"):
+    with pytest.raises(InputError, match=f"wide.jsonl: example 8 .*: {answer}, but there are 3"):
         cost(quick(tmp_path, **narrow))
     assert cost(quick(tmp_path, **narrow, train=file("train-4.jsonl", *[wide] * 8)))["runs"] == 1
-    with pytest.raises(InputError, match=f"wide.jsonl: example 8 .*: {answer}, and there are 3"):
+    with pytest.raises(InputError, match=f"wide.jsonl: example 8 .*: {answer}, but there are 3"):
         cost(quick(tmp_path, **narrow, train=str(tmp_path / "train-4.jsonl"), sizes=[8]))
     assert cost(quick(tmp_path, ood={"other": {"path": test}}))["runs"] == 1
     with pytest.raises(InputError, match=r"long.jsonl: example 8 .*: its prompt has 1\d\d tokens"):
