@@ -46,7 +46,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scalabl_ref import Noise, native_status, subspace_lora_linear
-from scalabl_ref.model import llama
+from scalabl_ref.fast import rows
+from scalabl_ref.model.inputs import Inputs
+from scalabl_ref.model.llama import rotate
 
 Step = Callable[[], Any]
 
@@ -348,7 +350,8 @@ def parts_of(model: scalabl_ref.Llama, count: int, length: int) -> dict[str, Par
     attended = torch.randn(count, length, H)
     q, k = (torch.randn(count, n // c.head_dim, length, c.head_dim) for n in (H, K))
     heads = q.transpose(1, 2).contiguous()
-    ctx = model._context(llama.Rows(count, length))
+    inputs = Inputs(torch.zeros(count, length, dtype=torch.int64))
+    ctx = rows.packed_context(model, inputs, rows.Rows(count, length))
 
     def attention() -> Tensor:
         return F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
@@ -356,12 +359,12 @@ def parts_of(model: scalabl_ref.Llama, count: int, length: int) -> dict[str, Par
     found = (
         Part("q, k, v", lambda: (attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)),
              2 * N * D * (H + 2 * K), (D + N) * (H + 2 * K) + N * D, L),
-        Part("RoPE", lambda: llama.rotate(heads, ctx.cos, ctx.sin), 3 * N * H, 2 * N * H, 2 * L),
+        Part("RoPE", lambda: rotate(heads, ctx.cos, ctx.sin), 3 * N * H, 2 * N * H, 2 * L),
         Part("attention", attention, 2 * N * length * H, 2 * N * (H + K), L),
         Part("o", lambda: attn.o_proj(attended), 2 * N * H * D, H * D + N * (H + D), L),
         Part("gate, up", lambda: (mlp.gate_proj(x), mlp.up_proj(x)),
              4 * N * D * inner, 2 * (D + N) * inner + N * D, L),
-        Part("SwiGLU", lambda: llama.SwiGLU.apply(gate, gate), 5 * N * inner, 3 * N * inner, L),
+        Part("SwiGLU", lambda: rows.SwiGLU.apply(gate, gate), 5 * N * inner, 3 * N * inner, L),
         Part("down", lambda: mlp.down_proj(gate),
              2 * N * D * inner, inner * D + N * (inner + D), L),
         Part("RMSNorm", lambda: model.norm(x), 4 * N * D, 2 * N * D, 2 * L + 1),

@@ -21,7 +21,7 @@ from ..core.layer import SAMPLING, Sampling, check_shapes, row_keys
 from ..core.noise import RESERVED_LAYER, Keys, Noise
 from ..core.philox import in_range
 from . import native
-from .normals import MASK, numbers
+from .normals import MASK
 
 MAX_RANK = 256  # of the native core
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -124,8 +124,9 @@ def unserved(
     for p in (weight, A, B, s, sigma):
         if type(p) not in PLAIN_TYPES or p.is_cpu is not cpu or (not cpu and p.device != x.device):
             return "another kind of tensor, or another device"
-    if not {type(x), type(groups), type(draws)}.issubset(PLAIN_TYPES):
-        return "another kind of tensor"
+    for value in (x, groups, draws):
+        if type(value) not in PLAIN_TYPES:
+            return "another kind of tensor"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "a transform of functions"
     return ""
@@ -142,15 +143,19 @@ def draws_of(
     """`Draws` of rows whose leading dimensions are `shape`: as few groups as tell rows apart."""
     if not torch.compiler.is_compiling():
         in_range("layer", layer, 0, RESERVED_LAYER)
-    given = None if sampling == "batch" else groups
-    lead = {"batch": 0, "example": 1}.get(sampling, len(shape)) if given is None else given.dim()
+    seed = noise.seed if noise.seed < 2**63 else noise.seed - 2**64
+    if sampling == "batch":
+        groups, lead = None, 0
+    elif groups is not None:
+        lead = groups.dim()
+    else:
+        lead = 1 if sampling == "example" else len(shape)
     lead = lead if draws is None else max(lead, draws.dim())
-    ids, later = given, draws
-    if given is not None or draws is not None or sampling not in SAMPLING:
-        keys, later = row_keys(shape[:lead], Keys(noise, groups, draws), sampling)
-        ids, later = keys.reshape(-1), None if later is None else later.reshape(-1)
-    seed, draw, *_ = numbers(noise)
-    return Draws(True, seed, draw, layer, ids, later, max(1, math.prod(shape[lead:])))
+    if groups is not None or draws is not None or sampling not in SAMPLING:
+        ids, draws = row_keys(shape[:lead], Keys(noise, groups, draws), sampling)
+        groups, draws = ids.reshape(-1), None if draws is None else draws.reshape(-1)
+    per_group = max(1, math.prod(shape[lead:]))
+    return Draws(True, seed, noise.draw, layer, groups, draws, per_group)
 
 
 # --- The native core ------------------------------------------------------------------------------
