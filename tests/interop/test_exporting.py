@@ -17,7 +17,7 @@ from scalabl_ref.methods import Ensemble, Laplace, Swag
 from scalabl_ref.support.files import read_json
 from scalabl_ref.support.tensors import load_tensors, save_tensors
 
-from ..app.test_cli import ok, refused
+from ..app.commands import ok, refused
 from ..models import questions_file, tiny_batch, tiny_folder
 from ..tolerances import rounding
 from .samples import (

@@ -13,7 +13,7 @@ from scalabl_ref.core.config import COVARIANCES
 from scalabl_ref.interop.importing import read_run, start_from
 from scalabl_ref.support.files import read_json
 
-from ..app.test_cli import ok, refused
+from ..app.commands import ok, refused
 from ..models import questions_file, tiny_folder
 from ..tolerances import rounding
 from .samples import KINDS, LETTERS, TARGETS, TOKENS, a_run, bound, official_state, peft_folder
