@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import scalabl_ref  # noqa: F401  before torch, whose warning about a missing NumPy it keeps away
@@ -12,6 +13,8 @@ import scalabl_ref  # noqa: F401  before torch, whose warning about a missing Nu
 import pytest
 import torch
 from hypothesis import Phase, settings
+
+from scalabl_ref import fast
 
 from . import models
 
@@ -32,6 +35,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     models.DEVICE = config.getoption("--device")
+
+
+@pytest.fixture(params=["fast", "plain"])
+def bodies(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs a test twice: with the fast bodies in place, and with the plain ones."""
+    with fast.plain() if request.param == "plain" else nullcontext():
+        yield
 
 
 @pytest.fixture

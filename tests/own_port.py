@@ -28,14 +28,13 @@ from scalabl_ref import (
     kl_forward,
     kl_official,
     philox4x32,
-    subspace_lora_linear,
 )
 from scalabl_ref.core.adapter import SubspaceAdapter, initial_matrix, initial_values
 from scalabl_ref.core.philox import box_muller
 from scalabl_ref.core.predictive import predictive
 from scalabl_ref.data import Encoded
 from scalabl_ref.evaluation import metrics
-from scalabl_ref.fast.rows import Rows, packed_context
+from scalabl_ref.fast.rows import PackedAttention, Rows, packed_context
 from scalabl_ref.model.attach import Linear
 from scalabl_ref.model.config import RopeConfig
 from scalabl_ref.model.inputs import Inputs
@@ -57,13 +56,13 @@ def cases(folder):
 
 
 def op(case, t, dtype, bug):
-    """Our fast op in the part of a port; `bug` changes its arguments."""
+    """The op that is in place, in the part of a port; `bug` changes its arguments."""
     p = dict(case["parameters"])
     noise = Noise(int(p["seed"]), p["draw"]) if p["seed"] else None
     leaves = {name: t[name].to(dtype).requires_grad_() for name in TENSORS if name in t}
     call = {"bias": None, **leaves, "scaling": p["scaling"], "noise": noise, "layer": p["layer"],
             "sampling": p["sampling"], "groups": t.get("groups")}  # fmt: skip
-    y = subspace_lora_linear(**{**call, **bug(call)})
+    y = SubspaceAdapter.op(**{**call, **bug(call)})
     if "grad_y" not in t:
         return {"y": y.detach()}
     gradients = torch.autograd.grad(
@@ -163,8 +162,10 @@ def llama(id, p, t):
         layer = model.layers[0].attn
         load(layer, t)
         B, T = t["x"].shape[:2]
-        tokens = torch.zeros(B, T, dtype=torch.int64)
-        return {"y": layer(t["x"], packed_context(model, Inputs(tokens), Rows(B, T)))}
+        inputs = Inputs(torch.zeros(B, T, dtype=torch.int64))
+        if isinstance(layer, PackedAttention):
+            return {"y": layer(t["x"], packed_context(model, inputs, Rows(B, T)))}
+        return {"y": layer(t["x"], model.context(inputs, None))}
     if id == "swiglu":
         mlp = MLP(LlamaConfig(40, 16, 24, 1, 4, 2, 4)).to(t["x"].dtype)
         load(mlp, t)

@@ -8,8 +8,8 @@ but for rounding, and slower.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from ..core.adapter import SubspaceAdapter
@@ -27,6 +27,7 @@ HOOKS: tuple[tuple[type, str, Any], ...] = (
     (Llama, "block", rows.PackedBlock),
     (MLP, "activation", staticmethod(rows.swiglu)),
 )
+FAST = tuple(body for *_, body in HOOKS)
 PLAIN = tuple(vars(owner)[name] for owner, name, _ in HOOKS)
 
 
@@ -35,18 +36,29 @@ def install() -> None:
     native.core()  # settled before anything is compiled
     weights.quantizer = quantize.Quantizer()  # a format of weights, not a body: in either case
     if os.environ.get("SCALABL_PLAIN") != "1":
-        for owner, name, body in HOOKS:
-            setattr(owner, name, body)
+        put(FAST)
+
+
+def put(bodies: Sequence[Any]) -> None:
+    """Put these bodies in place, one for each hook."""
+    for (owner, name, _), body in zip(HOOKS, bodies, strict=True):
+        setattr(owner, name, body)
 
 
 @contextmanager
-def plain() -> Iterator[None]:
-    """Within the block the plain bodies are in place. A model keeps the blocks it was made with."""
+def in_place(bodies: Sequence[Any]) -> Iterator[None]:
+    """Within the block these bodies are in place: FAST or PLAIN.
+
+    A model keeps the kind of blocks that it was made with.
+    """
     before = [vars(owner)[name] for owner, name, _ in HOOKS]
     try:
-        for (owner, name, _), body in zip(HOOKS, PLAIN, strict=True):
-            setattr(owner, name, body)
+        put(bodies)
         yield
     finally:
-        for (owner, name, _), body in zip(HOOKS, before, strict=True):
-            setattr(owner, name, body)
+        put(before)
+
+
+def plain() -> AbstractContextManager[None]:
+    """Within the block the plain bodies are in place, see `in_place`."""
+    return in_place(PLAIN)

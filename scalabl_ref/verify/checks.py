@@ -17,24 +17,33 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import fast
 from ..core import philox
+from ..core.adapter import SubspaceAdapter, adapters
+from ..core.config import AdapterConfig
 from ..core.layer import SAMPLING, Sampling
-from ..core.noise import Noise
+from ..core.layer import subspace_lora_linear as plain_op
+from ..core.noise import Noise, philox_words
 from ..core.objective import kl_forward, kl_official
 from ..core.predictive import predictive
 from ..fast import native
-from ..fast.ops import subspace_lora_linear
+from ..model.attach import add_adapters
+from ..model.config import LlamaConfig
+from ..model.inputs import KVCache
+from ..model.llama import Llama
 from ..support.errors import InputError
 from . import reference
 from .check import FALSE_FAILURE, Check, Errors, Op, Result, exact, normal_limit, ratio
 from .known_answers import box_muller_answers, philox_answers
-from .method_checks import METHOD_CHECKS
+from .method_checks import EPS, METHOD_CHECKS, NETWORK, fill
+
+T = TypeVar("T")
 
 # --- Cases ------------------------------------------------------------------------------------
 
@@ -401,12 +410,109 @@ def mixture(_: Op, device: torch.device) -> Errors:
         yield from (error / 1e-14).flatten().tolist()
 
 
+# --- Checks of the fast bodies against the plain ones ------------------------------------------
+
+
+def in_both(function: Callable[..., T], *arguments: Any) -> tuple[T, T]:
+    """The result with the fast bodies in place, and with the plain ones."""
+    with fast.in_place(fast.FAST):
+        quick = function(*arguments)
+    with fast.plain():
+        return quick, function(*arguments)
+
+
+def same_op(_: Op, device: torch.device) -> Errors:
+    """y and all gradients of both bodies."""
+    for case in (*cases(device), *cases(device, noisy=False)):
+        quick, plain = in_both(op_and_gradients, case)
+        eps, size = 4 * terms(case) * torch.finfo(case.x.dtype).eps, sizes(case, direction(case))
+        for name, expected in plain.items():
+            yield ratio(quick[name], expected, size[name], eps)
+
+
+def op_and_gradients(case: Case) -> dict[str, Tensor]:
+    """y of the op in place, and the gradient of each tensor of the case by its name."""
+    names = ("x", "weight", "bias", "A", "B", "s", "sigma")
+    values = {name: getattr(case, name) for name in names if getattr(case, name) is not None}
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
+    y = case.call(SubspaceAdapter.op, **leaves)
+    gradients = torch.autograd.grad(
+        y, list(leaves.values()), direction(case), materialize_grads=True
+    )
+    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def same_noise(_: Op, device: torch.device) -> Errors:
+    """Normals of several draws and words of a stream, bit for bit."""
+    ids, draws = torch.tensor([5, 2**32 - 1, 5, 0, 77]), torch.tensor([0, 1, 2, 0, 1])
+    for seed, draw, layer in ((0, 0, 0), (2**64 - 1, 2**32 - 3, 2**32 - 2), (12345, 678, 90)):
+        for rank in (1, 4, 9):
+            quick, plain = in_both(Noise(seed, draw).normal, layer, ids, rank, draws)
+            yield exact(torch.equal(quick.view(torch.int32), plain.view(torch.int32)))
+        quick, plain = in_both(philox_words, seed, 2**62 + draw, 13)
+        yield exact(torch.equal(quick, plain))
+
+
+def same_model(_: Op, device: torch.device) -> Errors:
+    """Logits of every kind of call and gradients of the adapters, in float64."""
+    for sampling in SAMPLING:
+        for call in model_calls(device):
+            quick, plain = in_both(logits_and_gradients, device, sampling, call)
+            for got, expected in zip(quick, plain, strict=True):
+                # A second block doubles what it inherits, and so does the backward pass.
+                yield ratio(got, expected, expected.abs().max(), 4 * NETWORK * EPS)
+
+
+def model_calls(device: torch.device) -> list[dict[str, Any]]:
+    """Arguments of `Llama.forward` beside tokens (3, 5) and noise."""
+    lengths = torch.tensor([5, 2, 3], device=device)
+    left = torch.arange(5, device=device) >= 5 - lengths[:, None]
+    return [
+        {},
+        {"last_only": True},
+        {"lengths": lengths, "last_only": True},
+        {"lengths": lengths, "last_only": True, "draws": 2},
+        {"mask": left, "last_only": True},
+        {"draws": 2, "cache": None},  # filled with the first tokens
+        {"noise": None},
+    ]
+
+
+def logits_and_gradients(
+    device: torch.device, sampling: Sampling, call: dict[str, Any]
+) -> list[Tensor]:
+    """Logits of a Llama of two blocks, and the gradients of its adapters' parameters."""
+    shape = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
+                        num_attention_heads=2, num_key_value_heads=1, head_dim=4,
+                        max_position_embeddings=8)  # fmt: skip
+    model = Llama(shape).init_random_(std=0.4)
+    targets = ("v_proj", "down_proj", "lm_head")
+    add_adapters(model, AdapterConfig(rank=2, sampling=sampling, targets=targets)).double()
+    fill(adapters(model).values(), 1)
+    model.to(device)
+    tokens = torch.arange(15, device=device).view(3, 5) % 11
+    call = {"noise": Noise(1, 2), "groups": torch.tensor([7, 0, 3], device=device), **call}
+    if "cache" in call:
+        call["cache"] = KVCache(2)
+        with torch.no_grad():
+            model(tokens[:, :2], **call)
+        tokens = tokens[:, 2:]
+    logits = model(tokens, **call)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    weights = torch.linspace(-1, 1, logits.numel(), device=device).view(logits.shape).to(logits)
+    gradients = torch.autograd.grad(logits, parameters, weights, materialize_grads=True)
+    return [logits.detach(), *gradients]
+
+
 OWN_CHECKS = [
     Check("Philox", "noise, steps 1 to 5: known answers of Random123 and ours", known_answers),
     Check("normals", "noise, steps 2 to 5: the bits of plain Python", normals_bit_for_bit),
     Check("moments", "noise: standard normal, uncorrelated", moments),
     Check("KL", "(5), (6) KL(q || p) and KL(p || q)", kl_values),
     Check("mixture", "(8), (9) probabilities averaged; entropies", mixture),
+    Check("fast op", "(1a) to (1e): the fast body equals the plain one", same_op),
+    Check("fast noise", "noise: the fast bodies have the bits of the plain ones", same_noise),
+    Check("fast model", "the model: the fast bodies equal the plain ones", same_model),
 ]
 
 
@@ -420,7 +526,7 @@ def verify(op: Op | None = None, device: torch.device | str = "cpu") -> list[Res
     check has failed.
     """
     checks = OP_CHECKS + (OWN_CHECKS + METHOD_CHECKS if op is None else [])
-    return [run(check, op or subspace_lora_linear, torch.device(device)) for check in checks]
+    return [run(check, op or SubspaceAdapter.op, torch.device(device)) for check in checks]
 
 
 def run(check: Check, op: Op, device: torch.device) -> Result:
@@ -453,5 +559,7 @@ def path_of(op: Op | None) -> str:
     """The body that runs, in words."""
     if op is not None:
         return f"{op.__module__}.{getattr(op, '__name__', op)}"
+    if SubspaceAdapter.op is plain_op:
+        return "plain bodies (SCALABL_PLAIN=1)"
     status = native.native_status()
     return f"native core, {status['isa']}" if status["used"] else f"PyTorch ({status['reason']})"

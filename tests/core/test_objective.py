@@ -125,6 +125,7 @@ def test_loss_is_nll_plus_beta_kl_over_n(seed, beta, n):
     assert abs(result.loss.item() - expected) <= rounding(torch.float32, 4) * abs(expected)
 
 
+@pytest.mark.usefixtures("bodies")
 def test_the_draw_follows_the_example_through_the_whole_model():
     """Same ids, another order and another batch: the same logits per example."""
     model, batch = tiny_model(), tiny_batch(rows=5)
@@ -156,6 +157,7 @@ def test_what_is_narrow_is_widened_first():
     assert class_logits(low.double(), tiny_batch(), None).dtype == torch.float64
 
 
+@pytest.mark.usefixtures("bodies")
 def test_an_answer_is_read_off_the_last_real_token():
     model, batch = tiny_model(), tiny_batch()
     for row, length in enumerate(batch.lengths.tolist()):

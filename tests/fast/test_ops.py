@@ -163,12 +163,13 @@ def check_against_the_reference(body, case):
             assert ((got[name] - expected[name]).abs() <= bound + stored).all(), name
 
 
+@pytest.mark.parametrize("body", BODIES)
 @given(op_cases(sampling="example"), st.data())
-def test_a_draw_follows_the_group_and_not_the_place(case, data):
+def test_a_draw_follows_the_group_and_not_the_place(body, case, data):
     count = case.x.shape[0]
     order = torch.tensor(data.draw(st.permutations(range(count))), dtype=torch.int64)
-    plain = call(case, groups=None)
-    moved = call(case, x=case.x[order], groups=order)
+    plain = call(case, body, groups=None)
+    moved = call(case, body, x=case.x[order], groups=order)
     bound = op_bound(case)
     error = (moved.double() - plain[order].double()).abs()
     assert (error <= 2 * bound.amax()).all() if error.numel() else True
@@ -210,16 +211,15 @@ def test_the_backward_pass_is_the_adjoint(case, seed):
     assert abs(left - right) <= rounding(case.x.dtype, 4 * verify.terms(case)) * size
 
 
-def test_sampling_groups_share_what_they_should():
+@pytest.mark.parametrize("body", BODIES)
+def test_sampling_groups_share_what_they_should(body):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 1, 8, generator=generator).expand(3, 2, 8)
     A, B = torch.randn(4, 8, generator=generator), torch.randn(5, 4, generator=generator)
     weight, ones = torch.zeros(5, 8), torch.ones(4)
 
     def rows(sampling):
-        out = subspace_lora_linear(
-            x, weight, None, A, B, ones, ones, 1.0, Noise(3, 1), sampling=sampling
-        )
+        out = body(x, weight, None, A, B, ones, ones, 1.0, Noise(3, 1), sampling=sampling)
         return len({tuple(row) for row in out.reshape(6, 5).tolist()})
 
     assert [rows(sampling) for sampling in SAMPLING] == [1, 3, 6]

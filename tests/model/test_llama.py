@@ -151,6 +151,7 @@ def test_attention_equals_explicit_loops(kind, config):
 # --- the whole model ---------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("bodies")
 @pytest.mark.parametrize("options", [{}, {"qkv_bias": True}, {"qk_norm": True}])
 @torch.no_grad()
 def test_the_model_equals_its_formulas(options):

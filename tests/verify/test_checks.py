@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scalabl_ref import InputError, Noise, subspace_lora_linear
+from scalabl_ref import InputError, Noise, fast, subspace_lora_linear
 from scalabl_ref.app import cli
 from scalabl_ref.fast import native
+from scalabl_ref.fast.rows import PackedBlock
 from scalabl_ref.verify.check import FALSE_FAILURE, Check
 from scalabl_ref.verify.checks import (
     OP_CHECKS,
+    OWN_CHECKS,
     gradient_scores,
     load_op,
     moment_scores,
@@ -162,6 +164,49 @@ def test_normals_that_are_not_are_caught(change, monkeypatch):
 def test_nothing_compared_and_no_number_are_failures(errors):
     result = run(Check("c", "(1)", lambda op, device: iter(errors)), subspace_lora_linear, CPU)
     assert not result.passed and result.cases == len(errors)
+
+
+class WithoutResidual(PackedBlock):
+    def forward(self, x, ctx):
+        return super().forward(x, ctx) - (x if ctx.last is None else x[ctx.last.chosen])
+
+
+# A fault in the fast body of each hook, and the checks that must see it.
+FAST_FAULTS = {
+    "normals": (lambda body: lambda *a: body(*a).nextafter(torch.tensor(9.0)), {"fast noise"}),
+    "words": (lambda body: lambda *a: body(*a) ^ 1, {"fast noise"}),
+    "op": (
+        lambda body: lambda x, W, b, A, B, s, sigma, *a, **k: (
+            body(x, W, b, A, B, s, sigma.detach(), *a, **k)
+        ),
+        {"fast op", "fast model"},
+    ),
+    "run": (lambda body: lambda *a: body(*a) * (1 + 1e-9), {"fast model"}),
+    "block": (lambda body: WithoutResidual, {"fast model"}),
+    "activation": (
+        lambda body: lambda gate, up: body(gate, up * (1 + 1e-9)), {"fast model"}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("hook", FAST_FAULTS)
+def test_a_fault_in_a_fast_body_is_caught(hook, monkeypatch):
+    """By the checks against the plain bodies, whichever bodies are in place."""
+    fault, expected = FAST_FAULTS[hook]
+    checks = [check for check in OWN_CHECKS if check.name.startswith("fast ")]
+    assert len(checks) == 3 and FAST_FAULTS.keys() == {name for _, name, _ in fast.HOOKS}
+    wrong = []
+    for _, name, body in fast.HOOKS:
+        if name == hook:
+            faulty_body = fault(getattr(body, "__func__", body))
+            body = staticmethod(faulty_body) if isinstance(body, staticmethod) else faulty_body
+        wrong.append(body)
+    for bodies in (fast.FAST, fast.PLAIN):
+        with fast.in_place(bodies):
+            assert not failed(run(check, None, CPU) for check in checks)
+            with monkeypatch.context() as patch:
+                patch.setattr(fast, "FAST", wrong)
+                assert failed(run(check, None, CPU) for check in checks) >= expected
 
 
 def test_every_check_of_the_op_catches_something():

@@ -39,6 +39,7 @@ def bad(kit, tmp_path, results, precision="float32"):
 OWN = {"schedules", "metrics"}  # levels whose expected values are the package's
 
 
+@pytest.mark.usefixtures("bodies")
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 def test_a_right_port_passes_every_case(kit, tmp_path, precision):
     levels = {case["level"] for case, _ in cases(kit)} - OWN
