@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
+import io
 import re
 
 import pytest
+import torch
 
 from scalabl_ref import adapters
 from scalabl_ref.app import cli
@@ -17,6 +20,7 @@ from scalabl_ref.verify.vectors import vectors
 
 from .conftest import ROOT
 from .models import tiny_model
+from .tolerances import rounding
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -133,3 +137,24 @@ def test_the_studies_can_be_read_and_are_reported(file):
     study = Study.read(file)
     assert study.methods and all(study.trials(method) for method in study.methods)
     assert f"studies/{file.name}" in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 700
+
+
+def figures(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"\d+\.\d+", text)]
+
+
+def test_the_example_of_the_readme_prints_its_output():
+    """To its four digits and the rounding of 100 steps, in chains of at most 100 roundings each."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    example, printed = re.findall(r"```(?:python)?\n(.+?)```", text, re.DOTALL)
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        exec(example, {})
+    bound = 0.5e-4 + rounding(torch.float32, 100 * 100)
+    assert re.findall(r"[a-z_]+ tensor", output.getvalue()) == re.findall("[a-z_]+ tensor", printed)
+    assert figures(output.getvalue()) == pytest.approx(figures(printed), rel=0, abs=bound)
+    assert min(figures(printed)[-3:]) > 4 * bound  # the uncertainty of each question
