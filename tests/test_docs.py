@@ -6,6 +6,7 @@ import ast
 import contextlib
 import importlib
 import io
+import math
 import re
 
 import pytest
@@ -158,3 +159,33 @@ def test_the_example_of_the_readme_prints_its_output():
     assert re.findall(r"[a-z_]+ tensor", output.getvalue()) == re.findall("[a-z_]+ tensor", printed)
     assert figures(output.getvalue()) == pytest.approx(figures(printed), rel=0, abs=bound)
     assert min(figures(printed)[-3:]) > 4 * bound  # the uncertainty of each question
+
+
+def reading_rows() -> list[tuple[str, int, int]]:
+    """File, lines and minutes of every row in the tables of docs/reading.md."""
+    text = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([^`]+)` \| (\d+) \| (\d+) \|", text, re.MULTILINE)
+    return [(file, int(lines), int(minutes)) for file, lines, minutes in rows]
+
+
+@pytest.mark.parametrize("file, lines, minutes", reading_rows())
+def test_the_lines_to_read_are_those_of_the_file(file, lines, minutes):
+    counted = len((ROOT / file).read_text(encoding="utf-8").splitlines())
+    assert lines == pytest.approx(counted, rel=0.05)
+    assert minutes == math.ceil(lines / 25)
+
+
+def test_the_reading_path_adds_up():
+    text = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
+    ((lines, minutes),) = re.findall(r"Together: (\d+) lines, (\d+) minutes", text)
+    section = text.split("## The plain bodies")[1].split("\n## ")[0]
+    plain = [row for row in reading_rows() if f"| `{row[0]}` | {row[1]} |" in section]
+    assert len(plain) == 11
+    assert int(lines) == sum(row[1] for row in plain)
+    assert int(minutes) == sum(row[2] for row in plain)
+
+
+def test_files_that_the_reading_path_names_exist():
+    text = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:csrc|tests|core|tools)/[\w/]+\.\w+)`", text):
+        assert any((room / name).is_file() for room in (ROOT, ROOT / "scalabl_ref")), name
