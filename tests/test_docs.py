@@ -17,10 +17,12 @@ from scalabl_ref.app import cli
 from scalabl_ref.app.study import Study
 from scalabl_ref.core.objective import complexity
 from scalabl_ref.data import TEMPLATES
+from scalabl_ref.fast import HOOKS
 from scalabl_ref.verify.vectors import vectors
 
 from .conftest import ROOT
 from .models import tiny_model
+from .test_layout import BUDGETS, RANK
 from .tolerances import rounding
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -189,3 +191,25 @@ def test_files_that_the_reading_path_names_exist():
     text = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
     for name in re.findall(r"`((?:csrc|tests|core|tools)/[\w/]+\.\w+)`", text):
         assert any((room / name).is_file() for room in (ROOT, ROOT / "scalabl_ref")), name
+
+
+def structure(title: str) -> list[list[str]]:
+    """The cells of a table in docs/structure.md, row by row."""
+    text = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
+    section = text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")][2:]
+    return [[cell.strip(" `/") for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_the_structure_has_the_rooms_hooks_and_budgets_of_the_code():
+    assert {row[0] for row in structure("Rooms")} == {*RANK, "verify"}
+    hooks = [f"{owner.__name__}.{name}" for owner, name, _ in HOOKS]
+    assert [row[0] for row in structure("Hooks")] == hooks
+    for _, plain, fast in structure("Hooks"):
+        for name in (plain, fast):
+            room, module, *attributes = name.split(".")
+            found = importlib.import_module(f"scalabl_ref.{room}.{module}")
+            for attribute in attributes:
+                found = getattr(found, attribute)
+    budgets = [f"{files}: {budget} lines" for files, _, budget in structure("Budgets")]
+    assert budgets == BUDGETS
