@@ -5,9 +5,9 @@
 With beta = 1 and the forward KL, -N * loss is an unbiased estimate of the evidence lower bound
 E_q[log p(D | s~)] - KL(q || p), under two assumptions:
 
-- Sampling "batch" or "example": each likelihood then is one of a network with one s~. Under "token"
-  every token has an s~ of its own, and the expectation is that of another model: the loss then
-  bounds no evidence of the paper's model.
+- Sampling "batch" or "example": each likelihood then belongs to a network with one s~. Under
+  "token" every token has its own s~, which is another model: the loss then does not bound the
+  evidence of the paper's model.
 - All batches have equal size. The NLL is a mean over the batch, so the examples of a short last
   batch weigh more than the others, by batch size / short size.
 """
@@ -78,10 +78,10 @@ KLS: dict[str, Callable[[Tensor, Tensor, float | Tensor], Tensor]] = {
 def fitted_prior_std(second: Tensor, config: AdapterConfig, kl: str) -> float | Tensor:
     """sigma_p: the fixed one, or (19), from the second moments (layers, r) of the scales under q.
 
-    The forward KL is smallest over sigma_p where sigma_p^2 is the mean of E_q[s~_k^2]. The rest of
-    it does not change with (s, sigma) / a and a B: that arbitrary scale is gone.
+    The forward KL is smallest where sigma_p^2 is the mean of E_q[s~_k^2]. This smallest KL does not
+    change when (s, sigma) is divided by a and B multiplied by a: that arbitrary scale is gone.
 
-    Raises InputError for the official direction, whose minimum over sigma_p is another.
+    Raises InputError for the official direction, which has another minimum.
     """
     if config.prior == "fixed":
         return config.sigma_p
@@ -92,7 +92,7 @@ def fitted_prior_std(second: Tensor, config: AdapterConfig, kl: str) -> float | 
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts side by side. tokens (B, T), padded on the right with 0; lengths, labels (class
+    """A batch of prompts. tokens (B, T), padded on the right with 0; lengths, labels (class
     indices) and ids (indices in the data set) (B,); classes (C,) token ids. All int64.
     """
 
