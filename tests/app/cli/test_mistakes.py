@@ -31,8 +31,8 @@ MISTAKES = [
     ("train ... --model model.gguf",
      "model.gguf: is a GGUF file: tools/convert_gguf.py makes a folder of it"),
     ("train ... --model peft",
-     "peft: is a PEFT adapter and no model: `scalabl import --from peft` makes it a run"),
-    ("train ... --model run", "run: is a run and no model: give it as --run"),
+     "peft: is a PEFT adapter, not a model: `scalabl import --from peft` makes it a run"),
+    ("train ... --model run", "run: is a run, not a model: give it as --run"),
     ("train ... --model gemma",
      "gemma/config.json: model_type 'gemma3' is not known: expected llama, mistral, qwen2, "
      "qwen3"),
@@ -81,8 +81,8 @@ MISTAKES = [
     ("evaluate --data test.jsonl", "give --run, or --model to evaluate a model without adapters"),
     ("evaluate --run run", "scalabl evaluate: the following arguments are required: --data"),
     ("evaluate --model peft --data test.jsonl",
-     "peft: is a PEFT adapter and no model: `scalabl import --from peft` makes it a run"),
-    ("evaluate --model run --data test.jsonl", "run: is a run and no model: give it as --run"),
+     "peft: is a PEFT adapter, not a model: `scalabl import --from peft` makes it a run"),
+    ("evaluate --model run --data test.jsonl", "run: is a run, not a model: give it as --run"),
     # files of questions
     ("train ... --data train.jsonl --format csv",
      "train.jsonl: holds JSON, not a table: give --format jsonl"),
