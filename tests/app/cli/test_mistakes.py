@@ -410,7 +410,7 @@ def test_a_name_on_the_hub(folder, monkeypatch, capsys):
     hub = types.SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     said = answer(command, folder, monkeypatch, capsys)
-    assert said.startswith("owner/name: no such folder, and the Hub gave none: Name or serv")
+    assert said.startswith("owner/name: no such folder, and the Hub download failed: Name or serv")
 
 
 def test_there_are_fifty_mistakes_at_least_and_no_two_the_same():
