@@ -98,7 +98,7 @@ void dots(const T *x, int64_t x_stride, const T *m, int64_t m_stride, int64_t ro
 
 // --- y += u m ---------------------------------------------------------------------------------
 
-// The sum over the rank is completed before it meets y, which is then rounded once.
+// The sum over the rank is complete before it is added to y, which is then rounded once.
 template <typename T, int ROWS, int VECTORS>
 void add_tile(T *y, int64_t y_stride, const T *m, int64_t m_stride, int64_t rank, const T *u) {
     typedef Simd<T> S;
