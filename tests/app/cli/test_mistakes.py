@@ -166,7 +166,7 @@ MISTAKES = [
     ("train ... --prompt-style chat", "this model has no chat template: use --prompt-style plain"),
     ("train ... --max-length 0", "max_length must be at least 1 token, and is 0"),
     ("train ... --limit 0", "the limit must be at least 1 example, and is 0"),
-    ("train ... --holdout 1", "--holdout must be in [0, 1), and is 1.0"),
+    ("train ... --holdout 1", "--holdout must be in [0, 1), not 1.0"),
     # options
     ("evalute --run run", "no command 'evalute': did you mean evaluate?"),
     ("lora",
