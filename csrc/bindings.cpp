@@ -481,7 +481,7 @@ constexpr const char *UPDATE_GRADIENTS = R"(
 The gradients of add_update, given grad_y (rows, d_out), that of y; arguments are as there.
 
 They are written into the arrays given, each of which may be None: to grad_x (rows, d_in) of x's
-dtype the update's share is added; grad_A (r, d_in), grad_B (d_out, r), grad_s and grad_sigma (r,),
+dtype the update's part is added; grad_A (r, d_in), grad_B (d_out, r), grad_s and grad_sigma (r,),
 contiguous and of the dtype of A, are overwritten. The noise is drawn again.
 
 Raises ValueError, naming the argument, before anything is changed.)";

@@ -92,7 +92,7 @@ scalabl_status scalabl_update_forward(const scalabl_update *op, void *y, int64_t
 
 /* The gradients, given grad_y (rows, d_out) and h of the forward pass (null: computed again, where
  * x is given). Each of the following may be null if it is not wanted:
- * grad_x (rows, d_in): the update's share is added to what is there (the base layer's grad_y W);
+ * grad_x (rows, d_in): the update's part is added to its values (the base layer's grad_y W);
  * grad_A (rank, d_in), grad_B (d_out, rank), grad_s (rank,), grad_sigma (rank,): contiguous,
  * overwritten. op->x may be null if neither grad_A nor h asks for it. The noise is drawn again. */
 scalabl_status scalabl_update_backward(const scalabl_update *op, const void *grad_y,

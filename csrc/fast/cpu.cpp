@@ -19,8 +19,8 @@ namespace {
 constexpr int64_t BLOCK = 1 << 16;  // about so many elements of x or y in a block
 constexpr int64_t FEWEST_ROWS = 8 * TILE_ROWS, MOST_ROWS = 32 * TILE_ROWS;
 constexpr int64_t COLUMNS = 768;
-constexpr int64_t SCRATCH = FEWEST_ROWS * COLUMNS;    // of halves widened at a time
-constexpr int64_t HIDDEN = FEWEST_ROWS * MAX_RANK;    // of h, at most
+constexpr int64_t SCRATCH = FEWEST_ROWS * COLUMNS;    // half-precision values widened at a time
+constexpr int64_t HIDDEN = FEWEST_ROWS * MAX_RANK;    // values of h, at most
 
 // Rounded down, so that no remaining row goes alone.
 int64_t whole_tiles(int64_t rows) { return rows / TILE_ROWS * TILE_ROWS; }
@@ -475,7 +475,7 @@ bool use_isa(const char *name) {
         &AVX512, &AVX2,
 #endif
         &BASELINE};
-    bool reachable = false;  // the table is ordered: from the machine's best on, all can run
+    bool reachable = false;  // the table is ordered: the machine's best and all after it can run
     for (const Kernels *candidate : known) {
         reachable = reachable || candidate == best_kernels();
         if (reachable && std::strcmp(candidate->name, name) == 0) {

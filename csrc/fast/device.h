@@ -214,7 +214,7 @@ struct Outer {
     }
 };
 
-// out: the sum of the parts (segments, rank, n), as (rank, n) or turned, as (n, rank).
+// out: the sum of the parts (segments, rank, n), as (rank, n), or if turned as (n, rank).
 template <typename P, typename T>
 struct AddUp {
     const T *part;

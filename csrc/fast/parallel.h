@@ -1,5 +1,5 @@
 // Threads: OpenMP's pool where it was found (PyTorch's own, if that was imported first, since both
-// then resolve to the same libgomp), else one std::thread a worker.
+// then resolve to the same libgomp), else one std::thread per worker.
 #pragma once
 
 #include <atomic>

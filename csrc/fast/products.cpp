@@ -1,6 +1,6 @@
 // The three skinny products, on vectors of SCALABL_BYTES bytes. Compiled once for each instruction
-// set, with SCALABL_KERNELS the name of its table, and the only file where a multiplication and an
-// addition may fuse: nothing here makes noise.
+// set; SCALABL_KERNELS is the name of its table. Only in this file may a multiplication and an
+// addition fuse, because nothing here makes noise.
 //
 // Each product walks its matrices in tiles that fit the registers. A tile keeps 12 accumulators, so
 // that the latency of fused multiply-add (4 cycles, two a cycle) is hidden, and needs at most 7
