@@ -128,7 +128,7 @@ class SubspaceAdapter(Adapter):
 
     random = True
     variational: tuple[str, ...] = ("log_s", "log_sigma")
-    # Hook: the package puts the native function here, which is equal to rounding.
+    # Hook: the package puts the native function here; both agree to rounding.
     op: ClassVar[Callable[..., Tensor]] = staticmethod(subspace_lora_linear)
 
     def _add_parameters(self) -> None:

@@ -36,7 +36,7 @@ class AdapterConfig:
     prior: "fixed" is N(0, prior_std^2 I). "layer" and "component" are empirical Bayes, for
         "scalabl": sigma_p minimises the forward KL, for each layer or for each scale.
     prior_std: sigma_p of the fixed prior; None means the method's default: 1, or 0.2 for blob.
-    init_sigma: sigma starts uniform in [init_sigma / sqrt 2, init_sigma] (blob: its root G does).
+    init_sigma: sigma (for blob its root G) starts uniform in [init_sigma / sqrt 2, init_sigma].
     dropout: fraction of the inputs that method "dropout" drops.
 
     Raises InputError for a value outside its range.

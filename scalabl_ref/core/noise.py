@@ -1,7 +1,7 @@
 """Reproducible noise: a pure function of (seed, draw, layer, group), on any machine, in any order.
 
-philox.py defines the numbers. No global generator is used and nothing is stored: the
-coordinates of a draw are enough to make it again, as the backward pass does.
+philox.py defines the numbers. No global generator is used and nothing is stored: the coordinates of
+a draw are enough to make it again, as the backward pass does.
 """
 
 from __future__ import annotations

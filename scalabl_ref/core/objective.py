@@ -1,4 +1,4 @@
-"""The objective: negative log-likelihood plus beta times a KL term over N, one scalar, logged.
+"""The objective: negative log-likelihood plus beta times a KL term over N.
 
     loss = NLL (mean per example) + beta * KL / N                                            (4)
 
@@ -9,7 +9,7 @@ E_q[log p(D | s~)] - KL(q || p), under two assumptions:
   "token" every token has its own s~, which is another model: the loss then does not bound the
   evidence of the paper's model.
 - All batches have equal size. The NLL is a mean over the batch, so the examples of a short last
-  batch weigh more than the others, by batch size / short size.
+  batch weigh more than the others, by the factor batch size / short size.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def class_logits(
     """Logits of the answer classes at each row's last token, (draws B, C) float32 or wider.
 
     The draw of a row is keyed by its example's index in the data set, `batch.ids`. draws, padded:
-    as in `Llama.forward`.
+    as in `model.inputs.Inputs`.
     """
     logits = model(
         batch.tokens, noise=noise, groups=batch.ids, lengths=batch.lengths, draws=draws,
@@ -171,7 +171,7 @@ def class_logits(
 
 
 def complexity(model: nn.Module, kl: KL = "forward") -> Tensor:
-    """The second term of (4) before its weight, a float64 scalar in nats, over all adapters.
+    """The KL term of (4) without its weight, a float64 scalar in nats, over all adapters.
 
     The KL of the methods that have a posterior, minus the log prior density (up to a constant) for
     method "map", 0 for method "mle". Raises InputError for an unknown `kl`.

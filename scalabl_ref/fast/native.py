@@ -45,7 +45,7 @@ def native_status() -> dict[str, Any]:
 
     built, stale, used: bool; reason: why it is not used, else ""; isa, the instruction set that its
     kernels use, compiler, digest: str or None.
-    The environment variable SCALABL_NATIVE=0 keeps the core from being used. Decided once per
+    The environment variable SCALABL_NATIVE=0 switches the core off. Decided once per
     process.
     """
     module, problem = _import()

@@ -3,9 +3,9 @@
     int8    W[o, i] = code[o, i] * scale[o]                       code in -127 .. 127
     nf4     W[o, i] = LEVELS[code[o, i]] * scale[o, i // 64]      code in 0 .. 15, two in a byte
 
-Codes are those of the nearest value; a scale is the largest magnitude it serves (int8: that / 127)
-in bfloat16. The levels of nf4 (QLoRA, arXiv:2305.14314, appendix E) are quantiles of a normal
-distribution, which weights resemble. Its rows are padded with zeros to a multiple of 64.
+Each code is that of the nearest value. A scale is the largest magnitude of its weights (int8: over
+127), in bfloat16. The levels of nf4 (QLoRA, arXiv:2305.14314, appendix E) are quantiles of a normal
+distribution, which weights resemble. Rows of nf4 are padded with zeros to a multiple of 64.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from ..support.errors import InputError
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, one pair of (B, K, S, h) tensors a layer.
+    """Keys and values of the tokens seen so far, a pair of (B, K, S, h) tensors per layer.
 
     padded: whether some of these tokens are padding; a mask must then mark the real ones.
     """
@@ -133,7 +133,7 @@ class Inputs:
         return (before & self.mask[:, None, None]) | (key == query)  # (B, 1, T, S)
 
     def ends(self) -> Tensor:
-        """The place of each row's last real token among the T, (B,)."""
+        """The place of each row's last real token among the T new ones, (B,)."""
         B, T = self.tokens.shape
         device = self.tokens.device
         if self.lengths is not None:

@@ -133,7 +133,7 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """The model: token ids in, logits out. Parameters are uninitialised until weights are loaded.
 
-    `Llama.from_pretrained(folder)` is the usual way in; `init_random_` fills a fresh model.
+    `Llama.from_pretrained(folder)` loads a model; `init_random_` fills a new one at random.
     recompute: whether training stores only each block's input and computes the rest again in the
     backward pass (fast/rows.py). quantized: the kind of the blocks' codes, see fast/quantize.py.
 

@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # of the text, of a long number, of a deep nest
+    except (ValueError, RecursionError) as error:  # bad text, a number too long, nesting too deep
         refuse_pointer(path)
         raise InputError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):

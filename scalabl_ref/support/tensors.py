@@ -32,7 +32,7 @@ def open_tensors(path: Path, once: bool = False) -> dict[str, Callable[[], Tenso
 
 
 def _read_once(path: Path, name: str) -> Tensor:
-    """A tensor in its own mapping of the file, which ends with the tensor."""
+    """A tensor in its own mapping of the file, which is freed with the tensor."""
     return _open_file(path, mmap=True)[name]()
 
 
@@ -180,7 +180,7 @@ def save_tensors(
 
 # --- tensor by tensor, for models that do not fit into memory ----------------------------------
 
-PIECE = 1 << 22  # values looked at, converted and written at a time
+PIECE = 1 << 22  # values checked, converted and written at a time
 
 # Names in a safetensors header, in the order in which its writers lay dtypes out.
 _FLOATS = {
