@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t WORDS = int64_t{1} << 32;
 
-// That `count` numbers, where they are given, lie in [0, end).
+// Whether `count` numbers, if given, lie in [0, end).
 bool in_range(const int64_t *numbers, int64_t count, int64_t end) {
     return !numbers || std::all_of(numbers, numbers + count,
                                    [end](int64_t number) { return 0 <= number && number < end; });
@@ -34,7 +34,7 @@ scalabl_status check_normals(uint32_t draw, uint32_t layer, const int64_t *group
     return check_groups(groups, draws, count, draw);
 }
 
-// That every offset (row * stride + column) * size is a sum that fits.
+// Whether every offset (row * stride + column) * size fits into int64.
 bool addressable(int64_t rows, int64_t columns, int64_t stride) {
     constexpr int64_t LIMIT = INT64_MAX / 64;  // room for the size of an element, and for more
     int64_t last = 0;  // the stride of a single row is not used
@@ -42,7 +42,7 @@ bool addressable(int64_t rows, int64_t columns, int64_t stride) {
     return -LIMIT <= last && last <= LIMIT && columns <= LIMIT;
 }
 
-// That no two rows that are written share an element.
+// Whether no two rows that are written share an element.
 bool apart(int64_t rows, int64_t columns, int64_t stride) {
     return rows <= 1 || columns == 0 || stride >= columns || stride <= -columns;
 }
@@ -52,7 +52,7 @@ bool known_dtypes(const scalabl_update &op) {
     return known && (op.adapter_dtype == SCALABL_FLOAT32 || op.adapter_dtype == op.dtype);
 }
 
-enum class Memory { HOST, DEVICE };  // groups and draws on a device cannot be looked at from here
+enum class Memory { HOST, DEVICE };  // groups and draws on a device cannot be read here
 
 scalabl_status check_noise(const scalabl_update &op, Memory memory) {
     if (!op.noisy) return SCALABL_OK;
@@ -64,7 +64,7 @@ scalabl_status check_noise(const scalabl_update &op, Memory memory) {
     return check_groups(op.groups, op.draws, groups, op.draw);
 }
 
-// Everything but x, whose need depends on the call.
+// Checks everything but x: whether x is needed depends on the call.
 scalabl_status check_update(const scalabl_update *op, Memory memory) {
     if (!op) return SCALABL_NULL;
     if (!known_dtypes(*op)) return SCALABL_DTYPE;
@@ -108,7 +108,7 @@ scalabl_status check_backward(const scalabl_update *op, Memory memory, const voi
     return !out.x || apart(op->rows, op->d_in, out.x_stride) ? SCALABL_OK : SCALABL_STRIDE;
 }
 
-// fn(), with what it throws made a status.
+// Calls fn() and turns its exception into a status.
 template <typename Fn>
 scalabl_status guarded(const Fn &fn) {
     try {
@@ -135,7 +135,7 @@ const char *scalabl_message(int status) {
         case SCALABL_STRIDE: return "rows to be written overlap";
         case SCALABL_MEMORY: return "no memory for the scratch space";
         case SCALABL_THREADS: return "threads must be at least 1";
-        case SCALABL_ISA: return "instruction set unknown, or not this machine's";
+        case SCALABL_ISA: return "instruction set unknown, or not on this machine";
         case SCALABL_DEVICE: return "CUDA reported an error, or was not compiled in";
         case SCALABL_DRAW: return "draws must be at least 0, and draw + draws[g] below 2^32";
     }
@@ -212,7 +212,7 @@ scalabl_status scalabl_plain_backward(const scalabl_update *op, const void *grad
 
 #ifdef SCALABL_CUDA
 
-// run(bytes) for real where there is scratch space enough, else to learn how much is needed.
+// Calls run with the scratch space if it is large enough; without any, reports the size needed.
 template <typename Run>
 static scalabl_status on_device(void *scratch, int64_t *scratch_bytes, const Run &run) {
     if (!scratch_bytes) return SCALABL_NULL;

@@ -1,5 +1,5 @@
 // The only file that knows Python. No framework's headers are needed: scalabl_ref passes addresses
-// (Tensor.data_ptr()) and vouches for type, size and contiguity; add_update and update_gradients,
+// (Tensor.data_ptr()) and guarantees type, size and contiguity; add_update and update_gradients,
 // for NumPy, JAX and others, take arrays through DLPack and check them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -19,8 +19,8 @@ namespace py = pybind11;
 
 namespace {
 
-// Raises the package's InputError, which is a ValueError; a plain ValueError where this module was
-// loaded by itself, and the package, which wants PyTorch, is not there.
+// Raises the package's InputError, which is a ValueError; a plain ValueError if this module was
+// loaded by itself, without the package and its PyTorch.
 [[noreturn]] void refuse(const std::string &sentence) {
     const py::object modules = py::module_::import("sys").attr("modules");
     const py::object errors = modules.attr("get")("scalabl_ref.support.errors");
@@ -34,7 +34,7 @@ void check(scalabl_status status) {
     if (status != SCALABL_OK) refuse(scalabl_message(status));
 }
 
-// call(), without the interpreter's lock.
+// Makes a call without the interpreter's lock.
 template <typename Call>
 void unlocked(const Call &call) {
     scalabl_status status;
@@ -75,15 +75,15 @@ void normals(uint64_t seed, uint32_t draw, uint32_t layer, uintptr_t groups, uin
 
 // --- The arguments of an update -----------------------------------------------------------------
 
-// Values by name, as Python's fast calling convention hands them over: pybind11's own keyword
-// arguments would double the price of a small call.
+// Values by name, as Python's fast calling convention passes them: pybind11's own keyword
+// arguments would double the cost of a small call.
 class Named {
   public:
     Named(PyObject *const *values, PyObject *names, Py_ssize_t expected)
         : values_(values), names_(names), count_(names ? PyTuple_GET_SIZE(names) : 0) {
         if (count_ != expected) throw py::type_error("update: wrong number of arguments");
     }
-    // Quick where they are asked for in the order in which they were given.
+    // Fast if the names are looked up in the order in which they were given.
     PyObject *operator()(const char *name) {
         for (Py_ssize_t tried = 0; tried < count_; ++tried) {
             const Py_ssize_t at = next_;
@@ -223,8 +223,8 @@ int64_t cuda_backward(const Update &op, uintptr_t grad_y, int64_t grad_y_stride,
 
 enum Access { READ, WRITE };
 
-// An array borrowed through DLPack for one call. The capsule keeps the memory, and keeps its name,
-// so that it gives back by itself what it holds.
+// An array borrowed through DLPack for one call. The capsule owns the memory and frees it itself,
+// because it keeps its name.
 class Array {
   public:
     Array(const char *name, const py::object &source, int32_t dimensions, Access access)
@@ -234,16 +234,16 @@ class Array {
             const auto *managed = static_cast<const DLManagedTensorVersioned *>(
                 PyCapsule_GetPointer(capsule_.ptr(), kind));
             if (managed->version.major != DLPACK_MAJOR_VERSION) {
-                fail("DLPack 1 is understood, not this");
+                fail("expected DLPack 1");
             }
             if (access == WRITE && managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY) {
                 fail("is read-only");
             }
             tensor_ = &managed->dl_tensor;
         } else if (kind && std::string(kind) == "dltensor") {
-            // JAX's arrays come like this, and must not be changed.
+            // JAX's arrays come in this form, and must not be changed.
             if (access == WRITE) {
-                fail("its DLPack (before 1.0) does not say that it may be changed");
+                fail("its DLPack (before 1.0) does not say whether it may be changed");
             }
             tensor_ = &static_cast<const DLManagedTensor *>(
                            PyCapsule_GetPointer(capsule_.ptr(), kind))->dl_tensor;
@@ -255,7 +255,7 @@ class Array {
             fail(std::to_string(tensor_->ndim) + " dimensions, expected " +
                  std::to_string(dimensions));
         }
-        if (tensor_->dtype.lanes != 1 || tensor_->dtype.bits < 8) fail("elements of no known type");
+        if (tensor_->dtype.lanes != 1 || tensor_->dtype.bits < 8) fail("unknown element type");
         if (size(dimensions - 1) > 1 && stride(dimensions - 1) != 1) {
             fail("the last dimension must have stride 1");
         }
@@ -343,7 +343,7 @@ class Array {
     }
 };
 
-// What both functions take, checked; `rows` is y or grad_y.
+// The checked arguments of both functions; `rows` is y or grad_y.
 struct Arguments {
     Array rows, x, A, B, s, sigma;
     std::optional<Array> groups, draws;
@@ -481,7 +481,7 @@ constexpr const char *UPDATE_GRADIENTS = R"(
 The gradients of add_update, given grad_y (rows, d_out), that of y; arguments are as there.
 
 They are written into the arrays given, each of which may be None: to grad_x (rows, d_in) of x's
-dtype the update's share is added; grad_A (r, d_in), grad_B (d_out, r), grad_s and grad_sigma (r,),
+dtype the update's part is added; grad_A (r, d_in), grad_B (d_out, r), grad_s and grad_sigma (r,),
 contiguous and of the dtype of A, are overwritten. The noise is drawn again.
 
 Raises ValueError, naming the argument, before anything is changed.)";

@@ -1,4 +1,4 @@
-// Functions for the host and, under nvcc, for the device as well. Static where they are free, so
+// Marks functions for the host and, under nvcc, for the device too. Free functions are static, so
 // that files compiled for different instruction sets never share one copy.
 #pragma once
 

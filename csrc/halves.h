@@ -1,5 +1,5 @@
-// The types that dtypes name. bfloat16 and float16 are their bits, to float and back, with no help
-// from the hardware or from a library: the same on every path.
+// The C++ types of the dtypes. bfloat16 and float16 hold bits and are converted to float and back
+// without the hardware or a library, so that every path gives the same.
 #pragma once
 
 #include <stdint.h>
@@ -43,7 +43,7 @@ SCALABL_BOTH float widen(float16 value) {
     if (size < 0x0400u) {  // zero or subnormal: a whole number of 2^-24
         return from_bits(sign | to_bits(static_cast<float>(size) * 0x1p-24f));
     }
-    // Rebias the exponent, or keep infinity and NaN what they are.
+    // Rebias the exponent, or keep infinity and NaN.
     const uint32_t wide = size < 0x7c00u ? (size << 13) + (112u << 23) : (size << 13) | 0x7f800000u;
     return from_bits(sign | wide);
 }
@@ -74,7 +74,7 @@ SCALABL_BOTH void narrow(float value, float16 &out) {
     out.bits = static_cast<uint16_t>((bits >> 16 & 0x8000u) | half);
 }
 
-// What products of T are summed in.
+// The type in which products of T are summed.
 template <typename T>
 struct Wide {
     typedef float type;
@@ -84,7 +84,7 @@ struct Wide<double> {
     typedef double type;
 };
 
-// fn(S()), S the type that a dtype names.
+// Calls fn(S()), where S is the type of a dtype.
 template <typename Fn>
 void by_dtype(int32_t dtype, const Fn &fn) {
     switch (dtype) {
@@ -95,7 +95,7 @@ void by_dtype(int32_t dtype, const Fn &fn) {
     }
 }
 
-// fn(S(), P()): S the type of the rows, P that of the adapter.
+// Calls fn(S(), P()), where S is the type of the rows and P that of the adapter.
 template <typename Fn>
 void by_dtypes(const scalabl_update &op, const Fn &fn) {
     by_dtype(op.dtype, [&](auto row) {

@@ -41,8 +41,8 @@ SCALABL_BOTH double ln(double u) {
     return e * LN_2 + (f + f) * polynomial(ATANH, f * f);
 }
 
-// Steps 3 and 4: cos and sin of 2 pi word / 2^32. Whole quarter turns are taken off exactly, as
-// integers.
+// Steps 3 and 4: cos and sin of 2 pi word / 2^32. Whole quarter turns are subtracted exactly,
+// as integers.
 SCALABL_BOTH void cos_sin(uint32_t word, double &cos, double &sin) {
     // sin(x) / x = sum (-x^2)^k / (2k + 1)!;  cos(x) = sum (-x^2)^k / (2k)!
     constexpr double SIN[] = {1.0,                -1.0 / 6.0,        1.0 / 120.0,
@@ -76,7 +76,7 @@ SCALABL_BOTH void box_muller(uint32_t a, uint32_t b, T *z) {
     z[1] = static_cast<T>(radius * sin);
 }
 
-// Where in the noise the eps of one group lies.
+// The coordinates of one group's eps in the noise.
 struct Coordinates {
     uint64_t seed;
     uint32_t draw, layer, group;
@@ -86,8 +86,8 @@ struct Coordinates {
     }
 };
 
-// The coordinates of entry g of a list: group groups[g], or g itself where groups is null, of
-// draw + draws[g], or of draw where draws is null. Both are taken modulo 2^32.
+// The coordinates of entry g of a list: group groups[g] (g if groups is null), draw
+// draw + draws[g] (draw if draws is null). Both are taken modulo 2^32.
 SCALABL_BOTH Coordinates coordinates(uint64_t seed, uint32_t draw, uint32_t layer,
                                      const int64_t *groups, const int64_t *draws, int64_t g) {
     return {seed, draw + (draws ? static_cast<uint32_t>(draws[g]) : 0u), layer,
@@ -103,7 +103,7 @@ SCALABL_BOTH void normal4(const Coordinates &at, uint32_t block, float *z) {
     box_muller(w.word[2], w.word[3], z + 2);
 }
 
-// The first `rank` components of eps; the last block may be needed in part only.
+// The first `rank` components of eps; of the last block perhaps only a part.
 SCALABL_BOTH void normal_row(const Coordinates &at, int64_t rank, float *row) {
     float z[4];
     for (int64_t k = 0; k < rank; ++k) {

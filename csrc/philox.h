@@ -1,6 +1,6 @@
 // Philox 4x32: a bijection of 128-bit counters under a 64-bit key, good enough to serve as a random
 // function (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC11).
-// No state, no order: whoever knows the counter and the key knows the words.
+// It has no state: the counter and the key alone determine the words, in any order of calls.
 #pragma once
 
 #include <stdint.h>

@@ -1,4 +1,4 @@
-// What api.cpp calls once the arguments are known to be good: plain.cpp. May throw std::bad_alloc.
+// plain.cpp's functions. api.cpp checks the arguments first. They may throw std::bad_alloc.
 #pragma once
 
 #include "subspace_lora.h"

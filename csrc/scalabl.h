@@ -1,6 +1,6 @@
 /* The native core as a plain C interface: for Python (bindings.cpp), and for C, JAX or anything
- * else that can call C. No exception leaves it; every function says with a status how it went, and
- * on a bad argument nothing is written. */
+ * else that can call C. No exception leaves it; every function that can fail returns a
+ * status, and writes nothing if an argument is bad. */
 #pragma once
 
 #include <stdint.h>
@@ -22,12 +22,12 @@ typedef enum {
     SCALABL_STRIDE = 9,  /* rows that are written overlap */
     SCALABL_MEMORY = 10, /* no memory for the scratch space */
     SCALABL_THREADS = 11, /* fewer than one thread */
-    SCALABL_ISA = 12,    /* an instruction set that is unknown, or that this machine has not */
+    SCALABL_ISA = 12,    /* an instruction set that is unknown, or that this machine lacks */
     SCALABL_DEVICE = 13, /* CUDA reported an error, or was not compiled in */
     SCALABL_DRAW = 14    /* an entry of draws is negative, or draw + entry is 2^32 or more */
 } scalabl_status;
 
-/* One sentence on a status; "unknown status" for a number that is none. Never null, never freed. */
+/* One sentence on a status; "unknown status" for any other number. Never null; do not free. */
 const char *scalabl_message(int status);
 
 /* --- Noise --------------------------------------------------------------------------------- */
@@ -36,13 +36,13 @@ const char *scalabl_message(int status);
 scalabl_status scalabl_philox4x32(const uint32_t *counter, const uint32_t *key, int rounds,
                                   uint32_t *out);
 
-/* Two words to two standard normals before they are rounded: out (2 doubles). For whoever compares
- * a port with this one, since rounding to float hides nearly every difference. */
+/* Two words to two standard normals before they are rounded: out (2 doubles). For comparing
+ * a port with this one: rounding to float hides nearly every difference. */
 scalabl_status scalabl_box_muller(uint32_t a, uint32_t b, double *out);
 
 /* eps of `count` groups of one layer, row-major (count, rank), version 1 of docs/conformance.md.
- * groups: `count` ids in [0, 2^32). draws: null, and every row is of draw `draw`; or `count`
- * numbers, and row g is of draw + draws[g], which must be in [draw, 2^32). */
+ * groups: `count` ids in [0, 2^32). draws: null, then all rows have draw `draw`; or `count`
+ * numbers, then row g has draw + draws[g], which must be in [draw, 2^32). */
 scalabl_status scalabl_normals(uint64_t seed, uint32_t draw, uint32_t layer, const int64_t *groups,
                                const int64_t *draws, int64_t count, int64_t rank, float *out);
 
@@ -83,16 +83,16 @@ typedef struct {
                               groups[g], an id in [0, 2^32); null: of group g */
     const int64_t *draws;  /* and of draw + draws[g], as in scalabl_normals; null: of draw */
     int64_t rows_per_group; /* at least 1 */
-    int32_t threads;       /* at most so many; the result does not depend on it */
+    int32_t threads;       /* at most; the result does not depend on it */
 } scalabl_update;
 
 /* y (rows, d_out) += the update. h: null, or (rows, rank) contiguous to receive A x, in float64 if
- * dtype is SCALABL_FLOAT64, else in float32; the backward pass wants it. */
+ * dtype is SCALABL_FLOAT64, else in float32, for the backward pass. */
 scalabl_status scalabl_update_forward(const scalabl_update *op, void *y, int64_t y_stride, void *h);
 
 /* The gradients, given grad_y (rows, d_out) and h of the forward pass (null: computed again, where
  * x is given). Each of the following may be null if it is not wanted:
- * grad_x (rows, d_in): the update's share is added to what is there (the base layer's grad_y W);
+ * grad_x (rows, d_in): the update's part is added to its values (the base layer's grad_y W);
  * grad_A (rank, d_in), grad_B (d_out, rank), grad_s (rank,), grad_sigma (rank,): contiguous,
  * overwritten. op->x may be null if neither grad_A nor h asks for it. The noise is drawn again. */
 scalabl_status scalabl_update_backward(const scalabl_update *op, const void *grad_y,
@@ -108,10 +108,10 @@ scalabl_status scalabl_plain_backward(const scalabl_update *op, const void *grad
                                       void *grad_A, void *grad_B, void *grad_s, void *grad_sigma);
 
 /* Both for memory on a GPU, enqueued on a cudaStream_t: all pointers of op and of the arguments are
- * then of that device, groups and draws are taken modulo 2^32, `threads` is not used, and nothing
- * waits.
- * scratch: *scratch_bytes bytes of device memory that stay untouched until the stream has passed.
- * With scratch null, *scratch_bytes receives how many are needed and nothing else happens. */
+ * then of that device, groups and draws are taken modulo 2^32, `threads` is not used, and no call
+ * waits for the GPU.
+ * scratch: *scratch_bytes bytes of device memory that nothing else uses until the stream is done.
+ * With scratch null, *scratch_bytes receives the number needed and nothing else happens. */
 scalabl_status scalabl_cuda_update_forward(const scalabl_update *op, void *y, int64_t y_stride,
                                            void *h, void *scratch, int64_t *scratch_bytes,
                                            void *stream);

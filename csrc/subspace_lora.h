@@ -6,8 +6,8 @@
 //     (1d)  grad A = sum dh x^T,   grad B = sum g u^T                        over the rows
 //     (1e)  grad s = sum ds,   grad sigma = sum ds * eps
 //
-// docs/method.md derives them. plain.cpp has all of them as loops. fast/ shares out the rows: what
-// is here are the lines of (1a) and (1b) between the matrix products.
+// docs/method.md derives them. plain.cpp has all of them as loops. This file has the lines
+// of (1a) and (1b) between the matrix products, which fast/ uses.
 #pragma once
 
 #include "halves.h"
@@ -25,12 +25,12 @@ struct Gradients {
     void *A, *B, *s, *sigma;  // overwritten
 };
 
-// How many groups there are of so many rows each; no sum that could overflow.
+// The number of groups of rows_per_group rows each, without a sum that could overflow.
 SCALABL_BOTH int64_t count_groups(int64_t rows, int64_t rows_per_group) {
     return rows / rows_per_group + (rows % rows_per_group != 0);
 }
 
-// Where the eps of the rows i with i / rows_per_group == g lies, if the update is noisy.
+// The coordinates of the eps of the rows i with i / rows_per_group == g, if the update is noisy.
 SCALABL_BOTH Coordinates coordinates(const scalabl_update &op, int64_t g) {
     return coordinates(op.seed, op.draw, op.layer, op.groups, op.draws, g);
 }

@@ -1,5 +1,5 @@
-// The update and its gradients on the CPU: blocks that stay in the caches, threads, and the choice
-// of kernels. Formulas are in subspace_lora.h, products in products.cpp, the interface in api.cpp.
+// The update and its gradients on the CPU: blocks that fit into caches, threads, and the choice of
+// kernels. Formulas are in subspace_lora.h, products in products.cpp, the interface in api.cpp.
 #include "cpu.h"
 
 #include <algorithm>
@@ -14,15 +14,15 @@
 namespace scalabl {
 namespace {
 
-// A block of rows is what a thread works on at a time, small enough to stay in its second cache;
-// products walk it by columns, so that m (rank 8, 768 columns, 24 kB) stays in the first.
-constexpr int64_t BLOCK = 1 << 16;  // elements of x or y in a block, about
+// A thread works on one block of rows at a time, small enough to stay in its L2 cache. Products
+// walk it by columns, so that m (rank 8, 768 columns, 24 kB) stays in the L1 cache.
+constexpr int64_t BLOCK = 1 << 16;  // about so many elements of x or y in a block
 constexpr int64_t FEWEST_ROWS = 8 * TILE_ROWS, MOST_ROWS = 32 * TILE_ROWS;
 constexpr int64_t COLUMNS = 768;
-constexpr int64_t SCRATCH = FEWEST_ROWS * COLUMNS;    // of halves widened at a time
-constexpr int64_t HIDDEN = FEWEST_ROWS * MAX_RANK;    // of h, at most
+constexpr int64_t SCRATCH = FEWEST_ROWS * COLUMNS;    // half-precision values widened at a time
+constexpr int64_t HIDDEN = FEWEST_ROWS * MAX_RANK;    // values of h, at most
 
-// Rounded down, so that no row is left over to go alone.
+// Rounded down, so that no remaining row goes alone.
 int64_t whole_tiles(int64_t rows) { return rows / TILE_ROWS * TILE_ROWS; }
 
 int64_t block_rows(const scalabl_update &op) {
@@ -31,7 +31,7 @@ int64_t block_rows(const scalabl_update &op) {
     return whole_tiles(std::min(rows, HIDDEN / op.rank));
 }
 
-// Below so many multiplications a second thread costs more than it brings.
+// With fewer multiplications than this another thread costs more than it saves.
 constexpr int64_t WORTH_A_THREAD = 1 << 17;
 
 const Kernels *best_kernels() {
@@ -74,14 +74,14 @@ void narrow_row(const float *in, float16 *out, int64_t n) {
     kernels->narrow_float16(in, &out->bits, n);
 }
 
-// Where row `i` begins; null where the matrix is, which then has no elements or is not wanted.
+// Where row `i` begins; null if the matrix is null: it has no elements, or is not wanted.
 template <typename S>
 S *row_of(S *matrix, int64_t i, int64_t stride) {
     return matrix ? matrix + i * stride : nullptr;
 }
 
 // A block of a matrix as T: the matrix itself where it is of T, else a widened copy in `scratch`,
-// which `write` brings back.
+// which `write` copies back.
 template <typename S, typename T>
 struct BlockView {
     T *data;
@@ -106,14 +106,14 @@ struct BlockView<T, T> {
     void write(T *, int64_t, int64_t, int64_t) const {}
 };
 
-// For reading only: the kernels take const T *, so that the cast is undone at once.
+// For reading only: the kernels take const T *, which undoes the cast at once.
 template <typename S, typename T>
 BlockView<S, T> read_block(const S *from, int64_t stride, int64_t rows, int64_t n, T *scratch) {
     return BlockView<S, T>(const_cast<S *>(from), stride, rows, n, scratch);
 }
 
-// fn(first column, how many), over stretches of about equal size. For S that is not T, a stretch of
-// all the rows fits the scratch.
+// Calls fn(first column, number of columns) for stretches of about equal size. If S is not T, a
+// stretch of all the rows fits into the scratch.
 template <typename S, typename T, typename Fn>
 void over_columns(int64_t rows, int64_t n, const Fn &fn) {
     const int64_t most = std::is_same_v<S, T> ? COLUMNS : SCRATCH / rows / 32 * 32;
@@ -127,7 +127,7 @@ void over_columns(int64_t rows, int64_t n, const Fn &fn) {
 template <typename T>
 using Buffer = std::unique_ptr<T[]>;
 
-// new T[n] without the zeros. Throws std::bad_alloc.
+// new T[n] without initial values. Throws std::bad_alloc.
 template <typename T>
 Buffer<T> buffer(int64_t n) {
     return Buffer<T>(new T[static_cast<size_t>(std::max<int64_t>(n, 1))]);
@@ -235,7 +235,7 @@ void block_add(S *y, int64_t y_stride, const T *m, int64_t m_stride, int64_t row
 
 // --- Forward ----------------------------------------------------------------------------------
 
-// S: of x and y. P: of the adapter. T: what is computed in.
+// Types: S of x and y, P of the adapter, T of the computation.
 template <typename S, typename P>
 void forward_pass(const scalabl_update &op, void *y_out, int64_t y_stride, void *h_out) {
     typedef typename Wide<S>::type T;
@@ -255,7 +255,7 @@ void forward_pass(const scalabl_update &op, void *y_out, int64_t y_stride, void 
         block_dots(row_of(x, first, op.x_stride), op.x_stride, A.data, A.stride, rows, op.d_in,
                    rank, scratch, h);
         if (h_all) std::copy(h, h + rows * rank, h_all + first * rank);
-        T *const u = h;  // u takes h's place, which is in the first cache
+        T *const u = h;  // u takes h's place, which is in the L1 cache
         for (int64_t i = 0; i < rows; ++i) {
             const T *factors = scales.of_row(first + i);
             for (int64_t k = 0; k < rank; ++k) u[i * rank + k] = factors[k] * h[i * rank + k];
@@ -267,9 +267,9 @@ void forward_pass(const scalabl_update &op, void *y_out, int64_t y_stride, void 
 
 // --- Backward ---------------------------------------------------------------------------------
 
-// Rows are shared out in segments, each with sums of its own over its rows, which are then added
-// up in the order of the segments. Their number depends on the sizes alone, so that the result does
-// not depend on the threads; all their sums together are no larger than x and grad_y.
+// Rows are divided into segments. Each segment has its own sums over its rows, which are added in
+// the order of the segments. Their number depends on the sizes alone, so that the result does not
+// depend on the threads; all their sums together are no larger than x and grad_y.
 constexpr int64_t SEGMENT = 128, MOST_SEGMENTS = 32;
 
 int64_t segments_of(const scalabl_update &op) {
@@ -301,7 +301,7 @@ struct SegmentSums {
     }
 };
 
-// Those of all segments.
+// The sums of all segments.
 template <typename T>
 struct Sums {
     Buffer<T> A, B;      // (segments, rank, d_in), (segments, rank, d_out)
@@ -322,7 +322,7 @@ struct Sums {
     }
 };
 
-// What all segments read, and where they write.
+// The inputs and outputs of all segments.
 template <typename S, typename P>
 struct Backward {
     typedef typename Wide<S>::type T;
@@ -348,7 +348,7 @@ struct Backward {
 
     void segment(int64_t first, int64_t last, const SegmentSums<T> &sums) const;
 
-    // h of the rows [first, first + rows), or zeros where nothing asks for it.
+    // h of the rows [first, first + rows), or zeros if no gradient needs it.
     void hidden(int64_t first, int64_t rows, T *scratch, T *to) const {
         const S *x = row_of(static_cast<const S *>(op.x), first, op.x_stride);
         if (h) {
@@ -368,7 +368,7 @@ void Backward<S, P>::segment(int64_t first, int64_t last, const SegmentSums<T> &
     const T scaling = static_cast<T>(op.scaling);
     T scratch[std::is_same_v<S, T> ? 1 : SCRATCH];
     T h_block[HIDDEN], d[HIDDEN];
-    T *const u = h_block, *const dh = d;  // u takes h's place, and dh that of d
+    T *const u = h_block, *const dh = d;  // u overwrites h, and dh overwrites d
     sums.clear(op);
 
     // Blocks of about equal size.
@@ -450,7 +450,7 @@ void backward_pass(const scalabl_update &op, const void *grad_y, int64_t grad_y_
 
 }  // namespace
 
-// --- What api.cpp calls -------------------------------------------------------------------------
+// --- Functions of cpu.h -------------------------------------------------------------------------
 
 namespace cpu {
 
@@ -475,7 +475,7 @@ bool use_isa(const char *name) {
         &AVX512, &AVX2,
 #endif
         &BASELINE};
-    bool reachable = false;  // the table is ordered: from the machine's best on, all can run
+    bool reachable = false;  // the table is ordered: the machine's best and all after it can run
     for (const Kernels *candidate : known) {
         reachable = reachable || candidate == best_kernels();
         if (reachable && std::strcmp(candidate->name, name) == 0) {

@@ -1,4 +1,4 @@
-// What api.cpp calls once the arguments are known to be good. May throw std::bad_alloc.
+// cpu.cpp's functions. api.cpp checks the arguments first. They may throw std::bad_alloc.
 #pragma once
 
 #include "subspace_lora.h"
@@ -11,7 +11,7 @@ void backward(const scalabl_update &op, const void *grad_y, int64_t grad_y_strid
               const Gradients &out);
 
 const char *isa();
-bool use_isa(const char *name);  // false: unknown, or not to be had on this machine
+bool use_isa(const char *name);  // false: unknown, or not on this machine
 
 }  // namespace cpu
 }  // namespace scalabl

@@ -1,6 +1,6 @@
-// What api.cpp calls for memory on a GPU, once the arguments are known to be good. `bytes` receives
-// how much scratch space is needed; with `scratch` null that is all that happens. False: CUDA
-// reported an error.
+// cuda.cu's functions, for memory on a GPU. api.cpp checks the arguments first. `bytes` receives
+// the size of the scratch space needed; with `scratch` null nothing else happens. They return false
+// if CUDA reported an error.
 #pragma once
 
 #include "subspace_lora.h"

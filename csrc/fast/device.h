@@ -5,8 +5,7 @@
 // and step(number, place, shared) is the work of one thread in one of them. The plan at the end
 // says which kernels run, in which order, on which grid; its Launcher is CUDA's or the host's.
 // Every sum is of a number of parts that depends on the sizes alone, added in a fixed order: no
-// atomics, the same result on every run, and nothing that a stream's capture in a graph would not
-// allow.
+// atomics, the same result on every run, and nothing that CUDA graphs cannot capture.
 #pragma once
 
 #include "subspace_lora.h"
@@ -48,7 +47,7 @@ struct View {
 // --- h = x m^T, in parts ----------------------------------------------------------------------
 
 // part (splits, rows, rank): x (rows, n) times m (rank, n), each over its share of the columns.
-// Grid: tiles of rows by splits. A warp takes two rows, its lanes share out the columns.
+// Grid: tiles of rows by splits. A warp takes two rows, and its lanes divide the columns.
 template <typename S, typename P, typename T>
 struct Dots {
     View<S> x;
@@ -94,18 +93,18 @@ struct Dots {
     }
 };
 
-// --- What lies between the products -----------------------------------------------------------
+// --- Between the products ---------------------------------------------------------------------
 
 // Sums of the parts; noise; the formulas of subspace_lora.h. A thread takes four components of a
-// row, which is what one Philox block is good for.
+// row, because a Philox block gives four.
 template <typename P, typename T>
 struct Mix {
     scalabl_update op;
     // (splits, rows, rank); null where h is given, or no d wanted
     const T *h_parts = nullptr, *d_parts = nullptr;
     int64_t h_splits = 0, d_splits = 0;
-    const T *h_given = nullptr;  // null: from its parts
-    // (rows, rank) each; null where not wanted
+    const T *h_given = nullptr;  // null: summed from h_parts
+    // (rows, rank) each; null if not wanted
     T *h = nullptr, *u = nullptr, *dh = nullptr, *ds = nullptr, *dsigma = nullptr;
 
     explicit Mix(const scalabl_update &op_) : op(op_) {}
@@ -153,7 +152,7 @@ struct Mix {
 // --- y += u m ---------------------------------------------------------------------------------
 
 // y (rows, n) += u (rows, rank) times m (rank, n). Grid: tiles of rows by tiles of columns. A
-// thread takes one column; the sum over the rank is completed before it meets y.
+// thread takes one column; the sum over the rank is complete before it is added to y.
 template <typename S, typename P, typename T>
 struct Add {
     S *y;
@@ -215,7 +214,7 @@ struct Outer {
     }
 };
 
-// out: the sum of the parts (segments, rank, n), as (rank, n) or turned, as (n, rank).
+// out: the sum of the parts (segments, rank, n), as (rank, n), or if turned as (n, rank).
 template <typename P, typename T>
 struct AddUp {
     const T *part;
@@ -238,7 +237,7 @@ struct AddUp {
 };
 
 // out (rank,): the sum of terms (rows, rank) over the rows, in double. One block for each
-// component: its threads share out the rows.
+// component: its threads divide the rows.
 template <typename P, typename T>
 struct RowSum {
     const T *terms;
@@ -271,7 +270,7 @@ inline int64_t parts(int64_t size, int64_t each, int64_t most) {
 inline int64_t splits_of(int64_t n) { return parts(n, SPLIT, MOST_SPLITS); }
 inline int64_t segments_of(int64_t rows) { return parts(rows, SEGMENT, MOST_SEGMENTS); }
 
-// Hands out pieces of the scratch space; on null it only counts them.
+// Gives out pieces of the scratch space; with base null it only counts their bytes.
 struct Scratch {
     char *base;
     int64_t used;
@@ -286,7 +285,7 @@ struct Scratch {
 
 // The kernels of one (S rows, P adapter) pair, launched one after the other on Launcher's stream.
 // launcher(kernel, x, y) runs `kernel` on a grid of x by y blocks of THREADS threads; with
-// scratch.base null nothing is launched, and scratch.used is what is needed.
+// scratch.base null nothing is launched, and scratch.used is the size needed.
 template <typename S, typename P, typename Launcher>
 struct Plan {
     typedef typename Wide<S>::type T;

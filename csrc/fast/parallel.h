@@ -1,5 +1,5 @@
 // Threads: OpenMP's pool where it was found (PyTorch's own, if that was imported first, since both
-// then resolve to the same libgomp), else one std::thread a worker.
+// then resolve to the same libgomp), else one std::thread per worker.
 #pragma once
 
 #include <atomic>
@@ -34,7 +34,7 @@ void parallel(int64_t count, int threads, const Work &work) {
     others.reserve(static_cast<size_t>(team - 1));
     try {
         while (static_cast<int>(others.size()) < team - 1) others.emplace_back(worker);
-    } catch (...) {  // no more threads to be had: those that there are do it all
+    } catch (...) {  // no more threads available: the existing ones do all work
     }
     worker();
     for (std::thread &other : others) other.join();

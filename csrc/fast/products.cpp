@@ -1,6 +1,6 @@
 // The three skinny products, on vectors of SCALABL_BYTES bytes. Compiled once for each instruction
-// set, with SCALABL_KERNELS the name of its table, and the only file where a multiplication and an
-// addition may fuse: nothing here makes noise.
+// set; SCALABL_KERNELS is the name of its table. Only in this file may a multiplication and an
+// addition fuse, because nothing here makes noise.
 //
 // Each product walks its matrices in tiles that fit the registers. A tile keeps 12 accumulators, so
 // that the latency of fused multiply-add (4 cycles, two a cycle) is hidden, and needs at most 7
@@ -98,7 +98,7 @@ void dots(const T *x, int64_t x_stride, const T *m, int64_t m_stride, int64_t ro
 
 // --- y += u m ---------------------------------------------------------------------------------
 
-// The sum over the rank is completed before it meets y, which is then rounded once.
+// The sum over the rank is complete before it is added to y, which is then rounded once.
 template <typename T, int ROWS, int VECTORS>
 void add_tile(T *y, int64_t y_stride, const T *m, int64_t m_stride, int64_t rank, const T *u) {
     typedef Simd<T> S;

@@ -5,7 +5,7 @@
 
 namespace scalabl {
 
-constexpr int TILE_ROWS = 3;  // rows of a kernel's tile; a row left over goes alone, more slowly
+constexpr int TILE_ROWS = 3;  // rows of a kernel's tile; a remaining row goes alone, more slowly
 
 // Row-major operands; a stride is the distance of two rows in elements. T is float or double.
 template <typename T>

@@ -28,11 +28,11 @@ INIT_STREAM = 2**62  # initial values of layer n come from `philox_words` stream
 class Adapter(nn.Module):
     """Plain LoRA, the base of every adapter: A (r, d_in) and B (d_out, r), in float32.
 
-    Subclasses add what is random. `hidden` is the one equation by which adapters differ. Initial
-    values are a pure function of (seed, layer): here A is Kaiming-uniform and B = 0.
+    Subclasses add the random part. Adapters differ in one equation, `hidden`. Initial values are a
+    pure function of (seed, layer): here A is Kaiming-uniform and B = 0.
     """
 
-    trained = True  # False for an adapter that is made of a trained one
+    trained = True  # False for an adapter that is made from a trained one
     random = False  # whether draws differ
     joint = True  # whether rows of several draws may go through the layer together
     variational: tuple[str, ...] = ()  # names of the parameters that set a distribution's width
@@ -59,7 +59,7 @@ class Adapter(nn.Module):
                 self._initialise(*initial_matrix(seed, layer, config.rank, d_in, widths))
 
     def _add_parameters(self) -> None:
-        """Create what a subclass trains besides A and B."""
+        """Create the parameters that a subclass trains besides A and B."""
 
     def _initialise(self, matrix: Tensor, uniform: Tensor) -> None:
         """Fill the parameters from the values of `initial_matrix`; B is zero already."""
@@ -84,20 +84,20 @@ class Adapter(nn.Module):
     def lora_A(self, noise: Noise | None = None) -> Tensor:
         """A', (r, d_in) float64: the layer is the plain LoRA W x + bias + c B A' x.
 
-        `noise=None` is the mean; a draw gives the layer under it with sampling "batch".
+        `noise=None` gives the mean; a draw gives the layer under that draw, with sampling "batch".
         """
         return self.A.double()
 
     @torch.no_grad()
     def set_lora_(self, A: Tensor, B: Tensor, scaling: float) -> None:
-        """Take the mean function scaling * B A, of A (k, d_in) and B (d_out, k) with k <= r.
+        """Set the mean function to scaling * B A, for A (k, d_in) and B (d_out, k) with k <= r.
 
-        The other r - k components keep their start, with columns of B that are 0.
+        The other r - k components keep their initial values, and their columns of B become 0.
         Raises InputError if k > r.
         """
         k = len(A)
         if k > self.config.rank:
-            raise InputError(f"a LoRA of rank {k} does not go into one of rank {self.config.rank}")
+            raise InputError(f"a LoRA of rank {k} does not fit into one of rank {self.config.rank}")
         self.A[:k] = A
         self.B.zero_()[:, :k] = scaling / self.config.scaling * B
 
@@ -111,7 +111,7 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def bound_(self) -> None:
-        """Keep parameters where they are usable (call after an optimiser step)."""
+        """Keep parameters in their usable range (call after each optimiser step)."""
 
     def widths(self) -> Tensor:
         """Standard deviations of the drawn numbers, flat; empty if nothing is drawn."""
@@ -128,7 +128,7 @@ class SubspaceAdapter(Adapter):
 
     random = True
     variational: tuple[str, ...] = ("log_s", "log_sigma")
-    # Hook: the package puts the native body here, which gives the same to rounding.
+    # Hook: the package puts the native function here; both agree to rounding.
     op: ClassVar[Callable[..., Tensor]] = staticmethod(subspace_lora_linear)
 
     def _add_parameters(self) -> None:
@@ -169,16 +169,16 @@ class SubspaceAdapter(Adapter):
         return s[:, None] * self.A.double()
 
     def deviation(self, eps: Tensor) -> Tensor:
-        """s~ - s of standard normals eps (r,), in float64."""
+        """s~ - s for standard normals eps (r,), in float64."""
         return self.log_sigma.double().exp() * eps
 
     @torch.no_grad()
     def set_lora_(self, A: Tensor, B: Tensor, scaling: float) -> None:
         """As `Adapter.set_lora_`, from the thin SVD of scaling / c * B A in float64.
 
-        B takes the left vectors, s the singular values, A the right vectors: function and rank are
-        kept. A singular value that is 0 to rounding has no logarithm: its component keeps its
-        start, with a column of B that is 0.
+        B takes the left vectors, s the singular values, A the right vectors: function and rank stay
+        the same. A singular value that is 0 to rounding has no logarithm: its component keeps its
+        initial values, and its column of B becomes 0.
         """
         left, R = torch.linalg.qr(B.double())
         right, S = torch.linalg.qr(A.double().T)
@@ -191,7 +191,7 @@ class SubspaceAdapter(Adapter):
 
     @classmethod
     def complexity(cls, layers: Sequence[Adapter], kl: str) -> Tensor:
-        """(5) or (6), summed over layers and scales; (19) where the prior is fitted."""
+        """(5) or (6), summed over layers and scales; a fitted prior uses (19)."""
         log_s, log_sigma = (
             torch.stack([layer.get_parameter(name) for layer in layers]).double()
             for name in ("log_s", "log_sigma")
@@ -216,7 +216,7 @@ def initial_matrix(
 ) -> tuple[Tensor, Tensor]:
     """A layer's Kaiming-uniform matrix (rank, d_in) and uniforms in (0, 1) for its widths.
 
-    widths: the number of these uniforms, None is rank. The matrix is uniform in +-1 / sqrt(d_in),
+    widths: how many uniforms; None means rank. The matrix is uniform in +-1 / sqrt(d_in),
     which is kaiming_uniform_ with a = sqrt(5); both float64.
     """
     count = rank * d_in + (rank if widths is None else widths)
@@ -229,13 +229,13 @@ def initial_matrix(
 def initial_values(
     singular: Tensor, Vh: Tensor, uniform: Tensor, init_sigma: float
 ) -> dict[str, Tensor]:
-    """A, log_s and log_sigma from the matrix' singular values (r,) and right vectors (r, d_in)."""
+    """A, log_s and log_sigma from the matrix's singular values (r,) and right vectors (r, d_in)."""
     sigma = initial_widths(uniform, init_sigma)
     return {"A": Vh, "log_s": singular.log(), "log_sigma": sigma.log()}
 
 
 def initial_widths(uniform: Tensor, init_sigma: float) -> Tensor:
-    """Uniforms in (0, 1) moved to [init_sigma / sqrt 2, init_sigma]."""
+    """Map uniforms from (0, 1) to [init_sigma / sqrt 2, init_sigma]."""
     low = init_sigma / math.sqrt(2)
     return low + (init_sigma - low) * uniform
 
@@ -258,7 +258,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 def random_adapters(model: nn.Module) -> list[Adapter]:
-    """Those of the model's adapters whose draws differ, in model order."""
+    """The model's adapters whose draws differ, in model order."""
     return [adapter for adapter in adapters(model).values() if adapter.random]
 
 

@@ -18,7 +18,7 @@ PRIORS: tuple[Prior, ...] = ("fixed", "layer", "component")
 TARGETS = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"
 )  # fmt: skip
-# The class of every covariance and method. Each module that defines an adapter adds its own.
+# The adapter class of each covariance and method. The module of a class adds it here.
 ADAPTERS: dict[str, type[Adapter]] = {}
 COVARIANCES: dict[str, dict[str, type[Adapter]]] = {"diagonal": ADAPTERS, "full": {}}
 
@@ -30,14 +30,14 @@ class AdapterConfig:
     method: a name in `ADAPTERS`: "scalabl" (Gaussian over s), "mle" (plain LoRA: A and B alone),
         and those that `methods` adds.
     rank: r. alpha: the scaling is c = alpha / rank; None means 2 * rank.
-    targets: names of linear layers, out of `TARGETS`.
+    targets: names of linear layers, from `TARGETS`.
     sampling: which rows share a draw, see `layer.subspace_lora_linear`.
     covariance: of the Gaussian over the scales: "diagonal" or, for "scalabl", "full".
     prior: "fixed" is N(0, prior_std^2 I). "layer" and "component" are empirical Bayes, for
         "scalabl": sigma_p minimises the forward KL, for each layer or for each scale.
-    prior_std: sigma_p of the fixed prior; None becomes the method's own: 1, blob's 0.2.
-    init_sigma: sigma starts uniform in [init_sigma / sqrt 2, init_sigma] (blob: its root G does).
-    dropout: share of inputs dropped, of method "dropout".
+    prior_std: sigma_p of the fixed prior; None means the method's default: 1, or 0.2 for blob.
+    init_sigma: sigma (for blob its root G) starts uniform in [init_sigma / sqrt 2, init_sigma].
+    dropout: fraction of the inputs that method "dropout" drops.
 
     Raises InputError for a value outside its range.
 
@@ -71,7 +71,7 @@ class AdapterConfig:
         _one_of(f"covariance of method {self.method}", self.covariance, possible)
         _one_of("prior", self.prior, PRIORS)
         if self.prior != "fixed" and self.method != "scalabl":
-            raise InputError(f"prior {self.prior!r} is for scalabl: {self.method} has a fixed one")
+            raise InputError(f"prior {self.prior!r} needs method scalabl, not {self.method}")
         if self.rank < 1:
             raise InputError(f"rank must be at least 1, not {self.rank}")
         if not 0 <= self.dropout < 1:
@@ -85,7 +85,7 @@ class AdapterConfig:
                 hint = ": put spaces between names" if "," in target else expected(target, TARGETS)
                 raise InputError(f"unknown target {target!r:.60}{hint}")
         if not self.targets:
-            raise InputError(f"no targets: expected some of {' '.join(TARGETS)}")
+            raise InputError(f"targets is empty: expected some of {' '.join(TARGETS)}")
 
     @property
     def scaling(self) -> float:

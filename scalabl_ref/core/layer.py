@@ -51,10 +51,10 @@ def subspace_lora_linear(
 
     groups: int64 ids that replace these indices under "example" and "token", of a shape that is a
     leading part of x.shape[:-1]. A draw then follows the example rather than its place in memory.
-    draws: int64, added to `noise.draw`, of such a shape too: one pass can serve several draws.
+    draws: int64 of such a shape, added to `noise.draw`: one pass can serve several draws.
 
-    Differentiable in everything but the noise, to any order. Composes with autocast, and in its
-    fast body with torch.compile and torch.func. Source: METHOD equation (1), exact because
+    Differentiable to any order in all tensors. Works with autocast; the fast version also works
+    with torch.compile and torch.func. Source: docs/method.md, equation (1), which is exact because
     B diag(s~) A x = B ((A x) * s~).
 
     Raises ValueError for an unknown `sampling`, and for `groups` or `draws` of a wrong shape;
@@ -102,7 +102,7 @@ def row_noise(shape: torch.Size, keys: Keys, layer: int, sampling: Sampling, ran
 
 
 def row_keys(shape: torch.Size, keys: Keys, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
-    """The group id of every row, and the draw that is added to the noise's: each of `shape`."""
+    """Each row's group id, and the number added to the noise's draw: both of shape `shape`."""
     if sampling not in SAMPLING:
         raise ValueError(f"sampling must be one of {', '.join(SAMPLING)}, not {sampling!r}")
     device = None if keys.groups is None else keys.groups.device
@@ -118,14 +118,14 @@ def row_keys(shape: torch.Size, keys: Keys, sampling: Sampling) -> tuple[Tensor,
 
 
 def spread(name: str, values: Tensor, shape: torch.Size) -> Tensor:
-    """Integers of a leading part of `shape`, repeated over the rest of it."""
+    """Integers whose shape is a leading part of `shape`, repeated over its other dimensions."""
     if values.is_floating_point() or values.is_complex():
         raise InputError(f"{name} must be integers, not {values.dtype}")
     if values.shape == shape:
         return values
     if values.shape != shape[: values.dim()]:
         raise ValueError(
-            f"{name} of shape {tuple(values.shape)} do not lead the rows {tuple(shape)}"
+            f"{name} of shape {tuple(values.shape)} do not fit rows of shape {tuple(shape)}"
         )
     return values.view(*values.shape, *[1] * (len(shape) - values.dim())).expand(shape)
 
@@ -142,6 +142,6 @@ def check_shapes(
     for name, tensor, shape in expected:
         if tensor is not None and tensor.shape != shape:
             raise InputError(
-                f"{name} must be {shape}, and is {tuple(tensor.shape)}: x has {d_in} columns, "
-                f"weight {d_out} rows, A {rank}"
+                f"{name} must have shape {shape}, not {tuple(tensor.shape)}: x has {d_in} "
+                f"columns, weight has {d_out} rows, A has {rank}"
             )

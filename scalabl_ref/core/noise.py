@@ -1,7 +1,7 @@
 """Reproducible noise: a pure function of (seed, draw, layer, group), on any machine, in any order.
 
-philox.py defines the numbers. No global generator is read and nothing is stored: whoever knows the
-coordinates of a draw can make it again, as the backward pass does.
+philox.py defines the numbers. No global generator is used and nothing is stored: the coordinates of
+a draw are enough to make it again, as the backward pass does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .philox import WORD, in_range, normal_row, word_stream
 NOISE_VERSION = 1  # of the map from coordinates to normals: docs/conformance.md
 SEED_END = 1 << 64
 RESERVED_LAYER = WORD - 1  # the layer word of philox_words: no layer of a model may use it
-# Draws 0, 1, ... belong to prediction; training's start here, so that no counter serves both.
+# Draws 0, 1, ... belong to prediction; training's start here, so that the two share no counter.
 FIRST_TRAINING_DRAW = 2**31
 
 
@@ -47,7 +47,7 @@ class Noise:
     seed: integer in [0, 2^64), the Philox key. draw: integer in [0, 2^32), for example the step or
     the sample. Raises InputError for anything else.
 
-    Example: row g belongs to group g, whatever other groups are asked for.
+    Example: row g belongs to group g, whichever other groups are in the call.
 
     >>> import torch
     >>> from scalabl_ref import Noise
@@ -61,7 +61,7 @@ class Noise:
     seed: int
     draw: int
 
-    # Hooks: the package puts faster bodies in their place, which give the same bits.
+    # Hooks: the package puts faster functions here, which give the same bits.
     normals: ClassVar[Callable[..., Tensor]] = staticmethod(plain_normals)
     words: ClassVar[Callable[..., Tensor]] = staticmethod(plain_words)
 
@@ -82,7 +82,7 @@ class Noise:
         Raises InputError for anything else, such as a draw that reaches 2^32.
         """
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return self.normals(self, layer, groups, draws, rank)  # values cannot be looked at yet
+            return self.normals(self, layer, groups, draws, rank)  # values are not known yet
         in_range("layer", layer, 0, RESERVED_LAYER)
         in_range("rank", rank, 1, 4 * WORD + 1)
         if not isinstance(groups, Tensor):
@@ -92,13 +92,13 @@ class Noise:
             draws = _integers("draws", "draw", draws, WORD - self.draw)
             if len(draws) != len(ids):
                 raise InputError(
-                    f"draws must have {len(ids)} entries, one a group, not {len(draws)}"
+                    f"draws must have {len(ids)} entries, one for each group, not {len(draws)}"
                 )
         return self.normals(self, layer, ids, draws, rank)
 
 
 class Keys(NamedTuple):
-    """Which eps each row of a layer's input takes: what a model passes down to its layers.
+    """The eps that each row of a layer's input takes, as a model passes it to its layers.
 
     groups: int64 ids whose shape is a leading part of the rows' shape; None numbers the rows by
     their place. draws: int64 of such a shape, added to `noise.draw`; None adds 0.
@@ -123,7 +123,7 @@ def philox_words(seed: int, stream: int, n: int) -> Tensor:
 
 
 def token_groups(groups: Tensor, positions: Tensor, span: int) -> Tensor:
-    """Ids of a group for every token: id * span + position, below 2^32.
+    """A group id for every token: id * span + position, below 2^32.
 
     groups, positions: int64 that broadcast, positions below `span`. Raises InputError for an id
     that leaves no room for its tokens.

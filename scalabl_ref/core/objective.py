@@ -1,15 +1,15 @@
-"""The objective: negative log-likelihood plus beta times a KL term over N, one scalar, logged.
+"""The objective: negative log-likelihood plus beta times a KL term over N.
 
     loss = NLL (mean per example) + beta * KL / N                                            (4)
 
 With beta = 1 and the forward KL, -N * loss is an unbiased estimate of the evidence lower bound
 E_q[log p(D | s~)] - KL(q || p), under two assumptions:
 
-- Sampling "batch" or "example": each likelihood then is one of a network with one s~. Under "token"
-  every token has an s~ of its own, and the expectation is that of another model: the loss then
-  bounds no evidence of the paper's model.
+- Sampling "batch" or "example": each likelihood then belongs to a network with one s~. Under
+  "token" every token has its own s~, which is another model: the loss then does not bound the
+  evidence of the paper's model.
 - All batches have equal size. The NLL is a mean over the batch, so the examples of a short last
-  batch weigh more than the others, by batch size / short size.
+  batch weigh more than the others, by the factor batch size / short size.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ KLS: dict[str, Callable[[Tensor, Tensor, float | Tensor], Tensor]] = {
 def fitted_prior_std(second: Tensor, config: AdapterConfig, kl: str) -> float | Tensor:
     """sigma_p: the fixed one, or (19), from the second moments (layers, r) of the scales under q.
 
-    The forward KL is smallest over sigma_p where sigma_p^2 is the mean of E_q[s~_k^2]. The rest of
-    it does not change with (s, sigma) / a and a B: that arbitrary scale is gone.
+    The forward KL is smallest where sigma_p^2 is the mean of E_q[s~_k^2]. This smallest KL does not
+    change when (s, sigma) is divided by a and B multiplied by a: that arbitrary scale is gone.
 
-    Raises InputError for the official direction, whose minimum over sigma_p is another.
+    Raises InputError for the official direction, which has another minimum.
     """
     if config.prior == "fixed":
         return config.sigma_p
@@ -92,7 +92,7 @@ def fitted_prior_std(second: Tensor, config: AdapterConfig, kl: str) -> float | 
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts side by side. tokens (B, T), padded on the right with 0; lengths, labels (class
+    """A batch of prompts. tokens (B, T), padded on the right with 0; lengths, labels (class
     indices) and ids (indices in the data set) (B,); classes (C,) token ids. All int64.
     """
 
@@ -159,7 +159,7 @@ def class_logits(
     """Logits of the answer classes at each row's last token, (draws B, C) float32 or wider.
 
     The draw of a row is keyed by its example's index in the data set, `batch.ids`. draws, padded:
-    as in `Llama.forward`.
+    as in `model.inputs.Inputs`.
     """
     logits = model(
         batch.tokens, noise=noise, groups=batch.ids, lengths=batch.lengths, draws=draws,
@@ -171,7 +171,7 @@ def class_logits(
 
 
 def complexity(model: nn.Module, kl: KL = "forward") -> Tensor:
-    """The second term of (4) before its weight, a float64 scalar in nats, over all adapters.
+    """The KL term of (4) without its weight, a float64 scalar in nats, over all adapters.
 
     The KL of the methods that have a posterior, minus the log prior density (up to a constant) for
     method "map", 0 for method "mle". Raises InputError for an unknown `kl`.

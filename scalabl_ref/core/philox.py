@@ -71,7 +71,7 @@ def box_muller(word_a: int, word_b: int) -> tuple[float, float]:
 def normal_block(seed: int, draw: int, layer: int, group: int, j: int) -> list[float]:
     """Components 4j .. 4j + 3 of eps of one group, each rounded to float32 (and a Python float).
 
-    Words 0 and 1 of counter (j, group, layer, draw) give the first two, words 2 and 3 the others.
+    Words 0 and 1 of counter (j, group, layer, draw) give the first two, words 2 and 3 the last two.
     """
     w = philox4x32((j, group, layer, draw), (seed % WORD, seed // WORD))
     doubles = (*box_muller(w[0], w[1]), *box_muller(w[2], w[3]))
@@ -85,7 +85,7 @@ def normal_row(seed: int, draw: int, layer: int, group: int, rank: int) -> list[
 
 
 def word_stream(seed: int, stream: int, layer: int, n: int) -> list[int]:
-    """n words: 4j .. 4j + 3 are of counter (j, stream mod 2^32, layer, stream div 2^32)."""
+    """n words; 4j .. 4j + 3 are of counter (j, stream mod 2^32, layer, stream div 2^32)."""
     words: list[int] = []
     for j in range((n + 3) // 4):
         counter = (j, stream % WORD, layer, stream // WORD)
@@ -103,7 +103,7 @@ def _ln(u: float) -> float:
 
 
 def _cos_sin(word: int) -> tuple[float, float]:
-    """cos and sin of 2 pi word / 2^32: whole quarter turns are taken off exactly, as integers."""
+    """cos and sin of 2 pi word / 2^32: whole quarter turns are subtracted exactly, as integers."""
     quarter = (word + (1 << 29)) >> 30  # the nearest one, 0 to 4
     x = (word - (quarter << 30)) * TURN  # in [-pi / 4, pi / 4)
     cos, sin = _polynomial(COS, x * x), x * _polynomial(SIN, x * x)

@@ -29,7 +29,7 @@ def predictive(log_probs: Tensor, weights: Tensor | None = None) -> Prediction:
     """(8), (9): from log-probabilities of S draws, (S, B, C), to the mixture and its uncertainty.
 
     Probabilities are averaged, not logits or logs: logsumexp over draws minus log S, in float64.
-    weights: (S,) that add up to 1, of draws that do not count alike.
+    weights: (S,) with sum 1, for draws that do not count equally.
 
     >>> logits = torch.tensor([[[0.0, 2.0]], [[0.0, -2.0]]])
     >>> predictive(torch.log_softmax(logits, dim=-1)).probs
@@ -43,7 +43,7 @@ def predictive(log_probs: Tensor, weights: Tensor | None = None) -> Prediction:
         mixture = torch.logsumexp(log_probs + weights.log()[:, None, None], dim=0)
         expected = torch.einsum("s,sb->b", weights, entropy_of(log_probs))
     entropy = entropy_of(mixture)
-    # Jensen makes the difference non-negative; rounding alone can take it below.
+    # By Jensen's inequality the difference is at least 0; only rounding can make it negative.
     information = (entropy - expected).clamp(min=0)
     return Prediction(mixture.exp(), entropy, expected, information)
 
@@ -56,7 +56,7 @@ def entropy_of(log_probs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def plain_predict(model: nn.Module, batch: Batch, samples: int = 10, seed: int = 0) -> Prediction:
-    """The predictive distribution over the answer classes, one pass through the model a draw.
+    """The predictive distribution over the answer classes, with one pass for each draw.
 
     Draw i is Noise(seed, i), keyed per example by `batch.ids`; samples = 0 is the mean model. This
     is the definition; evaluation/predict.py gives the same with fewer passes.

@@ -1,8 +1,8 @@
-"""Faster bodies of functions in core/ and model/, each held equal to its plain twin by tests.
+"""Faster versions of functions in core/ and model/; tests compare each with its plain twin.
 
 `install` puts them in place when the package is imported. The environment variable SCALABL_PLAIN=1
-leaves the plain ones there: the package then runs on core/ and model/ alone, to the same results
-but for rounding, and slower.
+keeps the plain ones: the package then runs on core/ and model/ alone, more slowly, and gives the
+same results to rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..model import weights
 from ..model.llama import MLP, Llama
 from . import native, normals, ops, quantize, rows
 
-# The hook, and the fast body that goes there.
+# Each hook, and its fast version.
 HOOKS: tuple[tuple[type, str, Any], ...] = (
     (Noise, "normals", staticmethod(normals.normals)),
     (Noise, "words", staticmethod(normals.words)),
@@ -32,22 +32,22 @@ PLAIN = tuple(vars(owner)[name] for owner, name, _ in HOOKS)
 
 
 def install() -> None:
-    """Put the fast bodies in place, unless SCALABL_PLAIN=1."""
-    native.core()  # settled before anything is compiled
-    weights.quantizer = quantize.Quantizer()  # a format of weights, not a body: in either case
+    """Put the fast versions in place, unless SCALABL_PLAIN=1."""
+    native.core()  # decided before anything is compiled
+    weights.quantizer = quantize.Quantizer()  # a weight format: needed in both cases
     if os.environ.get("SCALABL_PLAIN") != "1":
         put(FAST)
 
 
 def put(bodies: Sequence[Any]) -> None:
-    """Put these bodies in place, one for each hook."""
+    """Put these versions in place, one for each hook."""
     for (owner, name, _), body in zip(HOOKS, bodies, strict=True):
         setattr(owner, name, body)
 
 
 @contextmanager
 def in_place(bodies: Sequence[Any]) -> Iterator[None]:
-    """Within the block these bodies are in place: FAST or PLAIN.
+    """Use these versions within the block: FAST or PLAIN.
 
     A model keeps the kind of blocks that it was made with.
     """
@@ -60,5 +60,5 @@ def in_place(bodies: Sequence[Any]) -> Iterator[None]:
 
 
 def plain() -> AbstractContextManager[None]:
-    """Within the block the plain bodies are in place, see `in_place`."""
+    """Use the plain versions within the block, see `in_place`."""
     return in_place(PLAIN)

@@ -1,6 +1,6 @@
 """Draws that depend on each other, so that their average has less error.
 
-Any one draw of a design is standard normal all the same.
+Each single draw is still standard normal.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Design(Enum):
 def designed_normals(
     noise: DesignedNoise, layer: int, groups: Tensor, draws: Tensor | None, rank: int
 ) -> Tensor:
-    """`Noise.normal` for dependent draws, made of independent ones."""
+    """`Noise.normal` for dependent draws, made from independent ones."""
     size, later = noise.size, torch.zeros_like(groups) if draws is None else draws
     draws = noise.draw + later
     if len(draws):
@@ -48,8 +48,8 @@ class DesignedNoise(Noise):
     """A `Noise` whose draws depend on each other.
 
     ANTITHETIC: draw 2i + 1 is minus draw 2i, size is 2. LATIN: draws kn to kn + n - 1 form one
-    Latin hypercube of size n >= 2, see `latin`. Raises InputError for another design or size, and,
-    when drawn, for draws of 2^31 and more.
+    Latin hypercube of size n >= 2, see `latin`. Raises InputError for another size, and, when
+    drawn, for draws of 2^31 and more.
     """
 
     design: Design = Design.ANTITHETIC
@@ -66,10 +66,10 @@ class DesignedNoise(Noise):
 def latin(z: Tensor) -> Tensor:
     """n independent standard normals (n, ...) -> n that cover the line evenly, float32.
 
-    One of them lies in each of the n intervals of equal probability: in the k-th lowest of them the
-    one whose z is the k-th lowest, at Phi^-1((k - 1 + v_k) / n). The v_k = (u_k / u_(k+1))^k, of
-    the ordered u = Phi(z) and u_(n+1) = 1, are n independent uniforms, and independent of the
-    order: Renyi's representation of order statistics. So no further noise is needed.
+    Each of the n intervals of equal probability gets one. The k-th lowest z moves into the k-th
+    lowest interval, to Phi^-1((k - 1 + v_k) / n). The v_k = (u_k / u_(k+1))^k, of the ordered
+    u = Phi(z) and u_(n+1) = 1, are n independent uniforms, and independent of the order (Renyi's
+    representation of order statistics). So no further noise is needed.
     """
     u, order = torch.special.ndtr(z.double()).sort(dim=0)
     k = torch.arange(1, len(z) + 1, device=z.device).view(-1, *[1] * (z.dim() - 1))

@@ -1,7 +1,7 @@
-"""The compiled core: is it there, is it what the sources say, and is it used?
+"""The compiled core: whether it was built, whether it fits the sources, and whether it is used.
 
-A binary older than the sources beside it (an editable install that was not rebuilt) is reported and
-left alone: everything then runs on the PyTorch path, as it does where nothing was built.
+A binary of other sources than those beside it (in an editable install that was not rebuilt) is
+reported and not used. Everything then runs on the PyTorch path, as without a binary.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]  # the repository, in an editable install
 SOURCES = (".h", ".cpp", ".cu")
-SETTLED: list[ModuleType | None] = []  # the answer of `core`; torch.compile follows no cache
+SETTLED: list[ModuleType | None] = []  # `core`'s result: torch.compile cannot trace @cache
 REBUILD = "build it with: pip install -e ."
 
 
 def source_digest(root: Path) -> str | None:
-    """The digest that CMakeLists.txt compiles in, of the sources under `root`; None if it has none.
+    """The digest that CMakeLists.txt compiles in, of the sources under `root`; None without them.
 
     sha256 of the lines "<sha256 of the file>  <its path>" over CMakeLists.txt and csrc's headers
-    and sources, the tests excepted, ordered by path.
+    and sources without the tests, ordered by path.
     """
     files = [root / "CMakeLists.txt"]
     for folder in ("csrc", "csrc/fast", "csrc/third_party"):
@@ -41,11 +41,11 @@ def source_digest(root: Path) -> str | None:
 
 @cache
 def native_status() -> dict[str, Any]:
-    """What was built and which path runs.
+    """Whether the core was built, and whether it is used.
 
     built, stale, used: bool; reason: why it is not used, else ""; isa, the instruction set that its
     kernels use, compiler, digest: str or None.
-    The environment variable SCALABL_NATIVE=0 keeps the core from being used. Settled once per
+    The environment variable SCALABL_NATIVE=0 switches the core off. Decided once per
     process.
     """
     module, problem = _import()

@@ -1,6 +1,6 @@
-"""The noise of core/noise.py, faster and to the same bits: in the native core, or in PyTorch.
+"""The noise of core/noise.py, faster and with the same bits: in the native core, or in PyTorch.
 
-Under torch.compile and torch.func it is a registered operator, which they can carry along.
+For torch.compile and torch.func it is a registered operator, which both support.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Word = int | Tensor
 
 
 def normals(noise: Noise, layer: int, groups: Tensor, draws: Tensor | None, rank: int) -> Tensor:
-    """The body of `Noise.normal`: groups (G,), draws (G,) or None -> (G, rank) float32."""
+    """The fast version of `plain_normals`: groups (G,), draws (G,) or None -> (G, rank) float32."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return torch.ops.scalabl_ref.normals(groups, draws, *numbers(noise), layer, rank)
     core = native.core()
@@ -50,11 +50,11 @@ def vectorised_normals(
     noise: Noise, layer: int, groups: Tensor, draws: Tensor | None, rank: int
 ) -> Tensor:
     """`philox.normal_row` for all groups and components at once."""
-    both = groups if draws is None else groups + draws * WORD  # distinct even where it wraps
+    both = groups if draws is None else groups + draws * WORD  # distinct even if it wraps
     _, place = torch.unique_consecutive(both, return_inverse=True)
     count = int(place.max()) + 1 if len(place) else 0
     first = torch.zeros(count, dtype=torch.int64, device="cpu")
-    first[place] = _arange(len(place))  # one of the equal neighbours; they come once
+    first[place] = _arange(len(place))  # equal neighbours are computed once
     group, draw = groups[first, None], torch.full_like(first, noise.draw)[:, None]
     draw = draw if draws is None else draw + draws[first, None]
     words = _philox(_arange((rank + 3) // 4), group, layer, draw, noise.seed)
@@ -63,7 +63,7 @@ def vectorised_normals(
 
 
 def words(seed: int, stream: int, n: int) -> Tensor:
-    """The body of `philox_words`: (n,) int64."""
+    """The fast version of `plain_words`: (n,) int64."""
     block = _arange((n + 3) // 4)
     four = _philox(block, stream % WORD, RESERVED_LAYER, stream // WORD, seed)
     return torch.stack(four, dim=-1).reshape(-1)[:n]
@@ -172,7 +172,7 @@ def _cos_sin(word: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """Correctly rounded, as IEEE 754 has it: torch.sqrt misses the last bit in one case of 80."""
+    """Correctly rounded as in IEEE 754: torch.sqrt has a wrong last bit in one case of 80."""
     roots = [math.sqrt(value) for value in x.flatten().tolist()]
     return torch.tensor(roots, dtype=torch.float64, device="cpu").view(x.shape)
 

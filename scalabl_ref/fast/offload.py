@@ -22,7 +22,7 @@ class KeptOnCpu(torch.autograd.graph.save_on_cpu):
         super().__init__(pin_memory=device.type == "cuda")
         self.copy, self.fetch = self.pack_hook, self.unpack_hook
         self.pack_hook, self.unpack_hook = self._pack, self._unpack
-        self.copied: dict[tuple[Any, ...], tuple[StorageWeakRef, Any]] = {}  # by what they copy
+        self.copied: dict[tuple[Any, ...], tuple[StorageWeakRef, Any]] = {}  # by their source
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)

@@ -1,8 +1,8 @@
 """Equation (1) in the native core: the fast twin of core/layer.py, equal to it to rounding.
 
 The base layer is PyTorch's; csrc/ adds the update to it in place. The backward pass draws the noise
-again and keeps, beyond references to its inputs, only A x of (rows, r). Second derivatives and
-the calls that `unserved` names go through the plain body.
+again and keeps only A x, (rows, r), besides references to its inputs. Second derivatives and the
+calls that `unserved` names use the plain version.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .normals import MASK
 
 MAX_RANK = 256  # of the native core
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-PLAIN_TYPES = (Tensor, torch.nn.Parameter, type(None))  # subclasses may mean anything
+PLAIN_TYPES = (Tensor, torch.nn.Parameter, type(None))  # subclasses may redefine operations
 
 
 class Inputs(NamedTuple):
@@ -45,8 +45,8 @@ class Draws(NamedTuple):
     """The noise of a call as numbers, which a registered operator can take.
 
     Rows i with the same i // rows_per_group share the draw of groups[i // rows_per_group], with
-    draws[...] added to `draw`; None is i // rows_per_group itself, and 0. noisy False is the mean
-    model. seed is the Noise's as a signed 64-bit integer.
+    draws[...] added to `draw`. groups None: the group i // rows_per_group. draws None: add 0. noisy
+    False: the mean model. seed is the Noise's as a signed 64-bit integer.
     """
 
     noisy: bool
@@ -76,7 +76,7 @@ def subspace_lora_linear(
     groups: Tensor | None = None,
     draws: Tensor | None = None,
 ) -> Tensor:
-    # Its docstring is that of the plain twin, see the end of this file.
+    # The docstring is that of the plain version: see the end of this file.
     if low := autocast_dtype(x):
         bias = bias if bias is None else bias.to(low)
         with torch.autocast(x.device.type, enabled=False):
@@ -99,7 +99,7 @@ def subspace_lora_linear(
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype to which autocast casts x; None where it does not."""
-    device = "cpu" if x.is_cpu else x.device.type  # the short way is worth half a microsecond
+    device = "cpu" if x.is_cpu else x.device.type  # is_cpu saves half a microsecond
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return None
@@ -140,7 +140,7 @@ def draws_of(
     groups: Tensor | None,
     draws: Tensor | None,
 ) -> Draws:
-    """`Draws` of rows whose leading dimensions are `shape`: as few groups as tell rows apart."""
+    """`Draws` of rows whose leading dimensions are `shape`, with as few groups as possible."""
     if not torch.compiler.is_compiling():
         in_range("layer", layer, 0, RESERVED_LAYER)
     seed = noise.seed if noise.seed < 2**63 else noise.seed - 2**64
@@ -162,7 +162,7 @@ def draws_of(
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """x as (rows, columns) with unit column stride; a copy only where it must be."""
+    """x as (rows, columns) with unit column stride; copied only if necessary."""
     if x.dim() != 2:
         x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
@@ -215,7 +215,7 @@ def forward(core: Any, t: Inputs, d: Draws, keep: bool) -> tuple[Tensor, Tensor 
 
 
 def on_stream(function: Any, to: tuple[int, ...], device: torch.device) -> None:
-    """Enqueue on the device's current stream, with scratch space from PyTorch's allocator."""
+    """Call on the device's current stream, with scratch space from PyTorch's allocator."""
     size = function(*to, 0, 0, 0)
     scratch = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
     with torch.cuda.device(device):
@@ -258,7 +258,7 @@ def gradients(
 def differentiable_gradients(
     grad_y: Tensor, t: Inputs, d: Draws, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    """As `gradients`, to be differentiated once more: through the plain body."""
+    """As `gradients`, but differentiable again: through the plain version."""
     noise = None if not d.noisy else Noise(d.seed & MASK, d.draw)
     shape = torch.Size((t.x.shape[:-1].numel(),))
 
@@ -278,7 +278,7 @@ def differentiable_gradients(
 
 
 class Native(torch.autograd.Function):
-    """The native core with its own backward, for eager mode: a few microseconds a call."""
+    """The native core with its own backward, for eager mode: a few microseconds per call."""
 
     @staticmethod
     def forward(ctx: Any, core: Any, d: Draws, *inputs: Any) -> Tensor:

@@ -1,11 +1,11 @@
-"""Frozen weights in 8 or 4 bits: made whole for a product, and again for its gradient, never kept.
+"""Frozen weights in 8 or 4 bits: dequantised for a product, again for its gradient, never kept.
 
     int8    W[o, i] = code[o, i] * scale[o]                       code in -127 .. 127
     nf4     W[o, i] = LEVELS[code[o, i]] * scale[o, i // 64]      code in 0 .. 15, two in a byte
 
-Codes are those of the nearest value; a scale is the largest magnitude it serves (int8: that / 127)
-in bfloat16. The levels of nf4 (QLoRA, arXiv:2305.14314, appendix E) are quantiles of a normal
-distribution, which weights resemble. Its rows are padded with zeros to a multiple of 64.
+Each code is that of the nearest value. A scale is the largest magnitude of its weights (int8: over
+127), in bfloat16. The levels of nf4 (QLoRA, arXiv:2305.14314, appendix E) are quantiles of a normal
+distribution, which weights resemble. Rows of nf4 are padded with zeros to a multiple of 64.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ..support.errors import InputError
 
 Kind = Literal["int8", "nf4"]
 KINDS: tuple[Kind, ...] = ("int8", "nf4")
-GROUP = 64  # weights of a row that share a scale, of nf4
-ROWS = 32  # done at a time, so that what lies between fits into a cache
+GROUP = 64  # nf4: weights of a row that share a scale
+ROWS = 32  # at a time, so that intermediate values fit into a cache
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
@@ -44,7 +44,7 @@ class Codes(NamedTuple):
 
 
 class QuantizedLinear(Linear):
-    """A frozen linear layer whose weight is kept as codes, and made whole only for a product.
+    """A frozen linear layer whose weight is kept as codes, and dequantised only for a product.
 
     weight: the codes, (d_out, d_in) int8, or nf4's (d_out, padded d_in / 2) uint8, where a byte's
     low half is the first of its two. scale: (d_out, 1), or (d_out, padded d_in / 64), bfloat16.
@@ -108,7 +108,7 @@ def quantize_model(model: Llama, kind: str) -> Llama:
 
 
 class Quantizer:
-    """What model/weights.py needs to read a base into codes."""
+    """The `weights.Quantizer` that quantises a base while it is read."""
 
     def layers(self, model: Llama, kind: str) -> None:
         quantize_model(model, kind)
@@ -120,7 +120,7 @@ class Quantizer:
 def quantize(weight: Tensor, kind: str) -> Codes:
     """Codes and scales of the nearest weight of that kind; see `QuantizedLinear` for the shapes.
 
-    weight: (d_out, d_in) of any floating-point dtype; few rows are worked on at once.
+    weight: (d_out, d_in) of any floating-point dtype, quantised a few rows at a time.
 
     A weight on the meta device gives codes and scales without values. Raises InputError for another
     kind.
@@ -145,14 +145,14 @@ def quantize(weight: Tensor, kind: str) -> Codes:
             code.copy_(w.round().clamp(-127, 127).view(code.shape))
         else:
             level = torch.zeros(len(w), groups * group, dtype=torch.uint8, device=w.device)
-            for threshold in between:  # many times as fast as a search for each weight
+            for threshold in between:  # many times faster than a search for each weight
                 level += (w > threshold).view(level.shape)
             code.copy_(level[:, ::2] | level[:, 1::2] << 4)
     return Codes(codes, scale)
 
 
 class _Product(torch.autograd.Function):
-    """x W^T of a quantised W, which keeps the codes and scales alone for its backward pass."""
+    """x W^T of a quantised W, which saves only codes and scales for its backward pass."""
 
     generate_vmap_rule = True
 

@@ -5,7 +5,7 @@
 - Joint draws: the blocks before the first adapter that draws are computed once for all draws.
 - Recomputing: training stores only each block's input and computes the rest again.
 
-torch.compile gets whole rows: the shapes of a program must not depend on values.
+torch.compile of the whole model gets whole rows: shapes must not depend on values.
 Shapes below begin with "...": (B, T), (N,) for packed rows, or (B,) for last tokens.
 """
 
@@ -44,16 +44,16 @@ class Rows:
         return x if self.index is None else x.flatten(0, 1)[self.index]
 
     def unpack(self, x: Tensor) -> Tensor:
-        """(..., *) -> (B, T, *), zeros where nothing was computed."""
+        """(..., *) -> (B, T, *), zeros where nothing was computed. Autograd does not save x."""
         if self.index is None:
             return x
-        whole = x.new_zeros(self.B * self.T, *x.shape[1:]).index_put((self.index,), x)  # keeps no x
+        whole = x.new_zeros(self.B * self.T, *x.shape[1:]).index_put((self.index,), x)
         return whole.view(self.B, self.T, *x.shape[1:])
 
 
 @dataclass(frozen=True)
 class PackedContext:
-    """The values that blocks need beside hidden states (..., D), computed once a forward pass."""
+    """The values that blocks need besides hidden states (..., D), computed once per pass."""
 
     rows: Rows
     cos: Tensor  # (..., 1, h), of which B may be 1
@@ -63,7 +63,7 @@ class PackedContext:
     keys: Keys | None
     cache: KVCache | None
     past: int  # number of cached tokens, S - T
-    last: LastTokens | None = None  # of the last block alone: the tokens that ask
+    last: LastTokens | None = None  # in the last block alone: its queries
 
     def for_each_draw(self, draws: int) -> PackedContext:
         """The same for all rows under one draw, then under the next, and so on."""
@@ -104,7 +104,7 @@ class PackedContext:
         keys = self.keys
         if keys is not None and keys.groups is not None and keys.groups.dim() == self.cos.dim() - 2:
             draws = None if keys.draws is None else keys.draws[chosen]
-            keys = keys._replace(groups=keys.groups[chosen], draws=draws)  # one for each token
+            keys = keys._replace(groups=keys.groups[chosen], draws=draws)  # of the last tokens
         return LastTokens(chosen, of_these(self.cos), of_these(self.sin), mask, keys)
 
 
@@ -159,7 +159,7 @@ class PackedBlock(Block):
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, which keeps these two alone for its backward pass, and not silu(gate)."""
+    """silu(gate) * up, which saves only these two for its backward pass, not silu(gate)."""
 
     generate_vmap_rule = True
 
@@ -174,7 +174,7 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        if torch.is_grad_enabled():  # this is to be differentiated once more
+        if torch.is_grad_enabled():  # for a second derivative
             p = torch.sigmoid(gate)
             slope = p * (1 + gate * (1 - p))
             return grad * up * slope, grad * F.silu(gate)
@@ -182,13 +182,13 @@ class SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """The body of `MLP.activation`: silu(gate) * up."""
-    # Without a gradient to keep for, the function alone is half the overhead.
+    """The fast version of `MLP.activation`: silu(gate) * up."""
+    # Without gradients, the plain function has half the overhead.
     return SwiGLU.apply(gate, up) if torch.is_grad_enabled() else SwiGLU.forward(gate, up)
 
 
 def run(model: Llama, inputs: Inputs) -> Tensor:
-    """The body of `Llama.run`."""
+    """The fast version of `Llama.run`."""
     whole = inputs.padded or torch.compiler.is_compiling()
     B, T = inputs.tokens.shape
     rows = Rows(B, T)
@@ -250,13 +250,13 @@ def real_tokens(lengths: Tensor, B: int, T: int) -> Rows:
 
 
 def shared_blocks(model: Llama) -> int:
-    """How many of the first blocks give the same under every draw."""
+    """How many of the first blocks have the same output under every draw."""
     random = [bool(random_adapters(block)) for block in model.layers]
     return random.index(True) if True in random else len(random)
 
 
 def calling(model: Llama, inputs: Inputs) -> Callable[..., Tensor]:
-    """How a block is called: plainly, or so that its backward pass computes it again."""
+    """The function that calls a block: directly, or with recomputation in the backward pass."""
     if model.recompute and torch.is_grad_enabled() and inputs.cache is None:
         return partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     return lambda block, *arguments: block(*arguments)
@@ -265,10 +265,10 @@ def calling(model: Llama, inputs: Inputs) -> Callable[..., Tensor]:
 def compile_blocks(model: Llama, backend: str | Callable[..., Any] = "inductor") -> Llama:
     """Compile every block with torch.compile, from the same few programs; returns the model.
 
-    The first passes take a minute or two. Packed rows and keyed noise stay as they are.
+    The first passes take a minute or two. Packed rows and keyed noise still work.
     """
-    # Sizes and the layer ids of adapters are arguments of a program, or there would be one for
-    # every block; the scaling of an adapter is not.
+    # Sizes and layer ids of adapters are arguments of a program: otherwise every block would need
+    # its own. The scaling of an adapter is a constant of the program.
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
     torch._dynamo.config.specialize_float = True
     for block in model.layers:

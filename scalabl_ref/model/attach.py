@@ -1,4 +1,4 @@
-"""The frozen linear layer that can carry an adapter, and how adapters get into a model."""
+"""The frozen linear layer that can carry an adapter, and attaching adapters to a model."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def add_adapters(model: nn.Module, config: AdapterConfig, seed: int = 0) -> nn.M
     """Freeze `model` and attach an adapter to each `Linear` that `config.targets` names.
 
     A layer's noise id is 8 * block + (position of its name in TARGETS), with lm_head in block 0:
-    it depends on the layer's place, not on the others that are adapted. Returns the model.
+    it depends on the layer's place, not on which other layers are adapted. Returns the model.
 
     Raises InputError if the model has adapters already, if no layer has a target's name, or if
     the rank is larger than a dimension of a layer (naming the layer).
@@ -92,7 +92,7 @@ def new_adapter(
     """The adapter of a layer called `name`, whose weight has the size (d_out, d_in).
 
     layer: its noise id. head: whether it is the output layer, which may have fewer rows than the
-    rank, cut down to a few class tokens. Raises InputError if the rank is too large.
+    rank, once it is cut down to class tokens. Raises InputError if the rank is too large.
     """
     d_out, d_in = size
     if config.rank > d_in or (config.rank > d_out and not head):

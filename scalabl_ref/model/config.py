@@ -68,8 +68,8 @@ class RopeConfig:
     def from_hf(config: dict[str, Any]) -> RopeConfig:
         """From a Hugging Face config: rope_theta and rope_scaling, or the newer rope_parameters.
 
-        As transformers 5 reads them: of both, rope_scaling counts. Raises InputError naming the key
-        for another kind of scaling, and for a value that is missing or has another type.
+        As in transformers 5, rope_scaling counts if both are there. Raises InputError naming the
+        key for another kind of scaling, and for a value that is missing or has another type.
         """
         key, given = _rope_values(config)
         kind = given.get("rope_type") or given.get("type") or "default"
@@ -92,12 +92,12 @@ class RopeConfig:
             needed += [original]
         for name in needed:
             if name not in given:
-                raise InputError(f"{key}: {name} is missing, which RoPE scaling {kind!r} needs")
+                raise InputError(f"{key}: {name} is missing: RoPE scaling {kind!r} needs it")
         return RopeConfig(kind, theta, **{name: given[name] for name in needed})
 
 
 def _rope_values(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """What a config.json says of RoPE, and under which key."""
+    """The key that holds a config.json's RoPE values, and these values."""
     found = {key: config.get(key) for key in ("rope_scaling", "rope_parameters")}
     for key, value in found.items():
         if not isinstance(value, dict | None):
@@ -109,8 +109,8 @@ def _rope_values(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     theta = given.get("rope_theta", config.get("rope_theta", 10000.0))
     if newer.get("rope_theta", theta) != theta:  # transformers 5 takes the default
         raise InputError(
-            f"rope_parameters has rope_theta {newer['rope_theta']}, and rope_scaling, which counts "
-            "where both are there, has none: put rope_theta there"
+            f"rope_theta {newer['rope_theta']} is in rope_parameters, but only rope_scaling counts "
+            "if both are there: put rope_theta into rope_scaling"
         )
     return key, given
 
@@ -159,7 +159,7 @@ class LlamaConfig:
         for field in dataclasses.fields(self)[:8]:
             _check_size(field.name, getattr(self, field.name))
         if not isinstance(self.rms_norm_eps, (int, float)) or not self.rms_norm_eps >= 0:
-            raise InputError(f"rms_norm_eps must be a number, not {self.rms_norm_eps!r}")
+            raise InputError(f"rms_norm_eps must be at least 0, not {self.rms_norm_eps!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -191,8 +191,8 @@ class LlamaConfig:
         window = _sliding_window(kind, config)
         if window is not None and window < positions:
             raise InputError(
-                f"sliding-window attention ({window} tokens) is not implemented: it would matter "
-                f"within the model's {positions} positions"
+                f"sliding-window attention ({window} tokens) is not implemented, and this window "
+                f"is shorter than the model's {positions} positions"
             )
         bias = bool(config.get("attention_bias", False))
         eos = config.get("eos_token_id")  # Llama 3 lists several; the first ends a text
@@ -231,10 +231,10 @@ class LlamaConfig:
     def to_hf(self) -> dict[str, Any]:
         """A Hugging Face config.json that `from_hf` reads back as this configuration.
 
-        Raises InputError for what that layout cannot say, such as a head cut down to class tokens.
+        Raises InputError for what that layout cannot hold, such as a head cut down to class tokens.
         """
         if self.head_tokens is not None:
-            raise InputError("the head was cut down to class tokens: there is no such layout")
+            raise InputError("the head was cut down to class tokens: a full head is needed")
         kind = "qwen3" if self.qk_norm else "llama"
         if self.qkv_bias and not self.output_bias:
             kind = "qwen2"
@@ -265,7 +265,7 @@ class LlamaConfig:
 
 
 def _refuse_codes(config: dict[str, Any]) -> None:
-    """Raise InputError if a config.json says that the weights were quantised, and by what."""
+    """Raise InputError naming the method if a config.json says that the weights were quantised."""
     for key in ("quantization_config", "compression_config", "quantization"):
         values = config.get(key)
         if not values:
@@ -274,19 +274,19 @@ def _refuse_codes(config: dict[str, Any]) -> None:
         method = (
             values.get("quant_method")
             or {
-                "quantization_config": "bitsandbytes",  # whose old files do not say
+                "quantization_config": "bitsandbytes",  # its old files name no method
                 "compression_config": "compressed-tensors",
                 "quantization": "MLX",
             }[key]
         )
         raise InputError(
-            f"{key}: the weights were quantised elsewhere, by {method!s:.40}: take the same model "
+            f"{key}: the weights were quantised elsewhere, by {method!s:.40}: use the same model "
             "in 16 bits or more"
         )
 
 
 def _sliding_window(kind: str, config: dict[str, Any]) -> int | None:
-    """How many tokens, itself included, a query of some layer sees; None: all before it.
+    """How many tokens, itself included, a query sees in layers with a window; None: no window.
 
     The keys and their defaults are transformers'.
     """

@@ -1,4 +1,4 @@
-"""The arguments of a forward pass: tokens, padding, cache and draws; positions and masks of them.
+"""The arguments of a forward pass: tokens, padding, cache, draws; and their positions and masks.
 
 Shapes are written as in llama.py.
 """
@@ -15,9 +15,9 @@ from ..support.errors import InputError
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, one pair of (B, K, S, h) tensors a layer.
+    """Keys and values of the tokens seen so far, a pair of (B, K, S, h) tensors per layer.
 
-    padded: whether some of these tokens are padding, which only a mask can tell from the others.
+    padded: whether some of these tokens are padding; a mask must then mark the real ones.
     """
 
     padded = False
@@ -47,15 +47,15 @@ class Inputs:
     groups: (B,) int64 id of each row's draw; None means 0 .. B-1. Under token sampling the group
         of a token is id * max_position_embeddings + position, so that a draw depends neither on
         padding nor on the cache.
-    lengths: (B,) int64 >= 1, the ends of right-padded rows (`last_only` reads there).
+    lengths: (B,) int64 >= 1, real tokens in each right-padded row; `last_only` reads the last.
     mask: (B, S) bool, True on real tokens, for any other padding; S counts cached tokens too.
-    cache: holds the tokens before these; filled in place. Give it the same `draws` every time,
-        and `mask` with all tokens after padding: it keeps neither `lengths` nor `mask`.
-    draws: S gives S B rows: rows 0 .. B-1 under `noise`, then under the S - 1 draws after it.
+    cache: holds the tokens before these; filled in place. Give the same `draws` every time and,
+        after padding, a `mask` of all tokens: the cache keeps neither `lengths` nor `mask`.
+    draws: n gives n B rows: rows 0 .. B-1 under `noise`, then under each of the n - 1 next draws.
     last_only: logits of each row's last token alone.
-    padded: compute the hidden states of padding too, as (B, T, D), for hooks into layers. The
-        body in fast/ otherwise leaves out padding and, with `last_only`, the last block's other
-        tokens.
+    padded: compute the hidden states of padding too, as (B, T, D), for hooks on layers. The
+        version in fast/ otherwise skips padding and, with `last_only`, all tokens of the last
+        block but the last ones.
     """
 
     tokens: Tensor
@@ -74,10 +74,10 @@ class Inputs:
         return 0 if self.cache is None else len(self.cache)
 
     def check(self, limit: int) -> None:
-        """Tell the cache whether it will hold padding.
+        """Check the arguments, and tell the cache whether it will hold padding.
 
-        Raises ValueError if both `lengths` and `mask` are given, and InputError past `limit`
-        positions, or without `mask` where the cache holds padding.
+        Raises ValueError if both `lengths` and `mask` are given, and InputError for more than
+        `limit` positions, or if the cache holds padding and `mask` is missing.
         """
         if self.lengths is not None and self.mask is not None:
             raise ValueError("give lengths (right padding) or mask (any padding), not both")
@@ -99,7 +99,7 @@ class Inputs:
         return self.groups.to(device)
 
     def for_each_draw(self) -> tuple[Inputs, Tensor | None]:
-        """All rows under one draw, then under the next, ...; and the draws (S B,) of these rows."""
+        """All rows under one draw, then under the next, and so on; and the draw of each row."""
         if self.draws == 1:
             return self, None
         rows = dataclasses.replace(
@@ -133,7 +133,7 @@ class Inputs:
         return (before & self.mask[:, None, None]) | (key == query)  # (B, 1, T, S)
 
     def ends(self) -> Tensor:
-        """The place of each row's last real token among the T, (B,)."""
+        """The place of each row's last real token among the T new ones, (B,)."""
         B, T = self.tokens.shape
         device = self.tokens.device
         if self.lengths is not None:
@@ -144,5 +144,5 @@ class Inputs:
 
 
 def repeated(x: Tensor, times: int) -> Tensor:
-    """x (n, *) so many times, one after the other: (times n, *)."""
+    """Copies of x (n, *), `times` of them, end to end: (times * n, *)."""
     return x.repeat(times, *[1] * (x.dim() - 1))

@@ -5,8 +5,8 @@ Qwen3 (RMSNorm on q and k). Logits equal transformers' to float32 rounding. Shap
 
     B batch   T new tokens   S cached + new tokens   D hidden   H heads   K kv heads   h head_dim
 
-The package sets three hooks, `Llama.run`, `Llama.block` and `MLP.activation`, to bodies in fast/
-that compute the same with less work. This file needs none of them.
+The package sets three hooks, `Llama.run`, `Llama.block` and `MLP.activation`, to versions in
+fast/ that compute the same with less work. This file needs none of them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """The values that all blocks need beside the hidden states, computed once a forward pass."""
+    """The values that all blocks need besides hidden states, computed once per forward pass."""
 
     cos: Tensor  # (B or 1, T, 1, h)
     sin: Tensor  # (B or 1, T, 1, h)
@@ -133,7 +133,7 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """The model: token ids in, logits out. Parameters are uninitialised until weights are loaded.
 
-    `Llama.from_pretrained(folder)` is the usual way in; `init_random_` fills a fresh model.
+    `Llama.from_pretrained(folder)` loads a model; `init_random_` fills a new one at random.
     recompute: whether training stores only each block's input and computes the rest again in the
     backward pass (fast/rows.py). quantized: the kind of the blocks' codes, see fast/quantize.py.
 
@@ -147,7 +147,7 @@ class Llama(nn.Module):
     """
 
     recompute = False
-    computes_on: torch.device | None = None  # if that is not where its weights are kept
+    computes_on: torch.device | None = None  # None: where its weights are
     quantized: str | None = None
     block: ClassVar[type[Block]] = Block  # hook
 
@@ -183,9 +183,9 @@ class Llama(nn.Module):
     ) -> Tensor:
         """tokens (B, T) int64 -> logits (B, T, V), or (B, V) with `last_only`.
 
-        `Inputs` states the arguments. Positions count real tokens. Logits at padding are
-        meaningless. Raises as `Inputs.check` does, and InputError for a group id so large that
-        under token sampling there is no room for its tokens.
+        `Inputs` describes the arguments. Positions count real tokens. Logits at padding are
+        meaningless. Raises the errors of `Inputs.check`, and InputError for a group id that is
+        too large for token sampling.
         """
         inputs = Inputs(tokens, noise, groups, lengths, mask, cache, draws, last_only, padded)
         inputs.check(self.config.max_position_embeddings)
@@ -208,7 +208,7 @@ class Llama(nn.Module):
         return logits  # (B, T, V) or (B, V)
 
     def context(self, inputs: Inputs, draws: Tensor | None) -> Context:
-        """What blocks need for these rows; draws: (B,) added to the noise's, or None."""
+        """The blocks' context for these rows; draws: (B,), added to the noise's draw, or None."""
         positions = inputs.positions()  # (B or 1, T)
         cos, sin = self.cos_sin(positions)
         keys = self.row_keys(inputs, positions, draws)
@@ -217,7 +217,7 @@ class Llama(nn.Module):
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of the angles at positions (...,): (..., 1, h), in the hidden states' dtype.
 
-        Frequencies are float32 numbers whatever that is; angles are of float32 or wider.
+        Frequencies are always float32; angles are float32 or wider.
         """
         dtype = self.embed_tokens.weight.dtype
         inverse = self.config.rope.inverse_frequencies(self.config.head_dim, positions.device)
@@ -242,7 +242,7 @@ class Llama(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device that computes, where tokens belong."""
+        """The device that computes. Tokens must be on it."""
         return self.computes_on or self.embed_tokens.weight.device
 
     @property
@@ -257,8 +257,8 @@ class Llama(nn.Module):
     def trim_head(self, token_ids: list[int] | tuple[int, ...]) -> Llama:
         """Keep only these rows of the head, in this order, in float32; returns the model.
 
-        Logits then are (..., len(token_ids)), computed in float32 whatever the base's dtype. To be
-        called before `add_adapters`. Raises InputError for an id outside the vocabulary, or if the
+        Logits then are (..., len(token_ids)), computed in float32 whatever the base's dtype. Call
+        it before `add_adapters`. Raises InputError for an id outside the vocabulary, or if the
         head was cut or adapted already.
         """
         if self.config.head_tokens is not None:
@@ -294,7 +294,7 @@ class Llama(nn.Module):
         device: Device = None,
         quantize: str | None = None,
     ) -> Llama:
-        """The model in a folder, or of a name on the Hub: see `weights.load_model`."""
+        """Load a model from a folder, or by its name on the Hub: see `weights.load_model`."""
         from .weights import load_model  # which imports this module
 
         return load_model(folder, dtype, device, quantize)

@@ -23,10 +23,10 @@ Item = TypeVar("Item")
 
 
 class Quantizer(Protocol):
-    """How weights in 8 or 4 bits are made: fast/quantize.py, which the package puts here."""
+    """Makes weights in 8 or 4 bits. The package sets `quantizer` to the one of fast/quantize.py."""
 
     def layers(self, model: Llama, kind: str) -> None:
-        """Make the blocks' linear layers those that hold codes of a kind."""
+        """Replace the blocks' linear layers by layers that hold codes of this kind."""
 
     def pack(self, weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         """The codes and scales of a weight."""
@@ -36,7 +36,7 @@ quantizer: Quantizer | None = None
 
 
 def block_linears(model: Llama) -> list[tuple[str, Linear]]:
-    """The linear layers of the blocks by name, as 0.attn.q_proj."""
+    """The linear layers of the blocks by name, such as 0.attn.q_proj."""
     return [(n, m) for n, m in model.layers.named_modules() if isinstance(m, Linear)]
 
 
@@ -48,14 +48,14 @@ def load_model(
 ) -> Llama:
     """The model in a folder of Hugging Face's layout or of the converted one.
 
-    folder: or a model's name on the Hub, OWNER/NAME, see `hub.model_folder`.
+    folder: its path, or a name on the Hub, OWNER/NAME: see `hub.model_folder`.
 
     dtype: of the loaded weights, except the scales of codes. None keeps the file's dtype, and the
     weights are then mapped, not copied: their pages are read when they are first used, and may
     be dropped and read again where memory is short. Weights of several dtypes take the one that
     config.json states (dtype or torch_dtype), else the embedding's. quantize: "int8" or "nf4", see
     fast/quantize.py, tensor by tensor as they are read; a folder whose config.json says "quantize"
-    is read as it is. A head that differs from the embedding counts, whatever tie_word_embeddings
+    is read as it is. A head that differs from the embedding is used, whatever tie_word_embeddings
     says. Returns the model frozen, in evaluation mode. Raises InputError naming the file or tensor
     for anything missing, misshapen, unexpected or not finite.
     """
@@ -89,7 +89,7 @@ def load_model(
 def _to_one_dtype(folder: Path, state: dict[str, Tensor]) -> None:
     """Cast weights of several dtypes to the one that config.json says, else the embedding's.
 
-    Raises InputError for a tensor that has a value too large for it.
+    Raises InputError for a tensor that has a value too large for that dtype.
     """
     floats = [n for n, t in state.items() if t.is_floating_point() and not n.endswith(".scale")]
     if len({state[name].dtype for name in floats}) < 2:
@@ -109,10 +109,10 @@ def _to_one_dtype(folder: Path, state: dict[str, Tensor]) -> None:
 def as_stored(
     config: LlamaConfig, tensors: dict[str, Item], read: Callable[[Item], Tensor]
 ) -> LlamaConfig:
-    """The configuration that the tensors, by our names, have: is their head the embedding?
+    """`config`, with tie_word_embeddings as the tensors, by our names, have it.
 
-    As in transformers 5, a head that differs from the embedding is the model's, whatever
-    tie_word_embeddings says. A tied head that is there alone is the embedding, and gets its name.
+    As in transformers 5, a head that differs from the embedding is used, whatever
+    tie_word_embeddings says. A tied head without an embedding is the embedding, and is renamed.
     """
     head, embedding = "lm_head.weight", "embed_tokens.weight"
     if not config.tie_word_embeddings or config.head_tokens is not None or head not in tensors:
@@ -127,9 +127,9 @@ def as_stored(
 
 
 def check_model(folder: Path | str, config: LlamaConfig | None = None) -> None:
-    """Raise InputError for all that `Llama.from_pretrained` refuses, one tensor in memory.
+    """Raise InputError for all that `load_model` refuses, with one tensor in memory at a time.
 
-    config: what the model is, where its config.json says more than we can do with it.
+    config: the configuration, if config.json has features that are not implemented here.
     """
     _, tensors = _open_model(folder, config)
     for pair in tensors:
@@ -139,7 +139,7 @@ def check_model(folder: Path | str, config: LlamaConfig | None = None) -> None:
 def read_config(path: Path) -> tuple[LlamaConfig, dict[str, Any]]:
     """A config.json of either layout, and the JSON object it holds.
 
-    Raises InputError naming the file if it is absent, not JSON, or no model that is known here.
+    Raises InputError naming the file if it is absent, not JSON, or of an unknown model.
     """
     values = read_json(path)
     try:
@@ -149,26 +149,26 @@ def read_config(path: Path) -> tuple[LlamaConfig, dict[str, Any]]:
 
 
 def _refuse_what_is_no_model(path: Path) -> None:
-    """Raise InputError for what is easily taken for a model's folder: says what it is."""
+    """Raise InputError for a path that is easily mistaken for a model's folder; say what it is."""
     if path.suffix == ".gguf" and path.is_file():
         raise InputError(f"{path}: is a GGUF file: tools/convert_gguf.py makes a folder of it")
     if path.is_file():
         raise InputError(f"{path}: is a file: give the folder of config.json and the weights")
     if (path / "adapter_config.json").exists():
         raise InputError(
-            f"{path}: is a PEFT adapter and no model: `scalabl import --from peft` makes it a run"
+            f"{path}: is a PEFT adapter, not a model: `scalabl import --from peft` makes it a run"
         )
     if (path / "run.json").exists():
-        raise InputError(f"{path}: is a run and no model: give it as --run")
+        raise InputError(f"{path}: is a run, not a model: give it as --run")
 
 
 def _open_model(
     folder: Path | str, config: LlamaConfig | None = None
 ) -> tuple[Llama, Iterator[tuple[str, Tensor]]]:
-    """The model in a folder without its weights, and these, by our names, one in memory at a time.
+    """The model in a folder without its weights, and its weights by our names, read one by one.
 
-    A tied head is not among them. config: as in `check_model`. Raises InputError, at once or on
-    the way through the weights, as `Llama.from_pretrained` says.
+    A tied head is not among them. config: as in `check_model`. Raises the errors of
+    `load_model`, at once or while the weights are read.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -179,7 +179,7 @@ def _open_model(
     weights = Weights(folder, once=True)
     names = {(name if converted else hf_to_ours(name)): name for name in weights}
     layers = len({name.split(".")[1] for name in names if name.startswith("layers.")})
-    if layers < config.num_hidden_layers:  # before building as many as a wrong file asks for
+    if layers < config.num_hidden_layers:  # before a wrong file makes us build very many
         raise InputError(
             f"{weights.folder}: has tensors of {layers} layers, expected {config.num_hidden_layers}"
         )
@@ -202,7 +202,7 @@ def _checked(model: Llama, weights: Weights, names: dict[str, str]) -> Iterator[
             raise InputError(f"{weights.folder}: tensor {name} is missing")
         tensor = weights[names[name]]
         check_tensor(weights.folder, names[name], tensor, empty)
-        del tensor  # and with it the pages that were read
+        del tensor  # frees the pages that were read
         yield name, weights[names[name]]
     # Old checkpoints store RoPE's frequencies, which we compute; a tied head may be stored twice.
     ignored = ("rotary_emb.inv_freq", *(["lm_head.weight"] if model.tied else []))

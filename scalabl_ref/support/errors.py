@@ -1,4 +1,4 @@
-"""Errors for users: bad input, work that ends early, and the lines that tell of them."""
+"""Errors for users: bad input, work that ends early, and the messages that report them."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def expected(name: str, names: Iterable[str]) -> str:
 
 
 class Interrupted(Exception):
-    """The signal `signum` ended the work. step: of training, after which there is a checkpoint.
+    """The signal `signum` ended the work. step: of the checkpoint that training wrote, if any.
 
     The command line exits with code 128 + signum.
     """
 
     def __init__(self, signum: int, step: int | None = None) -> None:
-        super().__init__(signum, step)  # from which pickle makes it again in another process
+        super().__init__(signum, step)  # pickle sends these to another process
         self.signum, self.step = signum, step
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ class RankLost(Exception):
 
 _NO_MEMORY = re.compile(
     r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|bad_alloc"
-    r"|failed to map segment",  # the last of a library, while it is imported
+    r"|failed to map segment",  # the last: a library that is being imported
     re.IGNORECASE,
 )
 
@@ -96,9 +96,9 @@ def ending(error: BaseException, where: str = "") -> tuple[int, str] | None:
         return 130, "interrupted"
     if out_of_memory(error):
         size = re.search(r"(?:allocate|mmap) (\d+ bytes|[\d.]+ [KMGT]iB)", str(error))
-        asked = f" ({size[1]} were asked for at once)" if size else ""
+        asked = f" ({size[1]} were needed at once)" if size else ""
         return 2, (
-            f"error{where}: out of memory{asked}: less is needed with a smaller --batch or "
+            f"error{where}: out of memory{asked}: try a smaller --batch or "
             "--micro-batch, --dtype bfloat16, or --quantize nf4"
         )
     if "can't start new thread" in str(error):

@@ -21,7 +21,7 @@ _WORDS = {
 
 
 def check(values: Mapping[str, Any], types: Mapping[str, Any], where: str = "") -> None:
-    """Raise InputError, naming the key, for one that is not in `types` or is of another type.
+    """Raise InputError for a key that is not in `types`, or whose value has another type.
 
     types: by name, as from typing.get_type_hints: types of JSON's values, also in tuples, lists,
     dictionaries, literals and unions. where: text before the names in errors.

@@ -19,12 +19,12 @@ _POINTER = b"version https://git-lfs.github.com/"
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raise InputError if a file holds not its contents but git-lfs's note of where they are."""
+    """Raise InputError if a file holds a git-lfs pointer instead of its contents."""
     try:
         with open(path, "rb") as file:
             start = file.read(len(_POINTER))
     except OSError:
-        return  # whoever reads it says so
+        return  # the caller reports it when it reads the file
     if start == _POINTER:
         raise InputError(f"{path}: is a git-lfs pointer: fetch the file itself with git lfs pull")
 
@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # of the text, of a long number, of a deep nest
+    except (ValueError, RecursionError) as error:  # bad text, a number too long, nesting too deep
         refuse_pointer(path)
         raise InputError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -83,11 +83,11 @@ class _Named(io.FileIO):
 
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
-    """A binary file that becomes `path` when the block ends well, and nothing otherwise.
+    """A binary file that becomes `path` if the block ends without an error, else is deleted.
 
     It is written under a temporary name in the same folder, flushed to disk, then renamed: a reader
     sees the old file or the new one. Raises InputError naming `path` if it cannot be written. Other
-    errors in the block, as of a file that it reads, are not changed.
+    errors in the block, such as those of a file that it reads, stay as they are.
     """
     path = Path(path)
     with writing(path):
@@ -122,14 +122,14 @@ def atomic_write_texts(texts: Mapping[Path | str, str]) -> None:
 
 
 def open_log(path: Path | str) -> IO[str]:
-    """A text file for adding lines, each written at once. Raises InputError if it cannot."""
+    """A text file to add lines to, each written at once. Raises InputError if writing fails."""
     with writing(path):
         file = _Named(path, "ab", path)
     return io.TextIOWrapper(io.BufferedWriter(file), "utf-8", newline="\n", line_buffering=True)
 
 
 def make_folder(path: Path | str) -> None:
-    """The folder `path`, with its parents. Raises InputError if it cannot be made."""
+    """Make the folder `path` and its parents. Raises InputError if that fails."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -147,9 +147,9 @@ def copy_file(source: Path, target: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path | str) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and nothing otherwise.
+    """A temporary folder that becomes `path` if the block ends without an error, else is deleted.
 
-    Raises InputError if there is something at `path` already, or if it cannot be written there.
+    Raises InputError if `path` exists already or cannot be written.
     """
     path = Path(path)
     if path.exists():

@@ -24,8 +24,8 @@ FORMAT = "scalabl_ref"
 
 WEIGHTS = "model.safetensors"
 
-# Parts of a tensor's name in Hugging Face's layout and in ours. Applied part by part, so the map
-# is its own documentation and its inverse is the same table read the other way.
+# Parts of a tensor's name in Hugging Face's layout and in ours. A name is mapped part by
+# part; the inverse is the same table read from right to left.
 _HF_TO_OURS = {
     "self_attn": "attn",
     "input_layernorm": "attn_norm",
@@ -53,7 +53,7 @@ def ours_to_hf(name: str) -> str:
     return ".".join(prefix + parts)
 
 
-# Endings of tensors' names in folders of weights that were quantised elsewhere, by method.
+# Endings of tensors' names that show weights quantised by another program, and its method.
 _CODES = {
     ".absmax": "bitsandbytes",
     ".quant_map": "bitsandbytes",
@@ -97,7 +97,7 @@ class Weights(Mapping[str, Tensor]):
             if by:
                 raise InputError(
                     f"{self.folder}: tensor {name} is of weights that were quantised elsewhere, by "
-                    f"{by}: take the same model in 16 bits or more"
+                    f"{by}: use the same model in 16 bits or more"
                 )
 
     def _files(self) -> Iterator[tuple[Path, list[str] | None]]:
@@ -149,7 +149,7 @@ def stored_weights(folder: Path) -> tuple[Weights, dict[str, Stored]]:
 
 
 def with_dtype(values: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """A config.json of Hugging Face's layout that says `dtype`, if it says any."""
+    """A config.json of Hugging Face's layout, with `dtype` in place of the dtype that it states."""
     if dtype is None:
         return values
     name = str(dtype).removeprefix("torch.")

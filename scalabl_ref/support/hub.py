@@ -16,7 +16,7 @@ def model_folder(model: Path | str, revision: str | None = None) -> Path:
 
     A path that exists is never looked up on the Hub. revision: branch, tag or commit; the name may
     give it after an @. The files go to the Hub's own cache, safetensors if the model has them.
-    HF_HUB_OFFLINE=1 uses only the cache. Raises InputError for a name that leads to no model.
+    HF_HUB_OFFLINE=1 uses only the cache. Raises InputError if there is no such model.
     """
     path, name = Path(model), str(model)
     match = _NAME.fullmatch(name)
@@ -54,5 +54,5 @@ def _download(name: str, revision: str | None) -> Path:
     except Exception as error:  # the package and its transport raise many kinds
         reason = " ".join(str(error).split())
         reason = reason if len(reason) < 100 else f"{reason[:100]}..."
-        raise InputError(f"{name}: no such folder, and the Hub gave none: {reason}") from None
+        raise InputError(f"{name}: no such folder, and the Hub download failed: {reason}") from None
     return folder

@@ -8,9 +8,9 @@ from typing import Any
 
 
 def progress_bar(total: int, title: str, unit: str, done: int = 0) -> Any:
-    """A tqdm bar with an estimate of the time left; quiet where standard error is no terminal.
+    """A tqdm bar with an estimate of the time left; hidden if standard error is not a terminal.
 
-    Of the processes that torchrun starts, the first alone shows one.
+    Of the processes that torchrun starts, only the first shows one.
     """
     from tqdm import tqdm
 

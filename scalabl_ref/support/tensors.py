@@ -32,7 +32,7 @@ def open_tensors(path: Path, once: bool = False) -> dict[str, Callable[[], Tenso
 
 
 def _read_once(path: Path, name: str) -> Tensor:
-    """A tensor in its own mapping of the file, which ends with the tensor."""
+    """A tensor in its own mapping of the file, which is freed with the tensor."""
     return _open_file(path, mmap=True)[name]()
 
 
@@ -50,7 +50,7 @@ def _open_safetensors(path: Path) -> dict[str, Callable[[], Tensor]]:
 
     if path.is_dir():
         raise InputError(f"{path}: is a folder, expected a safetensors file")
-    try:  # safetensors takes a file that may not be read for one that is not there
+    try:  # safetensors reports an unreadable file as missing
         open(path, "rb").close()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
@@ -101,7 +101,7 @@ def load_pickle(path: Path, mmap: bool = False) -> Any:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a damaged file the error tells as well
+            warnings.simplefilter("ignore")  # the error for a damaged file says enough
             mmap = _is_plain_zip(path) and mmap
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
@@ -115,7 +115,7 @@ def load_pickle(path: Path, mmap: bool = False) -> Any:
             f"{path}: refused: a pickle may hold only tensors and plain containers ({reason})"
         ) from None
     except Exception as error:  # a damaged stream makes the reader raise almost anything
-        # A damaged pickle can ask for any amount: that is a fault of the file's.
+        # A damaged pickle can ask for any amount of memory: that is an error in the file.
         if out_of_memory(error) and not (isinstance(error, MemoryError) and _fits(path)):
             raise
         refuse_pointer(path)
@@ -124,9 +124,9 @@ def load_pickle(path: Path, mmap: bool = False) -> Any:
 
 
 def _is_plain_zip(path: Path) -> bool:
-    """Whether torch.save wrote a zip file. Raises InputError for one that would unfold in memory.
+    """Whether torch.save wrote a zip file. Raises InputError for one that would grow in memory.
 
-    torch.save stores its members as they are, so that together they are no larger than the file.
+    torch.save does not compress the members, so together they are no larger than the file.
     """
     if not zipfile.is_zipfile(path):
         return False
@@ -135,7 +135,7 @@ def _is_plain_zip(path: Path) -> bool:
     if any(member.compress_type != zipfile.ZIP_STORED for member in members) or (
         sum(member.file_size for member in members) > path.stat().st_size
     ):
-        raise InputError(f"{path}: refused: its members are compressed, as torch.save's never are")
+        raise InputError(f"{path}: refused: torch.save never compresses its members")
     return True
 
 
@@ -180,7 +180,7 @@ def save_tensors(
 
 # --- tensor by tensor, for models that do not fit into memory ----------------------------------
 
-PIECE = 1 << 22  # values looked at, converted and written at a time
+PIECE = 1 << 22  # values checked, converted and written at a time
 
 # Names in a safetensors header, in the order in which its writers lay dtypes out.
 _FLOATS = {
@@ -206,7 +206,7 @@ class Stored:
     packed: bool = False
 
     def written(self, dtype: torch.dtype | None) -> torch.dtype:
-        """Its dtype in a file whose tensors are to be of `dtype`; None: as they are."""
+        """Its dtype in a file written with `dtype`; None keeps its own."""
         return self.dtype if dtype is None or self.packed else dtype
 
     def nbytes(self, dtype: torch.dtype | None) -> int:
@@ -215,7 +215,7 @@ class Stored:
 
     @staticmethod
     def held(tensor: Tensor) -> Stored:
-        """One that is in memory after all."""
+        """A tensor that is already in memory."""
         return Stored(tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
     @staticmethod
@@ -226,7 +226,7 @@ class Stored:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite, in no memory beside the tensor's."""
+    """Whether no value is NaN or infinite; makes no copy of the tensor."""
     return tensor.numel() == 0 or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
@@ -274,9 +274,9 @@ def write_tensors(
     """Write a safetensors file with one tensor in memory at a time, read in the order given.
 
     dtype: of all tensors written that are not packed; None keeps each one's own. The bytes are
-    those that `save_tensors` writes. `progress` is told of bytes as they are written. Raises
-    InputError for a tensor that is not of floats (unless packed), or (what was given or what
-    `dtype` makes of it) not finite.
+    those that `save_tensors` writes. `progress` gets the number of bytes as they are
+    written. Raises InputError for a tensor that is not of floats (unless packed), or has values
+    that are not finite, as given or in `dtype`.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in (_DTYPES if tensor.packed else FLOATS):

@@ -121,7 +121,7 @@ def test_log_sigma_is_bounded_below():
     ("change", "message"),
     [
         ({"targets": ("q_porj",)}, "unknown target 'q_porj'"),
-        ({"targets": ()}, "no targets"),
+        ({"targets": ()}, "targets is empty"),
         ({"rank": 0}, "rank must be at least 1"),
         ({"rank": 9}, r"rank 9 is larger than a dimension of layers.0.attn.v_proj \(8, 16\)"),
         ({"alpha": 0.0}, "alpha must be positive"),
@@ -130,7 +130,7 @@ def test_log_sigma_is_bounded_below():
         ({"prior_std": float("nan")}, "prior_std must be positive"),
         ({"sampling": "row"}, "sampling must be one of"),
         ({"method": "mpa"}, "method must be one of"),
-        ({"method": "blob", "prior": "layer"}, "prior 'layer' is for scalabl"),
+        ({"method": "blob", "prior": "layer"}, "prior 'layer' needs method scalabl"),
     ],
 )
 def test_bad_settings_are_named(change, message):

@@ -246,7 +246,7 @@ def test_noise_is_immutable_and_comparable():
         ),
         (
             lambda: Noise(0, 0).normal(0, 2, 1, torch.tensor([1])),
-            "draws must have 2 entries, one a group, not 1",
+            "draws must have 2 entries, one for each group, not 1",
         ),
         (lambda: Noise(0, 0).normal(0, torch.zeros(2), 1), "1-D integer tensor"),
         (lambda: Noise(0, 0).normal(0, torch.zeros(2, 2).long(), 1), "1-D integer tensor"),

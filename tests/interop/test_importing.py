@@ -48,7 +48,7 @@ def test_a_start_can_widen_the_rank_and_change_alpha(base, tmp_path):
         assert (new(TOKENS) - old(TOKENS)).abs().max() <= bound(old, old(TOKENS))
     small = Llama.from_pretrained(base).trim_head(LETTERS)
     add_adapters(small, AdapterConfig("mle", rank=2, targets=TARGETS))
-    with pytest.raises(InputError, match="run: .*a LoRA of rank 3 does not go into one of rank 2"):
+    with pytest.raises(InputError, match="run: .*a LoRA of rank 3 does not fit into one of rank 2"):
         start_from(small, read_run(tmp_path / "run", small), "run")
 
 

@@ -265,7 +265,7 @@ def test_it_takes_the_function_of_a_plain_lora(kind, k):
     expected = 1.5 * B.double() @ A.double()
     got = adapter.config.scaling * adapter.B.double() @ adapter.lora_A()
     assert (got - expected).abs().max() <= rounding(torch.float32, 32) * expected.abs().max()
-    with pytest.raises(InputError, match="does not go into one of rank 3"):
+    with pytest.raises(InputError, match="does not fit into one of rank 3"):
         adapter.set_lora_(torch.randn(4, A.shape[1]), torch.randn(len(B), 4), 1.0)
 
 

@@ -465,11 +465,11 @@ def test_rope_is_read_as_transformers_reads_it(change, expected):
         ({"rope_parameters": [LINEAR]}, "rope_parameters must be an object or null, not "),
         (
             {"rope_scaling": {"type": "linear"}},
-            "rope_scaling: factor is missing, which RoPE scaling",
+            "rope_scaling: factor is missing: RoPE scaling",
         ),
         (
             {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}},
-            "rope_parameters: low_freq_factor is missing, which RoPE scaling 'llama3' needs",
+            "rope_parameters: low_freq_factor is missing: RoPE scaling 'llama3' needs it",
         ),
         ({"rope_scaling": {**LLAMA3, ORIGINAL: "x"}}, f"{ORIGINAL} must be a number above 0"),
         ({"rope_theta": None}, "RoPE's theta must be a number above 0, not None"),
@@ -480,7 +480,7 @@ def test_rope_is_read_as_transformers_reads_it(change, expected):
         ),
         (
             {"rope_scaling": LINEAR, "rope_parameters": {"rope_theta": 1e6}},
-            "rope_parameters has rope_theta 1000000.0, and rope_scaling, which counts where both",
+            "rope_theta 1000000.0 is in rope_parameters, but only rope_scaling counts",
         ),
         *(
             (

@@ -46,7 +46,7 @@ def test_a_name_becomes_a_folder(hub):
     assert set(hub.asked) == {("some/model", None), ("some/model", "v1.0")}
     with pytest.raises(
         InputError,
-        match="some/other: no such folder, and the Hub gave none.*: 404 no such",
+        match="some/other: no such folder, and the Hub download failed.*: 404 no such",
     ):
         model_folder("some/other")
 
@@ -99,4 +99,6 @@ def test_commands_take_a_name_and_a_run_keeps_the_folder(tmp_path):
     assert adapter["base_model_name_or_path"] == "some/model"
     done = scalabl("generate", "--model", "some/other", "--prompt", "a")
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: some/other: no such folder, and the Hub gave none: ")
+    assert done.stderr.startswith(
+        "error: some/other: no such folder, and the Hub download failed: "
+    )

@@ -415,7 +415,8 @@ def test_a_name_on_the_hub_is_found_in_its_cache(tmp_path):
 
     done = run("some/other")
     assert (
-        done.returncode == 2 and "some/other: no such folder, and the Hub gave none" in done.stderr
+        done.returncode == 2
+        and "some/other: no such folder, and the Hub download failed" in done.stderr
     )
     done = run("some/model")
     assert done.returncode == 0, done.stderr

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def _base_facts(args: argparse.Namespace) -> dict[str, Any]:
-    """A model without adapters, described as a run is."""
+    """A model without adapters, described in the form of a run."""
     return {
         "model": str(args.model),
         "adapter": {"method": BASE},
@@ -103,7 +103,7 @@ def _base_facts(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _settings(args: argparse.Namespace, samples: Samples, info: Mapping[str, Any]) -> Result:
-    """All that decides the results, by the names of the options."""
+    """Everything that determines the results, by the names of the options."""
     return {
         "data_sha256": sha256(args.data),
         "model": None if args.run else info["model"],

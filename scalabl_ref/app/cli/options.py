@@ -81,7 +81,7 @@ def given(cls: type, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_data(parser: argparse.ArgumentParser, instead: str = "") -> None:
-    """A file of questions. instead: what is used without --data; nothing: it must be given."""
+    """A file of questions. instead: what is used without --data; empty: --data is required."""
     add, default = parser.add_argument, f" (default: {instead})" if instead else ""
     add("--data", type=Path, required=not instead, metavar="FILE",
         help=f"file of questions with their answers{default}")  # fmt: skip
@@ -114,7 +114,7 @@ def columns(args: argparse.Namespace) -> Columns:
 
 
 def add_prompts(parser: argparse.ArgumentParser, default: str) -> None:
-    """How prompts are made. default: how help words a default, {} standing for a new run's."""
+    """How prompts are made. default: how the help words a default; {} is a new run's."""
     add = parser.add_argument
     add("--prompt-template", type=Path, metavar="FILE",
         help="text file that makes the prompt, with {question} and, if wanted, {choices} "
@@ -173,7 +173,7 @@ def add_targets(parser: argparse.ArgumentParser, default: str = "{}") -> None:
 
 
 def add_adapter(parser: argparse.ArgumentParser, method: str = "{}") -> None:
-    """What an adapter is, beside its rank, scaling and layers. method: words for its default."""
+    """Options of an adapter besides rank, scaling and layers. method: words for its default."""
     trained = tuple(name for name, kind in ADAPTERS.items() if kind.trained)
     helps = {
         "method": "scalabl: a distribution over r scales; mle: plain LoRA; map: LoRA with a prior; "
@@ -214,7 +214,7 @@ def add_samples(parser: argparse.ArgumentParser) -> None:
         "or rank 3)")  # fmt: skip
     helps = {
         "tolerance": "--samples auto: stop once, with 95 %% confidence, no other answer is more "
-        "probable by more than this",
+        "than this much more probable",
         "most": "--samples auto: stop after this many draws, at most 100,000",
     }
     add_fields(parser, Auto, helps)

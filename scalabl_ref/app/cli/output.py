@@ -1,4 +1,4 @@
-"""What commands print for people, and what they return for --json."""
+"""The lines that commands print for people, and the values that they return for --json."""
 
 from __future__ import annotations
 

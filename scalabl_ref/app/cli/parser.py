@@ -25,10 +25,10 @@ _KINDS = {int: "a whole number", float: "a number"}
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises InputError where argparse prints the usage and exits."""
+    """Raises InputError instead of printing the usage and exiting."""
 
     def parse_known_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
-        """As argparse's, but reports an unknown option before a missing one."""
+        """Like argparse's, but reports an unknown option before a missing one."""
         if self._subparsers is None:
             for argument in args:
                 if argument == "--":

@@ -1,4 +1,4 @@
-"""What commands open: devices, base models, runs and their data, on one rank or several."""
+"""Commands open here devices, base models, runs and their data, on one rank or several."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def device_of(args: argparse.Namespace) -> torch.device:
 
 
 def sharded(args: argparse.Namespace) -> bool:
-    """Whether the base model is to be split over the ranks; no, for a command without --shard."""
+    """Whether the base model is to be split over the ranks; False for a command without --shard."""
     return getattr(args, "shard", False) or getattr(args, "offload_weights", False)
 
 

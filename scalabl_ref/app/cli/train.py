@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def _configs(args: argparse.Namespace) -> tuple[AdapterConfig, TrainConfig]:
-    """The options for adapters, those left out as in --init's run, and for training."""
+    """The options for adapters and for training. Missing adapter options are --init's."""
     given = options.given(AdapterConfig, args)
     if args.init:
         before = AdapterConfig(**run_facts(args.init)["adapter"])
@@ -121,7 +121,7 @@ def _configs(args: argparse.Namespace) -> tuple[AdapterConfig, TrainConfig]:
     adapter = AdapterConfig(**given)
     config = TrainConfig(**options.given(TrainConfig, args))
     if not 0 <= args.holdout < 1:
-        raise InputError(f"--holdout must be in [0, 1), and is {args.holdout}")
+        raise InputError(f"--holdout must be in [0, 1), not {args.holdout}")
     if config.compile and runs.sharded(args):
         raise InputError("--compile does not work with --shard or --offload-weights yet: give one")
     return adapter, config
@@ -176,7 +176,7 @@ def _fit(args: argparse.Namespace, trainer: Trainer, steps: int, data: Encoded) 
 
 
 def _facts(args: argparse.Namespace, data: Encoded) -> dict[str, Any]:
-    """What a run records of its base model, its data and its prompts."""
+    """A run's record of its base model, its data and its prompts."""
     return {
         "model": str(args.model.resolve()),
         "data": str(args.data.resolve()),

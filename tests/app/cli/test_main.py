@@ -79,7 +79,7 @@ ALLOCATOR = (
 
 
 MEMORY = (
-    "error: out of memory{}: less is needed with a smaller --batch or --micro-batch, --dtype "
+    "error: out of memory{}: try a smaller --batch or --micro-batch, --dtype "
     "bfloat16, or --quantize nf4\n"
 )
 
@@ -89,11 +89,11 @@ MEMORY = (
     [
         (MemoryError(), MEMORY.format("")),
         (RuntimeError("std::bad_alloc"), MEMORY.format("")),
-        (RuntimeError(ALLOCATOR), MEMORY.format(" (8000000000000 bytes were asked for at once)")),
+        (RuntimeError(ALLOCATOR), MEMORY.format(" (8000000000000 bytes were needed at once)")),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
-         MEMORY.format(" (2.00 GiB were asked for at once)")),
+         MEMORY.format(" (2.00 GiB were needed at once)")),
         (RuntimeError("unable to mmap 404 bytes from file <x>: Cannot allocate memory (12)"),
-         MEMORY.format(" (404 bytes were asked for at once)")),
+         MEMORY.format(" (404 bytes were needed at once)")),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), MEMORY.format("")),
         (ImportError("libx.so: failed to map segment from shared object"), MEMORY.format("")),
         (RuntimeError("can't start new thread"),

@@ -31,8 +31,8 @@ MISTAKES = [
     ("train ... --model model.gguf",
      "model.gguf: is a GGUF file: tools/convert_gguf.py makes a folder of it"),
     ("train ... --model peft",
-     "peft: is a PEFT adapter and no model: `scalabl import --from peft` makes it a run"),
-    ("train ... --model run", "run: is a run and no model: give it as --run"),
+     "peft: is a PEFT adapter, not a model: `scalabl import --from peft` makes it a run"),
+    ("train ... --model run", "run: is a run, not a model: give it as --run"),
     ("train ... --model gemma",
      "gemma/config.json: model_type 'gemma3' is not known: expected llama, mistral, qwen2, "
      "qwen3"),
@@ -81,8 +81,8 @@ MISTAKES = [
     ("evaluate --data test.jsonl", "give --run, or --model to evaluate a model without adapters"),
     ("evaluate --run run", "scalabl evaluate: the following arguments are required: --data"),
     ("evaluate --model peft --data test.jsonl",
-     "peft: is a PEFT adapter and no model: `scalabl import --from peft` makes it a run"),
-    ("evaluate --model run --data test.jsonl", "run: is a run and no model: give it as --run"),
+     "peft: is a PEFT adapter, not a model: `scalabl import --from peft` makes it a run"),
+    ("evaluate --model run --data test.jsonl", "run: is a run, not a model: give it as --run"),
     # files of questions
     ("train ... --data train.jsonl --format csv",
      "train.jsonl: holds JSON, not a table: give --format jsonl"),
@@ -166,7 +166,7 @@ MISTAKES = [
     ("train ... --prompt-style chat", "this model has no chat template: use --prompt-style plain"),
     ("train ... --max-length 0", "max_length must be at least 1 token, and is 0"),
     ("train ... --limit 0", "the limit must be at least 1 example, and is 0"),
-    ("train ... --holdout 1", "--holdout must be in [0, 1), and is 1.0"),
+    ("train ... --holdout 1", "--holdout must be in [0, 1), not 1.0"),
     # options
     ("evalute --run run", "no command 'evalute': did you mean evaluate?"),
     ("lora",
@@ -410,7 +410,7 @@ def test_a_name_on_the_hub(folder, monkeypatch, capsys):
     hub = types.SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     said = answer(command, folder, monkeypatch, capsys)
-    assert said.startswith("owner/name: no such folder, and the Hub gave none: Name or serv")
+    assert said.startswith("owner/name: no such folder, and the Hub download failed: Name or serv")
 
 
 def test_there_are_fifty_mistakes_at_least_and_no_two_the_same():
