@@ -255,7 +255,7 @@ class Array {
             fail(std::to_string(tensor_->ndim) + " dimensions, expected " +
                  std::to_string(dimensions));
         }
-        if (tensor_->dtype.lanes != 1 || tensor_->dtype.bits < 8) fail("unknown element type");
+        if (tensor_->dtype.lanes != 1 || tensor_->dtype.bits < 8) fail("elements of unknown type");
         if (size(dimensions - 1) > 1 && stride(dimensions - 1) != 1) {
             fail("the last dimension must have stride 1");
         }
