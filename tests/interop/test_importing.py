@@ -100,7 +100,7 @@ def test_import_evaluate_train_export(work, capsys):
     # The other methods that start from a plain LoRA.
     ok("import --from peft peft --model base --out plain --method mle", capsys)
     words = refused("posterior laplace --run plain --out laplace", capsys)
-    assert "plain/run.json: does not say what file it was trained on: give --data" in words
+    assert "plain/run.json: does not name the training data: give --data" in words
     ok("posterior tfb --run plain --out tfb --data train.jsonl --tolerance 1", capsys)
     ok("export --run tfb --to peft --out tfb-out --samples 1", capsys)
 
