@@ -592,7 +592,7 @@ PACKED = [
     Fault("packed attention: values turned too", "fast.rows", "q, k = rotate(",
           "v = rotate(v, ctx.cos, ctx.sin)\n        q, k = rotate(", ATTENTION),
     Fault("packed attention: queries not turned", "fast.rows",
-          "rotate(q, asking.cos, asking.sin), rotate(k", "q, rotate(k", ATTENTION),
+          "rotate(q, of_queries.cos, of_queries.sin), rotate(k", "q, rotate(k", ATTENTION),
     Fault("packed attention: the last tokens turned as the first", "fast.rows",
           "of_these(self.cos), of_these(self.sin)",
           "of_these(self.cos[:1] * 0 + self.cos[:1, :1]), of_these(self.sin[:1] * 0 + self.sin[:1, :1])",

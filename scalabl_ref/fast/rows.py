@@ -124,24 +124,24 @@ class PackedAttention(Attention):
 
     def forward(self, x: Tensor, ctx: PackedContext) -> Tensor:  # type: ignore[override]
         rows, last = ctx.rows, ctx.last
-        asking: PackedContext | LastTokens = ctx if last is None else last
+        of_queries: PackedContext | LastTokens = ctx if last is None else last
         queries = x if last is None else x[last.chosen]  # (..., D)
-        q = self.q_proj(queries, asking.keys).unflatten(-1, (self.heads, -1))  # (..., H, h)
+        q = self.q_proj(queries, of_queries.keys).unflatten(-1, (self.heads, -1))  # (..., H, h)
         k = self.k_proj(x, ctx.keys).unflatten(-1, (self.kv_heads, -1))  # (..., K, h)
         v = self.v_proj(x, ctx.keys).unflatten(-1, (self.kv_heads, -1))  # (..., K, h)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, asking.cos, asking.sin), rotate(k, ctx.cos, ctx.sin)
+        q, k = rotate(q, of_queries.cos, of_queries.sin), rotate(k, ctx.cos, ctx.sin)
         q = q[:, :, None] if last is not None else rows.unpack(q).transpose(1, 2)  # (B, H, T, h)
         k, v = (rows.unpack(t).transpose(1, 2) for t in (k, v))  # (B, K, T, h)
         if ctx.cache is not None:
             k, v = ctx.cache.append(self.layer, k, v)  # (B, K, S, h)
-        causal = asking.mask is None and last is None and not ctx.past
+        causal = of_queries.mask is None and last is None and not ctx.past
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=asking.mask, is_causal=causal, enable_gqa=True
+            q, k, v, attn_mask=of_queries.mask, is_causal=causal, enable_gqa=True
         )
         y = y[:, :, 0].flatten(1) if last is not None else rows.pack(y.transpose(1, 2).flatten(2))
-        return self.o_proj(y, asking.keys)  # (..., D)
+        return self.o_proj(y, of_queries.keys)  # (..., D)
 
 
 class PackedBlock(Block):
