@@ -12,6 +12,7 @@ fast/ that compute the same with less work. This file needs none of them.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -65,8 +66,7 @@ class Attention(nn.Module):
 
     def __init__(self, c: LlamaConfig, layer: int, **options: Any) -> None:
         super().__init__()
-        self.heads, self.kv_heads = c.num_attention_heads, c.num_key_value_heads
-        self.layer = layer
+        self.layer, self.heads, self.kv_heads = layer, c.num_attention_heads, c.num_key_value_heads
         q_size, kv_size = self.heads * c.head_dim, self.kv_heads * c.head_dim
         self.q_proj = Linear(c.hidden_size, q_size, c.qkv_bias, **options)
         self.k_proj = Linear(c.hidden_size, kv_size, c.qkv_bias, **options)
@@ -100,7 +100,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    activation: ClassVar[staticmethod[[Tensor, Tensor], Tensor]] = staticmethod(swiglu)  # hook
+    activation: ClassVar[Callable[..., Tensor]] = staticmethod(swiglu)  # hook
 
     def __init__(self, c: LlamaConfig, **options: Any) -> None:
         super().__init__()
