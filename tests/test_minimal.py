@@ -26,6 +26,7 @@ from scalabl_ref import (
     subspace_lora_linear,
 )
 from scalabl_ref.core import objective
+from scalabl_ref.core.noise import Keys
 from scalabl_ref.core.predictive import predictive
 from scalabl_ref.model.attach import Linear
 from scalabl_ref.training.trainer import parameter_groups
@@ -137,7 +138,8 @@ class Theirs(nn.Module):
         self.q_proj, self.v_proj = Linear(6, 5, bias=True), Linear(5, 3, bias=True)
 
     def forward(self, x, noise, groups):
-        return self.v_proj(self.q_proj(x, noise, groups).tanh(), noise, groups)
+        keys = Keys(noise, groups)
+        return self.v_proj(self.q_proj(x, keys).tanh(), keys)
 
 
 def networks(wake=True):
