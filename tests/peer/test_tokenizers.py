@@ -15,6 +15,7 @@ from ..data.test_tokenizer import (
     as_tokenizer_json,
     byte_level,
     folder,
+    model_file,  # noqa: F401  a fixture
 )
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("default")]
