@@ -417,7 +417,7 @@ def _cut(whole: nn.Module | None, classes: Sequence[int]) -> Head:
 
 
 def kl(attached: Attached, kl: KL = "forward") -> Tensor:
-    """The KL of all adapters, a float64 scalar in nats: `elbo.complexity`."""
+    """The KL of all adapters, a float64 scalar in nats: `objective.complexity`."""
     return complexity(attached.model, kl)
 
 

@@ -45,7 +45,7 @@ class TrainConfig:
     kl_lr: that SGD rate. seed: of data order, noise and initial values.
     recompute: store only each block's input, and compute the rest again in the backward pass: less
         memory, a third more time. offload_activations: activations wait in the CPU's memory for the
-        backward pass. compile: compile the blocks, see `Llama.compile_blocks`.
+        backward pass. compile: compile the blocks, see `rows.compile_blocks`.
     swag: share of the steps, the last ones, after which the trainer's collector is called.
     checkpoint_every: steps between checkpoints.
 
