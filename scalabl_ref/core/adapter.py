@@ -37,6 +37,8 @@ class Adapter(nn.Module):
     joint = True  # whether rows of several draws may go through the layer together
     variational: tuple[str, ...] = ()  # names of the parameters that set a distribution's width
     prior_std = 1.0  # sigma_p, unless the configuration says otherwise
+    # Hook: the package puts the native function here; both agree to rounding.
+    op: ClassVar[Callable[..., Tensor]] = staticmethod(subspace_lora_linear)
 
     def __init__(
         self,
@@ -67,6 +69,9 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, keys: Keys | None) -> Tensor:
         """The adapted layer: x (..., d_in) -> (..., d_out); `keys=None` is the mean model."""
+        if keys is None or not self.random:  # plain LoRA: equation (1) with s = 1 and no noise
+            one = self.A.new_ones(self.config.rank)
+            return self.op(x, weight, bias, self.A, self.B, one, one, self.config.scaling, None)
         y = F.linear(x, weight, bias)  # (..., d_out)
         return y + self.update(x.to(y.dtype), keys)
 
@@ -128,8 +133,6 @@ class SubspaceAdapter(Adapter):
 
     random = True
     variational: tuple[str, ...] = ("log_s", "log_sigma")
-    # Hook: the package puts the native function here; both agree to rounding.
-    op: ClassVar[Callable[..., Tensor]] = staticmethod(subspace_lora_linear)
 
     def _add_parameters(self) -> None:
         self.log_s = nn.Parameter(torch.empty(self.config.rank, dtype=torch.float32))

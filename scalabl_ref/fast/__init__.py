@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from ..core.adapter import SubspaceAdapter
+from ..core.adapter import Adapter
 from ..core.noise import Noise
 from ..model import weights
 from ..model.llama import MLP, Llama
@@ -22,7 +22,7 @@ from . import native, normals, ops, quantize, rows
 HOOKS: tuple[tuple[type, str, Any], ...] = (
     (Noise, "normals", staticmethod(normals.normals)),
     (Noise, "words", staticmethod(normals.words)),
-    (SubspaceAdapter, "op", staticmethod(ops.subspace_lora_linear)),
+    (Adapter, "op", staticmethod(ops.subspace_lora_linear)),
     (Llama, "run", rows.run),
     (Llama, "block", rows.PackedBlock),
     (MLP, "activation", staticmethod(rows.swiglu)),
