@@ -72,9 +72,14 @@ def words(seed: int, stream: int, n: int) -> Tensor:
 # --- The registered operator ----------------------------------------------------------------------
 
 
+def signed(seed: int) -> int:
+    """A seed as the signed 64-bit integer of the same bits, which an operator can take."""
+    return seed if seed < 2**63 else seed - 2**64
+
+
 def numbers(noise: Noise) -> tuple[int, int, int, int]:
     """A noise as numbers that an operator takes: seed (signed), draw, design and its size."""
-    seed = noise.seed if noise.seed < 2**63 else noise.seed - 2**64
+    seed = signed(noise.seed)
     if isinstance(noise, DesignedNoise):
         return seed, noise.draw, list(Design).index(noise.design), noise.size
     return seed, noise.draw, 0, 1

@@ -21,14 +21,14 @@ from ..core.layer import SAMPLING, Sampling, check_shapes, row_keys
 from ..core.noise import RESERVED_LAYER, Keys, Noise
 from ..core.philox import in_range
 from . import native
-from .normals import MASK
+from .normals import MASK, signed
 
 MAX_RANK = 256  # of the native core
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 PLAIN_TYPES = (Tensor, torch.nn.Parameter, type(None))  # subclasses may redefine operations
 
 
-class Inputs(NamedTuple):
+class Operands(NamedTuple):
     """The tensors of a call and the scaling, shapes as in `subspace_lora_linear`."""
 
     x: Tensor
@@ -41,7 +41,7 @@ class Inputs(NamedTuple):
     scaling: float
 
 
-class Draws(NamedTuple):
+class DrawNumbers(NamedTuple):
     """The noise of a call as numbers, which a registered operator can take.
 
     Rows i with the same i // rows_per_group share the draw of groups[i // rows_per_group], with
@@ -58,7 +58,7 @@ class Draws(NamedTuple):
     rows_per_group: int
 
 
-MEAN = Draws(False, 0, 0, 0, None, None, 1)
+MEAN = DrawNumbers(False, 0, 0, 0, None, None, 1)
 
 
 def subspace_lora_linear(
@@ -84,7 +84,7 @@ def subspace_lora_linear(
                 x.to(low), weight.to(low), bias, A, B, s, sigma, scaling, noise, layer, sampling,
                 groups, draws,
             )  # fmt: skip
-    t = Inputs(x, weight, bias, A, B, s, sigma, float(scaling))
+    t = Operands(x, weight, bias, A, B, s, sigma, float(scaling))
     check_shapes(*t[:7])
     core = native.core()
     if core is None or unserved(core, t, noise, groups, draws):
@@ -106,7 +106,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def unserved(
-    core: Any, t: Inputs, noise: Noise | None, groups: Tensor | None, draws: Tensor | None
+    core: Any, t: Operands, noise: Noise | None, groups: Tensor | None, draws: Tensor | None
 ) -> str:
     """Why the native core cannot serve this call; "" if it can."""
     x, weight, bias, A, B, s, sigma, _ = t
@@ -139,11 +139,11 @@ def draws_of(
     sampling: Sampling,
     groups: Tensor | None,
     draws: Tensor | None,
-) -> Draws:
-    """`Draws` of rows whose leading dimensions are `shape`, with as few groups as possible."""
+) -> DrawNumbers:
+    """`DrawNumbers` of rows whose leading dimensions are `shape`, in as few groups as possible."""
     if not torch.compiler.is_compiling():
         in_range("layer", layer, 0, RESERVED_LAYER)
-    seed = noise.seed if noise.seed < 2**63 else noise.seed - 2**64
+    seed = signed(noise.seed)
     if sampling == "batch":
         groups, lead = None, 0
     elif groups is not None:
@@ -155,7 +155,7 @@ def draws_of(
         ids, draws = row_keys(shape[:lead], Keys(noise, groups, draws), sampling)
         groups, draws = ids.reshape(-1), None if draws is None else draws.reshape(-1)
     per_group = max(1, math.prod(shape[lead:]))
-    return Draws(True, seed, noise.draw, layer, groups, draws, per_group)
+    return DrawNumbers(True, seed, noise.draw, layer, groups, draws, per_group)
 
 
 # --- The native core ------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
-def arguments(core: Any, x: Tensor, t: Inputs, d: Draws) -> tuple[Any, Any]:
+def arguments(core: Any, x: Tensor, t: Operands, d: DrawNumbers) -> tuple[Any, Any]:
     """The core's argument block for x (rows, d_in), and the tensors that must outlive it."""
     A, B, s, sigma = rows_of(t.A), rows_of(t.B), t.s.contiguous(), t.sigma.contiguous()
     groups, draws = (
@@ -197,7 +197,7 @@ def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def forward(core: Any, t: Inputs, d: Draws, keep: bool) -> tuple[Tensor, Tensor | None]:
+def forward(core: Any, t: Operands, d: DrawNumbers, keep: bool) -> tuple[Tensor, Tensor | None]:
     """(y, h): h = A x, (rows, r), if it is to be kept for the backward pass."""
     y = F.linear(t.x, t.weight, t.bias).contiguous()
     x = rows_of(t.x)
@@ -224,7 +224,7 @@ def on_stream(function: Any, to: tuple[int, ...], device: torch.device) -> None:
 
 
 def gradients(
-    core: Any, grad_y: Tensor, t: Inputs, h: Tensor | None, d: Draws, wanted: Sequence[bool]
+    core: Any, grad_y: Tensor, t: Operands, h: Tensor | None, d: DrawNumbers, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients (1b) to (1e) of the seven tensors, None where `wanted` is False.
 
@@ -256,7 +256,7 @@ def gradients(
 
 
 def differentiable_gradients(
-    grad_y: Tensor, t: Inputs, d: Draws, wanted: Sequence[bool]
+    grad_y: Tensor, t: Operands, d: DrawNumbers, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """As `gradients`, but differentiable again: through the plain version."""
     noise = None if not d.noisy else Noise(d.seed & MASK, d.draw)
@@ -281,8 +281,8 @@ class Native(torch.autograd.Function):
     """The native core with its own backward, for eager mode: a few microseconds per call."""
 
     @staticmethod
-    def forward(ctx: Any, core: Any, d: Draws, *inputs: Any) -> Tensor:
-        t = Inputs(*inputs)
+    def forward(ctx: Any, core: Any, d: DrawNumbers, *inputs: Any) -> Tensor:
+        t = Operands(*inputs)
         needs_h = any(p.requires_grad for p in (t.B, t.s, t.sigma))
         y, h = forward(core, t, d, needs_h)
         ctx.save_for_backward(*t[:7], h, d.groups, d.draws)
@@ -292,7 +292,7 @@ class Native(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:
         x, weight, bias, A, B, s, sigma, h, groups, draws = ctx.saved_tensors
-        t = Inputs(x, weight, bias, A, B, s, sigma, ctx.scaling)
+        t = Operands(x, weight, bias, A, B, s, sigma, ctx.scaling)
         d = ctx.draws._replace(groups=groups, draws=draws)
         wanted = ctx.needs_input_grad[2:9]
         if torch.is_grad_enabled():
@@ -317,8 +317,8 @@ TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor s, 
     schema=f"({TENSORS}, float scaling, {DRAWS}) -> Tensor",
 )
 def registered_forward(*values: Any) -> Tensor:
-    """The layer with its noise as numbers: the fields of `Inputs` and of `Draws`."""
-    return forward(native.core(), Inputs(*values[:8]), Draws(*values[8:]), False)[0]
+    """The layer with its noise as numbers: the fields of `Operands` and of `DrawNumbers`."""
+    return forward(native.core(), Operands(*values[:8]), DrawNumbers(*values[8:]), False)[0]
 
 
 @registered_forward.register_fake
@@ -333,7 +333,7 @@ def forward_shape(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 )
 def registered_backward(grad_y: Tensor, *values: Any) -> list[Tensor]:
     """Gradients of the seven inputs; an empty tensor for one that is not wanted."""
-    t, d, wanted = Inputs(*values[:8]), Draws(*values[8:-1]), values[-1]
+    t, d, wanted = Operands(*values[:8]), DrawNumbers(*values[8:-1]), values[-1]
     out = gradients(native.core(), grad_y, t, None, d, wanted)
     return [grad_y.new_empty(0) if g is None else g for g in out]
 
@@ -348,7 +348,7 @@ def backward_shapes(grad_y: Tensor, *values: Any) -> list[Tensor]:
 
 
 def remember(ctx: Any, inputs: Any, output: Tensor) -> None:
-    t, d = Inputs(*inputs[:8]), Draws(*inputs[8:])
+    t, d = Operands(*inputs[:8]), DrawNumbers(*inputs[8:])
     ctx.save_for_backward(*t[:7], d.groups, d.draws)
     ctx.scaling, ctx.draws = t.scaling, d._replace(groups=None, draws=None)
 

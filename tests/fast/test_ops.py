@@ -664,16 +664,16 @@ def test_tensors_of_another_device_never_reach_the_core():
     case = wide_case((2, 3), 12, 10, 4)
     for name in ("weight", "A", "B", "s", "sigma"):
         elsewhere = {name: getattr(case, name).to("meta")}
-        t = ops.Inputs(*({**vars(case), **elsewhere}[n] for n in (*TENSORS, "scaling")))
+        t = ops.Operands(*({**vars(case), **elsewhere}[n] for n in (*TENSORS, "scaling")))
         assert unserved(t)
-    assert not unserved(ops.Inputs(*(vars(case)[n] for n in (*TENSORS, "scaling"))))
+    assert not unserved(ops.Operands(*(vars(case)[n] for n in (*TENSORS, "scaling"))))
 
 
 @needs_core
 def test_what_the_core_does_not_serve_is_left_to_the_composition():
     case = wide_case((2, 3), 12, 10, 4)
     bias, low = torch.zeros(10), torch.float16
-    t = ops.Inputs(*({**vars(case), "bias": bias}[n] for n in (*TENSORS, "scaling")))
+    t = ops.Operands(*({**vars(case), "bias": bias}[n] for n in (*TENSORS, "scaling")))
     assert not unserved(t)
     for name in ("weight", "bias", "A", "B", "s", "sigma"):
         assert "dtypes" in unserved(t._replace(**{name: getattr(t, name).to(low)}))
@@ -739,7 +739,7 @@ def test_registered_gradients_have_the_dtypes_of_their_inputs(base):
 @pytest.mark.parametrize("rank", [256, 257])
 def test_ranks_beyond_the_cores_take_the_composition(rank):
     case = wide_case((2, 3), 12, 10, rank, torch.float64)
-    t = ops.Inputs(*(vars(case)[n] for n in (*TENSORS, "scaling")))
+    t = ops.Operands(*(vars(case)[n] for n in (*TENSORS, "scaling")))
     assert unserved(t) == ("rank" if rank > 256 else "")
     error = (call(case) - call(case, reference.subspace_lora_linear)).abs()
     assert (error <= op_bound(case)).all()
