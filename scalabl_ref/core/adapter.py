@@ -175,22 +175,12 @@ class SubspaceAdapter(Adapter):
         """s~ - s for standard normals eps (r,), in float64."""
         return self.log_sigma.double().exp() * eps
 
-    @torch.no_grad()
     def set_lora_(self, A: Tensor, B: Tensor, scaling: float) -> None:
-        """As `Adapter.set_lora_`, from the thin SVD of scaling / c * B A in float64.
-
-        B takes the left vectors, s the singular values, A the right vectors: function and rank stay
-        the same. A singular value that is 0 to rounding has no logarithm: its component keeps its
-        initial values, and its column of B becomes 0.
-        """
-        left, R = torch.linalg.qr(B.double())
-        right, S = torch.linalg.qr(A.double().T)
-        U, singular, Vh = torch.linalg.svd(R @ S.T, full_matrices=False)  # B A is not formed
-        singular = scaling / self.config.scaling * singular
-        least = torch.finfo(torch.float64).eps * max(len(B), A.shape[1]) * singular[0]
-        k = int((singular > least).sum())
-        super().set_lora_((Vh @ right.T)[:k], (left @ U)[:, :k], self.config.scaling)
-        self.log_s[:k] = singular[:k].log()
+        """As `Adapter.set_lora_`, in the form of `to_scales`."""
+        Vh, B, singular = to_scales(A, B, scaling / self.config.scaling)
+        super().set_lora_(Vh, B, self.config.scaling)
+        with torch.no_grad():
+            self.log_s[: len(singular)] = singular.log()
 
     @classmethod
     def complexity(cls, layers: Sequence[Adapter], kl: str) -> Tensor:
@@ -212,6 +202,20 @@ class SubspaceAdapter(Adapter):
 
 
 ADAPTERS.update(scalabl=SubspaceAdapter, mle=Adapter)
+
+
+def to_scales(A: Tensor, B: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor]:
+    """A' (k, d_in), B' (d_out, k) and s (k,) of factor * B A = B' diag(s) A', float64.
+
+    The thin SVD: s are the singular values, A' has orthonormal rows and B' orthonormal columns.
+    Values that are 0 to rounding have no logarithm and are left out, so k is the rank.
+    """
+    left, R = torch.linalg.qr(B.detach().double())
+    right, S = torch.linalg.qr(A.detach().double().T)
+    U, singular, Vh = torch.linalg.svd(R @ S.T, full_matrices=False)  # B A is not formed
+    least = torch.finfo(torch.float64).eps * max(len(B), A.shape[1]) * singular[0]
+    k = int((singular > least).sum())
+    return (Vh @ right.T)[:k], (left @ U)[:, :k], factor * singular[:k]
 
 
 def initial_matrix(

@@ -174,7 +174,7 @@ def complexity(model: nn.Module, kl: KL = "forward") -> Tensor:
     """The KL term of (4) without its weight, a float64 scalar in nats, over all adapters.
 
     The KL of the methods that have a posterior, minus the log prior density (up to a constant) for
-    method "map", 0 for method "mle". Raises InputError for an unknown `kl`.
+    methods "map" and "point", 0 for method "mle". Raises InputError for an unknown `kl`.
     """
     if kl not in KLS:
         raise InputError(f"kl must be one of {', '.join(KLS)}, not {kl!r}")

@@ -80,7 +80,7 @@ class Card:
 
     def _about(self, to: str, what: str) -> str:
         lines = [f"{_LAYOUTS[to][2]}: {what} of a {self.method} run of scalabl_ref."]
-        if what == "the mean" and self.method not in ("mle", "map"):
+        if what == "the mean" and self.method not in ("mle", "map", "point"):
             lines.append("It answers as the run does without draws: without its uncertainty.")
         if what != "the mean":
             lines.append("The run's answers are probabilities averaged over all its draws.")

@@ -20,6 +20,7 @@ from .ensemble import Ensemble
 from .full import FullAdapter
 from .laplace import Laplace
 from .map import MapAdapter
+from .point import PointAdapter
 from .swag import Swag
 from .tfb import TfbAdapter, fit_tfb
 
@@ -35,6 +36,7 @@ __all__ = [
     "Laplace",
     "MapAdapter",
     "POSTERIORS",
+    "PointAdapter",
     "Posterior",
     "Swag",
     "TfbAdapter",
@@ -42,7 +44,9 @@ __all__ = [
     "load_posterior",
 ]
 
-ADAPTERS.update(map=MapAdapter, blob=BlobAdapter, dropout=DropoutAdapter, tfb=TfbAdapter)
+ADAPTERS.update(
+    map=MapAdapter, blob=BlobAdapter, dropout=DropoutAdapter, point=PointAdapter, tfb=TfbAdapter
+)
 COVARIANCES["full"]["scalabl"] = FullAdapter
 
 

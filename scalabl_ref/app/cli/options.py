@@ -177,7 +177,7 @@ def add_adapter(parser: argparse.ArgumentParser, method: str = "{}") -> None:
     trained = tuple(name for name, kind in ADAPTERS.items() if kind.trained)
     helps = {
         "method": "scalabl: a distribution over r scales; mle: plain LoRA; map: LoRA with a prior; "
-        "blob: a distribution over A; dropout: Monte Carlo dropout"
+        "blob: a distribution over A; dropout: Monte Carlo dropout; point: scalabl without noise"
     }
     add_fields(parser, AdapterConfig, helps, method, {"method": trained})
     helps = {

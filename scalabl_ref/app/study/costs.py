@@ -63,4 +63,4 @@ def _passes(method: str, samples: int, classes: int) -> tuple[dict[str, int], in
         return {"validation": 15 * samples}, samples  # about as many steps of the bisection
     if method == "ensemble":
         return {}, METHODS[method].members
-    return {}, 1 if method in ("mle", "map") else samples
+    return {}, 1 if method in ("mle", "map", "point") else samples

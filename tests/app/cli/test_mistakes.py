@@ -188,10 +188,10 @@ MISTAKES = [
     ("train ... --seed x", "--seed must be a whole number, not 'x'"),
     ("train ... --seed -1", "seed must be in [0, 18446744073709551616), not -1"),
     ("train ... --method scalable",
-     "--method must be one of scalabl, mle, map, blob, dropout, not 'scalable': did you "
+     "--method must be one of scalabl, mle, map, blob, dropout, point, not 'scalable': did you "
      "mean scalabl?"),
     ("train ... --method laplace",
-     "--method must be one of scalabl, mle, map, blob, dropout, not 'laplace'"),
+     "--method must be one of scalabl, mle, map, blob, dropout, point, not 'laplace'"),
     ("train ... --kl reverse", "--kl must be one of forward, official, not 'reverse'"),
     ("train ... --format jsno",
      "--format must be one of jsonl, arc, obqa, winogrande, boolq, mmlu, sst2, trec, csv, "

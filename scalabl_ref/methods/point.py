@@ -1,0 +1,52 @@
+"""ScalaBL without noise: the control that tells its noise from its parameters and their rates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapter import Adapter, to_scales
+from ..core.noise import Keys, Noise
+
+
+class PointAdapter(Adapter):
+    """Point estimates of ScalaBL's A, B and s, from ScalaBL's initial values.
+
+    y = W x + bias + c B diag(s) A x, with log_s (r,) trained at the rate of ScalaBL's widths. The
+    prior N(0, prior_std^2) on s is that of ScalaBL: the objective is then MAP's over the scales.
+    """
+
+    variational = ("log_s",)
+
+    def _add_parameters(self) -> None:
+        self.log_s = nn.Parameter(torch.empty(self.config.rank, dtype=torch.float32))
+
+    def _initialise(self, matrix: Tensor, uniform: Tensor) -> None:
+        _, singular, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        self.A.copy_(Vh)
+        self.log_s.copy_(singular.log())
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, keys: Keys | None) -> Tensor:
+        s, c = self.log_s.exp(), self.config.scaling
+        return self.op(x, weight, bias, self.A, self.B, s, s, c, None)
+
+    def hidden(self, x: Tensor, A: Tensor, keys: Keys | None) -> Tensor:
+        return super().hidden(x, A, keys) * self.log_s.exp().to(x)
+
+    def lora_A(self, noise: Noise | None = None) -> Tensor:
+        return self.log_s.double().exp()[:, None] * self.A.double()
+
+    def set_lora_(self, A: Tensor, B: Tensor, scaling: float) -> None:
+        """As `Adapter.set_lora_`, in the form of `to_scales`."""
+        Vh, B, singular = to_scales(A, B, scaling / self.config.scaling)
+        super().set_lora_(Vh, B, self.config.scaling)
+        with torch.no_grad():
+            self.log_s[: len(singular)] = singular.log()
+
+    @classmethod
+    def complexity(cls, layers: Sequence[Adapter], kl: str) -> Tensor:
+        """Minus the log prior density of s, up to its constant: sum of s^2 / (2 prior_std^2)."""
+        log_s = torch.stack([layer.get_parameter("log_s") for layer in layers]).double()
+        return log_s.exp().square().sum() / (2 * layers[0].config.sigma_p ** 2)
