@@ -5,7 +5,15 @@ after the prompt, class 1 is "B", and so on.
 """
 
 from ..core.objective import Batch
-from .batches import Encoded, TrainingOrder, collate, encode, evaluation_batches, split
+from .batches import (
+    Encoded,
+    TrainingOrder,
+    collate,
+    encode,
+    evaluation_batches,
+    hold_out,
+    split,
+)
 from .chat import ChatTemplate
 from .formats import Columns, files, format_of, load
 from .prompts import (
@@ -46,6 +54,7 @@ __all__ = [
     "evaluation_batches",
     "files",
     "format_of",
+    "hold_out",
     "label_names",
     "load",
     "num_classes",

@@ -246,6 +246,15 @@ def split(
     count = round(fraction * len(examples))
     if fraction > 0 and not 0 < count < len(examples):
         raise InputError(f"a fraction of {fraction} does not split {len(examples)} examples")
+    return hold_out(examples, count, seed)
+
+
+def hold_out(
+    examples: Sequence[Example], count: int, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """As `split`, by the number of examples to hold out. Raises InputError if there are fewer."""
+    if count > len(examples):
+        raise InputError(f"{len(examples)} examples are too few to hold out {count}")
     held = set(_permutation(len(examples), seed, _SPLIT)[:count]) if count else set()
     return (
         [example for i, example in enumerate(examples) if i not in held],

@@ -1,12 +1,14 @@
 """`scalabl study`: methods side by side, on the same model, data, seeds and budget.
 
-A study is a JSON file with the fields of `Study`. A trial is a setting of a method's two knobs.
-Each trial is trained with the first seed and scored by its NLL on a validation set. The best trial
-is then trained with all seeds and scored on the test set. All methods train on the same rows and
-have equally many trials. The validation set also gives the temperature of rows "+ temperature".
+A study is a JSON file with the fields of `Study`. An arm is a method under a variant. A trial is a
+setting of all that a method tunes. The trials of an arm are trained with the first tuning seed and
+scored by their NLL on the validation set; the best are trained with the other tuning seeds, too.
+The trial with the least mean NLL is trained with all seeds and tested. All arms have the same
+training rows, and equally many trials unless they tune nothing. The validation set also gives the
+temperature of rows "+ temperature".
 
 OUT/runs holds the training runs and OUT/answers the answers of each model. Methods that train alike
-share runs (mle, ensemble, swag, tfb; map, laplace). Nothing that is there is done again. A folder's
+share runs. Nothing that is there is done again. A folder's
 name digests all that its content depends on: settings, and the contents of data files and base
 model, but not their paths. So moved files are recognised, and changed ones lead to new work.
 """
@@ -18,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ...evaluation.comparison import row, scores, summary, table, write_page
+from ...evaluation.comparison import scores, summary, table, write_page
 from ...support.errors import Interrupted, on_signals
 from ...support.fields import json_text
 from ...support.files import atomic_write_text
@@ -29,11 +31,20 @@ from . import paper
 from .config import Study
 from .costs import cost
 from .jobs import Fit, Job
-from .methods import METHODS, Method
+from .methods import METHODS, OURS, Method, Range
 
-__all__ = ["METHODS", "Fit", "Job", "Method", "Study", "cost", "paper", "run_study"]
-
-OURS = tuple(name for name, method in METHODS.items() if method.settings["method"] == "scalabl")
+__all__ = [
+    "METHODS",
+    "OURS",
+    "Fit",
+    "Job",
+    "Method",
+    "Range",
+    "Study",
+    "cost",
+    "paper",
+    "run_study",
+]
 
 
 def run_study(config: Study, out: Path, jobs: int = 1, device: str = "cpu") -> dict[str, Any]:
@@ -48,71 +59,80 @@ def run_study(config: Study, out: Path, jobs: int = 1, device: str = "cpu") -> d
     """
     config = dataclasses.replace(config)  # a copy that has not read its files yet
     with Workers(jobs) as workers, on_signals(_interrupt), alone(out):
-        results, models = _of_size(config, out, workers, device)
-        results["sizes"] = {}
-        for size in config.sizes:
-            smaller = dataclasses.replace(config, limit=size, sweep=())
-            results["sizes"][size], _ = _of_size(smaller, out, workers, device)
+        tuning = _tune(config, out, workers, device)
+        arms = {arm: _with_seeds(_chosen(trials), config) for arm, trials in tuning.items()}
+        for arm in config.arms:
+            if like := config.like(arm):
+                arms[arm] = [dataclasses.replace(job, arm=arm) for job in arms[like]]
+        arms = {arm: arms[arm] for arm in config.arms}
+        _run_all([job for runs in arms.values() for job in runs], workers, "test")
+        models = {arm: [job.folder for job in runs] for arm, runs in arms.items()}
+        validation = {arm: _nll(runs) for arm, runs in arms.items()}
+        ours = [arm for arm, (method, _) in config.arms.items() if method in OURS]
+        results = {
+            "study": dataclasses.asdict(config),
+            **summary(models, validation, ours, config.bins, tuple(config.ood)),
+            "tuning": {
+                arm: [{"trial": runs[0].trial, "nll": _nll(runs), "seeds": len(runs)} for runs in t]
+                for arm, t in tuning.items()
+            },
+            "at_edge": {arm: _edges(config, arms[arm][0]) for arm in tuning},
+        }
         atomic_write_text(out / "results.json", json_text(results, indent=2) + "\n")
         atomic_write_text(out / "results.md", table(results))
         write_page(out / "results.html", results, models)
     return results
 
 
-def _of_size(
-    config: Study, out: Path, workers: Workers, device: str
-) -> tuple[dict[str, Any], dict[str, list[Path]]]:
-    """Tune, then test, with the training set at `config.limit`: results and folders of answers."""
-    tuning = {
-        method: [
-            Job(config, method, trial, config.seeds[0], ("validation",), out, device)
-            for trial in config.trials(method)
+Trials = list[list[Job]]  # of each trial, a job for each seed it has been tried with
+
+
+def _tune(config: Study, out: Path, workers: Workers, device: str) -> dict[str, Trials]:
+    """The trials of every arm that has its own, in the order of their validation NLL.
+
+    The first `config.finalists` of the first seed are tried with all tuning seeds, and come first.
+    """
+    first, *others = config.tuning_seeds
+    tuning: dict[str, Trials] = {
+        arm: [
+            [Job(config, arm, trial, first, ("validation",), out, device)]
+            for trial in config.tried(arm)
         ]
-        for method in config.methods
+        for arm in config.arms
+        if not config.like(arm)
     }
-    _run_all([job for trials in tuning.values() for job in trials], workers, "tune")
-    validation = {
-        method: [scores(job.folder, "validation", config.bins) for job in trials]
-        for method, trials in tuning.items()
-    }
-    chosen = {method: _least([s["nll"] for s in tried]) for method, tried in validation.items()}
-    finals = {
-        method: _with_seeds(trials[chosen[method]], ("validation", "test", *config.ood))
-        for method, trials in tuning.items()
-    }
-    _run_all([job for runs in finals.values() for job in runs], workers, "test")
-    sweeps = {
-        method: [_with_seeds(job, ("test",)) for job in tuning[method]] for method in config.sweep
-    }
-    swept = [job for trials in sweeps.values() for runs in trials for job in runs]
-    _run_all(swept, workers, "sweep")
-    models = {method: _folders(runs) for method, runs in finals.items()}
-    reached = {method: validation[method][trial]["nll"] for method, trial in chosen.items()}
-    results = {
-        "study": dataclasses.asdict(config),
-        **summary(models, reached, OURS, config.bins, tuple(config.ood)),
-        "tuning": {
-            method: [{**job.trial, **s} for job, s in zip(trials, validation[method], strict=True)]
-            for method, trials in tuning.items()
-        },
-        "sweep": {
-            method: [row(_folders(runs), config.bins) for runs in trials]
-            for method, trials in sweeps.items()
-        },
-    }
-    return results, models
+    _run_all([job for t in tuning.values() for runs in t for job in runs], workers, "tune")
+    for trials in tuning.values():
+        trials.sort(key=_nll)
+        if len(trials) > 1:
+            for runs in trials[: config.finalists]:
+                runs += [dataclasses.replace(runs[0], seed=seed) for seed in others]
+    _run_all([job for t in tuning.values() for runs in t for job in runs], workers, "tune again")
+    for trials in tuning.values():
+        most = len(trials[0])
+        trials.sort(key=lambda runs: (len(runs) < most, _nll(runs)))
+    return tuning
 
 
-def _folders(runs: list[Job]) -> list[Path]:
-    return [job.folder for job in runs]
+def _nll(runs: list[Job]) -> float:
+    """Mean NLL of an arm's runs on the validation set."""
+    config = runs[0].study
+    return sum(scores(job.folder, "validation", config.bins)["nll"] for job in runs) / len(runs)
 
 
-def _with_seeds(job: Job, sets: tuple[str, ...]) -> list[Job]:
-    return [dataclasses.replace(job, seed=seed, sets=sets) for seed in job.study.seeds]
+def _chosen(trials: Trials) -> Job:
+    return trials[0][0]
 
 
-def _least(values: list[float]) -> int:
-    return min(range(len(values)), key=values.__getitem__)
+def _with_seeds(job: Job, config: Study) -> list[Job]:
+    return [dataclasses.replace(job, seed=seed, sets=config.sets) for seed in config.seeds]
+
+
+def _edges(config: Study, job: Job) -> list[str]:
+    """The tuned settings whose chosen value is the lowest or the highest of all trials."""
+    tried = config.tried(job.arm)
+    ends = {name: [f(t[name] for t in tried) for f in (min, max)] for name in job.trial}
+    return [name for name, value in job.trial.items() if value in ends[name] and len(tried) > 1]
 
 
 def _run_all(wanted: list[Job], workers: Workers, title: str) -> None:

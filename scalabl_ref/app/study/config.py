@@ -22,7 +22,7 @@ from ...support.files import read_json, sha256
 from ...support.folders import Weights
 from ...training.runs import DType
 from ...training.trainer import TrainConfig
-from .methods import METHODS
+from .methods import METHODS, random_trials
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,20 @@ class Study:
     ood: sets out of distribution, by name: {"path": file}, with "format" and "limit" if wanted.
     prompt_template (a file), prompt_style, labels, answer_tokens, max_length, drop_long: how
         prompts are made and answers chosen, see `data.Wording`.
-    validation: fraction of the training rows that is set apart for tuning.
-    methods: names in `METHODS`. lr: learning rates that every method tries. knobs: values of a
-        method's second knob, by method, in place of those in `METHODS`.
-    settings: fields of AdapterConfig and TrainConfig for all methods; a method's own settings in
-        `METHODS` and its trials take precedence.
-    seeds: of data order, initial values and noise; tuning uses the first.
-    sizes: other values of `limit` at which the study is repeated.
-    sweep: methods of which every trial, not only the best, is trained with all seeds and tested.
+    validation: rows of the training file that are set apart for tuning: a fraction, or a number.
+    held_out: rows of the training file that become the test set, of the same distribution as the
+        training set; `test` is then answered as the set "shifted". Each seed draws its own `limit`
+        training rows from the rest, so a seed is a replicate: subset, initial values and order.
+    methods: names in `METHODS`. variants: settings by name; a method is then compared under each,
+        as "METHOD, VARIANT".
+    trials: settings of each method that are tried, see `random_trials`. ranges: the lowest and the
+        highest value of a tuned setting, in place of those in `METHODS`.
+    tuning_seeds: all trials are trained with the first of these; the best `finalists` of them with
+        the others, too. By default the first of `seeds`.
+    settings: fields of AdapterConfig and TrainConfig for all methods; a variant's settings, a
+        method's own in `METHODS` and its trials take precedence, in this order.
+    passes: length of a training in passes over its rows, in place of `steps`; needs `limit`.
+    seeds: of data order, initial values and noise, of the runs that are tested.
     samples: draws for each question. bins: of the expected calibration error.
 
     Raises InputError, naming the field, for a value that no study can have.
@@ -64,32 +70,43 @@ class Study:
     test_limit: int | None = None
     dtype: DType | None = None
     validation: float = 0.2
+    held_out: int = 0
     methods: tuple[str, ...] = tuple(METHODS)
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    trials: int = 4
+    finalists: int = 4
+    ranges: dict[str, list[float]] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
-    lr: tuple[float, ...] = (1e-3, 3e-3)
-    knobs: dict[str, list[float]] = field(default_factory=dict)
+    tuning_seeds: tuple[int, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
-    sizes: tuple[int, ...] = ()
-    sweep: tuple[str, ...] = ()
+    passes: float | None = None
     samples: int = 10
     bins: int = 15
 
     def __post_init__(self) -> None:
-        lists = {"methods": self.methods, "seeds": self.seeds, "lr": self.lr}
-        lists |= {f"knobs: {method}": tuple(values) for method, values in self.knobs.items()}
+        if not self.tuning_seeds:
+            object.__setattr__(self, "tuning_seeds", self.seeds[:1])
+        lists = {"methods": self.methods, "seeds": self.seeds, "tuning_seeds": self.tuning_seeds}
         for name, values in lists.items():
             if not 0 < len(values) == len(set(values)):
                 raise InputError(f"{name} must have values, each only once")
         for name in self.methods:
             if name not in METHODS:
                 raise InputError(f"unknown method {name!r}{expected(name, METHODS)}")
-        for field_name, names in (("knobs", self.knobs), ("sweep", self.sweep)):
-            for name in names:
-                if name not in self.methods:
-                    raise InputError(f"{field_name}: {name!r} is not among the study's methods")
-        if not 0 < self.validation < 1:
-            raise InputError(f"validation must be in (0, 1), and is {self.validation}")
-        if min(self.seeds) < 0:
+            like = METHODS[name].like
+            if like is not None and like not in self.methods:
+                raise InputError(f"method {name!r} takes its settings from {like!r}: add it")
+        known = {name for method in self.methods for name in METHODS[method].tuned}
+        for name, ends in self.ranges.items():
+            if name not in known:
+                raise InputError(f"ranges: no method tunes {name!r}{expected(name, known)}")
+            if len(ends) != 2 or not 0 < ends[0] <= ends[1]:
+                raise InputError(f"ranges: {name} must be two positive numbers, the lower first")
+        if not (0 < self.validation < 1 or self.validation >= 1 == self.validation % 1 + 1):
+            raise InputError(
+                f"validation must be a fraction or a number of rows, and is {self.validation}"
+            )
+        if min(*self.seeds, *self.tuning_seeds) < 0:
             raise InputError(f"seeds must not be negative, and one is {min(self.seeds)}")
         self._check_sets()
         self._check_settings()
@@ -97,12 +114,13 @@ class Study:
     def _check_sets(self) -> None:
         formats = {"format": self.format}
         counts = {"limit": self.limit, "test_limit": self.test_limit, "samples": self.samples,
-                  "bins": self.bins, "sizes": min(self.sizes, default=None)}  # fmt: skip
+                  "bins": self.bins, "trials": self.trials, "finalists": self.finalists,
+                  "held_out": self.held_out or None}  # fmt: skip
         for name, about in self.ood.items():
             check(about, {"path": str, "format": str, "limit": int | None}, f"ood: {name}: ")
             if "path" not in about:
                 raise InputError(f"ood: {name}: field 'path' is missing")
-            if name in ("train", "validation", "test") or not name.isidentifier():
+            if name in ("train", "validation", "test", "shifted") or not name.isidentifier():
                 raise InputError(f"ood: {name!r} cannot be the name of a set")
             _, formats[f"ood: {name}: format"], counts[f"ood: {name}: limit"] = self.source(name)
         for name, format in formats.items():
@@ -111,22 +129,26 @@ class Study:
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise InputError(f"{name} must be at least 1, and is {count}")
+        if self.limit is None and (self.held_out or self.passes):
+            raise InputError("held_out and passes need a limit")
         check_samples(self.samples)
         checked_bins(self.bins)
 
     def _check_settings(self) -> None:
         """Raise InputError unless all settings exist, have an effect, and allow every trial."""
         known = get_type_hints(AdapterConfig) | get_type_hints(TrainConfig)
-        check(self.settings, known, "settings: ")
+        for name, settings in (("", self.settings), *self.variants.items()):
+            check(settings, known, f"variants: {name}: " if name else "settings: ")
         methods = [METHODS[name] for name in self.methods]
-        own = set.intersection(*({"lr", "seed", m.knob[0], *m.settings} for m in methods))
-        for name in self.settings:
+        own = set.intersection(*({"seed", *m.tuned, *m.settings} for m in methods))
+        own |= {"steps"} if self.passes else set()
+        for name in {**self.settings, **{n: 0 for v in self.variants.values() for n in v}}:
             if name in own:
                 raise InputError(f"settings: {name} has no effect: every method here has its own")
         _config(TrainConfig, self.settings)  # its steps, before a share of them is taken
-        for name in self.methods:
-            for trial in self.trials(name):
-                self.configs(name, trial, self.seeds[0])
+        for arm in self.arms:
+            for trial in self.tried(arm):
+                self.configs(arm, trial, self.seeds[0])
 
     @staticmethod
     def read(path: Path) -> Study:
@@ -137,7 +159,7 @@ class Study:
             for name in ("model", "train", "test"):
                 if name not in values:
                     raise InputError(f"field {name!r} is missing")
-            for name in ("methods", "seeds", "lr", "sizes", "sweep"):
+            for name in ("methods", "seeds", "tuning_seeds"):
                 if name in values:
                     values[name] = tuple(values[name])
             return Study(**values)
@@ -147,7 +169,7 @@ class Study:
     @functools.cached_property
     def contents(self) -> dict[str, list[str]]:
         """SHA-256 of each set's files, as they are at the first use."""
-        return {name: self.content(name) for name in ("train", "test", *self.ood)}
+        return {name: self.content(name) for name in ("train", *self.sets[1:])}
 
     def content(self, name: str) -> list[str]:
         """SHA-256 of a set's files as they are now."""
@@ -157,8 +179,10 @@ class Study:
     def source(self, name: str) -> tuple[str, str, int | None]:
         """A set's file, format and limit."""
         if name == "train":
-            return self.train, self.format, self.limit
-        if name == "test":
+            return self.train, self.format, None if self.held_out else self.limit
+        if name == "test" and self.held_out:
+            return self.train, self.format, None
+        if name in ("test", "shifted"):
             return self.test, self.format, self.test_limit
         about = self.ood[name]
         return about["path"], about.get("format", "jsonl"), about.get("limit")
@@ -166,8 +190,16 @@ class Study:
     def describes(self, name: str) -> list[Any]:
         """All that decides a set's tokens, and for the training set, how it is split."""
         columns = [self.text_column, self.label_column]
-        about = [self.contents[name], *self.source(name)[1:], columns, self.wording.facts()]
-        return [*about, self.validation, self.dtype] if name == "train" else about
+        about: list[Any] = [self.contents[name], *self.source(name)[1:], columns]
+        about.append(self.wording.facts())
+        if name in ("train", "test") and self.held_out:
+            about += [self.held_out, self.validation]
+        return [*about, self.validation, self.limit, self.dtype] if name == "train" else about
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """The sets that a chosen model answers."""
+        return ("validation", "test", *(["shifted"] if self.held_out else []), *self.ood)
 
     @functools.cached_property
     def wording(self) -> Wording:
@@ -192,26 +224,54 @@ class Study:
             about[name] = [list(tensor.shape), some.double().tolist()]
         return digest(about)
 
-    def trials(self, method: str) -> list[dict[str, float]]:
-        """Every pair of a learning rate and a value of the method's second knob."""
-        knob, values = METHODS[method].knob
-        return [
-            {"lr": lr, knob: value}
-            for lr, value in itertools.product(self.lr, self.knobs.get(method, values))
-        ]
+    @property
+    def arms(self) -> dict[str, tuple[str, str]]:
+        """All that is compared, by name: a method and a variant ("" if there are none)."""
+        pairs = itertools.product(self.variants or [""], self.methods)
+        return {f"{method}, {v}" if v else method: (method, v) for v, method in pairs}
+
+    def like(self, arm: str) -> str | None:
+        """The arm whose chosen trial this one takes; None if it has trials of its own."""
+        method, variant = self.arms[arm]
+        like = METHODS[method].like
+        return f"{like}, {variant}" if like and variant else like
+
+    def tried(self, arm: str) -> list[dict[str, float]]:
+        """The settings of an arm's trials."""
+        tuned = dict(METHODS[self.arms[self.like(arm) or arm][0]].tuned)
+        for name, (low, high) in self.ranges.items():
+            if name in tuned:
+                tuned[name] = dataclasses.replace(tuned[name], low=low, high=high)
+        return random_trials(tuned, self.trials)
 
     def configs(
-        self, method: str, trial: dict[str, float], seed: int
+        self, arm: str, trial: dict[str, float], seed: int
     ) -> tuple[AdapterConfig, TrainConfig]:
-        """How a method is trained: the study's settings, then the method's, then the trial's."""
-        values = {**self.settings, **METHODS[method].settings, **trial, "seed": seed}
-        share = values.pop(
-            "share_of_steps", 1.0
-        )  # early stopping, with the schedule of a shorter run
+        """How an arm is trained: settings of study, variant, method and trial, in this order."""
+        method, variant = self.arms[arm]
+        varied = self.variants.get(variant, {})
+        values = {**self.settings, **varied, **METHODS[method].settings, **trial, "seed": seed}
+        if self.passes is not None:
+            batch = values.get("batch", TrainConfig.batch)
+            values["steps"] = max(1, round(self.passes * self._training_rows / batch))
+        share = values.pop("share_of_steps", 1.0)
         if not 0 < share <= 1:
             raise InputError(f"share_of_steps must be in (0, 1], and is {share}")
         values["steps"] = max(1, round(share * values.get("steps", TrainConfig.steps)))
+        if (ratio := values.pop("variational_ratio", None)) is not None:
+            values["variational_lr"] = ratio * values.get("lr", TrainConfig.lr)
         return _config(AdapterConfig, values), _config(TrainConfig, values)
+
+    @property
+    def _training_rows(self) -> int:
+        assert self.limit is not None  # _check_sets
+        if self.held_out:
+            return self.limit
+        return self.limit - self.validation_rows(self.limit)
+
+    def validation_rows(self, rows: int) -> int:
+        """How many of so many rows are set apart for tuning."""
+        return round(self.validation if self.validation >= 1 else self.validation * rows)
 
 
 def _config(cls: type, values: dict[str, Any]) -> Any:

@@ -16,35 +16,33 @@ from .sets import encoded_sets
 
 
 def cost(config: Study) -> dict[str, float]:
-    """An estimate of what a study takes at `config.limit`.
+    """An estimate of what a study takes.
 
     runs, steps: training runs and their steps; a run that methods share counts once. flop: products
     with the base model's weights, 2 FLOP for each weight and token forward and as many backward (it
     is not trained); attention, adapters and padding are left out. bytes: of the base model.
-    Raises InputError if the data cannot be loaded, at any of the sizes.
+    Which trials are tried again is not known before; their lengths may differ. Raises InputError if
+    the data cannot be loaded.
     """
     config = dataclasses.replace(config)  # a copy that has not read its files yet
-    for size in config.sizes:  # fewer examples may have fewer classes
-        encoded_sets(dataclasses.replace(config, limit=size), ("train", "validation", "test"))
     shape, _ = read_config(Path(config.model) / "config.json")
     weights = {name: p.numel() for name, p in Llama(shape, device="meta").named_parameters()}
     inner = sum(n for name, n in weights.items() if name.startswith("layers."))
-    sets = encoded_sets(config, ("train", "validation", "test", *config.ood))
+    sets = encoded_sets(config, config.sets, config.seeds[0])
     tokens = {name: sum(map(len, data.tokens)) for name, data in sets.items()}
     fits: dict[Any, Fit] = {}
     passes = 0.0  # token passes through the base, forward or backward
-    for method in config.methods:
-        ready, each = _passes(method, config.samples, len(sets["train"].classes))
-        trials = config.trials(method)
-        first, *others = config.seeds
-        tuned = [Job(config, method, t, first, ("validation",), Path()) for t in trials]
-        tested = [Job(config, method, trials[0], s, tuple(sets)[1:], Path()) for s in others]
-        tested.append(Job(config, method, trials[0], first, tuple(sets)[2:], Path()))
-        if method in config.sweep:
-            seeded = itertools.product(trials, config.seeds)
-            tested += [Job(config, method, t, s, ("test",), Path()) for t, s in seeded]
-        for job in tuned + tested:
-            fits.update({(fit.adapter, fit.train): fit for fit in job.fits()})
+    for arm in config.arms:
+        ready, each = _passes(config.arms[arm][0], config.samples, len(sets["train"].classes))
+        trials = config.tried(arm)
+        first, *others = config.tuning_seeds
+        tuned = [] if config.like(arm) else [(trial, first) for trial in trials]
+        if len(tuned) > 1:
+            tuned += itertools.product(trials[: config.finalists], others)
+        tested = [Job(config, arm, trials[0], s, config.sets, Path()) for s in config.seeds]
+        tuned_jobs = [Job(config, arm, t, s, ("validation",), Path()) for t, s in tuned]
+        for job in tuned_jobs + tested:
+            fits.update({(fit.adapter, fit.train, fit.replicate): fit for fit in job.fits()})
             passes += sum(n * tokens[name] for name, n in ready.items())
             passes += each * sum(tokens[name] for name in job.sets)
     steps = [fit.train.steps for fit in fits.values()]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,15 +27,19 @@ from ...training.loop import fit
 from ...training.runs import load_run, save_run
 from ...training.trainer import TrainConfig, Trainer
 from .config import Study, digest
-from .methods import METHODS, Method
+from .methods import METHODS, Made, Method
 from .sets import base_model, encoded_sets
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One training run, in a run folder; methods that train alike share it."""
+    """One training run, in a run folder; methods that train alike share it.
+
+    replicate: which training rows it has, where each seed draws its own.
+    """
 
     study: Study
+    replicate: int
     adapter: AdapterConfig
     train: TrainConfig
     out: Path
@@ -41,8 +47,8 @@ class Fit:
 
     @property
     def folder(self) -> Path:
-        configs = [dataclasses.asdict(self.adapter), dataclasses.asdict(self.train)]
-        about = [self.study.base, self.study.describes("train"), configs]
+        about: list[Any] = [self.study.base, self.study.describes("train"), _set(self.adapter)]
+        about += [_set(self.train), self.replicate if self.study.held_out else 0]
         return self.out / "runs" / f"{self.adapter.method}-{digest(about)}"
 
     @property
@@ -53,7 +59,7 @@ class Fit:
         """Train, from the last checkpoint if there is one."""
         started = time.perf_counter()
         _reset_peak()
-        data = encoded_sets(self.study, ["train"])["train"]
+        data = encoded_sets(self.study, [], self.replicate)["train"]
         model = base_model(self.study, self.device)
         add_adapters(model.trim_head(data.classes), self.adapter, self.train.seed)
         swag = Swag() if self.train.swag else None
@@ -65,7 +71,7 @@ class Fit:
             "data": self.study.train,
             "format": self.study.format,
             "limit": self.study.limit,
-            "holdout": self.study.validation,
+            "holdout": None if self.study.held_out else self.study.validation,
             "text_column": self.study.text_column,
             "label_column": self.study.label_column,
             **data.wording.facts(),
@@ -79,10 +85,10 @@ class Fit:
 
 @dataclass(frozen=True)
 class Job:
-    """The answers of one model, a method with a trial's settings and a seed, to some sets."""
+    """The answers of one model, an arm with a trial's settings and a seed, to some sets."""
 
     study: Study
-    method: str
+    arm: str
     trial: dict[str, float]
     seed: int
     sets: tuple[str, ...]
@@ -91,10 +97,11 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        sets = {name: self.study.describes(name) for name in ("train", "test", *self.study.ood)}
-        how = [self.study.samples, self.study.settings, self.method, self.trial]
-        about = [self.study.base, sets, *how]
-        name = f"{self.method.replace(' ', '-')}-{digest(about)}-{self.seed}"
+        others = self.study.sets[1:]
+        sets = {name: self.study.describes(name) for name in ("train", *others)}
+        runs = [fit.folder.name for fit in self.fits()]
+        about = [self.study.base, sets, self.study.samples, runs, self.arm, self.trial]
+        name = f"{re.sub('[ ,]+', '-', self.arm)}-{digest(about)}-{self.seed}"
         return self.out / "answers" / name
 
     @property
@@ -115,7 +122,7 @@ class Job:
         make_folder(self.folder)
         fits, wanted = self.fits(), self.missing() or list(self.sets)
         model, _ = load_run(fits[0].folder, base_model(self.study, self.device))
-        sets = encoded_sets(self.study, ["train", "validation", *wanted])
+        sets = encoded_sets(self.study, ["validation", *wanted], self.seed)
         posterior = self._posterior(model, fits, sets)
         ready = time.perf_counter()
         for name in wanted:
@@ -131,7 +138,7 @@ class Job:
         answered = sum(len(sets[name].labels) for name in wanted)
         trained = [read_json(f.folder / "run.json") for f in fits]
         about = {
-            "method": self.method,
+            "method": self.arm,
             "trial": self.trial,
             "seed": self.seed,
             "runs": [f.folder.name for f in fits],
@@ -150,19 +157,27 @@ class Job:
     def _posterior(
         self, model: Llama, fits: list[Fit], sets: dict[str, Encoded]
     ) -> Posterior | None:
-        if len(fits) > 1:
-            return Ensemble([load_tensors(f.folder / "adapter.safetensors")[0] for f in fits])
-        if self._method.after is None:
-            return None
-        return self._method.after(model, fits[0].folder, sets, self.study.samples, self.seed)
+        method = self._method
+        runs = tuple(fit.folder for fit in fits)
+        if method.after is not None:
+            return method.after(Made(model, runs, sets, self.trial, self.study.samples, self.seed))
+        if len(runs) > 1:
+            return Ensemble([load_tensors(run / "adapter.safetensors")[0] for run in runs])
+        return None
 
     @property
     def _method(self) -> Method:
-        return METHODS[self.method]
+        return METHODS[self.study.arms[self.arm][0]]
 
     def _fit(self, seed: int) -> Fit:
-        configs = self.study.configs(self.method, self.trial, seed)
-        return Fit(self.study, *configs, self.out, self.device)
+        configs = self.study.configs(self.arm, self.trial, seed)
+        return Fit(self.study, self.seed, *configs, self.out, self.device)
+
+
+def _set(config: AdapterConfig | TrainConfig) -> dict[str, Any]:
+    """The fields that are not at their defaults: a new field changes no folder's name."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    return {k: v for k, v in dataclasses.asdict(config).items() if v != defaults[k]}
 
 
 def _numbers(model: Llama, posterior: Posterior | None) -> int:

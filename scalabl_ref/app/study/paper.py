@@ -2,7 +2,8 @@
 
 Settings are those of the official code, SRI-CSL/BayesAdapt: rank 8 on q, v and the head, 5000 steps
 of 4 rows at a learning rate of 1e-4 with 6 % warm-up, a bfloat16 base, 10 draws. Added are a
-validation set, on which every method has equally many trials, and three seeds. The test sets are
+validation set, on which every method has four trials of all but the learning rate, and three
+seeds. The test sets are
 the published ones, or development sets where test labels are not public (Winogrande, BoolQ).
 """
 
@@ -62,7 +63,7 @@ def studies(
             },
             dtype="bfloat16",
             methods=METHODS,
-            lr=(1e-4,),
+            ranges={"lr": [1e-4, 1e-4]},
             settings={"steps": 5000, "batch": 4, "rank": 8},
         )
     return found

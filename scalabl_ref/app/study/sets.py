@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ...data import Columns, Encoded, Example, Wording, encode, load, num_classes, split
+from ...data import Columns, Encoded, Example, Wording, encode, hold_out, load, num_classes
 from ...data.tokenizer import load_tokenizer
 from ...model.llama import Llama
 from ...model.weights import read_config
@@ -34,18 +34,32 @@ def base_model(study: Study, device: str) -> Llama:
     return Llama.from_pretrained(study.model, dtype, device)
 
 
-def encoded_sets(study: Study, names: Iterable[str]) -> dict[str, Encoded]:
+def _parts(study: Study, rows: list[Example], replicate: int) -> dict[str, list[Example]]:
+    """The sets that are parts of the training file. Raises InputError if it has too few rows."""
+    rest, held = hold_out(rows, study.validation_rows(len(rows)), 0)
+    parts = {"train": rest, "validation": held}
+    if study.held_out:
+        rest, parts["test"] = hold_out(rest, study.held_out, 1)
+        assert study.limit is not None  # of Study
+        _, parts["train"] = hold_out(rest, study.limit, 2 + replicate)
+    if not all(parts.values()):
+        raise InputError(f"{study.train}: {len(rows)} rows are too few for the study's sets")
+    return parts
+
+
+def encoded_sets(study: Study, names: Iterable[str], replicate: int = 0) -> dict[str, Encoded]:
     """The sets of these names, and the training set, in token ids.
 
-    "validation" is a part of the training file. Raises InputError, naming the file, for a set that
+    "validation" is a part of the training file, and so is "test" if `study.held_out` is set; the
+    training set is then that of `replicate`. Raises InputError, naming the file, for a set that
     cannot be encoded, or that has labels other than the training set's (unless it is out of
     distribution).
     """
     model = Path(study.model)
     tokenizer = load_tokenizer(model)
     length = read_config(model / "config.json")[0].max_position_embeddings
-    train = _load(study, "train")
-    classes, (rest, held) = num_classes(train), split(train, study.validation, 0)
+    rows = _load(study, "train")
+    classes, parts = num_classes(rows), _parts(study, rows, replicate)
 
     def encoded(name: str, examples: list[Example], wording: Wording) -> Encoded:
         try:
@@ -54,17 +68,16 @@ def encoded_sets(study: Study, names: Iterable[str]) -> dict[str, Encoded]:
                 wording=wording,
             )  # fmt: skip
         except InputError as error:
-            known = name in ("train", "validation")
-            file = study.source("train" if known else name)[0]
+            file = study.source("train" if name in parts else name)[0]
             raise InputError(f"{file}: {error}") from None
 
     # The training set decides what "auto" means for all sets.
-    sets = {"train": encoded("train", rest, study.wording)}
+    sets = {"train": encoded("train", parts["train"], study.wording)}
     wording = sets["train"].wording
     for name in names:
-        if name == "validation":
-            sets[name] = encoded(name, held, wording)
-        elif name != "train":
+        if name in parts:
+            sets[name] = sets.get(name) or encoded(name, parts[name], wording)
+        else:
             labels = None if name in study.ood else wording.names
             sets[name] = encoded(name, _load(study, name, labels), wording)
     return sets
