@@ -71,7 +71,7 @@ class Fit:
             "data": self.study.train,
             "format": self.study.format,
             "limit": self.study.limit,
-            "holdout": None if self.study.held_out else self.study.validation,
+            "holdout": self.study.validation if self.study.validation < 1 else 0.0,
             "text_column": self.study.text_column,
             "label_column": self.study.label_column,
             **data.wording.facts(),

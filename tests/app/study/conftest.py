@@ -13,5 +13,5 @@ from .studies import config
 def done(tmp_path_factory):
     """A study of every method, and its results."""
     folder = tmp_path_factory.mktemp("study")
-    path = config(folder, methods=list(METHODS), lr=[0.01])
+    path = config(folder, methods=list(METHODS), ranges={"lr": [0.01, 0.01]})
     return Study.read(path), folder / "out", run_study(Study.read(path), folder / "out")

@@ -27,7 +27,7 @@ def config(tmp_path, **changes):
     values = {
         "model": str(folder), "train": str(train), "test": str(test),
         "ood": {"other": {"path": str(test), "limit": 5}},
-        "seeds": [0, 1], "samples": 2, "lr": [0.01, 0.02], "settings": FEW,
+        "seeds": [0, 1], "samples": 2, "trials": 2, "ranges": {"lr": [0.01, 0.02]}, "settings": FEW,
         "methods": ["mle", "scalabl"], **changes,
     }  # fmt: skip
     path = tmp_path / "study.json"
@@ -37,7 +37,7 @@ def config(tmp_path, **changes):
 
 def quick(tmp_path, **changes):
     """A study of one run, and of its answers."""
-    small = {"methods": ["mle"], "lr": [0.01], "knobs": {"mle": [1.0]}, "seeds": [0]}
+    small = {"methods": ["mle"], "trials": 1, "seeds": [0]}
     return Study.read(config(tmp_path, **{**small, **changes}))
 
 

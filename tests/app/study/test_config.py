@@ -31,19 +31,31 @@ from .studies import config, quick
         ({"seeds": [1, 1]}, "seeds must have values, each only once"),
         ({"seeds": [-1]}, "seeds must not be negative"),
         ({"seeds": [True]}, "seeds must be a list (each a whole number), not [True]"),
-        ({"lr": 0.001}, "lr must be a list (each a finite number), not 0.001"),
-        ({"lr": []}, "lr must have values"),
-        ({"lr": [-1]}, "lr must be finite and not negative"),
-        ({"lr": [10**400]}, "lr must be a list (each a finite number)"),
+        ({"tuning_seeds": [-1]}, "seeds must not be negative"),
+        ({"tuning_seeds": [1, 1]}, "tuning_seeds must have values, each only once"),
+        ({"trials": 0}, "trials must be at least 1"),
+        ({"finalists": 0}, "finalists must be at least 1"),
+        ({"ranges": {"lr": 0.001}}, "ranges must be an object (each a list (each a finite num"),
+        ({"ranges": {"lr": []}}, "ranges: lr must be two positive numbers, the lower first"),
+        ({"ranges": {"lr": [-1, 1]}}, "ranges: lr must be two positive numbers"),
+        ({"ranges": {"lr": [2, 1]}}, "ranges: lr must be two positive numbers"),
+        ({"ranges": {"lr": [1, 10**400]}}, "ranges must be an object (each a list"),
+        ({"ranges": {"lrs": [1, 2]}}, "ranges: no method tunes 'lrs': did you mean lr?"),
+        ({"held_out": 3}, "held_out and passes need a limit"),
+        ({"passes": 3}, "held_out and passes need a limit"),
+        ({"held_out": -1}, "held_out must be at least 1"),
+        ({"variants": {"x": {"rnk": 1}}}, "variants: x: unknown field 'rnk': did you mean rank?"),
+        ({"variants": {"x": {"seed": 1}}}, "settings: seed has no effect"),
+        ({"limit": 9, "passes": 1}, "settings: steps has no effect"),
         ({"limit": "5"}, "limit must be a whole number or null, not '5'"),
         ({"limit": 0}, "limit must be at least 1"),
         ({"test_limit": -1}, "test_limit must be at least 1"),
-        ({"sizes": [8, 0]}, "sizes must be at least 1"),
         ({"samples": 0}, "samples must be at least 1"),
         ({"samples": 10**9}, "samples must be at most 100,000"),
         ({"bins": 10**9}, "bins must be at most 10,000"),
         ({"bins": 0}, "bins must be at least 1"),
-        ({"validation": 0}, "validation must be in (0, 1)"),
+        ({"validation": 0}, "validation must be a fraction or a number of rows, and is 0"),
+        ({"validation": 1.5}, "validation must be a fraction or a number of rows"),
         ({"validation": math.nan}, "validation must be a finite number"),
         ({"ood": ["x"]}, "ood must be an object"),
         ({"ood": {"x": "y"}}, "ood must be an object"),
@@ -53,12 +65,8 @@ from .studies import config, quick
         ({"ood": {"x": {"path": "y", "limit": 0}}}, "ood: x: limit must be at least 1"),
         ({"ood": {"x": {"path": "y", "format": "z"}}}, "ood: x: format must be one of"),
         ({"ood": {"../x": {"path": "y"}}}, "cannot be the name of a set"),
-        ({"sweep": ["blob"]}, "sweep: 'blob' is not among the study's methods"),
-        ({"knobs": {"scalable": [1]}}, "knobs: 'scalable' is not among the study's methods"),
-        ({"knobs": {"scalabl": 1.0}}, "knobs must be an object (each a list (each a finite num"),
-        ({"knobs": {"scalabl": []}}, "knobs: scalabl must have values"),
-        ({"knobs": {"scalabl": [-1]}}, "beta must be finite and not negative"),
-        ({"knobs": {"mle": [1.5]}}, "share_of_steps must be in (0, 1], and is 1.5"),
+        ({"methods": ["mle stopped early"], "ranges": {"share_of_steps": [2, 3]}},
+         "share_of_steps must be in (0, 1], and is 2."),
         ({"settings": {"step": 4}}, "settings: unknown field 'step': did you mean steps?"),
         ({"settings": {"steps": "4"}}, "settings: steps must be a whole number, not '4'"),
         ({"settings": {"steps": 10**20}}, "settings: steps must be a whole number"),
@@ -84,9 +92,9 @@ def test_a_setting_that_some_methods_heed_is_theirs(tmp_path):
     """beta is a knob of scalabl alone; a number may be whole, and null is a default."""
     settings = {"beta": 2, "alpha": None, "sampling": "token"}
     study = Study.read(config(tmp_path, methods=["scalabl", "map", "dropout"], settings=settings))
-    trials = {name: study.trials(name)[0] for name in study.methods}
+    trials = {name: study.tried(name)[0] for name in study.methods}
     beta = {name: study.configs(name, trial, 0)[1].beta for name, trial in trials.items()}
-    assert beta == {"scalabl": 1.0, "map": 2, "dropout": 2}
+    assert beta == {"scalabl": trials["scalabl"]["beta"], "map": 2, "dropout": 2}
 
 
 def test_winograndes_labels_are_contents(tmp_path):

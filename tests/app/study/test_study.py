@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import math
@@ -19,7 +20,9 @@ import torch
 
 from scalabl_ref import InputError
 from scalabl_ref.app import cli
-from scalabl_ref.app.study import METHODS, Job, Study, run_study
+from scalabl_ref.app.study import METHODS, Job, Method, Range, Study, run_study
+from scalabl_ref.app.study.methods import random_trials
+from scalabl_ref.app.study.sets import encoded_sets
 from scalabl_ref.evaluation import comparison, metrics
 from scalabl_ref.evaluation.comparison import table
 from scalabl_ref.support.tensors import load_tensors
@@ -32,7 +35,7 @@ SLOW = pytest.mark.slow
 
 def test_every_method_is_tuned_on_equally_many_trials_and_tested_with_every_seed(done):
     config, out, results = done
-    assert {len(trials) for trials in results["tuning"].values()} == {2}
+    assert {len(trials) for m, trials in results["tuning"].items() if METHODS[m].tuned} == {2}
     names = {name for m in METHODS for name in (m, f"{m} + temperature")}
     assert set(results["methods"]) == names
     for name, row in results["methods"].items():
@@ -44,37 +47,97 @@ def test_every_method_is_tuned_on_equally_many_trials_and_tested_with_every_seed
             assert abs(row["sd"][key] - deviation) <= ROUNDING * max(map(abs, values)), name
     for method, trials in results["tuning"].items():
         best = min(trials, key=lambda trial: trial["nll"])
-        trial = results["methods"][method]["trial"]
-        assert trial == {key: best[key] for key in trial}
+        assert results["methods"][method]["trial"] == best["trial"]
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
     assert (out / "results.md").read_text() == table(results)
 
 
-SIZED = {"methods": ["mle", "scalabl", "blob"], "lr": [0.01], "limit": 16}
+def test_the_best_trials_are_tried_again_with_other_seeds(tmp_path):
+    """The mean over both seeds chooses among them; seeds of tuning are not those of the test."""
+    path = config(tmp_path, methods=["mle"], trials=3, finalists=2, tuning_seeds=[5, 6])
+    study, out = Study.read(path), tmp_path / "out"
+    tried = run_study(study, out)["tuning"]["mle"]
+    assert sorted(t["seeds"] for t in tried) == [1, 2, 2] and tried[2]["seeds"] == 1
+    nll = {}
+    for trial in study.tried("mle"):
+        for seed in (5, 6):
+            folder = Job(study, "mle", trial, seed, (), out).folder
+            if folder.exists():
+                nll[trial["lr"], seed] = comparison.scores(folder, "validation", 15)["nll"]
+    first = sorted(study.tried("mle"), key=lambda trial: nll[trial["lr"], 5])
+    assert {t["trial"]["lr"] for t in tried[:2]} == {trial["lr"] for trial in first[:2]}
+    assert tried[2]["trial"] == first[2] and len(nll) == 5
+    for t in tried[:2]:
+        mean = (nll[t["trial"]["lr"], 5] + nll[t["trial"]["lr"], 6]) / 2
+        assert math.isclose(t["nll"], mean, rel_tol=ROUNDING)
+    assert tried[0]["nll"] <= tried[1]["nll"]
+
+
+def test_variants_are_compared_with_settings_of_their_own(tmp_path):
+    variants = {"small": {"rank": 1}, "large": {"rank": 3}}
+    path = config(tmp_path, methods=["mle", "mle untuned"], variants=variants, trials=1, seeds=[0])
+    study = Study.read(path)
+    assert list(study.arms) == ["mle, small", "mle untuned, small", "mle, large",
+                                "mle untuned, large"]  # fmt: skip
+    results = run_study(study, tmp_path / "out")
+    counts = [results["methods"][arm]["parameters"] for arm in study.arms]
+    assert counts[0] == counts[1] and counts[2] == counts[3] == 3 * counts[0]
+    assert results["methods"]["mle untuned, small"]["trial"] == {}
+
+
+def test_replicates_draw_their_training_rows_anew_and_share_the_test(tmp_path):
+    """Of 20 rows 3 are for tuning and 6 for the test; each seed trains on 5 of the other 11."""
+    settings = {key: value for key, value in FEW.items() if key != "steps"}
+    path = config(tmp_path, held_out=6, validation=3, limit=5, passes=2.4, settings=settings)
+    study = Study.read(path)
+    sets = [encoded_sets(study, study.sets, replicate) for replicate in (0, 1)]
+    prompts = [{n: [e.prompt for e in s.examples] for n, s in each.items()} for each in sets]
+    first, second = prompts
+    assert list(map(len, first.values())) == [5, 3, 6, 9, 5]
+    assert [name for name in first if first[name] != second[name]] == ["train"]
+    for each in prompts:
+        own = each["train"] + each["validation"] + each["test"]
+        assert len(set(own)) == len(own) == 14
+    arm = study.configs("mle", {"lr": 0.1}, 0)[1]
+    assert arm.steps == 3  # 2.4 passes of 5 rows are 12 rows
+    results = run_study(dataclasses.replace(study, methods=("mle",)), tmp_path / "out")
+    shifted = Job(study, "mle", results["methods"]["mle"]["trial"], 1, (), tmp_path / "out").folder
+    assert len(load_tensors(shifted / "shifted.safetensors")[0]["labels"]) == 9
+
+
+def test_an_ensemble_may_take_the_settings_of_its_members(tmp_path, monkeypatch):
+    like = Method({"method": "mle"}, like="mle", members=2)
+    monkeypatch.setitem(METHODS, "two", like)
+    path = config(tmp_path, methods=["mle", "two"])
+    results = run_study(Study.read(path), tmp_path / "out")
+    assert results["methods"]["two"]["trial"] == results["methods"]["mle"]["trial"]
+    assert list(results["tuning"]) == ["mle"]
+    with pytest.raises(InputError, match="method 'two' takes its settings from 'mle': add it"):
+        Study.read(config(tmp_path, methods=["two"]))
+
+
+def test_trials_cover_the_ranges_and_are_shared(tmp_path):
+    """Each of n equal parts of a range, on its scale, has one trial; a name has the same values."""
+    tuned = {"lr": Range(1e-3, 1e-1), "dropout": Range(0.0, 0.8, log=False)}
+    trials = random_trials(tuned, 8)
+    places = (
+        [8 * math.log10(t["lr"] / 1e-3) / 2 for t in trials],
+        [10 * t["dropout"] for t in trials],
+    )
+    for place in places:
+        assert sorted(int(p) for p in place) == list(range(8))
+    assert [t["lr"] for t in random_trials({"lr": tuned["lr"]}, 8)] == [t["lr"] for t in trials]
+    assert random_trials({}, 8) == [{}]
+
+
+SIZED = {"methods": ["mle", "scalabl", "blob"]}
 
 
 @pytest.fixture(scope="module")
 def sized(tmp_path_factory):
-    """A study with two other sizes and a sweep: its folder and results."""
+    """A study of three methods: its folder and results."""
     folder = tmp_path_factory.mktemp("sized")
-    path = config(folder, **SIZED, sizes=[10, 20], sweep=["scalabl"])
-    return folder, run_study(Study.read(path), folder / "out")
-
-
-def test_sizes_and_sweeps_are_the_studies_of_their_own(sized):
-    """Each size is what a study at that limit gives; a sweep has every trial with all seeds."""
-    folder, results = sized
-    assert list(results["sizes"]) == [10, 20]
-    changes = {**SIZED, "methods": ["scalabl"], "limit": 10}
-    small = run_study(Study.read(config(folder, **changes)), folder / "small")
-    for name, row in small["methods"].items():
-        assert results["sizes"][10]["methods"][name]["seeds"] == row["seeds"]
-        assert results["methods"][name]["seeds"] != row["seeds"]
-    rows = results["sweep"]["scalabl"]
-    assert [row["trial"]["beta"] for row in rows] == [1.0, 5.0]
-    assert all(len(row["seeds"]) == 2 for row in rows)
-    chosen = results["methods"]["scalabl"]
-    assert [row["seeds"] for row in rows if row["trial"] == chosen["trial"]] == [chosen["seeds"]]
+    return folder, run_study(Study.read(config(folder, **SIZED)), folder / "out")
 
 
 def test_the_page_shows_every_method_and_every_plot(sized):
@@ -85,13 +148,11 @@ def test_the_page_shows_every_method_and_every_plot(sized):
         assert f"<td>{row['parameters']:,}</td>" in page
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     wanted = ["All scores", "Out of distribution: other", "Cost", "Accuracy and ECE",
-              "NLL and training set", "Sigma by layer", "NLL (nats) and the second knob",
-              "ECE and the second knob"]  # fmt: skip
+              "Sigma by layer"]  # fmt: skip
     assert [h for h in headings if h in wanted] == wanted
     assert page.count('id="reliability-') == 2 * 3 + 3  # title, description and hatching of each
     assert results["verdict"][0]["ours"] == "scalabl"
     assert comparison.sentences(results)[1] in html.unescape(page)
-    assert "With the first 10 training examples" in (folder / "out" / "results.md").read_text()
 
 
 def test_the_verdict_chooses_ours_on_validation_and_the_rival_on_the_test(done):
@@ -130,7 +191,7 @@ def test_ood_scores_are_of_the_rows_that_can_be_answered(done):
 
 
 def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
-    path = config(tmp_path, methods=["scalabl"], lr=[0.01])
+    path = config(tmp_path, methods=["scalabl"])
     whole = run_study(Study.read(path), tmp_path / "whole")
     real, calls = Job.run, []
 
@@ -151,7 +212,7 @@ def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
 
 @SLOW
 def test_processes_give_the_same_numbers(tmp_path):
-    path = config(tmp_path, methods=["mle"], lr=[0.01])
+    path = config(tmp_path, methods=["mle"])
     one, two = (run_study(Study.read(path), tmp_path / f"jobs{n}", n) for n in (1, 2))
     for name, row in one["methods"].items():
         for a, b in zip(row["seeds"], two["methods"][name]["seeds"], strict=True):
@@ -160,11 +221,12 @@ def test_processes_give_the_same_numbers(tmp_path):
 
 def test_a_bad_run_stops_those_beside_it(tmp_path):
     """One of two processes trains, the other fails at its first step; six more runs wait."""
-    knobs = {"mle": [1.0], "map": [1e-200, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]}
     settings = {**FEW, "steps": 20_000}
+    ranges = {"lr": [0.01, 0.01], "prior_std": [1e-200, 1e-199]}
     path = config(
-        tmp_path, methods=["mle", "map"], lr=[0.01], knobs=knobs, settings=settings, seeds=[0]
-    )
+        tmp_path, methods=["mle untuned", "map"], ranges=ranges, settings=settings, seeds=[0],
+        trials=7,
+    )  # fmt: skip
     with pytest.raises(InputError, match="the loss is inf at step 0"):
         run_study(Study.read(path), tmp_path / "out", 2)
     assert len(list((tmp_path / "out/runs").iterdir())) <= 2
