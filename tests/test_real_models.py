@@ -18,7 +18,7 @@ def test_stories260k_learns_trec(assets, tmp_path, capsys):
     """Plain LoRA on all 5452 questions reaches an accuracy of .83 on the 500 of the test.
 
     The seed is fixed. Seen: .872, with all linear layers adapted; 500 answers alone give that a
-    standard error of .015. With the default targets it is .824 to .836 (docs/results.md).
+    standard error of .015. With the default targets it is .824 to .836 (docs/earlier_results.md).
     """
     source = assets / "stories260K"
     model, run = tmp_path / "model", tmp_path / "run"

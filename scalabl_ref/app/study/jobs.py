@@ -68,7 +68,7 @@ class Fit:
             swag.save(self.folder)
         info = {
             "model": self.study.model,
-            "data": self.study.train,
+            "data": None if self.study.held_out else self.study.train,  # rows of no file
             "format": self.study.format,
             "limit": self.study.limit,
             "holdout": self.study.validation if self.study.validation < 1 else 0.0,
