@@ -20,7 +20,8 @@ from .ensemble import Ensemble
 from .full import FullAdapter
 from .laplace import Laplace
 from .map import MapAdapter
-from .point import PointAdapter
+from .point import PointAdapter, to_points
+from .subspace import Subspace
 from .swag import Swag
 from .tfb import TfbAdapter, fit_tfb
 
@@ -38,10 +39,12 @@ __all__ = [
     "POSTERIORS",
     "PointAdapter",
     "Posterior",
+    "Subspace",
     "Swag",
     "TfbAdapter",
     "fit_tfb",
     "load_posterior",
+    "to_points",
 ]
 
 ADAPTERS.update(
@@ -65,10 +68,11 @@ class Posterior(Protocol):
         ...
 
 
-POSTERIORS: dict[str, type[Laplace] | type[Swag] | type[Ensemble]] = {
+POSTERIORS: dict[str, type[Laplace] | type[Swag] | type[Ensemble] | type[Subspace]] = {
     "laplace": Laplace,
     "swag": Swag,
     "ensemble": Ensemble,
+    "subspace": Subspace,
 }
 
 

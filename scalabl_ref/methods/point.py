@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, to_scales
+from ..core.adapter import Adapter, adapters, to_scales
 from ..core.noise import Keys, Noise
 
 
@@ -19,6 +21,7 @@ class PointAdapter(Adapter):
     """
 
     variational = ("log_s",)
+    offset: Tensor | None = None  # (B, r), added to s in each row of the input (B, ..., d_in)
 
     def _add_parameters(self) -> None:
         self.log_s = nn.Parameter(torch.empty(self.config.rank, dtype=torch.float32))
@@ -29,11 +32,17 @@ class PointAdapter(Adapter):
         self.log_s.copy_(singular.log())
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, keys: Keys | None) -> Tensor:
+        if self.offset is not None:  # the native op has one s for all rows
+            y = F.linear(x, weight, bias)
+            return y + self.update(x.to(y.dtype), None)
         s, c = self.log_s.exp(), self.config.scaling
         return self.op(x, weight, bias, self.A, self.B, s, s, c, None)
 
     def hidden(self, x: Tensor, A: Tensor, keys: Keys | None) -> Tensor:
-        return super().hidden(x, A, keys) * self.log_s.exp().to(x)
+        s = self.log_s.exp().to(x)
+        if self.offset is not None:
+            s = s + self.offset.to(x).view(len(x), *[1] * (x.dim() - 2), -1)
+        return super().hidden(x, A, keys) * s
 
     def lora_A(self, noise: Noise | None = None) -> Tensor:
         return self.log_s.double().exp()[:, None] * self.A.double()
@@ -50,3 +59,20 @@ class PointAdapter(Adapter):
         """Minus the log prior density of s, up to its constant: sum of s^2 / (2 prior_std^2)."""
         log_s = torch.stack([layer.get_parameter("log_s") for layer in layers]).double()
         return log_s.exp().square().sum() / (2 * layers[0].config.sigma_p ** 2)
+
+
+@torch.no_grad()
+def to_points(model: nn.Module) -> None:
+    """Replace every adapter of `model` by a `PointAdapter` with the same mean function.
+
+    The thin SVD of its update gives A, s and B, see `to_scales`. Components beyond the update's
+    rank have a zero column in B. Layers, rank and alpha stay the same.
+    """
+    for name, adapter in adapters(model).items():
+        config = dataclasses.replace(
+            adapter.config, method="point", covariance="diagonal", prior="fixed"
+        )
+        d_in, d_out = adapter.A.shape[1], len(adapter.B)
+        point = PointAdapter(d_in, d_out, config, adapter.layer, 0, adapter.A.device)
+        point.to(adapter.A.dtype).set_lora_(adapter.lora_A(), adapter.B, config.scaling)
+        model.get_submodule(name).adapter = point

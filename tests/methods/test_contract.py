@@ -14,7 +14,7 @@ from scalabl_ref.core.config import ADAPTERS, COVARIANCES
 from scalabl_ref.core.layer import SAMPLING
 from scalabl_ref.core.noise import Keys
 from scalabl_ref.core.objective import class_logits
-from scalabl_ref.methods import POSTERIORS, Ensemble, Laplace, Swag, load_posterior
+from scalabl_ref.methods import POSTERIORS, Ensemble, Laplace, Subspace, Swag, load_posterior
 
 from ..models import CLASSES, TINY, tiny_batch, tiny_model
 from ..tolerances import central_difference, logits_bound, rounding
@@ -313,12 +313,22 @@ MAKERS = {
     "laplace": lambda: Laplace.fit(plain(), [tiny_batch()]),
     "swag": swag,
     "ensemble": lambda: Ensemble(states()),
+    "subspace": lambda: Subspace.fit(points(), [tiny_batch()]),
 }
 each_posterior = pytest.mark.parametrize("name", POSTERIORS)
 
 
+def points(**config) -> Llama:
+    return made(("point", "diagonal"), **config)
+
+
+def model_of(posterior, **config) -> Llama:
+    """The model that the posterior of MAKERS was made from."""
+    return (points if isinstance(posterior, Subspace) else plain)(**config)
+
+
 def log_probs(posterior, samples, seed=0, batch=None):
-    return posterior.log_probs(plain(), batch or tiny_batch(), samples, seed)
+    return posterior.log_probs(model_of(posterior), batch or tiny_batch(), samples, seed)
 
 
 @each_posterior
@@ -355,12 +365,13 @@ def test_a_draw_does_not_depend_on_what_else_is_in_the_batch(name):
 @each_posterior
 def test_the_prediction_is_the_mixture(name):
     posterior = MAKERS[name]()
-    found = predict(plain(), tiny_batch(), samples=4, seed=1, posterior=posterior)
+    model = model_of(posterior)
+    found = predict(model, tiny_batch(), samples=4, seed=1, posterior=posterior)
     expected = log_probs(posterior, 4, seed=1).exp().mean(0)
     assert (found.probs - expected).abs().max() <= rounding(torch.float64, 64)
     assert (found.mutual_information > 0).all()
     with pytest.raises(InputError, match="samples must not be negative"):
-        predict(plain(), tiny_batch(), samples=-1, posterior=posterior)
+        predict(model, tiny_batch(), samples=-1, posterior=posterior)
 
 
 @each_posterior
@@ -383,7 +394,8 @@ def test_it_comes_back_from_its_file(name, tmp_path):
 
 @each_posterior
 def test_the_model_stays_as_it_was(name):
-    model, posterior = plain(), MAKERS[name]()
+    posterior = MAKERS[name]()
+    model = model_of(posterior)
     before = {n: (p, p.data_ptr(), p.detach().clone()) for n, p in model.named_parameters()}
     posterior.log_probs(model, tiny_batch(), 2, 0)
     for n, p in model.named_parameters():
@@ -393,7 +405,8 @@ def test_the_model_stays_as_it_was(name):
 
 @each_posterior
 def test_another_models_posterior_is_refused(name):
-    posterior, other = MAKERS[name](), plain(targets=("q_proj",))
+    posterior = MAKERS[name]()
+    other = model_of(posterior, targets=("q_proj",))
     with pytest.raises(InputError, match="other adapters|do not both have"):
         posterior.log_probs(other, tiny_batch(), 2, 0)
 
