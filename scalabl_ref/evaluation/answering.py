@@ -36,6 +36,7 @@ class Answers:
     prediction: Prediction
     samples: Samples  # draws of each row: 0 for deterministic models; an ensemble's members
     draws: Tensor | None = None  # (N,) int64, draws of each row, where rows differ
+    settled: Tensor | None = None  # (N,) bool, with `draws`: whether more draws are not needed
     encoded: Encoded | None = None  # the prompts as tokens
 
 
@@ -108,19 +109,19 @@ def answer(
         parts = (_whole_batch(model, b, samples, seed, posterior, design) for b in mine)
     probs = torch.zeros(rows, len(encoded.classes), dtype=torch.float64)
     prediction = Prediction(probs, *(torch.zeros(rows, dtype=torch.float64) for _ in range(3)))
-    draws = torch.zeros(rows, dtype=torch.int64)
+    counts = torch.zeros(2, rows, dtype=torch.int64)  # of each row: its draws; 1 if it is settled
     with progress_bar(sum(len(b.ids) for b in mine), title, "row") as bar:
-        for ids, found, taken in parts:
+        for ids, found, counted in parts:
             for column, values in zip(prediction, found, strict=True):
                 column[ids] = values.cpu()
-            draws[ids] = taken
+            counts[:, ids] = counted
             bar.update(len(ids))
     if spread:
-        for column in (*prediction, draws):
+        for column in (*prediction, counts):
             distributed.sum_(column)  # each row is of one rank, and zero on the others
     labels, number = torch.tensor(encoded.labels), _taken(model, samples, posterior)
-    each = draws if isinstance(samples, Auto) else None
-    return Answers(encoded.examples, labels, prediction, number, each, encoded)
+    draws, settled = (counts[0], counts[1].bool()) if isinstance(samples, Auto) else (None, None)
+    return Answers(encoded.examples, labels, prediction, number, draws, settled, encoded)
 
 
 def _taken(model: Llama, samples: Samples, posterior: Posterior | None) -> Samples:
@@ -132,7 +133,7 @@ def _taken(model: Llama, samples: Samples, posterior: Posterior | None) -> Sampl
     return samples if posterior is not None or random_adapters(model) else 0
 
 
-# Of some rows: their ids, their predictions, and how many draws each took, where that differs.
+# Of some rows: their ids, predictions, and `counts` of `answer`, where rows differ in them.
 Part = tuple[Tensor, Prediction, Tensor | int]
 
 
@@ -178,7 +179,8 @@ def _whole_batch(
 ) -> Part:
     ids, batch = batch.ids, batch.to(model.device)
     if isinstance(samples, Auto):
-        return ids, *predict_auto(model, batch, samples, seed)
+        prediction, taken, settled = predict_auto(model, batch, samples, seed)
+        return ids, prediction, torch.stack((taken, settled.long()))
     if isinstance(samples, str):
         return ids, predict_exact(model, batch), 0
     return ids, predict(model, batch, samples, seed, posterior, design), 0

@@ -98,11 +98,12 @@ def score(
     settings = dict(settings or {})
     result = _facts(info, answers, seed, design, bins, settings)
     result.update(summarise(answers.prediction.probs, answers.labels, bins))
-    if isinstance(answers.samples, Auto) and answers.draws is not None:
+    draws, settled = answers.draws, answers.settled
+    if isinstance(answers.samples, Auto) and draws is not None and settled is not None:
         result["auto"] = {
             **dataclasses.asdict(answers.samples),
-            "mean_draws": answers.draws.double().mean().item(),
-            "stopped_at_most": int((answers.draws == answers.samples.most).sum()),
+            "mean_draws": draws.double().mean().item(),
+            "open": int((~settled).sum()),
         }
     models = [_report_model(result["method"], answers.prediction.probs, answers.labels, result)]
     if calibration is not None:
@@ -202,9 +203,10 @@ def _rows(answers: Answers) -> Iterator[str]:
     """One JSON line per example, in the data set's order."""
     p = answers.prediction
     columns = (p.probs, p.entropy, p.expected_entropy, p.mutual_information, answers.labels)
-    draws = [None] * len(answers.examples) if answers.draws is None else answers.draws.tolist()
+    auto = {"draws": answers.draws, "settled": answers.settled}
+    more = {name: column.tolist() for name, column in auto.items() if column is not None}
     lists = [c.tolist() for c in columns]
-    for example, taken, *row in zip(answers.examples, draws, *lists, strict=True):
+    for i, (example, *row) in enumerate(zip(answers.examples, *lists, strict=True)):
         probs, entropy, expected, information, label = row
         record = {
             "id": example.id,
@@ -214,6 +216,6 @@ def _rows(answers: Answers) -> Iterator[str]:
             "entropy": entropy,
             "expected_entropy": expected,
             "mutual_information": information,
-            **({} if taken is None else {"draws": taken}),
+            **{name: column[i] for name, column in more.items()},
         }
         yield json_text(record) + "\n"

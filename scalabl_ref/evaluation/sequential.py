@@ -7,11 +7,19 @@ tolerance t, E x < -t, and the wealth of a gambler who bets that it is not,
     W_ij = mean over bets b of  product over draws of (1 + b (x + t)),    0 < b < 1 / (1 - t),
 
 is a non-negative supermartingale that starts at 1. It ever reaches w with probability 1 / w at most
-(Ville), however often one looks and whatever makes one stop. An example stops when its leader has
-beaten each of the C - 1 others with W >= (C - 1) / error: then, but with probability `error`, no
-class is better than the answer by more than t. Nothing is assumed of the draws but that they are
-independent. Source: Waudby-Smith and Ramdas, Estimating means of bounded random variables by
-betting, J. R. Stat. Soc. B 86 (2024).
+(Ville), however often one looks and whatever makes one stop. So an answer is settled when its class
+has beaten each of the C - 1 others with W >= (C - 1) / error: the probability that an answer is
+settled although another class is better by more than t is at most `error`. It is over all examples;
+among the settled ones the share of wrong answers may be larger. Nothing is assumed of the draws but
+that they are independent. Source: Waudby-Smith and Ramdas, Estimating means of bounded random
+variables by betting, J. R. Stat. Soc. B 86 (2024).
+
+The average of the draws that made one stop is biased: the test stops when they favour the leader.
+So the draws are split in two halves, those of even and those of odd numbers. Each half has a race
+of its own, and settles after N draws of its own. N of the even half says how many draws of the odd
+half are averaged, and the reverse. N is independent of the draws that it counts, so both averages
+are unbiased, and so is their mean. A half settles at W >= sqrt((C - 1) / error): the wealth of all
+draws is about the product of those of the halves.
 """
 
 from __future__ import annotations
@@ -31,7 +39,7 @@ from ..training import ranks as distributed
 from .predict import Draws, check_samples, log_probs
 
 BETS = 20  # equally spaced sizes of a bet, over which the wealth is averaged
-FIRST_LOOK, GROWTH = 4, 1.5  # draws before the first look, and before each look over the last
+FIRST_LOOK, GROWTH = 4, 1.5  # a half's draws at its first look, and at each look over the last
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Auto:
     """When to stop drawing for an example: see `predict_auto`.
 
     tolerance: in probability, t above. error: the probability, of each example, that its answer is
-    worse by more. most: draws of one example, which then stays open.
+    settled and worse by more. most: draws of one example, which then stays open.
 
     Raises InputError for a value outside its range.
     """
@@ -52,24 +60,24 @@ class Auto:
         for name in ("tolerance", "error"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"{name} must lie between 0 and 1, and is {getattr(self, name)}")
-        if self.most < 1:
-            raise InputError(f"most must be at least 1, and is {self.most}")
+        if self.most < 2:
+            raise InputError(f"most must be at least 2, and is {self.most}")
         check_samples(self.most, "most")
 
     def looks(self) -> list[int]:
-        """Numbers of draws after which it is asked whether to stop, the last of them `most`."""
-        numbers, at = [], float(FIRST_LOOK)
-        while int(at) < self.most:
+        """Numbers of draws of a half after which its race is looked at; last comes `most` / 2."""
+        numbers, at, last = [], float(FIRST_LOOK), self.most // 2
+        while int(at) < last:
             numbers.append(int(at))
             at *= GROWTH
-        return [*numbers, self.most]
+        return [*numbers, last]
 
 
 class Race:
     """Which class leads, for each of B examples: the wealth W_ij of all pairs of C classes."""
 
     def __init__(self, auto: Auto, examples: int, classes: int) -> None:
-        self.auto, self.classes = auto, classes
+        self.auto, self.needed = auto, max(1, classes - 1) / auto.error
         bets = (torch.arange(BETS, dtype=torch.float64) + 0.5) / BETS / (1 - auto.tolerance)
         self.bets = bets[:, None, None, None]
         self.wealth = torch.zeros(BETS, examples, classes, classes, dtype=torch.float64)  # its log
@@ -83,43 +91,64 @@ class Race:
             self.wealth[:, rows] += torch.log1p(self.bets * gain)
 
     def settled(self) -> Tensor:
-        """Whether each example's leader has beaten all others, (B,) bool."""
-        wealth = torch.logsumexp(self.wealth, 0) - math.log(BETS)  # (B, C, C)
-        leader = self.total.argmax(-1)
-        of_leader = wealth[torch.arange(len(leader)), leader]  # (B, C)
-        beaten = of_leader >= math.log(max(1, self.classes - 1) / self.auto.error)
-        return (beaten | (torch.arange(self.classes) == leader[:, None])).all(-1)
+        """Whether each example's leader has won this half, (B,) bool."""
+        return wins(self.wealth, self.total.argmax(-1), math.sqrt(self.needed))
+
+
+def wins(log_wealth: Tensor, answer: Tensor, needed: float) -> Tensor:
+    """Whether the class `answer` (B,) has `needed` against all others, (B,) bool.
+
+    log_wealth: of each bet, (BETS, B, C, C).
+    """
+    wealth = torch.logsumexp(log_wealth, 0) - math.log(BETS)
+    beaten = wealth[torch.arange(len(answer)), answer] >= math.log(needed)  # (B, C)
+    return (beaten | (torch.arange(wealth.shape[-1]) == answer[:, None])).all(-1)
 
 
 @torch.no_grad()
 def predict_auto(
     model: Llama, batch: Batch, auto: Auto | None = None, seed: int = 0
-) -> tuple[Prediction, Tensor]:
-    """The predictive distribution, and how many draws each example took, (B,) int64.
+) -> tuple[Prediction, Tensor, Tensor]:
+    """The predictive distribution; each example's number of draws, int64; whether it is settled.
 
-    Draw i is Noise(seed, i) by the example's id, as in `predict`, of which an example's result is
-    that with so many samples: neither depends on what else is in the batch. The number is 0 where
-    nothing is random. An example that took `auto.most` may still be open.
+    Draw i is Noise(seed, i) by the example's id, as in `predict`: what an example gets does not
+    depend on what else is in the batch. probs and expected_entropy are unbiased. The number of
+    draws is 0 where nothing is random. An example whose halves have stopped is open if its answer,
+    the class with the largest probability, has not enough wealth from all draws together.
     """
     auto = auto or Auto()
     B = len(batch.labels)
-    taken = torch.zeros(B, dtype=torch.int64)
+    taken, settled = torch.zeros(B, dtype=torch.int64), torch.ones(B, dtype=torch.bool)
     if not B or not random_adapters(model):
-        return predictive(log_probs(model, batch, Draws(0, seed)).cpu()), taken
+        return predictive(log_probs(model, batch, Draws(0, seed)).cpu()), taken, settled
     parts: list[list[Tensor]] = [[] for _ in range(B)]  # of each example, (S, C)
-    race, open_rows, done = None, torch.arange(B), 0
+    races: list[Race] = []
+    stops = torch.zeros(2, B, dtype=torch.int64)  # N of the even half, and of the odd; 0: it runs
+    open_rows, done = torch.arange(B), 0
     for look in auto.looks():
-        draws = Draws(look - done, seed, first=done)
+        draws = Draws(2 * (look - done), seed, first=2 * done)
         drawn = log_probs(model, batch.rows(open_rows), draws).cpu()
         if distributed.sharded(model):
             distributed.as_first(drawn)  # rounding must not tell ranks to make other passes
-        race = race or Race(auto, B, drawn.shape[-1])
-        race.add(drawn.exp(), open_rows)
+        races = races or [Race(auto, B, drawn.shape[-1]) for _ in range(2)]
+        for half, race in enumerate(races):
+            race.add(drawn[half::2].exp(), open_rows)
+            stops[half, (stops[half] == 0) & race.settled()] = look
         for place, row in enumerate(open_rows.tolist()):
             parts[row].append(drawn[:, place])
-        taken[open_rows], done = look, look
-        open_rows = open_rows[~race.settled()[open_rows]]
+        taken[open_rows], done = 2 * look, look
+        open_rows = open_rows[(stops[:, open_rows] == 0).any(0)]
         if not len(open_rows):
             break
-    each = [predictive(torch.cat(part)[:, None]) for part in parts]
-    return Prediction(*(torch.cat(column) for column in zip(*each, strict=True))), taken
+    stops[stops == 0] = done
+    each = [_average(torch.cat(part), *n) for part, n in zip(parts, stops.T.tolist(), strict=True)]
+    prediction = Prediction(*(torch.cat(column) for column in zip(*each, strict=True)))
+    together = races[0].wealth + races[1].wealth
+    return prediction, taken, wins(together, prediction.probs.argmax(-1), races[0].needed)
+
+
+def _average(drawn: Tensor, even: int, odd: int) -> Prediction:
+    """Of one example's draws (S, C): as many of each half as the other half says."""
+    used = drawn[0::2][:odd], drawn[1::2][:even]
+    weights = [torch.full((len(part),), 0.5 / len(part), dtype=torch.float64) for part in used]
+    return predictive(torch.cat(used)[:, None], torch.cat(weights))

@@ -342,7 +342,8 @@ def test_other_numbers_of_samples_with_a_sharded_base(tmp_path):
             assert on_ranks(2, command, text + more) == [0, 0]
             bound = rounded if samples == "auto" and more else 0.0
             for ours, theirs in zip(answers(run), expected, strict=True):
-                assert ours.get("draws") == theirs.get("draws")
+                for name in ("draws", "settled"):
+                    assert ours.get(name) == theirs.get(name)
                 for one, other in zip(ours["probs"], theirs["probs"], strict=True):
                     assert abs(one - other) <= bound, (samples, more, ours, theirs)
 

@@ -213,8 +213,8 @@ def add_samples(parser: argparse.ArgumentParser) -> None:
         "and --most; exact: integrate (only for scalabl on lm_head alone, with at most 4 classes "
         "or rank 3)")  # fmt: skip
     helps = {
-        "tolerance": "--samples auto: stop once, with 95 %% confidence, no other answer is more "
-        "than this much more probable",
+        "tolerance": "--samples auto: stop once a test with an error of 5 %% says that no other "
+        "answer is more than this much more probable",
         "most": "--samples auto: stop after this many draws, at most 100,000",
     }
     add_fields(parser, Auto, helps)

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> Result:
         model, tokenizer, [example], samples, args.seed, posterior=posterior, design=args.design,
         wording=wording,
     )  # fmt: skip
-    p, draws = answers.prediction, answers.draws
+    p, draws, settled = answers.prediction, answers.draws, answers.settled
     probs, others = p.probs[0, : len(choices)], p.probs[0, len(choices) :]
     for choice, value in zip(choices, probs.tolist(), strict=True):
         say(args, f"{value:.4f}  {choice}")
@@ -50,6 +50,10 @@ def run(args: argparse.Namespace) -> Result:
         result["others"] = others.sum().item()
         say(args, f"{result['others']:.4f}  all other answers of the run")
     result["samples"] = answers.samples if draws is None else int(draws[0])
+    if settled is not None:
+        result["settled"] = bool(settled[0])
+        if not result["settled"]:
+            say(args, f"open after {result['samples']} draws: more could change the answer")
     for name in ("entropy", "expected_entropy", "mutual_information"):
         result[name] = getattr(p, name)[0].item()
         say(args, f"{name.replace('_', ' ')}: {result[name]:.4f} nats")
