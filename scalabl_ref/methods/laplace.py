@@ -1,4 +1,4 @@
-"""Laplace-LoRA: a Gaussian around a trained plain LoRA, from Kronecker-factored curvature.
+"""Laplace-LoRA: a Gaussian around a trained plain LoRA, from the curvature of its training set.
 
 Around the weights theta* of a finished "mle" or "map" run, with F the Fisher information of the
 training set and lambda the prior's precision,
@@ -6,19 +6,24 @@ training set and lambda the prior's precision,
     q(theta) = N(theta*, Sigma),   Sigma = (F + lambda I)^-1
     f(x) ~ N(f*(x), J Sigma J^T),  J = df / dtheta, the logits linearised around theta*
 
-F is block-diagonal over the matrices A (r, d_in) and B (d_out, r) of the layers. For a matrix with
-inputs a and gradients g = d log p(y) / d output, the block is N E[g g^T] x E[a a^T], a Kronecker
-product of means over the N examples. The mean of g g^T is over the classes too, weighted by the
-model's probabilities. a and g are those of the last token, as in the authors' code (Yang, Robeyns,
-Wang, Aitchison, ICLR 2024; bayesian_lora); this is neither KFAC-expand nor KFAC-reduce. J includes
-every token.
+There are three F, over the matrices A (r, d_in) and B (d_out, r) of the layers:
+
+"expand": block-diagonal. A matrix with inputs a and gradients g = d log p_c / d output has the
+    block T E[g g^T] x E[a a^T], a Kronecker product of means over all T tokens that pass through
+    it: KFAC-expand (Eschenhagen et al., NeurIPS 2023; laplace-torch).
+"last": the same with the last token of each example alone, T = N, as in bayesian_lora, the code of
+    Yang, Robeyns, Wang, Aitchison, ICLR 2024. It misses how earlier tokens reach the answer.
+"exact": sum of J^T (diag p - p p^T) J, over all matrices jointly.
+
+The mean of g g^T is over the classes c too, weighted by the model's probabilities p.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -40,6 +45,10 @@ if TYPE_CHECKING:
 
 Layers = Literal["all", "last"]
 LAYERS: tuple[Layers, ...] = ("all", "last")
+CurvatureKind = Literal["expand", "last", "exact"]
+CURVATURES: tuple[CurvatureKind, ...] = ("expand", "last", "exact")
+JOINT = "all matrices"  # the name of the one block of an exact F
+MOST_NUMBERS = 2**28  # of an exact F or its root: 2 GiB, and fitting takes about three times that
 LOGITS_LAYER = RESERVED_LAYER - 1  # a noise id that no adapter has
 FILE = "laplace.safetensors"
 FACTS = ("precision", "log_likelihood", "squares")  # in the file's metadata
@@ -49,8 +58,9 @@ Passes = dict[str, tuple[Tensor, Tensor]]  # a layer's input (B, T, d_in) and ou
 class Curvature(NamedTuple):
     """Eigenvectors and eigenvalues of F's block for one matrix (m, n), float64.
 
-    left (m, k): eigenvectors of N E[g g^T]. right (n, l): eigenvectors of E[a a^T]. values (k, l):
-    products of their eigenvalues. Directions orthogonal to all of them have the eigenvalue 0.
+    left (m, k): eigenvectors of E[g g^T]. right (n, l): eigenvectors of E[a a^T]. values (k, l):
+    products of their eigenvalues and T. Directions orthogonal to all of them have the eigenvalue 0.
+    An exact F is one block: all matrices in one column (m, 1), and right is 1.
     """
 
     left: Tensor
@@ -72,10 +82,12 @@ class Curvature(NamedTuple):
 class Laplace:
     """The posterior of a run; a `methods.Posterior`.
 
-    curvature: by the name of the matrix, such as layers.0.attn.q_proj.A. log_likelihood: of the
-    training set, in nats. squares: ||theta*||^2 over the same matrices. precision: lambda.
+    shapes: of the matrices, by a name such as layers.0.attn.q_proj.A, in the order of F. curvature:
+    by the same names, or only JOINT. log_likelihood: of the training set, in nats. squares:
+    ||theta*||^2 over the same matrices. precision: lambda.
     """
 
+    shapes: dict[str, tuple[int, int]]
     curvature: dict[str, Curvature]
     log_likelihood: float
     squares: float
@@ -94,37 +106,42 @@ class Laplace:
         layers: Layers = "all",
         rank: int | None = None,
         precision: float | None = None,
+        curvature: CurvatureKind = "expand",
     ) -> Laplace:
         """The posterior of a trained model, from its training set, every example once.
 
         layers: "all", or "last" for only the last adapted layer; the others are then constants.
         rank: number of eigenvectors to keep of each factor. None keeps all; a factor of d x d then
         needs d^2 numbers. precision: None is 1 / prior_std^2 of the model's configuration.
+        curvature: which F, see the module.
 
-        Raises InputError for a model without plain LoRA, and for a wrong `layers` or `rank`.
+        Raises InputError for a model without plain LoRA, for a wrong `layers`, `rank` or
+        `curvature`, and for an exact F that needs more than MOST_NUMBERS numbers.
         """
         chosen = _chosen(model, layers)
+        if curvature not in CURVATURES:
+            raise InputError(f"curvature must be one of {', '.join(CURVATURES)}, not {curvature!r}")
         if rank is not None and rank < 1:
             raise InputError(f"rank must be at least 1, not {rank}")
+        if rank is not None and curvature == "exact":
+            raise InputError("curvature exact has no factors to cut to a rank: leave rank out")
         weights = _weights(chosen)
-        moments = {
-            name: [_Moments(d, rank, w.device) for d in w.shape] for name, w in weights.items()
-        }
+        sums = _Joint(weights) if curvature == "exact" else _Factors(weights, rank)
         examples, log_likelihood = 0, 0.0
         for batch in batches:
             batch = batch.to(model.device)
-            log_p = _observe(model, batch, chosen, moments)
+            logits, passes = _forward(model, batch, chosen)
+            log_p = logits.detach().double().log_softmax(-1)
+            gradients = _gradients(logits, passes, _scores(log_p))
+            sums.add((_matrices(chosen, passes, g) for g in gradients), _tokens(batch, curvature))
             log_likelihood += float(log_p.gather(1, batch.labels[:, None]).sum())
             examples += len(log_p)
         if not examples:
             raise InputError("no examples to take the curvature from")
-        curvature = {}
-        for name, (left, right) in sorted(moments.items()):
-            (U, of_gradients), (V, of_inputs) = left.eigen(), right.eigen()
-            curvature[name] = Curvature(U, V, torch.outer(of_gradients, of_inputs / examples))
         if precision is None:
             precision = next(iter(chosen.values())).config.sigma_p ** -2
-        return cls(curvature, log_likelihood, _squares(weights), precision)
+        shapes = {name: (len(w), w.shape[1]) for name, w in weights.items()}
+        return cls(shapes, sums.eigen(), log_likelihood, _squares(weights), precision)
 
     @torch.no_grad()
     def logits(self, model: Llama, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -134,17 +151,14 @@ class Laplace:
         """
         chosen = self._layers_of(model)
         logits, passes = _forward(model, batch, chosen)
-        J: dict[str, list[Tensor]] = {name: [] for name in self.curvature}
-        for of_class in _gradients(logits, passes):
-            for name, adapter in chosen.items():
-                parts = _matrices(adapter, passes[name][0], of_class[name])
-                for key, (a, g) in parts.items():
-                    # The sum over tokens, (B, m, n); the head sees one, without a dimension.
-                    J[f"{name}.{key}"].append(torch.einsum("b...m,b...n->bmn", g, a))
-        covariances = [
-            curvature.covariance(torch.stack(J[name], 1), self.precision)
-            for name, curvature in self.curvature.items()
+        each = [
+            {name: _products(a, g) for name, (a, g) in _matrices(chosen, passes, of_class).items()}
+            for of_class in _gradients(logits, passes, _units(logits))
         ]
+        J = {name: torch.stack([rows[name] for rows in each], 1) for name in self.shapes}
+        if JOINT in self.curvature:
+            J = {JOINT: torch.cat([part.flatten(2) for part in J.values()], 2)[..., None]}
+        covariances = [c.covariance(J[name], self.precision) for name, c in self.curvature.items()]
         return logits.detach().double(), torch.stack(covariances).sum(0)
 
     def log_probs(self, model: Llama, batch: Batch, samples: int, seed: int) -> Tensor:
@@ -208,6 +222,7 @@ class Laplace:
             for key, tensor in curvature._asdict().items()
         ]
         facts = {key: repr(getattr(self, key)) for key in FACTS}
+        facts["shapes"] = json.dumps(self.shapes)
         save_tensors(Path(folder) / FILE, tensors, facts)
 
     @classmethod
@@ -222,28 +237,32 @@ class Laplace:
                 name: Curvature(*(tensors.pop(f"{name}.{key}") for key in Curvature._fields))
                 for name in sorted(names)
             }
+            shapes = {name: (len(c.left), len(c.right)) for name, c in curvature.items()}
+            if "shapes" in metadata:  # older files have blocks of single matrices only
+                shapes = {name: (m, n) for name, (m, n) in json.loads(metadata["shapes"]).items()}
         except (KeyError, ValueError) as error:
             raise InputError(f"{path}: not written by this program: {error}") from None
         if not curvature:
             raise InputError(f"{path}: holds no curvature")
+        if curvature.keys() not in (shapes.keys(), {JOINT}):
+            raise InputError(f"{path}: its curvature and its matrices differ")
         for name, c in curvature.items():
             ranks = (c.left.shape[-1], c.right.shape[-1])
             if c.left.dim() != 2 or c.right.dim() != 2 or c.values.shape != ranks:
                 raise InputError(f"{path}: {name}: shapes do not fit each other")
             if not all(torch.isfinite(tensor).all() for tensor in c):
                 raise InputError(f"{path}: {name}: has NaN or infinite values")
-        return cls(curvature, **facts)
+        return cls(shapes, curvature, **facts)
 
     def _values(self) -> Tensor:
         return torch.cat([curvature.values.flatten() for curvature in self.curvature.values()])
 
     def _layers_of(self, model: Llama) -> dict[str, Adapter]:
         """The layers of `model` in the posterior. Raises InputError if it is of another model."""
-        names = {name.rpartition(".")[0] for name in self.curvature}
+        names = {name.rpartition(".")[0] for name in self.shapes}
         chosen = {name: a for name, a in _chosen(model, "all").items() if name in names}
         weights = _weights(chosen)
-        shapes = {name: (len(c.left), len(c.right)) for name, c in self.curvature.items()}
-        if shapes != {name: tuple(weight.shape) for name, weight in weights.items()}:
+        if self.shapes != {name: tuple(weight.shape) for name, weight in weights.items()}:
             raise InputError("the Laplace approximation is of a model with other adapters")
         if not math.isclose(_squares(weights), self.squares, rel_tol=1e-9):
             raise InputError("the Laplace approximation is around other weights than the model's")
@@ -269,7 +288,7 @@ def _chosen(model: Llama, layers: Layers) -> dict[str, Adapter]:
     own = adapters(model)
     if layers not in LAYERS:
         raise InputError(f"layers must be one of {', '.join(LAYERS)}, not {layers!r}")
-    if not own or any(adapter.random for adapter in own.values()):
+    if not own or any(adapter.config.method not in ("mle", "map") for adapter in own.values()):
         raise InputError("Laplace needs a model with plain LoRA: method mle or map")
     return own if layers == "all" else dict([own.popitem()])
 
@@ -302,58 +321,122 @@ def _forward(model: Llama, batch: Batch, chosen: dict[str, Adapter]) -> tuple[Te
             handle.remove()
 
 
-def _gradients(logits: Tensor, passes: Passes) -> Iterator[dict[str, Tensor]]:
-    """For each class, d logit / d output of every layer, each (B, T, d_out).
+def _units(logits: Tensor) -> Tensor:
+    """Directions (C, B, C) of the logits: each class by itself."""
+    return torch.eye(logits.shape[1]).to(logits)[:, None].expand(-1, *logits.shape)
+
+
+def _scores(log_p: Tensor) -> Tensor:
+    """Directions (C, B, C) in which the logits' gradients are those of log p_c, times sqrt(p_c).
+
+    The sum of their squares over classes is J^T (diag(p) - p p^T) J.
+    """
+    p = log_p.exp()
+    return p.T.sqrt()[..., None] * (torch.eye(p.shape[1]).to(p)[:, None] - p)
+
+
+def _gradients(logits: Tensor, passes: Passes, directions: Tensor) -> Iterator[dict[str, Tensor]]:
+    """For each direction (B, C), d (direction . logits) / d output of every layer, (B, T, d_out).
 
     Rows are independent, so one backward pass of their sum gives the gradients of every row.
     """
     outputs = [output for _, output in passes.values()]
-    for unit in torch.eye(logits.shape[1]).to(logits):
-        gradients = torch.autograd.grad(logits, outputs, unit.expand_as(logits), retain_graph=True)
+    for direction in directions.to(logits):
+        gradients = torch.autograd.grad(logits, outputs, direction, retain_graph=True)
         yield dict(zip(passes, gradients, strict=True))
 
 
-def _last(x: Tensor, batch: Batch) -> Tensor:
-    """x (B, T, d) at each row's last real token, (B, d). The head's input is (B, d) already."""
-    if x.dim() == 2:
-        return x
-    return x[torch.arange(len(x), device=x.device), batch.lengths - 1]
+Pairs = dict[str, tuple[Tensor, Tensor]]  # of a matrix: inputs (..., n), output gradients (..., m)
+Pick = Callable[[Tensor], Tensor]
 
 
-def _scores(g: Tensor, log_p: Tensor) -> Tensor:
-    """Gradients of log p_c from those of the logits, (C, B, d), times sqrt(p_c): (C B, d).
-
-    The sum of their squares over classes is J^T (diag(p) - p p^T) J.
-    """
-    p = log_p.exp().T[..., None]  # (C, B, 1)
-    g = g.double()
-    return (p.sqrt() * (g - (p * g).sum(0))).flatten(0, 1)
-
-
-def _matrices(adapter: Adapter, x: Tensor, g: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def _matrices(chosen: dict[str, Adapter], passes: Passes, gradients: dict[str, Tensor]) -> Pairs:
     """Inputs and output gradients of A and B, from those of their layer, W x + c B A x."""
-    A, B, x, g = (tensor.double() for tensor in (adapter.A, adapter.B, x, g))
-    g = adapter.config.scaling * g
-    return {"A": (x, g @ B), "B": (x @ A.T, g)}
-
-
-def _observe(
-    model: Llama, batch: Batch, chosen: dict[str, Adapter], moments: dict[str, list[_Moments]]
-) -> Tensor:
-    """Add a batch to the moments [of g, of a] of each matrix; returns log-probabilities (B, C)."""
-    logits, passes = _forward(model, batch, chosen)
-    log_p = logits.detach().double().log_softmax(-1)
-    classes = [
-        {name: _last(g, batch) for name, g in of_class.items()}
-        for of_class in _gradients(logits, passes)
-    ]
+    pairs: Pairs = {}
     for name, adapter in chosen.items():
-        x = _last(passes[name][0], batch)
-        scores = _scores(torch.stack([of_class[name] for of_class in classes]), log_p)
-        for key, (a, g) in _matrices(adapter, x, scores).items():
-            for moment, rows in zip(moments[f"{name}.{key}"], (g, a), strict=True):
-                moment.add(rows)
-    return log_p
+        tensors = adapter.A, adapter.B, passes[name][0], gradients[name]
+        A, B, x, g = (tensor.double() for tensor in tensors)
+        g = adapter.config.scaling * g
+        pairs |= {f"{name}.A": (x, g @ B), f"{name}.B": (x @ A.T, g)}
+    return pairs
+
+
+def _products(a: Tensor, g: Tensor) -> Tensor:
+    """Gradients by a matrix, the sum over tokens, (B, m, n); the head sees one token a row."""
+    return torch.einsum("b...m,b...n->bmn", g, a)
+
+
+def _tokens(batch: Batch, curvature: CurvatureKind) -> Pick:
+    """Picks rows (n, d) of x (B, T, d): of all real tokens or each row's last one.
+
+    The head's x is (B, d): it sees no other token.
+    """
+    place = torch.arange(batch.tokens.shape[1], device=batch.lengths.device)
+    ends = batch.lengths[:, None]
+    wanted = place == ends - 1 if curvature == "last" else place < ends
+    return lambda x: x if x.dim() == 2 else x[wanted]
+
+
+class _Factors:
+    """Both factors of every block: moments of output gradients and of inputs."""
+
+    def __init__(self, weights: dict[str, Tensor], rank: int | None) -> None:
+        self.moments = {
+            name: [_Moments(d, rank, w.device) for d in w.shape] for name, w in weights.items()
+        }
+
+    def add(self, each: Iterable[Pairs], pick: Pick) -> None:
+        """Add a batch, from the pairs of each class; a class has its own gradients only."""
+        for number, pairs in enumerate(each):
+            for name, (a, g) in pairs.items():
+                left, right = self.moments[name]
+                left.add(pick(g))
+                if number == 0:
+                    right.add(pick(a))
+
+    def eigen(self) -> dict[str, Curvature]:
+        found = {}
+        for name, (left, right) in sorted(self.moments.items()):
+            (U, of_gradients), (V, of_inputs) = left.eigen(), right.eigen()
+            found[name] = Curvature(U, V, torch.outer(of_gradients, of_inputs / right.count))
+        return found
+
+
+class _Joint:
+    """An exact F: rows of a root R, F = R^T R, while they are fewer than its own; then F itself."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        self.size, self.count = sum(w.numel() for w in weights.values()), 0
+        self.rows: list[Tensor] = []
+        self.moments: _Moments | None = None
+
+    def add(self, each: Iterable[Pairs], pick: Pick) -> None:
+        for pairs in each:
+            parts = [_products(a, g).flatten(1) for a, g in pairs.values()]
+            self.rows.append(torch.cat(parts, 1))
+            self.count += len(parts[0])
+            height = min(self.count, self.size)
+            if height * self.size > MOST_NUMBERS:
+                raise InputError(
+                    f"curvature exact has at least {height:,} x {self.size:,} numbers, more than "
+                    f"{MOST_NUMBERS:,}: give fewer questions or adapted layers, or curvature expand"
+                )
+            if height == self.size:
+                if self.moments is None:
+                    self.moments = _Moments(self.size, None, parts[0].device)
+                self.moments.add(torch.cat(self.rows))
+                self.rows = []
+
+    def eigen(self) -> dict[str, Curvature]:
+        if self.moments is not None:
+            vectors, values = self.moments.eigen()
+        else:  # eigenvectors of R R^T, less those that may be its rounding
+            root = torch.cat(self.rows)
+            values, U = torch.linalg.eigh(root @ root.T)
+            kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+            vectors, values = root.T @ (U[:, kept] / values[kept].sqrt()), values[kept]
+        one = torch.ones(1, 1, dtype=torch.float64)
+        return {JOINT: Curvature(vectors.cpu(), one, values.cpu()[:, None])}
 
 
 class _Moments:
@@ -362,9 +445,11 @@ class _Moments:
     def __init__(self, d: int, rank: int | None, device: torch.device) -> None:
         self.rank = d if rank is None else min(rank, d)
         self.sum = torch.zeros(d, self.rank, dtype=torch.float64, device=device)
+        self.count = 0
 
     def add(self, rows: Tensor) -> None:
         """Add rows (n, d). For a lower rank, `sum` is a root R of R R^T, cut by an SVD."""
+        self.count += len(rows)
         if self.rank == len(self.sum):
             self.sum += rows.T @ rows
         else:

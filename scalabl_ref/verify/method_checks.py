@@ -29,7 +29,7 @@ from ..evaluation.predict import predict
 from ..methods import Ensemble, fit_tfb
 from ..methods.blob import SIGNS
 from ..methods.ensemble import State
-from ..methods.laplace import LOGITS_LAYER, Laplace, draw_logits
+from ..methods.laplace import JOINT, LOGITS_LAYER, CurvatureKind, Laplace, draw_logits
 from ..methods.swag import FIRST_SWAG_LAYER, Swag
 from ..model.attach import Linear, add_adapters
 from ..model.config import LlamaConfig
@@ -491,11 +491,15 @@ def drawn(model: Llama, batch: Batch, width: float) -> Tensor:
 # --- Laplace ----------------------------------------------------------------------------------
 
 PRECISION = 0.7
-# Targets, and lengths of training prompts, for which a matrix' gradient is g a^T, with its input a
-# at the last token: where there is no other token, or only the last one reaches the answer.
-FITS: list[tuple[tuple[str, ...], int]] = [
-    (("v_proj", "up_proj", "lm_head"), 1),
-    (("q_proj", "up_proj", "lm_head"), 5),
+TARGETS = ("q_proj", "v_proj", "up_proj", "lm_head")
+# The kind of F, targets, and lengths of training prompts. "last" has those for which a matrix'
+# gradient is g a^T, with its input a at the last token: where there is no other token, or only the
+# last one reaches the answer.
+FITS: list[tuple[CurvatureKind, tuple[str, ...], int]] = [
+    ("last", ("v_proj", "up_proj", "lm_head"), 1),
+    ("last", ("q_proj", "up_proj", "lm_head"), 5),
+    ("expand", TARGETS, 5),
+    ("exact", TARGETS, 5),
 ]
 
 
@@ -508,20 +512,80 @@ class Fit(NamedTuple):
     log_likelihood: float
 
 
-def fit(device: torch.device, targets: tuple[str, ...], tokens: int) -> Fit:
-    """F = N E[g g^T] x E[a a^T], with g from gradients by the matrix itself, class by class."""
+def fit(device: torch.device, kind: CurvatureKind, targets: tuple[str, ...], tokens: int) -> Fit:
     model, batch = small_model(device, targets), prompts(device, 5, tokens)
-    inputs, (logits, J) = last_inputs(model, batch), jacobians(model, batch)
-    p, blocks = logits.softmax(1), {}
+    logits, J = jacobians(model, batch)
+    p = logits.softmax(1)
+    log_likelihood = sum(math.log(p[i, label]) for i, label in enumerate(batch.labels.tolist()))
+    if kind == "exact":
+        blocks = {name: gauss_newton(p, each) for name, each in joined(J).items()}
+    elif kind == "last":
+        blocks = last_blocks(p, J, last_inputs(model, batch))
+    else:
+        blocks = expanded_blocks(model, batch)
+    fitted = Laplace.fit(model, [batch], precision=PRECISION, curvature=kind)
+    return Fit(model, fitted, blocks, log_likelihood)
+
+
+def gauss_newton(p: Tensor, J: Tensor) -> Tensor:
+    """Sum over examples of J^T (diag p - p p^T) J, for J (B, C, n)."""
+    total = torch.zeros(J.shape[-1], J.shape[-1]).to(J)
+    for of_class, weight in zip(J, p, strict=True):  # (C, n), (C,)
+        total += of_class.T @ (weight.diag() - torch.outer(weight, weight)) @ of_class
+    return total
+
+
+def joined(J: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients by all matrices in one row, (B, C, sum of m n)."""
+    return {JOINT: torch.cat([each.flatten(2) for each in J.values()], 2)}
+
+
+def last_blocks(p: Tensor, J: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """N E[g g^T] x E[a a^T], with g from the gradients by the matrix itself, g a^T."""
+    blocks = {}
     for name, gradients in J.items():
         a = inputs[name]
         g = (gradients @ (a / a.square().sum(1, keepdim=True))[:, None, :, None])[..., 0]
-        left = torch.zeros(g.shape[-1], g.shape[-1]).to(g)
-        for of_class, weight in zip(g, p, strict=True):  # (C, m), (C,)
-            left += of_class.T @ (weight.diag() - torch.outer(weight, weight)) @ of_class
-        blocks[name] = torch.kron(left, a.T @ a / len(a))
-    log_likelihood = sum(math.log(p[i, label]) for i, label in enumerate(batch.labels.tolist()))
-    return Fit(model, Laplace.fit(model, [batch], precision=PRECISION), blocks, log_likelihood)
+        blocks[name] = torch.kron(gauss_newton(p, g), a.T @ a / len(a))
+    return blocks
+
+
+def expanded_blocks(model: Llama, batch: Batch) -> dict[str, Tensor]:
+    """T E[g g^T] x E[a a^T] over the T tokens of all prompts, token by token.
+
+    Each prompt goes alone through the model, without padding. g is the gradient by zeros that are
+    added to the layer's output.
+    """
+    blocks = {}
+    for name, adapter in adapters(model).items():
+        A, B = parts(adapter)["A"], parts(adapter)["B"]
+        left, right = (torch.zeros(d, d, dtype=torch.float64) for d in (len(B), A.shape[1]))
+        tokens = 0
+        for row, length in enumerate(batch.lengths.tolist()):
+            one = replace(batch.rows(torch.tensor([row])), tokens=batch.tokens[row, None, :length])
+            x, added, logits = with_added(model, one, name)
+            for log_p in logits[0].log_softmax(0):
+                [of_class] = torch.autograd.grad(log_p, added, retain_graph=True)
+                for g in adapter.config.scaling * of_class.reshape(-1, len(B)).cpu():
+                    left += log_p.exp().item() * torch.outer(g, g)
+            for a in x.reshape(-1, A.shape[1]).cpu():
+                right, tokens = right + torch.outer(a, a), tokens + 1
+        blocks[f"{name}.A"] = torch.kron(B.T @ left @ B, right / tokens)
+        blocks[f"{name}.B"] = torch.kron(left, A @ right @ A.T / tokens)
+    return {name: block.to(batch.tokens.device) for name, block in blocks.items()}
+
+
+def with_added(model: Llama, batch: Batch, layer: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's input, zeros that are added to its output, and the class logits."""
+    seen: list[Tensor] = []
+
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen.extend((inputs[0].detach(), torch.zeros_like(output, requires_grad=True)))
+        return output + seen[1]
+
+    with model.get_submodule(layer).register_forward_hook(add):
+        logits = class_logits(model, batch, None, padded=True)
+    return seen[0], seen[1], logits
 
 
 def jacobians(model: Llama, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -564,6 +628,8 @@ def laplace_logits(_: Op, device: torch.device) -> Errors:
     for case in FITS:
         model, laplace, blocks, _likelihood = fit(device, *case)
         logits, J = jacobians(model, batch)
+        if case[0] == "exact":
+            J = joined(J)
         covariance, largest = torch.zeros(3, 3, 3).to(logits), 0.0
         for name, F in blocks.items():
             posterior = torch.linalg.inv(F + PRECISION * torch.eye(len(F)).to(F))

@@ -15,7 +15,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from scalabl_ref import InputError, Noise, adapters, predict
 from scalabl_ref.core.config import TARGETS
 from scalabl_ref.core.objective import Batch, class_logits
-from scalabl_ref.methods.laplace import FILE, LOGITS_LAYER, Curvature, Laplace, draw_logits
+from scalabl_ref.methods import laplace as laplace_module
+from scalabl_ref.methods.laplace import (
+    CURVATURES,
+    FILE,
+    JOINT,
+    LOGITS_LAYER,
+    Curvature,
+    Laplace,
+    draw_logits,
+)
 from scalabl_ref.support.tensors import load_tensors, save_tensors
 from scalabl_ref.verify import reference
 
@@ -81,6 +90,9 @@ def dense(curvature) -> torch.Tensor:
     return (u * curvature.values.flatten()) @ u.T
 
 
+each_kind = pytest.mark.parametrize("kind", CURVATURES)
+
+
 def close(got, expected, terms: int = TERMS) -> None:
     """To rounding, relative to the largest entry: what the sums of a matrix' entries share."""
     got, expected = (torch.as_tensor(t, dtype=torch.float64) for t in (got, expected))
@@ -115,7 +127,7 @@ def test_the_query_of_the_last_block_is_exact_for_longer_prompts():
     """Its last token is the only one that reaches the answer."""
     model, batch = plain(targets=("q_proj",)), part(tiny_batch(), [2])
     logits, J = jacobians(model, batch)
-    fitted = Laplace.fit(model, [batch], "last").curvature
+    fitted = Laplace.fit(model, [batch], "last", curvature="last").curvature
     assert batch.lengths > 2 and fitted.keys() == {f"layers.1.attn.q_proj.{key}" for key in "AB"}
     for name, block in fitted.items():
         close(dense(block), ggn(logits, J[name]))
@@ -139,7 +151,7 @@ def test_a_frozen_model_has_the_same_curvature(layers):
 def test_several_examples_give_the_product_of_their_means():
     """N E[g g^T] x E[a a^T] of the last tokens, from a layer's input and a shift of its output."""
     model, batch = plain(), tiny_batch(5)
-    laplace = Laplace.fit(model, [part(batch, [3, 0]), part(batch, [1, 2, 4])])
+    laplace = Laplace.fit(model, [part(batch, [3, 0]), part(batch, [1, 2, 4])], curvature="last")
     assert len(laplace.curvature) == 2 * 5
     for layer, adapter in adapters(model).items():
         A, B = adapter.A.detach(), adapter.B.detach()
@@ -150,6 +162,83 @@ def test_several_examples_give_the_product_of_their_means():
         close(dense(laplace.curvature[f"{layer}.B"]), torch.kron(left, A @ right @ A.T))
     expected = logits.log_softmax(-1)[torch.arange(5), batch.labels].sum()
     close(laplace.log_likelihood, expected)
+
+
+@pytest.mark.eq_15
+@pytest.mark.eq_16
+def test_expand_is_a_sum_over_tokens():
+    """sum of g g^T x mean of a a^T over real tokens: one example, one class, one token a time."""
+    model, batch = plain(targets=TARGETS), tiny_batch(4)
+    laplace = Laplace.fit(model, [part(batch, [2, 0]), part(batch, [1, 3])])
+    assert len(set(batch.lengths.tolist())) > 1  # so that some rows have padding
+    for layer, adapter in adapters(model).items():
+        c, A, B = adapter.config.scaling, adapter.A.detach(), adapter.B.detach()
+        (m, n), tokens = (len(B), A.shape[1]), 0
+        left, right = torch.zeros(m, m).double(), torch.zeros(n, n).double()
+        for row, length in enumerate(batch.lengths.tolist()):
+            one = part(batch, [row])
+            one = dataclasses.replace(one, tokens=one.tokens[:, :length])  # without padding
+            seen, shift, logits = shifted(model, one, layer)
+            log_p = logits.log_softmax(-1)[0]
+            for value in log_p:
+                [g] = torch.autograd.grad(value, shift, retain_graph=True)
+                for token in g.reshape(-1, m):
+                    left += value.exp().item() * c * c * torch.outer(token, token)
+            for x in seen.reshape(-1, n):
+                right += torch.outer(x, x)
+                tokens += 1
+        assert tokens == (4 if layer == "lm_head" else batch.lengths.sum())
+        right /= tokens
+        close(dense(laplace.curvature[f"{layer}.A"]), torch.kron(B.T @ left @ B, right))
+        close(dense(laplace.curvature[f"{layer}.B"]), torch.kron(left, A @ right @ A.T))
+
+
+def shifted(model, batch, layer: str):
+    """A layer's input, something that is added to its output, and the logits."""
+    seen, shift = [], []
+
+    def add(module, inputs, output):
+        seen.append(inputs[0].detach())
+        shift.append(torch.zeros_like(output, requires_grad=True))
+        return output + shift[0]
+
+    with model.get_submodule(layer).register_forward_hook(add):
+        logits = class_logits(model, batch, None, padded=True)
+    return seen[0], shift[0], logits
+
+
+@pytest.mark.eq_15
+@pytest.mark.eq_16
+@pytest.mark.parametrize("layers, examples", [("all", 4), ("last", 4), ("last", 30)])
+def test_exact_is_the_ggn_of_explicit_jacobians(layers, examples):
+    """With fewer rows than weights, and with more; a batch at a time."""
+    model, batch = plain(), tiny_batch(examples)
+    laplace = Laplace.fit(
+        model, [part(batch, [3, 0]), part(batch, [1, 2, *range(4, examples)])], layers,
+        curvature="exact",
+    )  # fmt: skip
+    logits, J = jacobians(model, batch)
+    size = sum(m * n for m, n in laplace.shapes.values())
+    assert (3 * examples > size) == (examples == 30) and laplace.curvature.keys() == {JOINT}
+    assert len(laplace.curvature[JOINT].left) == size
+    close(dense(laplace.curvature[JOINT]), ggn(logits, joined(J, laplace)))
+
+
+def joined(J, laplace) -> torch.Tensor:
+    """Jacobians by all matrices in one column, (B, C, m n, 1)."""
+    return torch.cat([J[name].flatten(2) for name in laplace.shapes], 2)[..., None]
+
+
+def test_an_exact_curvature_that_needs_too_much_memory_is_refused(monkeypatch):
+    """Before it is there: of each row as many numbers as there are weights."""
+    model, batch = plain(), tiny_batch(4)
+    size = sum(m * n for m, n in Laplace.fit(model, [batch]).shapes.values())
+    monkeypatch.setattr(laplace_module, "MOST_NUMBERS", 12 * size)
+    Laplace.fit(model, [batch], curvature="exact")
+    monkeypatch.setattr(laplace_module, "MOST_NUMBERS", 12 * size - 1)
+    with pytest.raises(InputError, match=f"exact has at least 12 x {size:,} numbers, more than"):
+        Laplace.fit(model, [batch], curvature="exact")
+    Laplace.fit(model, [batch])
 
 
 def last_token(model, batch, layer: str):
@@ -174,10 +263,12 @@ def last_token(model, batch, layer: str):
 
 
 def test_a_rank_that_suffices_changes_nothing_and_a_smaller_one_leaves_the_prior():
-    """Four examples: inputs of rank 4, gradients of rank 4 (C - 1) = 8, of sides of 16."""
+    """Last tokens of four examples: inputs of rank 4, gradients of rank 8, of sides of 16."""
     model, batch = plain(), tiny_batch()
     batches = [part(batch, [i]) for i in range(4)]
-    whole, cut, small = (Laplace.fit(model, batches, rank=rank) for rank in (None, 8, 1))
+    whole, cut, small = (
+        Laplace.fit(model, batches, rank=rank, curvature="last") for rank in (None, 8, 1)
+    )
     assert whole.curvature["layers.0.attn.q_proj.B"].left.shape == (16, 16)
     assert cut.curvature["layers.0.attn.q_proj.B"].left.shape == (16, 8)
     close(cut.logits(model, batch)[1], whole.logits(model, batch)[1])
@@ -191,12 +282,15 @@ def test_a_rank_that_suffices_changes_nothing_and_a_smaller_one_leaves_the_prior
 
 @pytest.mark.eq_17
 @pytest.mark.eq_18
+@each_kind
 @pytest.mark.parametrize("layers", ["all", "last"])
 @pytest.mark.parametrize("precision", [0.01, 1.0, 30.0])
-def test_logits_and_evidence_equal_dense_algebra(layers, precision):
+def test_logits_and_evidence_equal_dense_algebra(layers, precision, kind):
     model, batch, other = plain(), tiny_batch(5), tiny_batch(3, seed=1)
-    laplace = Laplace.fit(model, [batch], layers, precision=precision)
+    laplace = Laplace.fit(model, [batch], layers, precision=precision, curvature=kind)
     logits, J = jacobians(model, other)
+    if kind == "exact":
+        J = {JOINT: joined(J, laplace)}
     covariance = torch.zeros(3, 3, 3).double()
     evidence, squares, largest = laplace.log_likelihood, 0.0, 0.0
     for name, block in laplace.curvature.items():
@@ -204,12 +298,12 @@ def test_logits_and_evidence_equal_dense_algebra(layers, precision):
         posterior = F + precision * torch.eye(len(F)).double()
         flat = J[name].flatten(2)
         covariance += flat @ torch.linalg.inv(posterior) @ flat.mT
-        layer, _, key = name.rpartition(".")
-        theta = getattr(adapters(model)[layer], key).detach()
-        squares += float(theta.square().sum())
-        evidence -= precision / 2 * float(theta.square().sum())
         evidence += len(F) / 2 * math.log(precision) - float(torch.logdet(posterior)) / 2
         largest = max(largest, float(block.values.max()))
+    for name in laplace.shapes:
+        layer, _, key = name.rpartition(".")
+        squares += float(getattr(adapters(model)[layer], key).detach().square().sum())
+    evidence -= precision / 2 * squares
     mean, got = laplace.logits(model, other)
     condition = 1 + largest / precision  # of the matrix that is inverted
     close(mean, logits)
@@ -246,8 +340,9 @@ def test_equal_examples_and_three_equal_classes_have_a_posterior_in_closed_form(
 
 
 @pytest.mark.eq_18
-def test_the_optimised_prior_has_the_largest_evidence():
-    laplace = Laplace.fit(plain(), [tiny_batch(6)])
+@each_kind
+def test_the_optimised_prior_has_the_largest_evidence(kind):
+    laplace = Laplace.fit(plain(), [tiny_batch(6)], curvature=kind)
     best = laplace.optimise_prior()
     grid = [best.precision * math.exp(step / 8) for step in range(-80, 81)]
     assert max(map(laplace.log_evidence, grid)) == laplace.log_evidence(grid[80])
@@ -355,13 +450,15 @@ def test_probit_is_nearer_to_the_integral_than_the_mean_model():
 # --- files and errors -----------------------------------------------------------------------------
 
 
-def test_it_comes_back_from_its_file(tmp_path):
+@each_kind
+def test_it_comes_back_from_its_file(tmp_path, kind):
     """To the bit: in a file's order the layers are not in the model's."""
     model, batch = tiny_model(method="map", prior_std=0.5, targets=TARGETS), tiny_batch()
-    laplace = Laplace.fit(model, [batch])
+    laplace = Laplace.fit(model, [batch], curvature=kind)
     assert laplace.precision == 4.0
     laplace.save(tmp_path / "run")
     loaded = Laplace.load(tmp_path / "run")
+    assert list(loaded.shapes.items()) == list(laplace.shapes.items())
     for name, curvature in laplace.curvature.items():
         assert all(map(torch.equal, curvature, loaded.curvature[name]))
     assert loaded.log_evidence() == laplace.log_evidence()
@@ -393,6 +490,8 @@ def test_bad_files_are_refused(tmp_path):
 
     with pytest.raises(InputError, match="not written by this program: 'precision'"):
         written({}, {})
+    with pytest.raises(InputError, match="its curvature and its matrices differ"):
+        written({}, {**metadata, "shapes": '{"lm_head.A": [2, 2]}'})
     with pytest.raises(InputError, match="precision must be positive"):
         written({}, {**metadata, "precision": "-1.0"})
     with pytest.raises(InputError, match=r"lm_head\.A: shapes do not fit"):
@@ -409,13 +508,16 @@ def test_bad_arguments_are_refused():
         ({"layers": "first"}, "layers must be one of all, last"),
         ({"rank": 0}, "rank must be at least 1"),
         ({"precision": 0.0}, "precision must be positive"),
+        ({"curvature": "reduce"}, "curvature must be one of expand, last, exact, not 'reduce'"),
+        ({"curvature": "exact", "rank": 2}, "has no factors to cut to a rank"),
     ):
         with pytest.raises(InputError, match=message):
             Laplace.fit(model, [batch], **arguments)
     with pytest.raises(InputError, match="no examples"):
         Laplace.fit(model, [])
-    with pytest.raises(InputError, match="plain LoRA"):
-        Laplace.fit(tiny_model(), [batch])
+    for method in ("scalabl", "dropout", "point"):
+        with pytest.raises(InputError, match="plain LoRA"):
+            Laplace.fit(tiny_model(method=method), [batch])
     laplace = Laplace.fit(model, [batch])
     with pytest.raises(InputError, match="samples must not be negative"):
         laplace.log_probs(model, batch, -1, seed=0)

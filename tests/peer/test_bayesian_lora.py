@@ -102,7 +102,7 @@ def their_factors(theirs, batch, monkeypatch, **options):
 def test_kronecker_factors(monkeypatch):
     ours, theirs = models()
     batch = same_length(4)
-    curvature = Laplace.fit(ours, [batch]).curvature
+    curvature = Laplace.fit(ours, [batch], curvature="last").curvature
     found = their_factors(theirs, batch, monkeypatch)
     assert found.keys() == curvature.keys()
     for name, (A, S) in found.items():
@@ -115,7 +115,8 @@ def test_a_low_rank_factor(monkeypatch):
 
     ours, theirs = models()
     batch = same_length(4)
-    curvature = Laplace.fit(ours, [part(batch, [i]) for i in range(4)], rank=2).curvature
+    each = [part(batch, [i]) for i in range(4)]
+    curvature = Laplace.fit(ours, each, rank=2, curvature="last").curvature
     found = calculate_kronecker_factors(
         theirs, lambda m, t: m(t).logits[:, -1], batch.tokens[:, None],
         n_kfac=2, lr_threshold=4, target_module_keywords=["lora_A"],
@@ -158,7 +159,7 @@ def test_logits_and_their_variance(double, precision):
 
     ours, theirs = models()
     other = same_length(3, seed=1)
-    laplace = Laplace.fit(ours, [same_length(4)], precision=precision)
+    laplace = Laplace.fit(ours, [same_length(4)], precision=precision, curvature="last")
     factors, width = their_curvature(laplace.curvature)
     inputs = {"input_ids": other.tokens}
     with sdpa_kernel(SDPBackend.MATH):
@@ -179,7 +180,7 @@ def test_the_determinant_in_the_evidence(double, precision):
     from bayesian_lora import model_evidence
 
     ours, _ = models()
-    laplace = Laplace.fit(ours, [same_length(4)], precision=precision)
+    laplace = Laplace.fit(ours, [same_length(4)], precision=precision, curvature="last")
     factors, width = their_curvature(laplace.curvature)
     s2, d = torch.tensor(1 / precision), max(f.shape[0] for f in [*factors.values()][-1])
     theirs = model_evidence(nn.Module(), torch.tensor(0.0), factors, RANK, width, s2)

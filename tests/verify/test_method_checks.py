@@ -138,7 +138,8 @@ def _(model, batches, draws):
 # --- Laplace --------------------------------------------------------------------------------------
 
 covariance, fit = laplace.Curvature.covariance, laplace.Laplace.fit
-matrices, optimise = laplace._matrices, laplace.Laplace.optimise_prior
+matrices, tokens = laplace._matrices, laplace._tokens
+optimise = laplace.Laplace.optimise_prior
 
 
 @fault("Laplace: half the precision", "methods.laplace:Curvature.covariance", "Laplace")
@@ -152,18 +153,36 @@ def _(self, J, precision):
 
 
 @fault("Laplace: scores not centred", "methods.laplace:_scores", "Laplace")
-def _(g, log_p):
-    return (log_p.exp().T[..., None].sqrt() * g.double()).flatten(0, 1)
+def _(log_p):
+    return log_p.exp().T.sqrt()[..., None] * torch.eye(log_p.shape[1]).to(log_p)[:, None]
 
 
-@fault("Laplace: the first token", "methods.laplace:_last", "Laplace")
-def _(x, batch):
-    return x if x.dim() == 2 else x[:, 0]
+@fault("Laplace: the first token", "methods.laplace:_tokens", "Laplace")
+def _(batch, curvature):
+    return lambda x: x if x.dim() == 2 else x[:, 0]
+
+
+@fault("Laplace: padding counts as tokens", "methods.laplace:_tokens", "Laplace")
+def _(batch, curvature):
+    if curvature == "last":
+        return tokens(batch, curvature)
+    return lambda x: x if x.dim() == 2 else x.flatten(0, 1)
+
+
+@fault("Laplace: an exact F without what matrices share", "methods.laplace:_Joint.eigen", "Laplace")
+def _(self):
+    root, first = torch.cat(self.rows), 16  # the first matrix has 16 numbers
+    F = root.T @ root
+    F[:first, first:], F[first:, :first] = 0.0, 0.0
+    values, vectors = torch.linalg.eigh(F)
+    one = torch.ones(1, 1).double()
+    return {laplace.JOINT: laplace.Curvature(vectors, one, values.clamp(min=0)[:, None])}
 
 
 @fault("Laplace: scaling left out", "methods.laplace:_matrices", "Laplace")
-def _(adapter, x, g):
-    return matrices(adapter, x, g / adapter.config.scaling)
+def _(chosen, passes, gradients):
+    of_one = {name: g / chosen[name].config.scaling for name, g in gradients.items()}
+    return matrices(chosen, passes, of_one)
 
 
 @fault("Laplace: curvature without N", "methods.laplace:Laplace.fit", "Laplace")

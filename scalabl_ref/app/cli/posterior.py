@@ -12,6 +12,7 @@ from ...data import Wording, evaluation_batches
 from ...data.tokenizer import Tokenizer
 from ...evaluation.answering import encode_for
 from ...methods import Ensemble, Laplace, Posterior, Swag, fit_tfb
+from ...methods.laplace import CURVATURES
 from ...model.llama import Llama
 from ...support.errors import InputError
 from ...support.files import new_folder, sha256
@@ -33,6 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_data(parser, "the training data of the run; laplace and tfb use it")
     add("--layers", choices=("all", "last"), default="all",
         help="laplace: layers that become random")  # fmt: skip
+    add("--curvature", choices=CURVATURES, default="expand",
+        help="laplace: Kronecker factors over all tokens (expand) or over the last token of each "
+        "question (last, as in bayesian_lora: it leaves out how earlier tokens reach the answer), "
+        "or the whole matrix (exact, for a few thousand questions times answers)")  # fmt: skip
     add("--kron-rank", type=int, metavar="N",
         help="laplace: keep N eigenvectors of each factor (default: all)")  # fmt: skip
     add("--tolerance", type=float, default=0.003, help="tfb: allowed relative change of the NLL")
@@ -77,8 +82,10 @@ def _made(
     if args.method == "tfb":
         sigma = fit_tfb(model, batches, args.tolerance, args.samples, args.seed)
         return None, {"sigma": sigma}
-    laplace = Laplace.fit(model, batches, args.layers, args.kron_rank).optimise_prior()
-    return laplace, {"precision": laplace.precision}
+    kind = args.curvature
+    fitted = Laplace.fit(model, batches, args.layers, args.kron_rank, curvature=kind)
+    fitted = fitted.optimise_prior()
+    return fitted, {"curvature": kind, "precision": fitted.precision}
 
 
 def _check_plain(runs: list[Path], method: str) -> None:

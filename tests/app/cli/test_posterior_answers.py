@@ -55,6 +55,17 @@ def test_laplace(work, capsys):
     assert told["precision"] == posterior.precision
     assert torch.equal(probabilities(work / "made", capsys), expected(work, model, posterior))
     assert json.loads((work / "made/metrics.json").read_text())["method"] == "laplace"
+    assert told["curvature"] == "expand"
+    precisions = {told["precision"]}
+    for kind in ("last", "exact"):
+        command = (
+            f"posterior laplace --run run0 --data train.jsonl --curvature {kind} --out {kind}-token"
+        )
+        posterior = Laplace.fit(model, data(work, "train.jsonl", 8), curvature=kind)
+        precision = ok(command, capsys)["precision"]
+        assert precision == posterior.optimise_prior().precision
+        precisions.add(precision)
+    assert len(precisions) == 3
     last = ok("posterior laplace --run run0 --layers last --kron-rank 2 --out last", capsys)
     assert last["precision"] != told["precision"]
     assert set(load_posterior("last", {"posterior": "laplace"}).curvature) == {
