@@ -34,7 +34,7 @@ class Answers:
     examples: list[Example]
     labels: Tensor  # (N,) int64
     prediction: Prediction
-    samples: Samples  # draws of each row: 0 for deterministic models; an ensemble's members
+    samples: Samples  # draws of each row: 0 for deterministic models; see also `_taken`
     draws: Tensor | None = None  # (N,) int64, draws of each row, where rows differ
     settled: Tensor | None = None  # (N,) bool, with `draws`: whether more draws are not needed
     encoded: Encoded | None = None  # the prompts as tokens
@@ -125,11 +125,14 @@ def answer(
 
 
 def _taken(model: Llama, samples: Samples, posterior: Posterior | None) -> Samples:
-    """How many draws an answer really takes when `samples` are asked for."""
+    """How many draws an answer really takes when `samples` are asked for.
+
+    Of an ensemble's members without draws, their number.
+    """
     if not isinstance(samples, int) or samples == 0:
         return samples
     if isinstance(posterior, Ensemble):
-        return len(posterior.members)
+        return posterior.draws(model, samples) or len(posterior.members)
     return samples if posterior is not None or random_adapters(model) else 0
 
 

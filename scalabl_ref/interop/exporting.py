@@ -81,25 +81,36 @@ class Trained:
     def loras(self, samples: int, seed: int) -> list[Callable[[], Lora]]:
         """Functions that give the LoRAs to write: draws Noise(seed, i); the mean for samples = 0.
 
-        For an ensemble they give its members. Raises InputError for a model that is no LoRA.
+        For an ensemble they give its members, or draw i of member i mod M if members are random.
+        Raises InputError for a model that is no LoRA.
         """
         check_samples(samples)
         draws: list[Noise | None] = [Noise(seed, i) for i in range(samples)]
         if isinstance(self.posterior, Ensemble):
-            count = len(self.posterior.members)
-            if not 0 < samples <= count:
-                raise InputError(
-                    f"{self.run}: the mean of an ensemble is no LoRA: samples can be 1 to {count}, "
-                    "one for each member"
-                )
-            return [partial(self._setting, state) for state in self.posterior.members[:samples]]
+            return self._members(self.posterior, draws)
         if isinstance(self.posterior, Swag):
             swag = self.posterior
             states = [swag.mean if noise is None else swag.draw(noise) for noise in draws or [None]]
-            return [partial(self._setting, state) for state in states]
+            return [partial(self._setting, state, None) for state in states]
         if samples:
             self._check_draws()
         return [partial(self._lora, noise) for noise in draws or [None]]
+
+    def _members(self, ensemble: Ensemble, draws: list[Noise | None]) -> list[Callable[[], Lora]]:
+        count = len(ensemble.members)
+        if ensemble.posteriors:
+            raise InputError(f"{self.run}: draws of its members' posteriors are no LoRAs")
+        if not draws or (len(draws) > count and not random_adapters(self.model)):
+            raise InputError(
+                f"{self.run}: the mean of an ensemble is no LoRA: samples can be 1 to {count}, "
+                "one for each member"
+            )
+        if random_adapters(self.model):
+            self._check_sampling()
+        return [
+            partial(self._setting, ensemble.members[i % count], noise)
+            for i, noise in enumerate(draws)
+        ]
 
     def _check_draws(self) -> None:
         if self.posterior is not None:
@@ -111,15 +122,18 @@ class Trained:
             raise InputError(
                 f"{self.run}: method {self.config.method} has no draws: leave --samples out"
             )
+        self._check_sampling()
+
+    def _check_sampling(self) -> None:
         if self.config.sampling == "token":
             raise InputError(
                 f"{self.run}: its draws differ from token to token, so they are no LoRAs: export "
                 "its mean"
             )
 
-    def _setting(self, state: dict[str, Tensor]) -> Lora:
+    def _setting(self, state: dict[str, Tensor], noise: Noise | None) -> Lora:
         load_adapter_state(self.model, state, self.run)
-        return self._lora(None)
+        return self._lora(noise)
 
     @torch.no_grad()
     def _lora(self, noise: Noise | None) -> Lora:
@@ -180,7 +194,8 @@ def export(
             place = Path(target).resolve().name
             what = f"draw {i} of seed {seed}" if samples else "the mean"
             if isinstance(trained.posterior, Ensemble):
-                what = f"member {i}"
+                member = f"member {i % len(trained.posterior.members)}"
+                what = f"{what} of {member}" if random_adapters(trained.model) else member
             text = card.text(to, what, place if name == "." else f"{place}/{name}")
             atomic_write_text(out / "README.md", text)
     return names

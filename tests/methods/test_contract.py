@@ -15,6 +15,7 @@ from scalabl_ref.core.layer import SAMPLING
 from scalabl_ref.core.noise import Keys
 from scalabl_ref.core.objective import class_logits
 from scalabl_ref.methods import POSTERIORS, Ensemble, Laplace, Subspace, Swag, load_posterior
+from scalabl_ref.training.runs import load_adapter_state
 
 from ..models import CLASSES, TINY, tiny_batch, tiny_model
 from ..tolerances import central_difference, logits_bound, rounding
@@ -283,17 +284,20 @@ def test_a_run_comes_back_as_it_was(kind, tmp_path):
 # --- posteriors -----------------------------------------------------------------------------------
 
 
+PLAIN, POINT = ("mle", "diagonal"), ("point", "diagonal")
+
+
 def plain(seed: int = 0, **config) -> Llama:
-    return made(("mle", "diagonal"), seed, **config)
+    return made(PLAIN, seed, **config)
 
 
-def states() -> list[dict[str, torch.Tensor]]:
-    """Three settings of the weights of `plain()`."""
+def states(kind=PLAIN) -> list[dict[str, torch.Tensor]]:
+    """Three settings of the weights of `made(kind)`."""
     generator = torch.Generator().manual_seed(0)
     return [
         {
             name: value + 0.3 * torch.randn(value.shape, generator=generator)
-            for name, value in adapter_state(plain()).items()
+            for name, value in adapter_state(made(kind)).items()
         }
         for _ in range(3)
     ]
@@ -309,22 +313,40 @@ def swag() -> Swag:
     return found
 
 
+def ensemble_of(posterior, kind=PLAIN) -> Ensemble:
+    """Members of a kind, with a posterior of each."""
+    model, members, own = made(kind), states(kind), []
+    for state in members:
+        load_adapter_state(model, state, "the test")
+        own.append(posterior.fit(model, [tiny_batch()]))
+    return Ensemble(members, own)
+
+
+# By the posterior's name in POSTERIORS, and more words for its variants.
 MAKERS = {
     "laplace": lambda: Laplace.fit(plain(), [tiny_batch()]),
+    "laplace exact": lambda: Laplace.fit(plain(), [tiny_batch()], curvature="exact"),
     "swag": swag,
     "ensemble": lambda: Ensemble(states()),
-    "subspace": lambda: Subspace.fit(points(), [tiny_batch()]),
+    "ensemble of scalabl": lambda: Ensemble(states(SCALABL)),
+    "ensemble of laplace": lambda: ensemble_of(Laplace),
+    "ensemble of subspace": lambda: ensemble_of(Subspace, POINT),
+    "subspace": lambda: Subspace.fit(made(POINT), [tiny_batch()]),
 }
-each_posterior = pytest.mark.parametrize("name", POSTERIORS)
+each_posterior = pytest.mark.parametrize("name", MAKERS)
 
 
-def points(**config) -> Llama:
-    return made(("point", "diagonal"), **config)
+def test_each_posterior_is_tested():
+    assert {name.split()[0] for name in MAKERS} == set(POSTERIORS)
 
 
 def model_of(posterior, **config) -> Llama:
     """The model that the posterior of MAKERS was made from."""
-    return (points if isinstance(posterior, Subspace) else plain)(**config)
+    if isinstance(posterior, Ensemble):
+        kinds = {"log_sigma": SCALABL, "log_s": POINT, "A": PLAIN}
+        own = (kind for key, kind in kinds.items() if f"lm_head.{key}" in posterior.members[0])
+        return made(next(own), **config)
+    return made(POINT if isinstance(posterior, Subspace) else PLAIN, **config)
 
 
 def log_probs(posterior, samples, seed=0, batch=None):
@@ -335,7 +357,9 @@ def log_probs(posterior, samples, seed=0, batch=None):
 @pytest.mark.parametrize("samples", [0, 1, 4])
 def test_draws_are_distributions(name, samples):
     found = log_probs(MAKERS[name](), samples)
-    draws = 1 if samples == 0 else 3 if name == "ensemble" else samples
+    draws = samples or 1
+    if name.startswith("ensemble"):  # of three members
+        draws = 6 if samples == 4 and name != "ensemble" else 3
     assert found.shape == (draws, 4, len(CLASSES)) and found.dtype == torch.float64
     assert not found.requires_grad
     assert (found.exp().sum(-1) - 1).abs().max() <= rounding(torch.float64, 16)
@@ -378,18 +402,21 @@ def test_the_prediction_is_the_mixture(name):
 def test_it_comes_back_from_its_file(name, tmp_path):
     posterior = MAKERS[name]()
     posterior.save(tmp_path / "run")
-    loaded = load_posterior(tmp_path / "run", {"posterior": name})
-    assert type(loaded) is POSTERIORS[name]
+    info = {"posterior": name.split()[0]}
+    loaded = load_posterior(tmp_path / "run", info)
+    assert type(loaded) is POSTERIORS[info["posterior"]]
     for samples in (0, 3):
         assert torch.equal(
             log_probs(loaded, samples, seed=1), log_probs(posterior, samples, seed=1)
         )
-    [file] = (tmp_path / "run").iterdir()
-    file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(InputError, match=file.name):
-        load_posterior(tmp_path / "run", {"posterior": name})
-    with pytest.raises(InputError, match=f"{file.name}: no such file"):
-        load_posterior(tmp_path, {"posterior": name})
+    for file in (tmp_path / "run").rglob("*.safetensors"):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-8])
+        with pytest.raises(InputError, match=file.name):
+            load_posterior(tmp_path / "run", info)
+        file.write_bytes(whole)
+    with pytest.raises(InputError, match=r"safetensors: no such file"):
+        load_posterior(tmp_path, info)
 
 
 @each_posterior
@@ -457,6 +484,8 @@ FAULTS = [
      test_draws_are_distributions, ("swag", 4)),
     (Ensemble, "log_probs", member_left_in_the_model, test_the_model_stays_as_it_was,
      ("ensemble",)),
+    (Ensemble, "draws", lambda self, model, samples: 0, test_draws_are_distributions,
+     ("ensemble of scalabl", 4)),
 ]  # fmt: skip
 
 

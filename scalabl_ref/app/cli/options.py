@@ -208,10 +208,10 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
 def add_samples(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--samples", default="10", metavar="N",
-        help="posterior draws for each question, at most 100,000 (an ensemble always uses all its "
-        "members); 0: use the mean model; auto: draw until the answer is settled, see --tolerance "
-        "and --most; exact: integrate (only for scalabl on lm_head alone, with at most 4 classes "
-        "or rank 3)")  # fmt: skip
+        help="posterior draws for each question, at most 100,000 (an ensemble rounds "
+        "up to a multiple of its members); 0: use the mean model; auto: draw until the answer is "
+        "settled, see --tolerance and --most; exact: integrate (only for scalabl on lm_head alone, "
+        "with at most 4 classes or rank 3)")  # fmt: skip
     helps = {
         "tolerance": "--samples auto: stop once a test with an error of 5 %% says that no other "
         "answer is more than this much more probable",

@@ -11,7 +11,7 @@ from typing import Any
 from ...data import Wording, evaluation_batches
 from ...data.tokenizer import Tokenizer
 from ...evaluation.answering import encode_for
-from ...methods import Ensemble, Laplace, Posterior, Swag, fit_tfb
+from ...methods import Ensemble, Laplace, Posterior, Swag, fit_tfb, load_posterior
 from ...methods.laplace import CURVATURES
 from ...model.llama import Llama
 from ...support.errors import InputError
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("method", choices=("laplace", "tfb", "swag", "ensemble"), help="posterior to make")
     add("--run", type=Path, nargs="+", required=True,
         help="trained run of method mle or map; swag: one trained with --swag; ensemble: two runs "
-        "or more")  # fmt: skip
+        "or more of any one method, or of one posterior made of such runs")  # fmt: skip
     add("--model", type=Path, help="folder of the runs' base model, if it has moved")
     add("--out", type=Path, required=True, metavar="NEW", help="new run folder to write")
     options.add_data(parser, "the training data of the run; laplace and tfb use it")
@@ -68,7 +68,9 @@ def _made(
     """
     run: Path = args.run[0]
     if args.method == "ensemble":
-        return Ensemble([load_tensors(run / "adapter.safetensors")[0] for run in args.run]), {}
+        members = [load_tensors(run / "adapter.safetensors")[0] for run in args.run]
+        own = [load_posterior(run, run_facts(run)) for run in args.run]
+        return Ensemble(members, [posterior for posterior in own if posterior]), {}
     if args.method == "swag":
         if not (run / "swag.safetensors").exists():
             raise InputError(f"{run}: has no swag.safetensors, which `train --swag` writes")
@@ -91,8 +93,9 @@ def _made(
 def _check_plain(runs: list[Path], method: str) -> None:
     """Raise InputError unless `method` can use these runs.
 
-    Each must be plain LoRA without a posterior of its own; an ensemble's must agree in all but
-    their weights, and no two may have the same weights.
+    Each must be plain LoRA without a posterior of its own. Those of an ensemble may be of any
+    method and have any posterior but another ensemble. They must agree in all but their weights,
+    and no two may have the same weights.
     """
     if (len(runs) > 1) != (method == "ensemble"):
         count = "two runs or more" if method == "ensemble" else "one run"
@@ -101,9 +104,9 @@ def _check_plain(runs: list[Path], method: str) -> None:
     by_weights: dict[str, Path] = {}
     for run, info in zip(runs, facts, strict=True):
         trained, posterior = info["adapter"]["method"], info["posterior"]
-        if posterior is not None:
+        if posterior is not None and (method != "ensemble" or posterior == method):
             raise InputError(f"{run}: already has a posterior: {posterior}")
-        if trained not in ("mle", "map"):
+        if trained not in ("mle", "map") and method != "ensemble":
             raise InputError(f"{run}: {method} needs a run of method mle or map, not {trained}")
         ours, first = _must_agree(info), _must_agree(facts[0])
         for key in ours:
@@ -116,5 +119,5 @@ def _check_plain(runs: list[Path], method: str) -> None:
 
 def _must_agree(info: Mapping[str, Any]) -> dict[str, Any]:
     """The facts in which all runs of an ensemble agree."""
-    own = {key: info[key] for key in ("fingerprint", "adapter", "head_tokens")}
+    own = {key: info[key] for key in ("fingerprint", "adapter", "head_tokens", "posterior")}
     return own | Wording.of_run(info).facts()

@@ -8,7 +8,8 @@ import shutil
 import pytest
 import torch
 
-from scalabl_ref import adapters, load_run
+from scalabl_ref import Noise, adapters, load_run
+from scalabl_ref.core.objective import class_logits
 from scalabl_ref.data import encode, evaluation_batches, load, split
 from scalabl_ref.data.tokenizer import load_tokenizer
 from scalabl_ref.evaluation.predict import predict_all
@@ -157,7 +158,7 @@ def test_what_cannot_be_made_is_refused(work, capsys):
     ok("posterior swag --run run0 --out made", capsys)
     assert "already has a posterior: swag" in refused("posterior swag --run made --out x", capsys)
     last = refused("posterior ensemble --run run0 run1 made --out x", capsys)
-    assert "made: already has a posterior: swag" in last
+    assert "made: differs from run0 in posterior: they make no ensemble" in last
     assert "cannot write text" in refused("generate --run made --prompt a", capsys)
 
 
@@ -169,10 +170,52 @@ def test_what_draws_by_itself_is_not_made_into_another(work, capsys, method):
         shutil.copy(work / "run0/swag.safetensors", work / "ours")
     else:
         ok(f"{TRAIN} --method {method} --swag 0.5 --out ours", capsys)
-    for name, runs in (("laplace", ""), ("tfb", ""), ("swag", ""), ("ensemble", "run0 run1")):
-        said = refused(f"posterior {name} --run {runs} ours --out x", capsys)
+    for name in ("laplace", "tfb", "swag"):
+        said = refused(f"posterior {name} --run ours --out x", capsys)
         assert f"ours: {name} needs a run of method mle or map, not {method}" in said
+    said = refused("posterior ensemble --run run0 run1 ours --out x", capsys)
+    assert "ours: differs from run0 in adapter: they make no ensemble" in said
     assert not (work / "x").exists()
+
+
+def test_an_ensemble_of_runs_that_draw(work, capsys):
+    """Two draws of each member, under noise of their own."""
+    for seed in (0, 1):
+        ok(f"{TRAIN} --method dropout --dropout 0.5 --seed {seed} --out drop{seed}", capsys)
+    ok("posterior ensemble --run drop0 drop1 --out made", capsys)
+    batches, found = data(work, "test.jsonl", 32), []
+    for i in range(4):
+        model, _ = load_run(f"drop{i % 2}")
+        with torch.no_grad():
+            found += [class_logits(model, b, Noise(0, i)).double().softmax(-1) for b in batches]
+    both = torch.stack(found).mean(0)
+    assert len(batches) == 1 and (probabilities(work / "made", capsys) - both).abs().max() < 1e-12
+    asked = ok("evaluate --run made --data test.jsonl --samples 3", capsys)
+    assert asked["samples"] == 4
+    files = ok("export --run made --to peft --samples 3 --out out", capsys)
+    assert len(files) > 0 and "draw 2 of seed 0 of member 0" in (
+        (work / "out/sample-2/README.md").read_text()
+    )
+
+
+def test_an_ensemble_of_posteriors(work, capsys):
+    for i in (0, 1):
+        ok(f"posterior laplace --run run{i} --data train.jsonl --out laplace{i}", capsys)
+    ok("posterior ensemble --run laplace0 laplace1 --out made", capsys)
+    found = []
+    for i in (0, 1):
+        model, info = load_run(f"laplace{i}")
+        posterior = load_posterior(f"laplace{i}", info)
+        [batch] = data(work, "test.jsonl", 32)
+        found.append(posterior.log_probs(model, batch, 4, 0).exp()[i::2].mean(0))
+    both = torch.stack(found).mean(0)
+    assert (probabilities(work / "made", capsys) - both).abs().max() < 1e-12
+    said = refused("posterior ensemble --run laplace0 run1 --out x", capsys)
+    assert "run1: differs from laplace0 in posterior: they make no ensemble" in said
+    said = refused("posterior ensemble --run made made --out x", capsys)
+    assert "made: already has a posterior: ensemble" in said
+    said = refused("export --run made --to peft --samples 2 --out y", capsys)
+    assert "draws of its members' posteriors are no LoRAs" in said
 
 
 def test_broken_files_are_named(work, capsys):
