@@ -166,8 +166,8 @@ class Composition(torch.autograd.Function):
                 (ds * eps).sum(0), None)  # fmt: skip
 
 
-def official(x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: Tensor, sigma: Tensor) -> Tensor:
-    """As the official layer composes it: two matmuls, a draw shared by the batch, autograd."""
+def autograd(x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: Tensor, sigma: Tensor) -> Tensor:
+    """The shortest form under autograd: two low-rank products, a draw shared by the batch."""
     eps = torch.randn_like(s)
     return F.linear(x, W) + F.linear(F.linear(x, A) * (s + sigma * eps), B) * SCALING
 
@@ -197,7 +197,7 @@ def one_shape(rounds: int, count: int, d_in: int, d_out: int) -> dict[str, Any]:
         "bare": lambda: F.linear(x, W),
         "ours": lambda: subspace_lora_linear(x, W, None, *own, SCALING, noise),
         "composition": lambda: Composition.apply(x, W, *own, eps),
-        "official": lambda: official(x, W, *own),
+        "autograd": lambda: autograd(x, W, *own),
     }
     seconds = interleaved({name: both_ways(step) for name, step in steps.items()}, rounds)
     bare = seconds.pop("bare")

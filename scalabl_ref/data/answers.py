@@ -4,7 +4,7 @@
          encode(prompt + " A") == encode(prompt) + [id]
 "bare"   "A", without a space, if it is a single token after every prompt
 "alone"  the vocabulary's entry "A", whatever the tokenizer makes of it after a prompt; the official
-         code takes this one (convert_tokens_to_ids)
+         code (commit 3843000) takes this one (convert_tokens_to_ids)
 
 "auto" takes the first rule that holds. If every prompt ends in a line break or a space, as in a
 chat, "bare" comes before "space", because a model goes on without a space there. If "bare" is asked

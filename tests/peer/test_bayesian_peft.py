@@ -1,13 +1,14 @@
 """BLoB and TFB against their authors' code, on a tiny Llama, with the same noise fed in.
 
 That code, Wang-ML-Lab/bayesian-peft, cannot be installed by name: SCALABL_BAYESIAN_PEFT names a
-checkout of it. It needs peft, bitsandbytes, torchmetrics, accelerate and ipdb. `pytest -s` prints
-the largest differences.
+checkout of its commit bc6a4a7. It needs peft, bitsandbytes, torchmetrics, accelerate and ipdb.
+`pytest -s` prints the largest differences.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import sys
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from scalabl_ref import AdapterConfig, Llama, Noise, adapters, add_adapters
+from scalabl_ref.core.noise import Keys
 from scalabl_ref.core.objective import complexity
 from scalabl_ref.methods.tfb import _rotate
 
@@ -98,7 +100,7 @@ def feed(monkeypatch, layers, ours, noise, groups):
         def hook(module, inputs):
             (x,), (rank, d_in) = inputs, adapter.A.shape
             E = noise.normal(adapter.layer, 1, rank * d_in).view(rank, d_in)
-            signs = adapter.signs(x.shape[:-1], noise, groups).split([d_in, rank], dim=-1)
+            signs = adapter.signs(x.shape[:-1], Keys(noise, groups)).split([d_in, rank], dim=-1)
             waiting.extend(value.to(x.dtype) for value in (*signs, E))
 
         return hook
@@ -159,7 +161,7 @@ def test_blob_layers(official, tmp_path, monkeypatch):
     feed(monkeypatch, layers, ours, noise, None)
     for name, layer in layers.items():
         x = torch.randn(2, 7, layer.in_features, generator=generator, dtype=torch.float64)
-        y = ours.get_submodule(name)(x, noise), layer(x)
+        y = ours.get_submodule(name)(x, Keys(noise)), layer(x)
         found, size = differences(name, [y])
         assert found <= rounding(torch.float64, layer.in_features + RANK) * size
         direction = torch.randn(y[0].shape, generator=generator, dtype=torch.float64)
@@ -203,3 +205,26 @@ def test_tfb_rotation_and_widths(official, tmp_path):
     for name, pairs in found.items():
         difference, size = differences(f"TFB's {name}", pairs)
         assert difference <= rounding(torch.float32, 2**6) * size
+
+
+def test_tfb_search(official):
+    """It takes the end that exceeds the tolerance, and divides the change by N: 0.003 is 150 %.
+
+    Its search runs as it is, on answers whose NLL rises by 150 % at sigma = 0.0077.
+    """
+    examples, nll, edge = 500, 0.1, 0.0077
+
+    def answers(sigma):
+        p = math.exp(-nll * (1 + 1.5 * sigma / edge))
+        return torch.tensor([[p, 1 - p]]).log().double().expand(examples, 2)
+
+    search = SimpleNamespace(
+        args=SimpleNamespace(bayes_beta=0.015), train_n_samples=1, lora_layers=[],
+        _update_lora_layers=lambda *_: None,
+        all_ori_probs=answers(0).exp(), all_ori_predicted_classes=torch.zeros(examples).long(),
+    )  # fmt: skip
+    search.forward_logits = lambda *_, **__: answers(search.args.bayes_beta)[:, None]
+    official.tfb.TFBLoRA.fit(search, [None], 0.003, 5)
+    spacing = (0.015 - 0.001) / 2**5
+    assert edge < search.args.bayes_beta <= edge + spacing
+    assert f"{spacing:.1e}" == "4.4e-04"

@@ -1,30 +1,23 @@
-"""Adapters through PEFT and the official code, on tiny transformers models: the same logits.
+"""Adapters through PEFT, on tiny transformers models: the same logits.
 
-The official code, SRI-CSL/BayesAdapt, cannot be installed by name: SCALABL_BAYESADAPT names a
-checkout of it. `pytest -s` prints the largest differences.
+`pytest -s` prints the largest differences.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import sys
 import warnings
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalabl_ref import Noise, adapters
+from scalabl_ref import Noise
 from scalabl_ref.interop.exporting import export
 
 from ..interop.samples import (
     KINDS,
-    LETTERS,
     RANDOM,
     TARGETS,
     TOKENS,
@@ -158,106 +151,3 @@ def randomise(model, seed=0):
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-
-
-# --- the official code ---------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def official():
-    """Its modules of wrappers, loaded from their files: the package's __init__ needs much more."""
-    folder = os.environ.get("SCALABL_BAYESADAPT")
-    if not folder:
-        pytest.skip("SCALABL_BAYESADAPT names no checkout of SRI-CSL/BayesAdapt")
-    place = Path(folder) / "bayesadapt" / "lorawrappers"
-    package = ModuleType("official_lorawrappers")
-    package.__path__ = [str(place)]
-    sys.modules[package.__name__] = package
-    out = SimpleNamespace()
-    for name in ("lorawrapper", "viwrapper", "scalabl", "blob"):
-        full = f"{package.__name__}.{name}"
-        spec = importlib.util.spec_from_file_location(full, place / f"{name}.py")
-        try:
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[full] = module
-            spec.loader.exec_module(module)
-        except (ImportError, OSError) as error:
-            pytest.skip(f"BayesAdapt at {folder} cannot be imported: {error}")
-        setattr(out, name, module)
-    return out
-
-
-def official_model(base, official, method, classes):
-    """As their Trainer makes it: head untied and cut to the classes, LoRA, then the wrapper."""
-    model = theirs(base)
-    head = model.lm_head.weight.detach().clone()
-    if classes is not None:
-        head = head[classes]
-    model.lm_head = torch.nn.Linear(head.shape[1], head.shape[0], bias=False)
-    model.lm_head.weight.data = head
-    model.config.tie_word_embeddings = False
-    targets = ["lm_head", "q_proj", "v_proj"]
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=6, target_modules=targets)
-    wrapped = peft.get_peft_model(model, config)
-    wrapper = {
-        "scalabl": official.scalabl.ScalablLoraWrapper,
-        "blob": official.blob.BlobLoraWrapper,
-        "mle": official.lorawrapper.LoraWrapper,
-    }[method]
-    for parent in list(wrapped.modules()):
-        for name, child in list(parent.named_children()):
-            if name in targets and isinstance(child, peft.tuners.lora.LoraLayer):
-                parent._modules[name] = wrapper(child)
-    return wrapped.eval()
-
-
-def test_the_prior_of_the_official_scalabl_is_another(official):
-    """Why it is not taken: it is made of the memory into which the starting widths are drawn."""
-    linear = official.scalabl.ScalaBLLinear(16, 4, s_sigma_init_eps=0.05)
-    width = linear.log_s_sigma.detach().exp()
-    for name, value in (("log_p_mu", width), ("log_p_sigma", 1 + width)):
-        error = (getattr(linear, name).exp() / value - 1).abs().max()
-        assert error <= 1e-8 / 0.035 + 4 * torch.finfo(torch.float32).eps
-
-
-@pytest.mark.parametrize("method", ["scalabl", "blob", "mle"])
-@pytest.mark.parametrize("classes", [LETTERS, None], ids=["classes", "vocabulary"])
-@torch.no_grad()
-def test_an_official_state_comes_in(base, tmp_path, official, method, classes):
-    """The mean's logits: their wrapper with blobsample off."""
-    wrapped = official_model(base, official, method, classes)
-    randomise(wrapped)
-    state = {k: v for k, v in wrapped.state_dict().items() if "lora_" in k}
-    torch.save(state, tmp_path / "state_dict.pt")
-    layers = [m for m in wrapped.modules() if isinstance(m, official.viwrapper.VILoraWrapper)]
-    for layer in layers:
-        layer.sample(False)
-    model = bring(base, tmp_path, tmp_path / "run", "bayesadapt", {"sampling": "batch"})
-    assert model.config.head_tokens == (None if classes is None else tuple(classes))
-    name = f"official {method}"
-    compare(name, model, model(TOKENS), wrapped(TOKENS).logits)
-
-
-@torch.no_grad()
-def test_a_draw_of_the_official_scalabl(base, tmp_path, official, monkeypatch):
-    """The widths come in too: the same noise in both, the same logits."""
-    wrapped = official_model(base, official, "scalabl", LETTERS)
-    randomise(wrapped)
-    state = {k: v for k, v in wrapped.state_dict().items() if "lora_" in k}
-    torch.save(state, tmp_path / "state_dict.pt")
-    model = bring(base, tmp_path, tmp_path / "run", "bayesadapt", {"sampling": "batch"})
-    noise, order = Noise(5, 2), []
-    for name, adapter in adapters(model).items():
-        hf = name if name == "lm_head" else "model." + name.replace("attn", "self_attn")
-        layer = wrapped.get_submodule(f"base_model.model.{hf}")
-        layer.register_forward_pre_hook(lambda *_, a=adapter: order.append(a))
-
-    def draw(like):
-        return noise.normal(order[-1].layer, 1, len(like))[0]
-
-    monkeypatch.setattr(torch, "randn_like", draw)
-    logits = wrapped(TOKENS).logits
-    monkeypatch.undo()
-    assert len(order) == len(adapters(model)) == 5
-    compare("draw of official scalabl", model, model(TOKENS, noise=noise), logits)
-    assert (logits - model(TOKENS)).abs().max() > 100 * bound(model, logits)
