@@ -55,10 +55,14 @@ def cost(config: Study) -> dict[str, float]:
 
 def _passes(method: str, samples: int, classes: int) -> tuple[dict[str, int], int]:
     """Passes (backward ones cost as much as forward ones): over sets beforehand, and per answer."""
-    if method.startswith("laplace"):
-        return {"train": 1 + classes}, 1 + classes
+    about = METHODS[method]
+    if "subspace" in method or method.startswith("laplace"):
+        each = 1 + classes
+        return {"train": each * about.members}, (
+            samples if "sampled" in method else each
+        ) * about.members
     if method == "tfb":
         return {"validation": 15 * samples}, samples  # about as many steps of the bisection
-    if method == "ensemble":
-        return {}, METHODS[method].members
-    return {}, 1 if method in ("mle", "map", "point") else samples
+    if about.settings["method"] in ("mle", "map", "point") and method != "swag":
+        return {}, about.members
+    return {}, samples

@@ -17,12 +17,12 @@ from ...core.adapter import adapter_state, adapters
 from ...core.config import AdapterConfig
 from ...data import Encoded, evaluation_batches
 from ...evaluation.predict import predict_all
-from ...methods import Ensemble, Laplace, Posterior, Swag
+from ...methods import Ensemble, Laplace, Posterior, Subspace, Swag
 from ...model.attach import add_adapters
 from ...model.llama import Llama
 from ...support.fields import json_text
 from ...support.files import atomic_write_text, make_folder, read_json
-from ...support.tensors import load_tensors, save_tensors
+from ...support.tensors import save_tensors
 from ...training.loop import fit
 from ...training.runs import load_run, save_run
 from ...training.trainer import TrainConfig, Trainer
@@ -121,7 +121,7 @@ class Job:
         _reset_peak()
         make_folder(self.folder)
         fits, wanted = self.fits(), self.missing() or list(self.sets)
-        model, _ = load_run(fits[0].folder, base_model(self.study, self.device))
+        model = self._load(fits[0].folder)
         sets = encoded_sets(self.study, ["validation", *wanted], self.seed)
         posterior = self._posterior(model, fits, sets)
         ready = time.perf_counter()
@@ -157,13 +157,14 @@ class Job:
     def _posterior(
         self, model: Llama, fits: list[Fit], sets: dict[str, Encoded]
     ) -> Posterior | None:
-        method = self._method
+        if self._method.after is None:
+            return None
         runs = tuple(fit.folder for fit in fits)
-        if method.after is not None:
-            return method.after(Made(model, runs, sets, self.trial, self.study.samples, self.seed))
-        if len(runs) > 1:
-            return Ensemble([load_tensors(run / "adapter.safetensors")[0] for run in runs])
-        return None
+        made = Made(model, self._load, runs, sets, self.trial, self.study.samples, self.seed)
+        return self._method.after(made)
+
+    def _load(self, run: Path) -> Llama:
+        return load_run(run, base_model(self.study, self.device))[0]
 
     @property
     def _method(self) -> Method:
@@ -184,11 +185,22 @@ def _numbers(model: Llama, posterior: Posterior | None) -> int:
     """How many numbers a model needs for its answers, in addition to the base model."""
     own = list(adapter_state(model).values())
     if isinstance(posterior, Ensemble):
-        own = [p for state in posterior.members for p in state.values()]
-    elif isinstance(posterior, Swag):
+        members = [p for state in posterior.members for p in state.values()]
+        return sum(p.numel() for p in members) + sum(map(_stored, posterior.posteriors))
+    if isinstance(posterior, Swag):
+        own = []  # its averages take their place
+    return sum(p.numel() for p in own) + _stored(posterior)
+
+
+def _stored(posterior: Posterior | None) -> int:
+    """How many numbers a posterior of one run keeps."""
+    own: list[torch.Tensor] = []
+    if isinstance(posterior, Swag):
         own = [p for state in (posterior.mean, posterior.square) for p in state.values()]
     elif isinstance(posterior, Laplace):
-        own += [p for curvature in posterior.curvature.values() for p in curvature]
+        own = [p for curvature in posterior.curvature.values() for p in curvature]
+    elif isinstance(posterior, Subspace):
+        own = [posterior.precision, posterior.values, posterior.vectors]
     return sum(p.numel() for p in own)
 
 

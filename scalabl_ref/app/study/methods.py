@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from ...core.adapter import adapter_state
 from ...core.noise import philox_words
-from ...data import Encoded, evaluation_batches
-from ...methods import Laplace, Posterior, Swag, fit_tfb
+from ...data import Batch, Encoded, evaluation_batches
+from ...methods import Ensemble, Laplace, Posterior, Subspace, Swag, fit_tfb
+from ...methods.laplace import CurvatureKind, Layers
+from ...methods.point import to_points
+from ...methods.subspace import Groups, Predicts
 from ...model.llama import Llama
 from ...support.errors import InputError
+from ...support.tensors import load_tensors
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Method:
     with their ranges; none means that the method has one trial, at its settings. like: a method
     whose chosen trial it takes, instead of trials of its own. members: runs that it needs for one
     model. after: makes the posterior of finished runs; with None, or if it returns None, draws
-    come from the adapters.
+    come from the adapters. ours: whether it is this project's, not a rival.
 
     Besides those fields, `share_of_steps` stops early, with the schedule of a shorter run, and
     `variational_ratio` is variational_lr / lr. Others, such as `tolerance`, are for `after`.
@@ -52,29 +57,62 @@ class Method:
     like: str | None = None
     members: int = 1
     after: After | None = None
+    ours: bool = False
 
 
 @dataclass(frozen=True)
 class Made:
-    """What a posterior is made of. runs: the first is the model's. trial: its settings."""
+    """Of what a posterior is made. model: of the first run, load: gives that of any run, anew."""
 
     model: Llama
+    load: Callable[[Path], Llama]
     runs: tuple[Path, ...]
     sets: dict[str, Encoded]
     trial: Mapping[str, float]
     samples: int
     seed: int
 
+    def training_batches(self) -> Iterator[Batch]:
+        return evaluation_batches(self.sets["train"], 8)
+
 
 After = Callable[[Made], Posterior | None]
 
 
-def _laplace(layers: Literal["all", "last"]) -> After:
+def _laplace(curvature: CurvatureKind, layers: Layers = "all") -> After:
     def after(made: Made) -> Posterior:
-        batches = evaluation_batches(made.sets["train"], 8)
-        return Laplace.fit(made.model, batches, layers=layers).optimise_prior()
+        batches = made.training_batches()
+        found = Laplace.fit(made.model, batches, layers=layers, curvature=curvature)
+        return found.optimise_prior()
 
     return after
+
+
+def _subspace(groups: Groups = "all", predicts: Predicts = "linear") -> After:
+    """lambda by the evidence, or the trial's."""
+
+    def after(made: Made) -> Posterior:
+        to_points(made.model)
+        precision = made.trial.get("precision")
+        batches = made.training_batches()
+        return Subspace.fit(made.model, batches, precision, groups, predicts=predicts)
+
+    return after
+
+
+def _ensemble(made: Made) -> Posterior:
+    return Ensemble([load_tensors(run / "adapter.safetensors")[0] for run in made.runs])
+
+
+def _ensemble_of_subspace(made: Made) -> Posterior:
+    members, posteriors = [], []
+    for run in made.runs:
+        model = made.load(run)
+        to_points(model)
+        members.append(adapter_state(model))
+        posteriors.append(Subspace.fit(model, made.training_batches()))
+    to_points(made.model)
+    return Ensemble(members, posteriors)
 
 
 def _tfb(made: Made) -> None:
@@ -99,35 +137,55 @@ LR = {"lr": Range(5e-4, 2e-2)}
 DROPOUT = {**LR, "dropout": Range(0.1, 0.6, log=False)}
 VARIATIONAL = {**LR, "variational_ratio": Range(0.3, 30.0), "beta": Range(0.03, 100.0)}
 MASKS = {"method": "dropout", "sampling": "token"}  # Monte Carlo dropout as it is usually built
+# BLoB's KL weight, prior and initial width beside the rate of G.
+BLOB = {**VARIATIONAL, "prior_std": Range(0.05, 1.0), "init_sigma": Range(0.01, 0.2)}
 SCALABL = {"method": "scalabl"}
 OFFICIAL = {"method": "scalabl", "kl": "official"}
+MLE = {"method": "mle"}
 METHODS: dict[str, Method] = {
-    "mle": Method({"method": "mle"}, LR),
-    "mle untuned": Method({"method": "mle"}),
-    "mle stopped early": Method({"method": "mle"}, {**LR, "share_of_steps": Range(0.05, 1.0)}),
+    "mle": Method(MLE, LR),
+    "mle untuned": Method(MLE),
+    "mle stopped early": Method(MLE, {**LR, "share_of_steps": Range(0.05, 1.0)}),
     "map": Method({"method": "map"}, {**LR, "prior_std": Range(0.03, 1.0)}),
     "point": Method({"method": "point"}, VARIATIONAL),
     "dropout": Method(MASKS, DROPOUT),
     "dropout untuned": Method(MASKS),
-    "ensemble": Method({"method": "mle"}, LR, members=3),
-    "ensemble untuned": Method({"method": "mle"}, members=3),
-    "laplace": Method({"method": "mle"}, LR, after=_laplace("all")),
-    "laplace last layer": Method({"method": "mle"}, LR, after=_laplace("last")),
-    "blob": Method({"method": "blob"}, VARIATIONAL),
-    "tfb": Method({"method": "mle"}, {**LR, "tolerance": Range(0.003, 1.5)}, after=_tfb),
-    "swag": Method({"method": "mle", "swag": 0.25}, LR, after=_swag),
-    "scalabl": Method(SCALABL, VARIATIONAL),
-    "scalabl untuned": Method(SCALABL),
-    "scalabl official": Method(OFFICIAL, VARIATIONAL),
+    "ensemble": Method(MLE, LR, members=3, after=_ensemble),
+    "ensemble untuned": Method(MLE, members=3, after=_ensemble),
+    "ensemble of dropout": Method(MASKS, like="dropout", members=3, after=_ensemble),
+    "laplace": Method(MLE, LR, after=_laplace("expand")),
+    "laplace exact": Method(MLE, LR, after=_laplace("exact")),
+    "laplace last token": Method(MLE, LR, after=_laplace("last")),
+    "laplace last layer": Method(MLE, LR, after=_laplace("expand", "last")),
+    "blob": Method({"method": "blob"}, BLOB),
+    "tfb": Method(MLE, {**LR, "tolerance": Range(0.003, 1.5)}, after=_tfb),
+    "swag": Method({**MLE, "swag": 0.25}, LR, after=_swag),
+    "scalabl": Method(SCALABL, VARIATIONAL, ours=True),
+    "scalabl untuned": Method(SCALABL, ours=True),
+    "scalabl official": Method(OFFICIAL, VARIATIONAL, ours=True),
     "scalabl as published": Method(  # the official code's two optimisers, and one draw for a batch
         {**OFFICIAL, "objective": "official", "sampling": "batch"},
         {**LR, "kl_lr": Range(1e-3, 1.0)},
+        ours=True,
     ),
-    "scalabl full": Method({**SCALABL, "covariance": "full"}, VARIATIONAL),
-    "scalabl layer prior": Method({**SCALABL, "prior": "layer"}, VARIATIONAL),
-    "scalabl scale prior": Method({**SCALABL, "prior": "component"}, VARIATIONAL),
+    "scalabl full": Method({**SCALABL, "covariance": "full"}, VARIATIONAL, ours=True),
+    "scalabl layer prior": Method({**SCALABL, "prior": "layer"}, VARIATIONAL, ours=True),
+    "scalabl scale prior": Method({**SCALABL, "prior": "component"}, VARIATIONAL, ours=True),
+    "ensemble of scalabl": Method(SCALABL, like="scalabl", members=3, after=_ensemble, ours=True),
+    "subspace": Method(MLE, LR, after=_subspace(), ours=True),
+    "subspace untuned": Method(MLE, after=_subspace(), ours=True),
+    "subspace by target": Method(MLE, LR, after=_subspace("target"), ours=True),
+    "subspace tuned": Method(
+        MLE, {**LR, "precision": Range(0.03, 30.0)}, after=_subspace(), ours=True
+    ),
+    "subspace sampled": Method(MLE, LR, after=_subspace(predicts="sampled"), ours=True),
+    "subspace of dropout": Method(MASKS, DROPOUT, after=_subspace(), ours=True),
+    "subspace of dropout untuned": Method(MASKS, after=_subspace(), ours=True),
+    "ensemble of subspace": Method(
+        MLE, like="subspace", members=3, after=_ensemble_of_subspace, ours=True
+    ),
 }
-OURS = tuple(name for name, m in METHODS.items() if m.settings["method"] == "scalabl")
+OURS = tuple(name for name, method in METHODS.items() if method.ours)
 
 
 def random_trials(tuned: Mapping[str, Range], count: int) -> list[dict[str, float]]:

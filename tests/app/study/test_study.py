@@ -36,7 +36,7 @@ SLOW = pytest.mark.slow
 def test_every_method_is_tuned_on_equally_many_trials_and_tested_with_every_seed(done):
     config, out, results = done
     assert {len(trials) for m, trials in results["tuning"].items() if METHODS[m].tuned} == {2}
-    names = {name for m in METHODS for name in (m, f"{m} + temperature")}
+    names = {name for m in config.methods for name in (m, f"{m} + temperature")}
     assert set(results["methods"]) == names
     for name, row in results["methods"].items():
         assert len(row["seeds"]) == 2 and row["train_seconds"] > 0 and row["peak_bytes"] > 1e6
@@ -158,10 +158,10 @@ def test_the_page_shows_every_method_and_every_plot(sized):
 def test_the_verdict_chooses_ours_on_validation_and_the_rival_on_the_test(done):
     config, out, results = done
     tuned = {m: min(t["nll"] for t in trials) for m, trials in results["tuning"].items()}
-    ours = {name for name in METHODS if METHODS[name].settings["method"] == "scalabl"}
+    ours = {name for name in config.methods if METHODS[name].ours}
     plain, scaled = results["verdict"]
     assert plain["ours"] == min(ours, key=tuned.__getitem__)
-    others = {name: results["methods"][name]["nll"] for name in METHODS if name not in ours}
+    others = {name: results["methods"][name]["nll"] for name in config.methods if name not in ours}
     assert plain["rival"] == min(others, key=others.__getitem__)
     assert scaled["ours"] == plain["ours"] + " + temperature"
     low, high = plain["difference"]
