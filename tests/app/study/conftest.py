@@ -8,7 +8,6 @@ from scalabl_ref.app.study import Study, run_study
 
 from .studies import config
 
-
 METHODS = [  # each way to train, and each way to answer
     "mle", "mle untuned", "mle stopped early", "map", "point", "dropout", "ensemble",
     "ensemble of dropout", "laplace", "laplace exact", "laplace last layer", "blob", "tfb", "swag",
