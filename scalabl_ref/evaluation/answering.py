@@ -15,7 +15,7 @@ from ..core.objective import Batch
 from ..core.predictive import Prediction, predictive
 from ..data import Encoded, Example, Wording, encode, evaluation_batches
 from ..data.tokenizer import Tokenizer
-from ..methods import Ensemble, Posterior
+from ..methods import Ensemble, Posterior, Subspace
 from ..model.llama import Llama
 from ..support.errors import InputError
 from ..support.progress import progress_bar
@@ -95,7 +95,8 @@ def answer(
     """
     if not isinstance(samples, int) and design != "independent":
         raise InputError(f"samples auto and exact need independent draws, not design {design!r}")
-    if not isinstance(samples, int) and posterior is not None:
+    integrated = samples == "exact" and isinstance(posterior, Subspace)
+    if not isinstance(samples, int) and posterior is not None and not integrated:
         name = type(posterior).__name__
         raise InputError(f"samples auto and exact need the adapters' own draws, not a {name}")
     encoded = encode_for(model, tokenizer, examples, wording, answerable)
@@ -185,5 +186,6 @@ def _whole_batch(
         prediction, taken, settled = predict_auto(model, batch, samples, seed)
         return ids, prediction, torch.stack((taken, settled.long()))
     if isinstance(samples, str):
-        return ids, predict_exact(model, batch), 0
+        assert posterior is None or isinstance(posterior, Subspace)  # `answer` refuses others
+        return ids, predict_exact(model, batch, posterior), 0
     return ids, predict(model, batch, samples, seed, posterior, design), 0

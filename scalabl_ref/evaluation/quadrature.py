@@ -1,12 +1,13 @@
-"""The predictive integrated rather than sampled, where only the head is random.
+"""The predictive integrated rather than sampled, where the logits of a row are Gaussian.
 
-Then the logits of a row are Gaussian given its hidden state h,
+They are where only the head is random, given the hidden state h,
 
     z = W h + c B diag(s) A h + F eps,    F = c B diag(A h) L
 
-with L L^T the covariance of the scales, and the softmax of z is averaged over the few directions in
-which F moves differences of logits: min(r, C - 1) of them for C classes, by Gauss-Hermite
-quadrature along each.
+with L L^T the covariance of the scales, and in the linearised prediction of the subspace posterior,
+where F = J R with R R^T the covariance of all scales. The softmax of z is averaged over the few
+directions in which F moves differences of logits: min(r, C - 1) of them for C classes and r columns
+of F, by Gauss-Hermite quadrature along each.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..core.adapter import SubspaceAdapter, adapters
 from ..core.objective import Batch, class_logits
 from ..core.predictive import Prediction, predictive
+from ..methods import Subspace
 from ..model.llama import Llama
 from ..support.errors import InputError
 
@@ -26,17 +28,22 @@ NODES = (96, 48, 32)  # along each direction, where there are one, two or three
 
 
 @torch.no_grad()
-def predict_exact(model: Llama, batch: Batch) -> Prediction:
+def predict_exact(model: Llama, batch: Batch, posterior: Subspace | None = None) -> Prediction:
     """The predictive distribution that `predict` has with infinitely many samples.
 
     Its error, in probability and in nats, is below 5e-5 while no difference of logits has a
     standard deviation above 2; beyond that the softmax is too steep for so many nodes, and draws
     (which cost little here) are the better way.
 
-    Raises InputError unless lm_head alone is adapted, by scalabl, and there are at most 4 classes,
-    or its rank is at most 3.
+    Raises InputError for a posterior that is not linear; without one, unless lm_head alone is
+    adapted, by scalabl; and for more than 4 classes, unless there are at most 3 scales.
     """
-    mean, factor = head_gaussian(model, batch)
+    if posterior is None:
+        mean, factor = head_gaussian(model, batch)
+    elif posterior.predicts == "linear":
+        mean, factor = posterior.gaussian(model, batch)
+    else:
+        raise InputError("exact prediction needs the subspace posterior to predict linear")
     return integrate(mean, factor)
 
 
@@ -73,7 +80,7 @@ def integrate(mean: Tensor, factor: Tensor, counts: Sequence[int] = NODES) -> Pr
         return predictive(torch.log_softmax(mean, -1)[None])
     if directions > len(NODES):
         most = len(NODES)
-        raise InputError(f"exact prediction takes at most {most + 1} classes, or rank {most}")
+        raise InputError(f"exact prediction takes at most {most + 1} classes, or {most} scales")
     axes = (U * S[:, None])[..., :directions]  # (B, C, directions)
     nodes, weights = gauss_hermite(counts[directions - 1])
     grid = torch.cartesian_prod(*[nodes] * directions).view(-1, directions).to(mean)

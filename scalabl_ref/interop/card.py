@@ -94,10 +94,11 @@ class Card:
     def _training(self) -> dict[str, Any]:
         info, config = self.info, self.config
         train = info.get("train") or {}
-        has_prior = config.method not in ("mle", "dropout")
+        method = info.get("trained_as") or config.method
+        has_prior = method not in ("mle", "dropout")
         data = info.get("data")
         return {
-            "method": config.method,
+            "method": method,
             "posterior": info.get("posterior"),
             "rank, alpha": f"{config.rank}, {config.scaling * config.rank:g}",
             "targets": " ".join(config.targets),

@@ -25,6 +25,7 @@ from scalabl_ref.methods.subspace import (
     groups_of,
     jacobians,
     layout,
+    validated,
 )
 from scalabl_ref.support.tensors import load_tensors, save_tensors
 
@@ -304,6 +305,26 @@ def test_the_best_precision_of_one_scale_is_the_root_of_a_quadratic():
     h[3] = 0.0
     with pytest.raises(InputError, match="no precision .* the evidence: d"):
         best_precision(torch.diag(h), s, torch.arange(7), list("abcdefg"))
+
+
+def test_validation_finds_the_factor_that_predicts_best():
+    """From any start the same precision is found, and neighbours predict worse."""
+    model, batch, other = points(), tiny_batch(12), tiny_batch(20, seed=3)
+    first = Curvature.measure(model, [batch]).posterior(1.0)
+    found = validated(first, model, parts(other, range(8), range(8, 20)), seed=2)
+
+    def nll(posterior):
+        probs = predict(model, other, 100, 2, posterior=posterior).probs
+        return -probs.gather(1, other.labels[:, None]).log().sum()
+
+    step = 10 ** (1 / 8)
+    assert all(nll(found) < nll(found.scaled(factor)) for factor in (step, 1 / step))
+    again = validated(first.scaled(step**5), model, [other], seed=2)
+    close(again.precision, found.precision)
+    with pytest.raises(InputError, match="no examples to choose the precision by"):
+        validated(first, model, [])
+    with pytest.raises(InputError, match="no precision between 1e-4 and 1e4 times the first"):
+        validated(first.scaled(1e12), model, [other])
 
 
 def test_directions_that_are_not_kept_have_the_prior():

@@ -201,7 +201,11 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
         help="under torchrun: split the base model over the ranks")  # fmt: skip
     add("--offload-weights", action="store_true",
         help="as --shard, and keep the parts in CPU memory")  # fmt: skip
-    add("--timeout", type=float, default=TIMEOUT, metavar="SECONDS",
+    add_timeout(parser)
+
+
+def add_timeout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--timeout", type=float, default=TIMEOUT, metavar="SECONDS",
         help="under torchrun: how long a rank waits for the others")  # fmt: skip
 
 
@@ -211,7 +215,7 @@ def add_samples(parser: argparse.ArgumentParser) -> None:
         help="posterior draws for each question, at most 100,000 (an ensemble rounds "
         "up to a multiple of its members); 0: use the mean model; auto: draw until the answer is "
         "settled, see --tolerance and --most; exact: integrate (only for scalabl on lm_head alone, "
-        "with at most 4 classes or rank 3)")  # fmt: skip
+        "or a linear posterior subspace, with at most 4 classes or 3 scales)")  # fmt: skip
     helps = {
         "tolerance": "--samples auto: stop once a test with an error of 5 %% says that no other "
         "answer is more than this much more probable",

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 
-from ..commands import TRAIN, ok, refused, scores
+import pytest
+
+from ...ranks import on_ranks
+from ..commands import TRAIN, contents, facts, ok, refused, scores
 
 
 def test_a_posterior_keeps_its_runs_prompt_template(work, capsys):
@@ -53,3 +56,96 @@ def test_a_tokenizer_with_other_letters_is_refused(work, capsys):
         said = refused(f"{command} --run run", capsys)
         assert "the tokenizer gives the class tokens" in said
     assert not (work / "x").exists()
+
+
+# --- subspace -------------------------------------------------------------------------------------
+
+SUBSPACE = "posterior subspace --run run --out new"
+METHODS = ("mle", "map", "dropout", "scalabl", "scalabl --covariance full", "blob", "point")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_scales_of_any_run_get_a_posterior(method, work, capsys):
+    """The mean answers as before, draws as they are integrated, and the run keeps its settings."""
+    ok(f"{TRAIN} --method {method} --lr 0.05", capsys)
+    before = scores("evaluate --run run --data test.jsonl --samples 0", capsys)
+    made = ok(SUBSPACE, capsys)
+    assert made["trained_as"] == method.split()[0] and made["scales"] == 10 == made["directions"]
+    own, ours = facts(work / "run")["adapter"], facts(work / "new")["adapter"]
+    assert ours == own | {"method": "point", "covariance": "diagonal"}
+    mean, exact, drawn = (
+        scores(f"evaluate --run new --data test.jsonl --samples {n}", capsys)
+        for n in ("0", "exact", "4000")
+    )
+    assert mean["nll"] == pytest.approx(before["nll"], rel=1e-4)
+    # 4000 draws of probabilities: their averages are off by at most some 1 / sqrt(4000) each.
+    assert drawn["nll"] == pytest.approx(exact["nll"], abs=0.05) and exact["nll"] != mean["nll"]
+    answer = ok("predict --run new --prompt x --choices a b c --samples exact", capsys)
+    assert 0 < answer["mutual_information"] < answer["entropy"]
+
+
+def test_the_precision_comes_from_the_evidence_a_number_or_held_out_questions(work, capsys):
+    ok(f"{TRAIN} --method mle --lr 0.05 --holdout 0.5", capsys)
+    made = {
+        name: ok(f"{SUBSPACE}-{name} {more}", capsys)
+        for name, more in (
+            ("evidence", ""),
+            ("target", "--groups target"),
+            ("layer", "--groups layer --directions 3"),
+            ("number", "--precision 2.5"),
+            ("heldout", "--precision validation"),
+            ("file", "--precision validation --validation test.jsonl --groups target"),
+            ("sampled", "--predicts sampled"),
+        )
+    }
+    counts = {name: len(of["precision"]) for name, of in made.items()}
+    assert counts == {"target": 3, "layer": 5, "file": 3} | dict.fromkeys(
+        ("evidence", "number", "heldout", "sampled"), 1
+    )
+    assert made["number"]["precision"] == {"all layers": 2.5}
+    evidence = {name: of["log_evidence"] for name, of in made.items()}
+    assert evidence["layer"] > evidence["target"] > evidence["evidence"] > evidence["number"]
+    assert evidence["heldout"] < evidence["evidence"] == evidence["sampled"]
+    factors = {made["file"]["precision"][n] / v for n, v in made["target"]["precision"].items()}
+    assert max(factors) == pytest.approx(min(factors)) != 1
+    assert made["layer"]["directions"] == 3
+    command = "evaluate --data test.jsonl --samples 20 --run new-"
+    nlls = {name: scores(command + name, capsys)["nll"] for name in made}
+    assert len(set(nlls.values())) == len(nlls)
+    words = refused("evaluate --run new-sampled --data test.jsonl --samples exact", capsys)
+    assert "exact prediction needs the subspace posterior to predict linear" in words
+
+
+def test_the_mean_of_a_subspace_posterior_is_exported(work, capsys):
+    ok(f"{TRAIN} --method dropout --lr 0.05", capsys)
+    ok(SUBSPACE, capsys)
+    ok("export --run new --to peft --out peft", capsys)
+    card = (work / "peft" / "README.md").read_text()
+    assert "the mean of a subspace run" in card and "without its uncertainty" in card
+    assert "- method: dropout" in card and "- posterior: subspace" in card
+    ok("import peft --from peft --model model --out back --method mle", capsys)
+    made = ok(f"{SUBSPACE.replace('run run', 'run back')}2 --data train.jsonl", capsys)
+    assert made["log_evidence"] == pytest.approx(facts(work / "new")["log_evidence"], rel=1e-4)
+    words = refused("export --run new --to peft --out no --samples 2", capsys)
+    assert "export its mean" in words
+
+
+def made_on_a_rank(folder):
+    import os
+
+    from scalabl_ref.app import cli
+
+    os.chdir(folder)
+    return cli.main([*SUBSPACE.split(), "--batch", "5"])
+
+
+def test_ranks_share_the_questions(work, capsys):
+    """Of five batches, three have two and two have one; H is a sum in another order."""
+    ok(f"{TRAIN} --method mle --lr 0.05", capsys)
+    assert on_ranks(3, made_on_a_rank, work) == [0, 0, 0]
+    alone = ok(f"{SUBSPACE}-alone --batch 5", capsys)
+    shared = facts(work / "new")
+    assert shared["log_evidence"] == pytest.approx(alone["log_evidence"], rel=1e-12)
+    assert {*contents(work / "new")} == {
+        name.replace("-alone", "") for name in contents(work / "new-alone")
+    }
