@@ -108,6 +108,21 @@ class Plan(NamedTuple):
     seconds: float
 
 
+class SubspacePlan(NamedTuple):
+    """The posterior over the scales of the base `kind`, whole on one device.
+
+    scales: D. matrix: bytes of H. peak: bytes while it is fitted. seconds: of the forward pass and
+    the C - 1 backward passes of `rows` questions. Fitting takes them for every training question,
+    and predicting for every question.
+    """
+
+    kind: str
+    scales: int
+    matrix: float
+    peak: float
+    seconds: float
+
+
 # --- Memory -----------------------------------------------------------------------------------
 
 
@@ -285,14 +300,39 @@ def seconds(
     shards: int = 1,
     offloaded: bool = False,
 ) -> float:
-    """A step's time if no two parts overlap. Weights are read once in each pass."""
-    todo = work_of(work, base, checkpointing)
-    weights = 2 * _sizes(work, base)[0]  # bytes, read forward and backward
-    products = max(todo.flop / rates.flop, weights / rates.bytes) + todo.attention / rates.attention
-    calls = CALL * CALLS * work.config.num_hidden_layers
+    """A step's time if no two parts overlap."""
+    took = _computing(work, base, rates, work_of(work, base, checkpointing), passes=2)
     received, copied = exchanged(work, base, devices, shards, offloaded)
-    moved = (todo.bytes + copied) / rates.bytes + received / rates.link
-    return products + moved + todo.unpacked * rates.unpack + calls
+    return took + copied / rates.bytes + received / rates.link
+
+
+def _computing(work: Workload, base: str, rates: Rates, todo: Work, passes: int) -> float:
+    """Seconds of the work of so many passes, forward or backward. Each reads the weights once."""
+    weights = passes * _sizes(work, base)[0]  # bytes
+    products = max(todo.flop / rates.flop, weights / rates.bytes) + todo.attention / rates.attention
+    calls = CALL * CALLS * work.config.num_hidden_layers * passes / 2
+    return products + todo.bytes / rates.bytes + todo.unpacked * rates.unpack + calls
+
+
+def subspace(work: Workload, base: str, rates: Rates, device: str = "cpu") -> SubspacePlan:
+    """The posterior over the scales: its memory and time, see `methods.subspace`.
+
+    The memory of a training step is an upper bound of that of a pass, less the optimiser's: the
+    weights need no gradient. A step with checkpointing has one forward pass more than one without.
+    """
+    c, adapter, classes = work.config, work.adapter, work.classes or work.config.vocab_size
+    blocks = c.num_hidden_layers * len(set(adapter.targets) - {"lm_head"})
+    scales = blocks * adapter.rank
+    scales += min(adapter.rank, classes) if "lm_head" in adapter.targets else 0
+    matrix = 8.0 * scales**2
+    step = memory(work, base, device=device)
+    jacobian = 8.0 * work.rows * classes * scales
+    # The Jacobian has two copies; H, its eigenvectors and two copies in the decomposition.
+    peak = step.peak - step.adapters * 2 / 3 + 3 * jacobian + 4 * matrix
+    once, again = work_of(work, base), work_of(work, base, checkpointing=True)
+    forward = Work(*(b - a for a, b in zip(once, again, strict=True)))
+    todo = Work(*(f + (classes - 1) * (a - f) for f, a in zip(forward, once, strict=True)))
+    return SubspacePlan(base, scales, matrix, peak, _computing(work, base, rates, todo, classes))
 
 
 def plans(

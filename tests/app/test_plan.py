@@ -11,6 +11,7 @@ import torch
 from scalabl_ref import AdapterConfig, InputError, Llama, LlamaConfig, Noise, add_adapters
 from scalabl_ref.app.plan import (
     BASES,
+    PROGRAM,
     Rates,
     Workload,
     exchanged,
@@ -18,6 +19,7 @@ from scalabl_ref.app.plan import (
     measured_rates,
     memory,
     seconds,
+    subspace,
     work_of,
 )
 from scalabl_ref.core.adapter import adapters
@@ -25,6 +27,10 @@ from scalabl_ref.core.config import TARGETS
 from scalabl_ref.core.objective import Batch, class_logits
 from scalabl_ref.fast.offload import KeptOnCpu
 from scalabl_ref.fast.quantize import quantize_model
+from scalabl_ref.methods import to_points
+from scalabl_ref.methods.subspace import jacobians, layout
+
+from ..models import fill
 
 SHAPE = LlamaConfig(100, 64, 160, 4, 8, 4, 8)
 ALL = tuple(TARGETS)
@@ -162,6 +168,47 @@ def test_flop_are_counted_by_hand():
     again = work_of(work, "float32", checkpointing=True)
     assert again.flop == once.flop + forward and again.bytes > once.bytes
     assert again.attention == attention + 2 * 1 * 4
+
+
+def test_the_subspace_posterior_is_counted_by_hand():
+    """For three classes one pass forward and two backward; q, v and the head have a scale each."""
+    shape = LlamaConfig(10, 4, 6, 2, 2, 1, 2)
+    work = Workload(shape, 1, 1, AdapterConfig(rank=1), classes=3)
+    q, kv, o, mlp = 4 * 4, 2 * 4 * 2, 4 * 4, 3 * 4 * 6
+    forward = 2 * 2 * (q + kv + o + mlp)
+    backward = forward - 2 * (q + kv)
+    slow = Rates(2.0, math.inf, math.inf)
+    made = subspace(work, "float32", slow)
+    calls = 3 / 2 * (seconds(work, "float32", Rates(math.inf, math.inf, math.inf)))
+    assert made.seconds == pytest.approx((forward + 2 * backward) / 2 + calls)
+    assert made.scales == 2 * 2 + 1 and made.matrix == 8 * 25
+    wide = Workload(shape, 2, 1, AdapterConfig(rank=2, targets=ALL), classes=3)
+    model = Llama(shape).init_random_().trim_head([1, 2, 3])
+    add_adapters(model, wide.adapter)
+    fill(model)
+    to_points(model)
+    assert subspace(wide, "float32", slow).scales == len(layout(model)[1])
+
+
+def test_the_subspace_posteriors_memory_covers_a_pass():
+    """The plan is no less than the weights and the tensors that the pass keeps, nor twice that."""
+    work = Workload(SHAPE, 4, 32, AdapterConfig(rank=4, targets=ALL))
+    model, batch = prepared(work, "float32")
+    fill(model)
+    to_points(model)
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    own = {p.untyped_storage().data_ptr(): p.nbytes for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        jacobians(model, batch)
+    used = sum(own.values())
+    used += sum(t.untyped_storage().nbytes() for p, t in saved.items() if p not in own)
+    planned = subspace(work, "float32", Rates(1, 1, 1)).peak - PROGRAM["cpu"]
+    assert used <= planned <= 2 * used
 
 
 def test_exchanges_are_counted_by_hand():

@@ -1,6 +1,6 @@
 """Estimate memory and time of a training step, from the model's shape alone, for each dtype or
 quantisation of the base model: whole on each GPU, split over the GPUs, or kept in CPU memory. An
-arrow marks the plan to take."""
+arrow marks the plan to take. The last lines are of the posterior over the adapters' scales."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import math
 from ...core.config import AdapterConfig
 from ...support.errors import InputError
 from ..configs import find_config
-from ..plan import BASES, Plan, Rates, Workload, best, measured_rates, plans
+from ..plan import BASES, Plan, Rates, Workload, best, measured_rates, plans, subspace
 from . import options, runs
 from .output import Result, say
 
@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpus", type=int, default=1, metavar="N", help="number of GPUs; 0 plans for a CPU")
     add("--memory", type=float, required=True, metavar="GB",
         help="memory of each GPU, or of the CPU, in 1e9 bytes")  # fmt: skip
-    helps = {"rows": "questions per forward pass on each device", "tokens": "tokens per question"}
+    helps = {"rows": "questions per forward pass on each device", "tokens": "tokens per question",
+             "classes": "possible answers of a question"}  # fmt: skip
     options.add_fields(parser, Workload, helps)
     options.add_targets(parser)
     add("--rate", type=float, metavar="TFLOPS",
@@ -39,7 +40,8 @@ def run(args: argparse.Namespace) -> Result:
     adapter = AdapterConfig(**options.given(AdapterConfig, args))
     known = {"config": find_config(args.config), "adapter": adapter}
     work = Workload(**options.given(Workload, args) | known)
-    ways = plans(work, _rates(args, work), args.gpus, "cuda" if args.gpus else "cpu")
+    rates, device = _rates(args, work), "cuda" if args.gpus else "cpu"
+    ways = plans(work, rates, args.gpus, device)
     room = args.memory * 1e9
     chosen = best(ways, room)
     devices = args.gpus or 1
@@ -53,7 +55,14 @@ def run(args: argparse.Namespace) -> Result:
     if chosen is None:
         say(args, f"\nnothing fits into {args.memory:g} GB: try fewer --rows or --tokens, or more "
             "--gpus")  # fmt: skip
+    posteriors = [subspace(work, base, known, device) for base, known in rates.items()]
+    say(args, f"\nposterior subspace: {posteriors[0].scales:,} scales, a matrix of "
+        f"{posteriors[0].matrix / 1e6:,.1f} MB; to fit and to predict, on one device")  # fmt: skip
+    for made in posteriors:
+        say(args, f"{made.kind:12} {made.peak / 1e9:8.2f} GB, {made.seconds / work.rows:.3g} s for "
+            "each question")  # fmt: skip
     return {
+        "subspace": [made._asdict() for made in posteriors],
         "plans": [{**plan._asdict(), "fits": plan.peak <= room} for plan in ways],
         "best": chosen and chosen._asdict(),
     }
