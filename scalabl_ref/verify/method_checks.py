@@ -26,10 +26,11 @@ from ..core.objective import Batch, class_logits, complexity
 from ..core.philox import normal_row
 from ..evaluation.metrics import fit_temperature
 from ..evaluation.predict import predict
-from ..methods import Ensemble, fit_tfb
+from ..methods import Ensemble, Subspace, fit_tfb, to_points
 from ..methods.blob import SIGNS
 from ..methods.ensemble import State
 from ..methods.laplace import JOINT, LOGITS_LAYER, CurvatureKind, Laplace, draw_logits
+from ..methods.subspace import GROUPS, SCALES_LAYER, Groups
 from ..methods.swag import FIRST_SWAG_LAYER, Swag
 from ..model.attach import Linear, add_adapters
 from ..model.config import LlamaConfig
@@ -672,6 +673,92 @@ def laplace_evidence(_: Op, device: torch.device) -> Errors:
         yield abs(best * squares - determined) / (eps * determined)
 
 
+# --- The posterior over the scales ---------------------------------------------------------------
+
+
+class Scaled(NamedTuple):
+    """model: the small one, whose adapters are points. H: from gradients by the matrices alone."""
+
+    model: Llama
+    posterior: Subspace
+    H: Tensor
+    log_likelihood: float
+
+
+def scaled(device: torch.device, groups: Groups = "all") -> Scaled:
+    """A posterior under PRECISION, or with `groups` under the best precisions of these."""
+    model, batch = small_model(device, TARGETS), prompts(device, 5, 5)
+    to_points(model)
+    logits, J = by_scales(model, batch)
+    p = logits.softmax(1)
+    log_likelihood = sum(math.log(p[i, label]) for i, label in enumerate(batch.labels.tolist()))
+    precision = PRECISION if groups == "all" else None
+    posterior = Subspace.fit(model, [batch], precision, groups)
+    return Scaled(model, posterior, gauss_newton(p, J), log_likelihood)
+
+
+def by_scales(model: Llama, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits (B, C) and their gradients by s (B, C, D).
+
+    s and the rows of A make up diag(s) A, so that s_k d / d s_k = sum of A_ki d / d A_ki.
+    """
+    logits, J = jacobians(model, batch)
+    columns = [
+        (J[f"{name}.A"] * adapter.A.detach()).sum(-1) / adapter.lora_A().norm(dim=1)
+        for name, adapter in adapters(model).items()
+    ]  # rows of A have length 1, so those of diag(s) A have length s
+    return logits, torch.cat(columns, -1).detach()
+
+
+def subspace_logits(_: Op, device: torch.device) -> Errors:
+    """Mean and covariance at other prompts, of logits less their mean; a draw of the scales.
+
+    The draw is in the weights of a copy without adapters.
+    """
+    batch = prompts(device, 3, 5, first=20)
+    model, posterior, H, _likelihood = scaled(device)
+    logits, J = by_scales(model, batch)
+    Sigma = torch.linalg.inv(H + PRECISION * torch.eye(len(H)).to(H))
+    centre = torch.eye(3).to(J) - 1 / 3
+    inverse = NETWORK * (1 + float(H.trace()) / PRECISION) * EPS  # condition of the inverted matrix
+    mean, factor = posterior.gaussian(model, batch)
+    yield distance(mean, logits, NETWORK * EPS)
+    yield distance(factor @ factor.mT, centre @ J @ Sigma @ J.mT @ centre, inverse)
+    drawing, root = replace(posterior, predicts="sampled"), square_root(Sigma.cpu())
+    drawn = drawing.log_probs(model, batch, 1, seed=9)[0].cpu()
+    for row, id in enumerate(batch.ids.tolist()):
+        moved = weights_of(model)
+        delta = root @ normals(Noise(9, 0), SCALES_LAYER, id, len(root))
+        for (name, adapter), part in zip(adapters(model).items(), delta.split(2), strict=True):
+            A = adapter.lora_A().detach().cpu()  # diag(s) A
+            moved[f"{name}.A"] = A * (1 + part / A.norm(dim=1))[:, None]
+        [expected] = merged_logits(model, batch.rows(torch.tensor([row])), moved).log_softmax(-1)
+        yield distance(drawn[row], expected, 10 * inverse)
+
+
+def subspace_evidence(_: Op, device: torch.device) -> Errors:
+    """By a dense determinant; and lambda_g |s_g|^2 is the trace of group g in Sigma H."""
+    for groups in GROUPS:
+        _model, posterior, H, log_likelihood = scaled(device, groups)
+        precision, s = posterior.precision.to(H), posterior.scales.to(H)
+        prior = torch.diag(precision)
+        log_ratio = torch.linalg.slogdet(H + prior)[1] - torch.linalg.slogdet(prior)[1]
+        penalty = precision * s.square()
+        expected = log_likelihood - float(penalty.sum() + log_ratio) / 2
+        eps = NETWORK * (1 + float(H.trace() / precision.min())) * EPS  # by the condition
+        size = abs(log_likelihood) + float(penalty.sum() + log_ratio)
+        yield abs(posterior.log_evidence() - expected) / (eps * size)
+        if groups == "all":
+            continue
+        determined = torch.linalg.solve(H + prior, H).diagonal()
+        layers = [name.rpartition(".")[2] if groups == "target" else name
+                  for name, count in posterior.sizes.items() for _ in range(count)]  # fmt: skip
+        for group in set(layers):
+            own = torch.tensor([name == group for name in layers], device=H.device)
+            # The search ends with a step of 1e-9 in log lambda.
+            yield abs(float((determined - penalty)[own].sum())) / (1e-8 * int(own.sum()))
+
+
 METHOD_CHECKS = [
     Check("BLoB", "(11) A + diag(t) (Omega * E) diag(u), row by row",
           row_by_row(drawn_by_flipout, method="blob")),
@@ -680,6 +767,8 @@ METHOD_CHECKS = [
     Check("TFB, width", "(14) sigma_q fits the tolerance, 1 % more does not", tfb_width),
     Check("Laplace", "(15) to (17) J (F + lambda I)^-1 J', dense; a draw", laplace_logits),
     Check("Laplace, evidence", "(18) dense; its slope where it is largest", laplace_evidence),
+    Check("subspace", "(24), (25), (27) J (H + lambda I)^-1 J', dense; a draw", subspace_logits),
+    Check("subspace, evidence", "(26) dense; its slopes where it is largest", subspace_evidence),
     Check("fitted priors", "(19) the least KL, for any scale", fitted_priors),
     Check("full covariance", "(20) diag(s + L eps) A, row by row",
           row_by_row(correlated, covariance="full")),

@@ -14,11 +14,12 @@ from scalabl_ref import Noise, adapters, kl_forward, kl_official, methods, subsp
 from scalabl_ref.core.adapter import adapter_state
 from scalabl_ref.core.objective import class_logits, fitted_prior_std
 from scalabl_ref.evaluation import metrics
-from scalabl_ref.methods import blob, ensemble, full, laplace, swag, tfb
+from scalabl_ref.methods import blob, ensemble, full, laplace, subspace, swag, tfb
 from scalabl_ref.methods.map import MapAdapter
 from scalabl_ref.verify.checks import run
 from scalabl_ref.verify.method_checks import METHOD_CHECKS, distance, golden_section, slopes
 
+normal = Noise.normal
 CHECKS = {check.name: check for check in METHOD_CHECKS}
 FAULTS = {}
 
@@ -213,6 +214,55 @@ def _(weights):
 def _(self):
     best = optimise(self)
     return dataclasses.replace(best, precision=1.0001 * best.precision)
+
+
+# --- the posterior over the scales ----------------------------------------------------------------
+
+jacobians, spread, best_precision = (
+    subspace.jacobians,
+    subspace.Subspace.spread,
+    subspace.best_precision,
+)
+
+
+@fault("subspace: J without the scaling", "methods.subspace:jacobians", "subspace")
+def _(model, batch):
+    logits, J = jacobians(model, batch)
+    return logits, J / 1.5
+
+
+@fault("subspace: J of padding too", "methods.subspace:class_logits", "subspace")
+def _(model, batch, noise, padded=False):
+    whole = dataclasses.replace(
+        batch, lengths=torch.full_like(batch.lengths, batch.tokens.shape[1])
+    )
+    return class_logits(model, whole, noise, padded=padded)
+
+
+@fault("subspace: Sigma for its root", "methods.subspace:Subspace.spread", "subspace")
+def _(self, x):
+    return spread(self, spread(self, x))
+
+
+@fault("subspace: one draw for all", "methods.subspace:Noise.normal", "subspace")
+def _(self, layer, groups, rank, draws=None):
+    return normal(self, layer, torch.zeros_like(groups), rank, draws)
+
+
+@fault("subspace: the layers apart", "methods.subspace:whitened", "subspace, evidence")
+def _(H, precision):
+    blocks = torch.block_diag(*[torch.ones(2, 2).to(H)] * (len(H) // 2))
+    return blocks * H / precision.sqrt() / precision.sqrt()[:, None]
+
+
+@fault("subspace: lambda 0.01 % off", "methods.subspace:best_precision", "subspace, evidence")
+def _(*a):
+    return 1.0001 * best_precision(*a)
+
+
+@fault("subspace: one lambda for all", "methods.subspace:groups_of", "subspace, evidence")
+def _(sizes, groups):
+    return torch.zeros(sum(sizes.values()), dtype=torch.int64), ["all"]
 
 
 # --- variants of ours -----------------------------------------------------------------------------
