@@ -17,6 +17,15 @@ def warmup_linear(step: int, steps: int, warmup: float) -> float:
     return max(0.0, (steps - step) / max(1, steps - rise))
 
 
+def first_held(steps: int, warmup: float, share: float) -> int:
+    """The first step whose learning rate all later ones have, `steps` if there is none.
+
+    It is the first of the last `share` of the steps, whose weights SWAG averages, but not in the
+    warm-up.
+    """
+    return max(int((1 - share) * steps), int(warmup * steps)) if share else steps
+
+
 def kl_period(num_examples: int, batch: int) -> int:
     """M = int(100 N^(pi/8) / batch): the official code's number of KL weights in a round."""
     return max(1, int(100 * num_examples ** (math.pi / 8) / batch))

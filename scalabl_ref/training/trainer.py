@@ -26,7 +26,7 @@ from ..model.llama import Llama
 from ..support.errors import InputError
 from . import ranks as distributed
 from .runs import OBJECTIVES, Objective, load_adapter_state
-from .schedule import kl_period, kl_weight, warmup_linear
+from .schedule import first_held, kl_period, kl_weight, warmup_linear
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,9 @@ class TrainConfig:
     recompute: store only each block's input, and compute the rest again in the backward pass: less
         memory, a third more time. offload_activations: activations wait in the CPU's memory for the
         backward pass. compile: compile the blocks, see `rows.compile_blocks`.
-    swag: share of the steps, the last ones, after which the trainer's collector is called.
+    swag: share of the steps, the last ones, after which the trainer's collector is called. The
+        rates are constant there: swag_lr for A and B, the others in proportion; None keeps the
+        rates of the first of these steps.
     checkpoint_every: steps between checkpoints.
 
     Raises InputError for a value outside its range.
@@ -65,6 +67,7 @@ class TrainConfig:
     beta: float = 1.0
     kl_lr: float = 0.2
     swag: float = 0.0
+    swag_lr: float | None = None
     seed: int = 0
     checkpoint_every: int = 200
     recompute: bool = False
@@ -77,13 +80,16 @@ class TrainConfig:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise InputError(f"micro_batch must be at least 1, not {self.micro_batch}")
-        for name in ("lr", "variational_lr", "beta", "kl_lr", "weight_decay", "adam_eps"):
+        rates = ("lr", "variational_lr", "swag_lr", "kl_lr")
+        for name in (*rates, "beta", "weight_decay", "adam_eps"):
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise InputError(f"{name} must be finite and not negative, and is {value}")
         for name in ("warmup", "swag"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must lie between 0 and 1, and is {getattr(self, name)}")
+        if self.swag_lr is not None and not (self.swag and self.lr):
+            raise InputError("swag_lr needs swag and lr above 0")
         if self.objective not in OBJECTIVES:
             raise InputError(f"objective must be one of {', '.join(OBJECTIVES)}")
         if self.kl not in KLS:
@@ -171,7 +177,7 @@ class Trainer:
         Raises InputError if the loss is not finite.
         """
         c, step = self.config, self.done
-        factor = warmup_linear(step, c.steps, c.warmup)
+        factor = self._factor(step)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         self.optimizer.zero_grad(set_to_none=True)
@@ -201,6 +207,14 @@ class Trainer:
             "sigma": mean_sigma(self.model),
             "lr": c.lr * factor,
         }
+
+    def _factor(self, step: int) -> float:
+        """Of the learning rates at a step."""
+        c = self.config
+        held = first_held(c.steps, c.warmup, c.swag)
+        if c.swag_lr is not None and step >= held:
+            return c.swag_lr / c.lr
+        return warmup_linear(min(step, held), c.steps, c.warmup)
 
     def _accumulate_nll(self, indices: list[int], noise: Noise) -> float:
         """Gradient of the batch's mean NLL, a micro-batch at a time; returns the NLL."""

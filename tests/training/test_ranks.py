@@ -16,6 +16,7 @@ from scalabl_ref.app import cli
 from scalabl_ref.core.adapter import adapter_state
 from scalabl_ref.evaluation import answering
 from scalabl_ref.fast.quantize import quantize_model
+from scalabl_ref.methods import Swag
 from scalabl_ref.training import ranks as distributed
 from scalabl_ref.training.loop import fit
 from scalabl_ref.training.runs import fingerprint, load_run
@@ -66,9 +67,10 @@ def curve(folder: Path) -> list[dict[str, float]]:
 
 
 @cache
-def alone(objective: str = "elbo") -> tuple[list[dict[str, float]], float]:
+def alone(objective: str = "elbo", swag: float = 0.0) -> tuple[list[dict[str, float]], float]:
     """The curve of one process that computes a batch at once, and how far another may be off."""
-    made, records, largest = trainer(objective=objective), [], 0.0
+    made = trainer(Swag() if swag else None, objective=objective, swag=swag)
+    records, largest = [], 0.0
     parameters = [p for adapter in made.adapters for p in adapter.parameters()]
     for _ in range(STEPS):
         records.append(made.step())
@@ -77,8 +79,8 @@ def alone(objective: str = "elbo") -> tuple[list[dict[str, float]], float]:
     return records, curve_bound(STEPS, 4 * RATE, count, largest, loss, terms=512)
 
 
-def assert_same_curve(folder: Path, objective: str = "elbo") -> None:
-    expected, bound = alone(objective)
+def assert_same_curve(folder: Path, objective: str = "elbo", swag: float = 0.0) -> None:
+    expected, bound = alone(objective, swag)
     found = curve(folder)
     assert [r["step"] for r in found] == [r["step"] for r in expected]
     for ours, theirs in zip(found, expected, strict=True):

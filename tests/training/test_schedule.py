@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scalabl_ref.training.schedule import kl_period, kl_weight, warmup_linear
+from scalabl_ref.training.schedule import first_held, kl_period, kl_weight, warmup_linear
 
 from ..tolerances import rounding
 
@@ -48,3 +48,12 @@ def test_warmup_rises_then_falls_to_zero():
     assert all(a < b for a, b in zip(factors[:6], factors[1:7], strict=True))
     assert all(a > b for a, b in zip(factors[6:-1], factors[7:], strict=True))
     assert warmup_linear(0, 10, 0.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "share", "first"),
+    [(100, 0.06, 0.25, 75), (10, 0.0, 0.25, 7), (10, 0.06, 1.0, 0), (10, 0.5, 1.0, 5),
+     (10, 0.06, 0.0, 10), (7, 0.0, 0.5, 3)],
+)  # fmt: skip
+def test_rates_are_held_from_the_first_step_whose_weights_are_averaged(steps, warmup, share, first):
+    assert first_held(steps, warmup, share) == first

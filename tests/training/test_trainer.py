@@ -249,6 +249,25 @@ def test_a_collector_sees_the_weights_after_each_of_the_last_steps():
     assert again.collector.steps == seen.steps
 
 
+@pytest.mark.parametrize("swag_lr", [None, 0.04])
+def test_rates_are_constant_while_weights_are_collected(swag_lr):
+    """Those of the first collected step, or swag_lr; without SWAG they fall as ever."""
+    seen = Seen()
+    with_swag, without = trainer(collector=seen, swag=0.25, swag_lr=swag_lr), trainer()
+    expected = [without.step()["lr"] for _ in range(12)]
+    for step in range(12):
+        before = len(seen.steps)
+        rate = with_swag.step()["lr"]
+        collected = len(seen.steps) > before
+        assert collected == (step >= 9)
+        want = expected[min(step, 9)] if swag_lr is None or not collected else swag_lr
+        assert abs(rate - want) <= rounding(torch.float64, 4) * want
+        groups = [group["lr"] for group in with_swag.optimizer.param_groups]
+        ratio = with_swag.rates[1] / with_swag.rates[0]
+        assert abs(groups[0] - want) + abs(groups[1] - ratio * want) <= 1e-15
+    assert expected[11] < expected[9] > 0
+
+
 @pytest.mark.parametrize(("collector", "swag"), [(None, 0.25), (Seen(), 0.0)])
 def test_a_collector_without_its_steps_is_refused_and_the_other_way_round(collector, swag):
     with pytest.raises(InputError, match="a collector is needed if it is above 0, else none"):
@@ -285,6 +304,8 @@ def test_a_loss_that_is_not_finite_ends_the_run():
         ({"adam_eps": float("inf")}, "adam_eps must be finite"),
         ({"warmup": 5}, "warmup must lie between 0 and 1"),
         ({"swag": -0.1}, "swag must lie between 0 and 1"),
+        ({"swag": 0.5, "swag_lr": -1.0}, "swag_lr must be finite and not negative"),
+        ({"swag_lr": 0.1}, "swag_lr needs swag and lr above 0"),
         ({"beta": float("nan")}, "beta must be finite"),
         ({"kl": "reverse"}, "kl must be one of forward, official"),
         ({"objective": "sgd"}, "objective must be one of elbo, official"),

@@ -23,6 +23,7 @@ _UNSET = {  # how help words a default of None, by field
     "max_length": "no limit",
     "micro_batch": "--batch",
     "prior_std": "1, or 0.2 for blob",
+    "swag_lr": "the rate of the first of them",
     "variational_lr": "4 * lr",
 }
 
