@@ -26,9 +26,9 @@ def first_held(steps: int, warmup: float, share: float) -> int:
     return max(int((1 - share) * steps), int(warmup * steps)) if share else steps
 
 
-def kl_period(num_examples: int, batch: int) -> int:
-    """M = int(100 N^(pi/8) / batch): the official code's number of KL weights in a round."""
-    return max(1, int(100 * num_examples ** (math.pi / 8) / batch))
+def kl_period(num_examples: int, batch: int, gamma: float = 8.0) -> int:
+    """M = int(100 N^(pi/gamma) / batch): the official code's number of KL weights in a round."""
+    return max(1, int(100 * num_examples ** (math.pi / gamma) / batch))
 
 
 def kl_weight(step: int, period: int) -> float:

@@ -42,7 +42,8 @@ class TrainConfig:
     kl: direction, see `elbo`. beta: weight of KL / N in the one objective.
     objective: "elbo" steps AdamW on NLL + beta KL / N. "official" does, per batch, an AdamW step on
         the NLL and then an SGD step on the sum of KLs, at rate kl_lr * schedule * pi_i.
-    kl_lr: that SGD rate. seed: of data order, noise and initial values.
+    kl_lr: that SGD rate. kl_gamma: sets the number of weights pi_i in a round,
+        M = int(100 N^(pi / kl_gamma) / batch). seed: of data order, noise and initial values.
     recompute: store only each block's input, and compute the rest again in the backward pass: less
         memory, a third more time. offload_activations: activations wait in the CPU's memory for the
         backward pass. compile: compile the blocks, see `rows.compile_blocks`.
@@ -66,6 +67,7 @@ class TrainConfig:
     kl: KL = "forward"
     beta: float = 1.0
     kl_lr: float = 0.2
+    kl_gamma: float = 8.0
     swag: float = 0.0
     swag_lr: float | None = None
     seed: int = 0
@@ -88,6 +90,8 @@ class TrainConfig:
         for name in ("warmup", "swag"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must lie between 0 and 1, and is {getattr(self, name)}")
+        if not self.kl_gamma > 0:
+            raise InputError(f"kl_gamma must be positive, and is {self.kl_gamma}")
         if self.swag_lr is not None and not (self.swag and self.lr):
             raise InputError("swag_lr needs swag and lr above 0")
         if self.objective not in OBJECTIVES:
@@ -236,7 +240,7 @@ class Trainer:
     def _official_kl_step(self, factor: float) -> None:
         """SGD on the sum of KLs, after AdamW's step on the NLL, at the official rate."""
         c = self.config
-        period = kl_period(len(self.data.labels), c.batch)
+        period = kl_period(len(self.data.labels), c.batch, c.kl_gamma)
         rate = c.kl_lr * factor * kl_weight(self.done, period)
         parameters = [p for adapter in self.adapters for p in adapter.parameters()]
         kl = complexity(self.model, c.kl)

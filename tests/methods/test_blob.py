@@ -265,8 +265,9 @@ def test_training_learns_means_and_widths():
 def test_the_official_objective_steps_the_kl_of_mean_and_width(monkeypatch):
     """With lr = 0 only SGD is left: A and G move by kl_lr * pi * gradient of the KL, B stays."""
     model = {"method": "blob", "prior_std": 0.5}
-    t = trainer(steps=6, lr=0.0, warmup=0.0, objective="official", kl_lr=1e-3, model=model)
-    monkeypatch.setattr("scalabl_ref.training.trainer.kl_period", lambda num_examples, batch: 6)
+    settings = {"objective": "official", "kl_lr": 1e-3, "kl_gamma": 3.0}
+    t = trainer(steps=6, lr=0.0, warmup=0.0, model=model, **settings)
+    monkeypatch.setattr("scalabl_ref.training.trainer.kl_period", lambda n, b, gamma: 2 * gamma)
     before = [[p.detach().double() for p in (a.A, a.G, a.B)] for a in t.adapters]
     t.done = 5  # where the weight is not negligible
     t.step()

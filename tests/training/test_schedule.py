@@ -27,6 +27,8 @@ def test_periods_of_the_official_schedule():
     }
     for name, (examples, period) in sizes.items():
         assert kl_period(examples, 4) == period, name
+    # BLoB's --bayes-gamma: 100 * 640 ** (3.14159265 / 4) / 8 = 1999.30
+    assert kl_period(640, 8, gamma=4.0) == 1999
 
 
 @given(st.integers(1, 60))

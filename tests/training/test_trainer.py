@@ -305,6 +305,7 @@ def test_a_loss_that_is_not_finite_ends_the_run():
         ({"warmup": 5}, "warmup must lie between 0 and 1"),
         ({"swag": -0.1}, "swag must lie between 0 and 1"),
         ({"swag": 0.5, "swag_lr": -1.0}, "swag_lr must be finite and not negative"),
+        ({"kl_gamma": 0.0}, "kl_gamma must be positive"),
         ({"swag_lr": 0.1}, "swag_lr needs swag and lr above 0"),
         ({"beta": float("nan")}, "beta must be finite"),
         ({"kl": "reverse"}, "kl must be one of forward, official"),

@@ -45,6 +45,8 @@ OPTIMISER = {
     "`posterior swag` (mle, map)",
     "swag_lr": "AdamW learning rate of A and B in these steps",
     "kl_lr": "SGD learning rate of the KL (objective official)",
+    "kl_gamma": "the KL's weights repeat after 100 N^(pi / kl_gamma) / batch steps (objective "
+    "official)",
 }
 MEMORY = {
     "checkpoint_every": "steps between checkpoints",
