@@ -47,7 +47,8 @@ def subspace_lora_linear(
 
     - "batch": 0 for every row,
     - "example": the row's index in x's first dimension,
-    - "token": the row's index in x flattened to (rows, d_in), row-major.
+    - "token": the row's index in x flattened to (rows, d_in), row-major. Every token then has its
+      own scales: a network with noise in each token, and not one draw from the posterior.
 
     groups: int64 ids that replace these indices under "example" and "token", of a shape that is a
     leading part of x.shape[:-1]. A draw then follows the example rather than its place in memory.

@@ -182,7 +182,7 @@ def add_adapter(parser: argparse.ArgumentParser, method: str = "{}") -> None:
     }
     add_fields(parser, AdapterConfig, helps, method, {"method": trained})
     helps = {
-        "sampling": "draw noise once for each batch, example or token",
+        "sampling": "draw noise once for each batch, example or token (token is another model)",
         "covariance": "covariance of the distribution over the scales (scalabl)",
         "prior": "a fixed prior, or one fitted for each layer or each scale (scalabl)",
         "dropout": "dropout rate of the adapters' input (dropout)",
