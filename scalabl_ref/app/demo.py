@@ -329,10 +329,10 @@ def remarks(models: list[dict[str, Any]], best: dict[str, Any]) -> list[str]:
         f"above it and its ECE is {scalabl['ece']:.3f}."
     )
     verdict = {
-        (True, True): "ScalaBL is better on both",
-        (True, False): "ScalaBL is better on NLL but not on ECE",
-        (False, True): "ScalaBL is better on ECE but not on NLL",
-        (False, False): "ScalaBL is better on neither",
+        (True, True): "ScalaBL's are both lower in this run",
+        (True, False): "ScalaBL's NLL is lower in this run, its ECE is not",
+        (False, True): "ScalaBL's ECE is lower in this run, its NLL is not",
+        (False, False): "neither of ScalaBL's is lower in this run",
     }[scalabl["nll"] < scaled["nll"], scalabl["ece"] < scaled["ece"]]
     second = (
         f"Temperature scaling needs {HELD_OUT} more labelled questions. It brings plain LoRA to "

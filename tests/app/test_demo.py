@@ -95,10 +95,10 @@ def test_what_ships_is_small_and_loads():
 @pytest.mark.parametrize(
     ("nll", "ece", "verdict"),
     [
-        (0.9, 0.1, "ScalaBL is better on both"),
-        (0.9, 0.3, "ScalaBL is better on NLL but not on ECE"),
-        (1.1, 0.1, "ScalaBL is better on ECE but not on NLL"),
-        (1.1, 0.2, "ScalaBL is better on neither"),  # equal is not better
+        (0.9, 0.1, "ScalaBL's are both lower in this run"),
+        (0.9, 0.3, "ScalaBL's NLL is lower in this run, its ECE is not"),
+        (1.1, 0.1, "ScalaBL's ECE is lower in this run, its NLL is not"),
+        (1.1, 0.2, "neither of ScalaBL's is lower in this run"),  # equal is not lower
     ],
 )
 def test_the_verdict_follows_the_figures(nll, ece, verdict):
