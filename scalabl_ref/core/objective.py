@@ -3,13 +3,12 @@
     loss = NLL (mean per example) + beta * KL / N                                            (4)
 
 With beta = 1 and the forward KL, -N * loss is an unbiased estimate of the evidence lower bound
-E_q[log p(D | s~)] - KL(q || p), under two assumptions:
+E_q[log p(D | s~)] - KL(q || p), if sampling is "batch" or "example": each likelihood then belongs
+to a network with one s~. Under "token" every token has its own s~, which is another model: the loss
+then does not bound the evidence of the paper's model.
 
-- Sampling "batch" or "example": each likelihood then belongs to a network with one s~. Under
-  "token" every token has its own s~, which is another model: the loss then does not bound the
-  evidence of the paper's model.
-- All batches have equal size. The NLL is a mean over the batch, so the examples of a short last
-  batch weigh more than the others, by the factor batch size / short size.
+The NLL is a mean over the batch. In training, the loss of a batch with fewer rows than the others
+is multiplied by its share of a whole batch, so that all examples weigh the same in an epoch.
 """
 
 from __future__ import annotations

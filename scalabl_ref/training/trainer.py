@@ -40,8 +40,9 @@ class TrainConfig:
         value, since AdamW is scale-free).
     warmup: fraction of the steps in which rates rise linearly to full, then fall linearly to 0.
     kl: direction, see `elbo`. beta: weight of KL / N in the one objective.
-    objective: "elbo" steps AdamW on NLL + beta KL / N. "official" does, per batch, an AdamW step on
-        the NLL and then an SGD step on the sum of KLs, at rate kl_lr * schedule * pi_i.
+    objective: "elbo" steps AdamW on NLL + beta KL / N, times rows / batch on an epoch's short
+        batch, so that an epoch's sum is N / batch times (4). "official" does, per batch, an AdamW
+        step on the NLL and then an SGD step on the sum of KLs, at rate kl_lr * schedule * pi_i.
     kl_lr: that SGD rate. kl_gamma: sets the number of weights pi_i in a round,
         M = int(100 N^(pi / kl_gamma) / batch). seed: of data order, noise and initial values.
     recompute: store only each block's input, and compute the rest again in the backward pass: less
@@ -185,14 +186,15 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         self.optimizer.zero_grad(set_to_none=True)
-        nll = self._accumulate_nll(
-            self.order.indices(step), Noise(c.seed, FIRST_TRAINING_DRAW + step)
-        )
+        indices, size = self.order.indices(step), len(self.data.labels)
+        # So that each example has the same weight in an epoch.
+        weight = len(indices) / min(c.batch, size) if c.objective == "elbo" else 1.0
+        nll = self._accumulate_nll(indices, Noise(c.seed, FIRST_TRAINING_DRAW + step), weight)
         kl = complexity(self.model, c.kl)
         loss = nll
         if kl.requires_grad and c.objective == "elbo":
-            loss = nll + c.beta * kl.item() / len(self.data.labels)
-            (c.beta * kl / len(self.data.labels)).backward()
+            loss = nll + c.beta * kl.item() / size
+            (weight * c.beta * kl / size).backward()
         if not math.isfinite(loss):
             raise InputError(f"the loss is {loss} at step {step}: try a smaller learning rate")
         self.optimizer.step()
@@ -220,8 +222,8 @@ class Trainer:
             return c.swag_lr / c.lr
         return warmup_linear(min(step, held), c.steps, c.warmup)
 
-    def _accumulate_nll(self, indices: list[int], noise: Noise) -> float:
-        """Gradient of the batch's mean NLL, a micro-batch at a time; returns the NLL."""
+    def _accumulate_nll(self, indices: list[int], noise: Noise, weight: float) -> float:
+        """Gradient of weight times the mean NLL, a micro-batch at a time; returns the mean NLL."""
         share, own = distributed.share(indices)
         size = self.config.micro_batch or len(share)
         offload = self.config.offload_activations
@@ -233,7 +235,7 @@ class Trainer:
             with kept:
                 logits, labels = class_logits(self.model, batch, noise), batch.labels
             nll = F.cross_entropy(logits[:n], labels[:n], reduction="sum") / len(indices)
-            nll.backward()
+            (weight * nll).backward()
             total += nll.item()
         return distributed.add_up([p for a in self.adapters for p in a.parameters()], total)
 

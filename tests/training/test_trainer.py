@@ -128,6 +128,36 @@ def test_one_objective_step_is_adamw_on_nll_plus_beta_kl_over_n():
     assert moved > 1e-2 / 2
 
 
+@pytest.mark.parametrize("batch", [4, 5, 20])
+@pytest.mark.parametrize("method", ["map", "scalabl"])
+def test_the_gradients_of_an_epoch_add_up_to_that_of_the_objective(method, batch):
+    """Ten examples in batches of 4, 4 and 2: N / batch times the gradient of (4) on all of them."""
+    still = {"lr": 0.0, "variational_lr": 0.0, "beta": 3.0, "steps": 9}
+    ours, whole = (trainer(model={"method": method}, batch=batch, **still) for _ in range(2))
+    steps = ours.order.steps_per_epoch
+    assert [len(ours.order.indices(step)) for step in range(steps)].count(2) == (batch == 4)
+    sums: dict[str, torch.Tensor] = {}
+    for step in range(steps):
+        record = ours.step()
+        rows = collate(whole.data, whole.order.indices(step))
+        logits = class_logits(whole.model, rows, Noise(0, FIRST_TRAINING_DRAW + step))
+        nll = cross_entropy(logits, rows.labels, reduction="sum")
+        (nll / 10).backward()
+        mean = nll.item() / len(rows.labels)
+        assert abs(record["nll"] - mean) <= rounding(torch.float32, 512) * mean
+        for name, p in ours.model.named_parameters():
+            if p.grad is not None:
+                sums[name] = sums.get(name, torch.zeros_like(p)) + p.grad
+    (3.0 * complexity(whole.model) / 10).backward()
+    for name, p in whole.model.named_parameters():
+        assert (p.grad is None) == (name not in sums)
+        if p.grad is not None:
+            wanted = p.grad * 10 / min(batch, 10)
+            bound = rounding(torch.float32, 1024) * wanted.abs().max()
+            assert (sums[name] - wanted).abs().max() <= bound, name
+    assert sums
+
+
 def test_a_step_follows_the_schedule():
     """The first of a warm-up has the rate 0, and the next a half of it all."""
     ours = trainer(warmup=2 / 12, beta=0.0)
