@@ -16,7 +16,7 @@ NAMES = [
 ]  # fmt: skip
 METRICS = [
     "accuracy", "apply_temperature", "auroc", "bootstrap_interval", "bootstrap_intervals", "brier",
-    "ece", "entropy", "fit_temperature", "nll", "paired_intervals", "reliability", "risk_coverage",
+    "ece", "entropy", "fit_temperature", "nll", "per_question", "reliability", "risk_coverage",
 ]  # fmt: skip
 # Without an example yet. One that has it must leave: the marks are strict.
 WAITING: set[str] = set()

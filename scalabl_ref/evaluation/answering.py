@@ -34,7 +34,7 @@ class Answers:
     examples: list[Example]
     labels: Tensor  # (N,) int64
     prediction: Prediction
-    samples: Samples  # draws of each row: 0 for deterministic models; see also `_taken`
+    samples: Samples  # draws of each row: 0 for deterministic models; see also `draws_taken`
     draws: Tensor | None = None  # (N,) int64, draws of each row, where rows differ
     settled: Tensor | None = None  # (N,) bool, with `draws`: whether more draws are not needed
     encoded: Encoded | None = None  # the prompts as tokens
@@ -120,12 +120,12 @@ def answer(
     if spread:
         for column in (*prediction, counts):
             distributed.sum_(column)  # each row is of one rank, and zero on the others
-    labels, number = torch.tensor(encoded.labels), _taken(model, samples, posterior)
+    labels, number = torch.tensor(encoded.labels), draws_taken(model, samples, posterior)
     draws, settled = (counts[0], counts[1].bool()) if isinstance(samples, Auto) else (None, None)
     return Answers(encoded.examples, labels, prediction, number, draws, settled, encoded)
 
 
-def _taken(model: Llama, samples: Samples, posterior: Posterior | None) -> Samples:
+def draws_taken(model: Llama, samples: Samples, posterior: Posterior | None) -> Samples:
     """How many draws an answer really takes when `samples` are asked for.
 
     Of an ensemble's members without draws, their number.

@@ -158,7 +158,10 @@ def _facts(
 
 
 def summarise(probs: Tensor, labels: Tensor, bins: int) -> dict[str, Any]:
-    """n, acc, ece, nll, brier, aurc, and 95 % bootstrap intervals under "intervals"."""
+    """n, acc, ece, nll, brier, aurc, and 95 % bootstrap intervals under "intervals".
+
+    The intervals cover the choice of test questions: they describe this run and not its method.
+    """
     return {
         "n": len(labels),
         **metrics.scores(probs, labels, bins),

@@ -12,7 +12,7 @@ bootstrap, Efron 1979.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -57,6 +57,27 @@ def scores(probs: Tensor, labels: Tensor, bins: int = 15) -> dict[str, float]:
     """The four SCORES by name."""
     values = accuracy(probs, labels), ece(probs, labels, bins), nll(probs, labels)
     return dict(zip(SCORES, (*values, brier(probs, labels)), strict=True))
+
+
+def per_question(probs: Tensor, labels: Tensor, bins: int = 15) -> dict[str, Tensor]:
+    """The four SCORES as means over rows: by name, (N,) whose mean is the score.
+
+    ECE is no mean of independent terms. Its terms here are (confidence - correctness) times the
+    sign that their sum has in the row's bin, so that they vary as ECE does, to first order.
+
+    >>> import torch
+    >>> from scalabl_ref import metrics
+    >>> probs = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.3, 0.7]])
+    >>> labels = torch.tensor([0, 1, 1, 1])
+    >>> metrics.per_question(probs, labels)["acc"].tolist()
+    [1.0, 0.0, 1.0, 1.0]
+    """
+    probs, labels = _checked(probs, labels)
+    index, gap = _gaps(probs, labels, checked_bins(bins))
+    _, correct = _confidence(probs, labels)
+    sign = _bin_sums(index, gap, bins).sign()
+    columns = correct, sign[index] * gap, _nll_rows(probs, labels), _brier_rows(probs, labels)
+    return dict(zip(SCORES, columns, strict=True))
 
 
 def accuracy(probs: Tensor, labels: Tensor) -> float:
@@ -272,36 +293,6 @@ def bootstrap_intervals(
     return {name: _percentiles(c, level) for name, c in zip(SCORES, columns, strict=True)}
 
 
-def paired_intervals(
-    first: Sequence[Tensor],
-    second: Sequence[Tensor],
-    labels: Tensor,
-    bins: int = 15,
-    replicates: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> dict[str, tuple[float, float]]:
-    """Intervals of the difference first - second of "acc", "ece", "nll" and "brier".
-
-    first, second: probabilities (N, C) of the same rows, one for each run of either method; scores
-    are averaged over runs. Both are resampled with the same rows, so the difficulty of a resample
-    cancels.
-
-    >>> import torch
-    >>> from scalabl_ref import metrics
-    >>> probs = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.3, 0.7]])
-    >>> labels = torch.tensor([0, 1, 1, 1])
-    >>> metrics.paired_intervals([probs], [probs], labels)["acc"]
-    (0.0, 0.0)
-    """
-    means = [
-        torch.stack([_replicates(p, labels, bins, replicates, level, seed) for p in runs]).mean(0)
-        for runs in (first, second)
-    ]
-    differences = means[0] - means[1]
-    return {name: _percentiles(c, level) for name, c in zip(SCORES, differences, strict=True)}
-
-
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The T in TEMPERATURE_RANGE that minimises the NLL of softmax(logits / T).
 
@@ -377,9 +368,13 @@ def _gaps(probs: Tensor, labels: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     return _bin_index(confidence, bins), confidence - correct
 
 
+def _bin_sums(index: Tensor, gap: Tensor, bins: int) -> Tensor:
+    return index.bincount(weights=gap, minlength=bins)
+
+
 def _ece(index: Tensor, gap: Tensor, bins: int) -> float:
     # (n_b / N) |mean gap| = |sum of gaps| / N, so an empty bin adds 0.
-    return float(index.bincount(weights=gap, minlength=bins).abs().sum()) / len(gap)
+    return float(_bin_sums(index, gap, bins).abs().sum()) / len(gap)
 
 
 def _resamples(n: int, replicates: int, level: float, seed: int) -> Iterator[Tensor]:

@@ -37,7 +37,7 @@ _AUROC = (
     ("auroc_mutual_information", "AUROC, mutual information", "0.5 is chance"),
 )
 _COLOURS = 6  # of style.css; a seventh model has the first colour and another dash
-BOOTSTRAP = "95 % bootstrap interval over the test examples"
+BOOTSTRAP = "95 % bootstrap interval over the test questions, for this training alone"
 
 
 def write_report(path: Path | str, results: Mapping[str, Any]) -> None:
@@ -53,8 +53,7 @@ def write_report(path: Path | str, results: Mapping[str, Any]) -> None:
         bounds    {label, nll, acc, ...}: the best possible values, where known (optional)
         notes     sentences for the reader (optional)
         spread    meaning of the intervals, in words (optional: bootstrap intervals without it)
-        tables    list of {title, words, heads, rows: (name, cells, for each cell whether it is
-                  bold)} (optional)
+        tables    list of {title, words, heads, rows: (name, cells)} (optional)
         plots     list of {title, x, y, series: (name, points), log: whether x is logarithmic};
                   a series of one point is a dot, a longer one a line (optional)
     ood:
@@ -113,7 +112,6 @@ class Cell(NamedTuple):
 
     text: str
     small: str = ""
-    bold: bool = False
 
 
 class Row(NamedTuple):
@@ -147,10 +145,7 @@ def _scores_table(caption: str, keys: Sequence[tuple], lines: Sequence[tuple]) -
 
 def _given_table(table: Mapping[str, Any]) -> Table:
     """A table of words and numbers that are formatted already."""
-    rows = [
-        Row(name, [Cell(c, bold=b) for c, b in zip(cells, bold, strict=True)])
-        for name, cells, bold in table["rows"]
-    ]
+    rows = [Row(name, [Cell(cell) for cell in cells]) for name, cells in table["rows"]]
     return Table(table["title"], [Cell("Model"), *map(Cell, table["heads"])], rows)
 
 

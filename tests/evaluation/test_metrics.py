@@ -386,6 +386,17 @@ def test_bootstrap_width_is_the_standard_error():
     WIDTH.check(seed=1)
 
 
+@given(predictions(), st.integers(1, 20))
+def test_the_terms_of_each_question_average_to_the_scores(case, bins):
+    probs, target = case
+    terms, scores = metrics.per_question(probs, target, bins), metrics.scores(probs, target, bins)
+    assert list(terms) == list(scores)
+    for key, column in terms.items():
+        assert column.shape == target.shape
+        mean = float(column.mean())
+        assert mean == scores[key] or close(mean, scores[key], len(target))  # both may be infinite
+
+
 # Temperature -------------------------------------------------------------------------------------
 
 

@@ -360,16 +360,16 @@ def test_series_stand_where_their_numbers_say(tmp_path):
 
 
 def test_tables_plots_and_the_word_for_intervals(tmp_path):
-    rows = [("mle", ["0.5 ± 0.1", "<b>"], [True, False])]
+    rows = [("mle", ["0.5 ± 0.1", "<b>"])]
     table = {"title": "All", "heads": ["ACC", "x"], "rows": rows, "words": "What it is."}
     model = {"name": "m", "intervals": {"acc": (0.1, 0.2)}, **_model(20, 3, 0)}
     results = {"title": "t", "models": [model], "tables": [table], "plots": [_series()],
-               "spread": "least and greatest seed"}  # fmt: skip
+               "spread": "least and greatest replicate"}  # fmt: skip
     write_report(tmp_path / "r.html", results)
     page = Page((tmp_path / "r.html").read_text())
-    assert page.text("strong") == "0.5 ± 0.1"
-    assert "<b>" in page.text("td") and "What it is." in page.text("p")
-    assert "In brackets: least and greatest seed." in page.text("p")
+    assert "0.5 ± 0.1 <b>" in page.text("td")
+    assert "What it is." in page.text("p")
+    assert "In brackets: least and greatest replicate." in page.text("p")
     assert "bootstrap" not in page.text()
     assert [w for tag, w in page.words if tag == "li" and w in ("one", "two")] == ["one", "two"]
     assert "two (10, 3)" in page.text("desc")

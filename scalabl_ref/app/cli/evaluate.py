@@ -184,6 +184,7 @@ def _table(result: Result) -> str:
             low, high = values["intervals"][key]
             cells += f"{values[key]:.4f} [{low:.4f}, {high:.4f}]".rjust(25)
         lines.append(f"{name:24}{values['n']:>7}{cells}")
+    lines.append("In brackets: 95 % over the test questions, for this training alone.")
     if "ood" in result:
         for key in ("entropy", "mutual_information"):
             lines.append(f"AUROC, {key.replace('_', ' ')}: {result['ood'][f'auroc_{key}']:.4f}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ...evaluation.comparison import table
+from ...evaluation.tables import table
 from ...support.errors import InputError
 from ..plan import product_rate
 from ..study import Study, cost, paper, run_study

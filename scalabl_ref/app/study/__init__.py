@@ -20,7 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ...evaluation.comparison import scores, summary, table, write_page
+from ...evaluation.comparison import scores, summary
+from ...evaluation.tables import table, write_page
 from ...support.errors import Interrupted, on_signals
 from ...support.fields import json_text
 from ...support.files import atomic_write_text
@@ -67,11 +68,11 @@ def run_study(config: Study, out: Path, jobs: int = 1, device: str = "cpu") -> d
         arms = {arm: arms[arm] for arm in config.arms}
         _run_all([job for runs in arms.values() for job in runs], workers, "test")
         models = {arm: [job.folder for job in runs] for arm, runs in arms.items()}
-        validation = {arm: _nll(runs) for arm, runs in arms.items()}
-        ours = [arm for arm, (method, _) in config.arms.items() if method in OURS]
+        validation = _validation(arms, config, workers)
+        shifted = [name for name in config.sets[2:] if name not in config.ood]
         results = {
             "study": dataclasses.asdict(config),
-            **summary(models, validation, ours, config.bins, tuple(config.ood)),
+            **summary(models, validation, config.bins, config.ood, shifted, _families(config)),
             "tuning": {
                 arm: [{"trial": runs[0].trial, "nll": _nll(runs), "seeds": len(runs)} for runs in t]
                 for arm, t in tuning.items()
@@ -118,6 +119,38 @@ def _nll(runs: list[Job]) -> float:
     """Mean NLL of an arm's runs on the validation set."""
     config = runs[0].study
     return sum(scores(job.folder, "validation", config.bins)["nll"] for job in runs) / len(runs)
+
+
+def _validation(arms: dict[str, list[Job]], config: Study, workers: Workers) -> dict[str, float]:
+    """NLL of our arms on the validation set, by runs with the tuning seeds.
+
+    A choice among our arms by the runs that are tested would favour the arm whose runs had luck.
+    """
+    ours = [arm for arm, (method, _) in config.arms.items() if method in OURS]
+    tried = {
+        arm: [
+            dataclasses.replace(arms[arm][0], seed=seed, sets=("validation",))
+            for seed in config.tuning_seeds
+        ]
+        for arm in ours
+    }
+    _run_all([job for runs in tried.values() for job in runs], workers, "validate")
+    return {arm: _nll(runs) for arm, runs in tried.items()}
+
+
+def _families(config: Study) -> dict[str, list[str]]:
+    """The arms that are compared with each other, by what they have in common."""
+    families: dict[str, list[str]] = {}
+    for arm, (name, variant) in config.arms.items():
+        method = METHODS[name]
+        kinds = {
+            "all": True,
+            "single networks": method.members == 1,
+            "untuned": not method.tuned and not method.like,
+        }
+        for kind in (kind for kind, member in kinds.items() if member):
+            families.setdefault(f"{kind}, {variant}" if variant else kind, []).append(arm)
+    return families
 
 
 def _chosen(trials: Trials) -> Job:

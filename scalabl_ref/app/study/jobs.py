@@ -16,6 +16,7 @@ import torch
 from ...core.adapter import adapter_state, adapters
 from ...core.config import AdapterConfig
 from ...data import Encoded, evaluation_batches
+from ...evaluation.answering import draws_taken
 from ...evaluation.predict import predict_all
 from ...methods import Ensemble, Laplace, Posterior, Subspace, Swag
 from ...model.attach import add_adapters
@@ -117,12 +118,12 @@ class Job:
 
     def run(self) -> None:
         """Answer the sets that have no answers yet."""
-        started = time.perf_counter()
         _reset_peak()
         make_folder(self.folder)
         fits, wanted = self.fits(), self.missing() or list(self.sets)
         model = self._load(fits[0].folder)
         sets = encoded_sets(self.study, ["validation", *wanted], self.seed)
+        loaded = time.perf_counter()
         posterior = self._posterior(model, fits, sets)
         ready = time.perf_counter()
         for name in wanted:
@@ -143,7 +144,9 @@ class Job:
             "seed": self.seed,
             "runs": [f.folder.name for f in fits],
             "parameters": _numbers(model, posterior),
-            "train_seconds": sum(t["seconds"] for t in trained) + ready - started,
+            "draws": draws_taken(model, self.study.samples, posterior),
+            "train_seconds": sum(t["seconds"] for t in trained),
+            "fit_seconds": ready - loaded,
             "answer_seconds": (time.perf_counter() - ready) / answered,
             "peak_bytes": max([_peak_bytes(), *(t["peak_bytes"] for t in trained)]),
             "widths": {

@@ -19,7 +19,15 @@ from .studies import config, quick
 
 def test_the_cost_told_first_is_what_is_done(tmp_path):
     """Runs and steps are counted afterwards on disk; FLOP by hand for plain LoRA."""
-    methods = ["mle", "ensemble", "tfb", "blob"]
+    methods = [
+        "mle",
+        "ensemble",
+        "tfb",
+        "blob",
+        "scalabl",
+        "scalabl untuned",
+        "ensemble of scalabl",
+    ]
     path = config(tmp_path, methods=methods, tuning_seeds=[2, 3], finalists=1)
     told = cost(Study.read(path))
     run_study(Study.read(path), tmp_path / "out")

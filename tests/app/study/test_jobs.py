@@ -23,7 +23,7 @@ from .studies import config, quick, relabel
 def test_scores_are_those_of_the_kept_answers(done):
     config, out, results = done
     trial = results["methods"]["scalabl"]["trial"]
-    for seed, scores in zip(config.seeds, results["methods"]["scalabl"]["seeds"], strict=True):
+    for seed, scores in zip(config.seeds, results["methods"]["scalabl"]["replicates"], strict=True):
         folder = Job(config, "scalabl", trial, seed, ("test",), out).folder
         answers, _ = load_tensors(folder / "test.safetensors")
         assert scores["nll"] == metrics.nll(answers["probs"], answers["labels"])
@@ -115,7 +115,8 @@ def test_what_has_changed_is_done_again(tmp_path):
 
     def numbers():
         found = run_study(wanted, out)["methods"]["mle"]
-        return found["seeds"], [len(list((out / kind).iterdir())) for kind in ("runs", "answers")]
+        counts = [len(list((out / kind).iterdir())) for kind in ("runs", "answers")]
+        return found["replicates"], counts
 
     first, counts = numbers()
     assert counts == [1, 1]
@@ -140,7 +141,7 @@ def test_what_has_moved_is_not_done_again(tmp_path, monkeypatch):
         patch.setattr(Job, "run", lambda self: pytest.fail(f"{self.folder} answers again"))
         assert run_study(there, out)["methods"] == first
     shutil.rmtree(out / "answers")
-    assert run_study(there, out)["methods"]["mle"]["seeds"] == first["mle"]["seeds"]
+    assert run_study(there, out)["methods"]["mle"]["replicates"] == first["mle"]["replicates"]
 
 
 def test_data_that_change_while_a_study_runs_stop_it(tmp_path, monkeypatch):

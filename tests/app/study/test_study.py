@@ -20,11 +20,12 @@ import torch
 
 from scalabl_ref import InputError
 from scalabl_ref.app import cli
+from scalabl_ref.app import study as study_package
 from scalabl_ref.app.study import METHODS, Job, Method, Range, Study, run_study
 from scalabl_ref.app.study.methods import random_trials
 from scalabl_ref.app.study.sets import encoded_sets
 from scalabl_ref.evaluation import comparison, metrics
-from scalabl_ref.evaluation.comparison import table
+from scalabl_ref.evaluation.tables import sentences, table
 from scalabl_ref.support.tensors import load_tensors
 from scalabl_ref.training.lock import alone
 
@@ -39,9 +40,9 @@ def test_every_method_is_tuned_on_equally_many_trials_and_tested_with_every_seed
     names = {name for m in config.methods for name in (m, f"{m} + temperature")}
     assert set(results["methods"]) == names
     for name, row in results["methods"].items():
-        assert len(row["seeds"]) == 2 and row["train_seconds"] > 0 and row["peak_bytes"] > 1e6
+        assert len(row["replicates"]) == 2 and row["train_seconds"] > 0 and row["peak_bytes"] > 1e6
         for key in ("acc", "ece", "nll", "brier"):
-            values = [scores[key] for scores in row["seeds"]]
+            values = [scores[key] for scores in row["replicates"]]
             assert math.isclose(row[key], sum(values) / 2, rel_tol=ROUNDING), name
             deviation = abs(values[0] - values[1]) / 2**0.5
             assert abs(row["sd"][key] - deviation) <= ROUNDING * max(map(abs, values)), name
@@ -83,6 +84,20 @@ def test_variants_are_compared_with_settings_of_their_own(tmp_path):
     counts = [results["methods"][arm]["parameters"] for arm in study.arms]
     assert counts[0] == counts[1] and counts[2] == counts[3] == 3 * counts[0]
     assert results["methods"]["mle untuned, small"]["trial"] == {}
+
+
+def test_arms_are_compared_within_their_variant_and_kind(tmp_path):
+    methods = ["mle", "mle untuned", "ensemble", "ensemble of dropout", "dropout"]
+    variants = {"small": {"rank": 1}, "large": {"rank": 3}}
+    families = study_package._families(Study.read(config(tmp_path, methods=methods)))
+    assert families == {"all": methods, "single networks": ["mle", "mle untuned", "dropout"],
+                        "untuned": ["mle untuned"]}  # fmt: skip
+    varied = Study.read(config(tmp_path, methods=methods, variants=variants))
+    assert study_package._families(varied) == {
+        f"{kind}, {variant}": [f"{method}, {variant}" for method in members]
+        for variant in variants
+        for kind, members in families.items()
+    }
 
 
 def test_replicates_draw_their_training_rows_anew_and_share_the_test(tmp_path):
@@ -147,37 +162,49 @@ def test_the_page_shows_every_method_and_every_plot(sized):
         assert f"{row['nll']:.3f} ± {row['sd']['nll']:.3f}" in page, name
         assert f"<td>{row['parameters']:,}</td>" in page
     headings = re.findall(r"<h2>(.*?)</h2>", page)
-    wanted = ["All scores", "Out of distribution: other", "Cost", "Accuracy and ECE",
-              "Sigma by layer"]  # fmt: skip
+    verdicts = [
+        f"{ours} on the test set, among all" for ours in ("scalabl", "scalabl + temperature")
+    ]
+    wanted = ["All scores", *verdicts, "All pairs on the test set", "Out of distribution: other",
+              "Cost", "Accuracy and ECE", "Sigma by layer"]  # fmt: skip
     assert [h for h in headings if h in wanted] == wanted
     assert page.count('id="reliability-') == 2 * 3 + 3  # title, description and hatching of each
     assert results["verdict"][0]["ours"] == "scalabl"
-    assert comparison.sentences(results)[1] in html.unescape(page)
+    assert sentences(results)[1] in html.unescape(page)
 
 
-def test_the_verdict_chooses_ours_on_validation_and_the_rival_on_the_test(done):
+def test_the_verdict_compares_ours_of_least_tuning_nll_with_every_rival(done):
     config, out, results = done
-    reached = {
-        arm: sum(
-            comparison.scores(
-                Job(config, arm, results["methods"][arm]["trial"], seed, (), out).folder,
-                "validation",
-                config.bins,
-            )["nll"]
-            for seed in config.seeds
-        )
-        for arm in config.methods
+    ours = [name for name in config.methods if METHODS[name].ours]
+    nll = {}
+    for name in ours:
+        trial = results["methods"][name]["trial"]
+        folders = [Job(config, name, trial, s, (), out).folder for s in config.tuning_seeds]
+        each = [comparison.scores(folder, "validation", 15)["nll"] for folder in folders]
+        nll[name] = sum(each) / len(each)
+    families = {
+        "all": list(config.methods),
+        "single networks": [name for name in config.methods if METHODS[name].members == 1],
+        "untuned": [name for name in config.methods if "untuned" in name],
     }
-    ours = {name for name in config.methods if METHODS[name].ours}
-    plain, scaled = results["verdict"]
-    assert plain["ours"] == min(ours, key=reached.__getitem__)
-    others = {name: results["methods"][name]["nll"] for name in config.methods if name not in ours}
-    assert plain["rival"] == min(others, key=others.__getitem__)
-    assert scaled["ours"] == plain["ours"] + " + temperature"
-    low, high = plain["difference"]
-    nll = {name: results["methods"][name]["nll"] for name in (plain["ours"], plain["rival"])}
-    assert low <= nll[plain["ours"]] - nll[plain["rival"]] <= high
-    assert plain["no_worse"] == (low <= 0)
+    wanted = []
+    for family, names in families.items():
+        mine = [name for name in names if name in ours]
+        chosen = min(mine, key=nll.__getitem__) if mine else ""
+        wanted += [
+            (family, score, chosen + ending, other + ending)
+            for score in metrics.SCORES
+            for ending in ("", " + temperature")
+            for other in names
+            if chosen and other not in ours
+        ]
+    got = [(e["family"], e["score"], e["ours"], e["rival"]) for e in results["verdict"]]
+    assert got == wanted
+    assert len(results["pairs"]) == 2 * len(ours) * (len(config.methods) - len(ours))
+    for entry in results["verdict"]:
+        mine, rival = (results["methods"][entry[side]] for side in ("ours", "rival"))
+        difference = mine[entry["score"]] - rival[entry["score"]]
+        assert abs(entry["difference"] - difference) <= 1e-12 and entry["replicates"] == 2
 
 
 def test_ood_scores_are_of_the_rows_that_can_be_answered(done):
@@ -217,7 +244,7 @@ def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(Job, "run", real)
     results = run_study(Study.read(path), tmp_path / "out")
     for name, row in results["methods"].items():
-        assert row["seeds"] == whole["methods"][name]["seeds"]
+        assert row["replicates"] == whole["methods"][name]["replicates"]
 
 
 @SLOW
@@ -225,7 +252,7 @@ def test_processes_give_the_same_numbers(tmp_path):
     path = config(tmp_path, methods=["mle"])
     one, two = (run_study(Study.read(path), tmp_path / f"jobs{n}", n) for n in (1, 2))
     for name, row in one["methods"].items():
-        for a, b in zip(row["seeds"], two["methods"][name]["seeds"], strict=True):
+        for a, b in zip(row["replicates"], two["methods"][name]["replicates"], strict=True):
             assert a == pytest.approx(b, abs=1e-5)
 
 
