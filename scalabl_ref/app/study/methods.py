@@ -158,6 +158,9 @@ METHODS: dict[str, Method] = {
     "laplace last token": Method(MLE, LR, after=_laplace("last")),
     "laplace last layer": Method(MLE, LR, after=_laplace("expand", "last")),
     "blob": Method({"method": "blob"}, BLOB),
+    "blob as published": Method(  # its authors' two optimisers, prior and initial width
+        {"method": "blob", "objective": "official"}, {**LR, "kl_lr": Range(1e-3, 1.0)}
+    ),
     "tfb": Method(MLE, {**LR, "tolerance": Range(0.003, 1.5)}, after=_tfb),
     "swag": Method({**MLE, "swag": 0.25}, LR, after=_swag),
     "scalabl": Method(SCALABL, VARIATIONAL, ours=True),
