@@ -41,6 +41,7 @@ from ..core.objective import class_logits
 from ..support.errors import InputError
 from ..support.files import make_folder
 from ..support.tensors import load_tensors, save_tensors
+from .evidence import Groups, best_precision, groups_of, whitened
 from .laplace import LOGITS_LAYER, draw_logits
 from .point import PointAdapter
 
@@ -48,8 +49,6 @@ if TYPE_CHECKING:
     from ..core.objective import Batch
     from ..model.llama import Llama
 
-Groups = Literal["all", "target", "layer"]
-GROUPS: tuple[Groups, ...] = ("all", "target", "layer")
 Predicts = Literal["linear", "sampled"]
 PREDICTS: tuple[Predicts, ...] = ("linear", "sampled")
 SCALES_LAYER = LOGITS_LAYER - 1  # the noise id of the scales' draws, which no adapter has
@@ -347,80 +346,6 @@ def jacobians(model: Llama, batch: Batch) -> tuple[Tensor, Tensor]:
     last = torch.zeros(len(batch.labels), sum(int(m.sum()) for m in masks)).to(offsets[0])
     J = torch.stack([*rows, last], 1).detach()
     return logits.detach().double(), J - J.mean(1, keepdim=True)
-
-
-# --- the prior's precision ------------------------------------------------------------------------
-
-
-def groups_of(sizes: dict[str, int], groups: Groups) -> tuple[Tensor, list[str]]:
-    """The group of each scale, (D,) int64, and the groups' names."""
-    if groups not in GROUPS:
-        raise InputError(f"groups must be one of {', '.join(GROUPS)}, not {groups!r}")
-    name_in: dict[str, Callable[[str], str]] = {
-        "all": lambda layer: "all layers",
-        "target": lambda layer: layer.rpartition(".")[2],
-        "layer": lambda layer: layer,
-    }
-    of_layer = [name_in[groups](layer) for layer, size in sizes.items() for _ in range(size)]
-    names = list(dict.fromkeys(of_layer))
-    return torch.tensor([names.index(name) for name in of_layer]), names
-
-
-def whitened(H: Tensor, precision: Tensor) -> Tensor:
-    """Lambda^-1/2 H Lambda^-1/2, (D, D)."""
-    root = precision.rsqrt()
-    return root[:, None] * H * root
-
-
-def best_precision(H: Tensor, scales: Tensor, group: Tensor, names: Sequence[str]) -> Tensor:
-    """lambda of each scale, (D,), that maximises the evidence (26), one lambda for each group.
-
-    With u = log lambda and M = (I + Lambda^-1/2 H Lambda^-1/2)^-1, the gradient by u_g is half of
-
-        sum of (1 - M_ii) - lambda_g |s_g|^2    over the scales i of group g
-
-    the number of scales that the data determine less the penalty. The evidence is concave in u:
-    det(H + Lambda) is a sum of products of lambdas with coefficients >= 0, so that its log is
-    convex in u. Newton's method with halved steps therefore finds the only maximum.
-
-    Raises InputError if a group has none: the data say nothing on its scales.
-    """
-    one_hot = nn.functional.one_hot(group).to(H)  # (D, G)
-    squares = scales.square() @ one_hot  # (G,)
-
-    def at(u: Tensor) -> tuple[Tensor, Tensor]:
-        """The evidence up to a constant, times two, and M."""
-        precision = u.exp()[group]
-        root = torch.linalg.cholesky(torch.eye(len(H)).to(H) + whitened(H, precision))
-        value = -(precision * scales.square()).sum() - 2 * root.diagonal().log().sum()
-        return value, torch.cholesky_inverse(root)
-
-    u = torch.zeros_like(squares)
-    value, M = at(u)
-    for _ in range(MOST_STEPS):
-        penalty, own = u.exp() * squares, M.diagonal()
-        gradient = (1 - own) @ one_hot - penalty
-        minus_hessian = torch.diag(own @ one_hot) - one_hot.T @ M.square() @ one_hot
-        minus_hessian += torch.diag(penalty)
-        step = torch.linalg.solve(minus_hessian, gradient)
-        step = step * (2 / step.abs().max()).clamp(max=1)
-        if float(u.abs().max()) > 50:
-            lost = names[int(u.abs().argmax())]
-            raise InputError(f"no precision of the prior maximises the evidence: {lost}")
-        while float(step.abs().max()) > 1e-12:
-            found, inverse = at(u + step)
-            if found >= value:
-                break
-            step = step / 2
-        else:
-            break
-        u, value, M = u + step, found, inverse
-        if float(step.abs().max()) < 1e-9:
-            break
-    return u.exp()[group]
-
-
-MOST_STEPS = 200  # of Newton's method; some ten are usual
 
 
 def validated(

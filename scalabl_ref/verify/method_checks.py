@@ -29,8 +29,9 @@ from ..evaluation.predict import predict
 from ..methods import Ensemble, Subspace, fit_tfb, to_points
 from ..methods.blob import SIGNS
 from ..methods.ensemble import State
+from ..methods.evidence import GROUPS, Groups
 from ..methods.laplace import JOINT, LOGITS_LAYER, CurvatureKind, Laplace, draw_logits
-from ..methods.subspace import GROUPS, SCALES_LAYER, Groups
+from ..methods.subspace import SCALES_LAYER
 from ..methods.swag import FIRST_SWAG_LAYER, Swag
 from ..model.attach import Linear, add_adapters
 from ..model.config import LlamaConfig

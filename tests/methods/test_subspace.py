@@ -14,15 +14,13 @@ from scalabl_ref import InputError, Noise, adapters, predict
 from scalabl_ref.core.config import TARGETS
 from scalabl_ref.core.objective import class_logits
 from scalabl_ref.methods import to_points
+from scalabl_ref.methods.evidence import GROUPS, best_precision, groups_of
 from scalabl_ref.methods.laplace import LOGITS_LAYER, draw_logits
 from scalabl_ref.methods.subspace import (
     FILE,
-    GROUPS,
     SCALES_LAYER,
     Curvature,
     Subspace,
-    best_precision,
-    groups_of,
     jacobians,
     layout,
     validated,

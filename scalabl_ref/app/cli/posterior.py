@@ -26,8 +26,9 @@ from ...methods import (
     load_posterior,
     to_points,
 )  # fmt: skip
+from ...methods.evidence import GROUPS, groups_of
 from ...methods.laplace import CURVATURES
-from ...methods.subspace import GROUPS, PREDICTS, Curvature, groups_of, validated
+from ...methods.subspace import PREDICTS, Curvature, validated
 from ...model.llama import Llama
 from ...support.errors import InputError
 from ...support.files import new_folder, sha256
