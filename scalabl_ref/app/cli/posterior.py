@@ -52,10 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, metavar="NEW", help="new run folder to write")
     options.add_data(parser, "the training data of the run; subspace, laplace and tfb use it")
     add("--precision", default="evidence", metavar="LAMBDA",
-        help="subspace: precision of the prior of the scales: a number; evidence: the one that "
-        "maximises the evidence; validation: the evidence's times the factor that predicts "
-        "--validation best, or the questions that `train --holdout` left out "
-        "(default: evidence)")  # fmt: skip
+        help="subspace, laplace: precision of the prior of the scales or weights: a number; "
+        "evidence: the one that maximises the evidence; validation (subspace): the evidence's "
+        "times the factor that predicts --validation best, or the questions that "
+        "`train --holdout` left out (default: evidence)")  # fmt: skip
     add("--groups", choices=GROUPS, default="all",
         help="subspace: scales that share a precision: all, those of a target, or those of a "
         "layer")  # fmt: skip
@@ -132,10 +132,13 @@ def _made(
     if args.method == "tfb":
         sigma = fit_tfb(model, batches, args.tolerance, args.samples, args.seed)
         return None, {"sigma": sigma}
-    kind = args.curvature
-    fitted = Laplace.fit(model, batches, args.layers, args.kron_rank, curvature=kind)
-    fitted = fitted.optimise_prior()
-    return fitted, {"curvature": kind, "precision": fitted.precision}
+    if args.precision == "validation":
+        raise InputError("posterior laplace takes --precision evidence or a number")
+    precision = _precision(args.precision)
+    fitted = Laplace.fit(model, batches, args.layers, args.kron_rank, precision, args.curvature)
+    if args.precision == "evidence":
+        fitted = fitted.optimise_prior()
+    return fitted, {"curvature": args.curvature, "precision": fitted.precision}
 
 
 def _subspace(

@@ -67,6 +67,11 @@ def test_laplace(work, capsys):
         assert precision == posterior.optimise_prior().precision
         precisions.add(precision)
     assert len(precisions) == 3
+    given = ok("posterior laplace --run run0 --precision 2.5 --out given", capsys)
+    assert given["precision"] == load_posterior("given", {"posterior": "laplace"}).precision == 2.5
+    for precision, said in (("validation", "evidence or a number"), ("0", "a number above 0")):
+        command = f"posterior laplace --run run0 --precision {precision} --out no"
+        assert said in refused(command, capsys)
     last = ok("posterior laplace --run run0 --layers last --kron-rank 2 --out last", capsys)
     assert last["precision"] != told["precision"]
     assert set(load_posterior("last", {"posterior": "laplace"}).curvature) == {
