@@ -74,7 +74,8 @@ class Curvature(NamedTuple):
         """
         shrink = (self.values / (self.values + precision)).sqrt().to(J)
         flat = J.flatten(2)
-        learnt = (shrink * (self.left.to(J).T @ J @ self.right.to(J))).flatten(2)
+        # J^T left: torch folds the examples into one product of two matrices.
+        learnt = (shrink * ((J.mT @ self.left.to(J)).mT @ self.right.to(J))).flatten(2)
         return (flat @ flat.mT - learnt @ learnt.mT) / precision
 
 

@@ -78,14 +78,18 @@ def layers(device: torch.device, seed: int = 0, **config: Any) -> nn.ModuleDict:
 
 
 def small_model(
-    device: torch.device, targets: tuple[str, ...] = ("q_proj", "v_proj", "up_proj", "lm_head")
+    device: torch.device,
+    targets: tuple[str, ...] = ("q_proj", "v_proj", "up_proj", "lm_head"),
+    method: str = "mle",
+    **config: Any,
 ) -> Llama:
-    """A Llama of one block, three classes, and plain LoRA of rank 2 with c = 1.5, in float64."""
+    """A Llama of one block, three classes, and adapters of rank 2 with c = 1.5, in float64."""
     shape = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
                         num_attention_heads=2, num_key_value_heads=1, head_dim=4,
                         max_position_embeddings=8)  # fmt: skip
     model = Llama(shape).init_random_(std=0.4).trim_head(CLASSES)
-    add_adapters(model, AdapterConfig("mle", rank=2, alpha=3.0, targets=targets)).double()
+    adapter = AdapterConfig(method, rank=2, alpha=3.0, targets=targets, **config)
+    add_adapters(model, adapter).double()
     fill(adapters(model).values(), 1)
     return model.to(device)
 
@@ -373,6 +377,29 @@ def ensemble(_: Op, device: torch.device) -> Errors:
     expected = mixed([merged_logits(model, batch, member) for member in members])
     yield distance(got, expected, NETWORK * EPS)
     yield distance(class_logits(model, batch, None), own, NETWORK * EPS)
+
+
+def drawn_ensemble(_: Op, device: torch.device) -> Errors:
+    """Of 3 draws of two ScalaBL members, 4: draw i of member i mod 2 under Noise(6, i); of 0, 2."""
+    model = small_model(device, method="scalabl", sampling="batch")
+    batch, members = prompts(device, 4, 5), []
+    for seed in (10, 20):
+        fill(adapters(model).values(), seed)
+        own = adapters(model).items()
+        members.append({f"{n}.{key}": p for n, a in own for key, p in parts(a).items()})
+    for samples, width, count in ((3, 1.0, 4), (0, 0.0, 2)):
+        logits = []
+        for i in range(count):
+            state = {}
+            for name, adapter in adapters(model).items():
+                keys = ("A", "B", "log_s", "log_sigma")
+                A, B, log_s, log_sigma = (members[i % 2][f"{name}.{key}"] for key in keys)
+                eps = width * normals(Noise(6, i), adapter.layer, 0, len(log_s))
+                state[f"{name}.A"] = (log_s.exp() + log_sigma.exp() * eps)[:, None] * A
+                state[f"{name}.B"] = B
+            logits.append(merged_logits(model, batch, state))
+        got = predict(model, batch, samples, seed=6, posterior=Ensemble(members)).probs
+        yield distance(got, mixed(logits), 2 * NETWORK * EPS)
 
 
 def swag(_: Op, device: torch.device) -> Errors:
@@ -778,6 +805,7 @@ METHOD_CHECKS = [
     Check("dropout", "dropout: inputs kept with probability 1 - p, row by row",
           row_by_row(thinned, method="dropout", dropout=0.3)),
     Check("ensemble", "ensembles: (8) of models with merged weights", ensemble),
+    Check("ensemble, draws", "ensembles: (8) of members' draws, merged", drawn_ensemble),
     Check("SWAG", "SWAG: moments, draws, (8) of merged weights", swag),
     Check("temperature", "temperature: d NLL / d (1 / T) = 0, in loops", temperature),
 ]  # fmt: skip

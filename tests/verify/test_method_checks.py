@@ -336,6 +336,16 @@ def _(self, model, batch, samples, seed):
     return torch.stack(each).mean(0).log_softmax(-1)[None]
 
 
+@fault("ensemble: one noise for all members", "methods.ensemble:Noise", "ensemble, draws")
+def _(seed, draw):
+    return Noise(seed, draw // 2)
+
+
+@fault("ensemble: draws rounded down", "methods.ensemble:Ensemble.draws", "ensemble, draws")
+def _(self, model, samples):
+    return samples - samples % 2
+
+
 @fault("ensemble: weights left there", "methods.ensemble:_weights", "ensemble")
 @contextmanager
 def _(model, state):
