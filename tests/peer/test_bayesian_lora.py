@@ -187,3 +187,42 @@ def test_the_determinant_in_the_evidence(double, precision):
     half = theirs + RANK * max(d, width) * s2.log() / 2
     penalty = laplace.log_evidence() - laplace.log_likelihood + precision * laplace.squares / 2
     close(half, -penalty)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("rank", [None, 2], ids=["whole", "low-rank"])
+def test_the_factors_lack_n_or_depend_on_the_batch(monkeypatch, size, rank):
+    """Eight copies of an example: the product of the factors is that of one, or 8 / size of it."""
+    from bayesian_lora import calculate_kronecker_factors
+
+    _, theirs = models()
+    tokens = same_length(1).tokens
+    monkeypatch.setattr(torch, "multinomial", lambda p, _: torch.ones(len(p), 1).long())
+
+    def product(loader):
+        found = calculate_kronecker_factors(
+            theirs, lambda m, t: m(t).logits[:, -1], loader, n_kfac=rank, lr_threshold=4,
+            target_module_keywords=["lora_A"],
+        )  # fmt: skip
+        if rank:  # the larger factor, which is that of the input, is a root
+            return {name: (A @ A.T).trace() * S.trace() for name, (A, S) in found.items()}
+        return {name: A.trace() * S.trace() for name, (A, S) in found.items()}
+
+    one, found = product([tokens]), product([tokens.expand(size, -1)] * (8 // size))
+    for name, value in found.items():
+        close(value, (8 / size if rank else 1) * one[name])
+
+
+def test_the_weights_and_the_likelihood_in_the_evidence(double):
+    """The norms of the weights are not squared, and are added, as the likelihood is."""
+    from bayesian_lora import model_evidence
+
+    ours, theirs = models()
+    laplace = Laplace.fit(ours, [same_length(4)], curvature="last")
+    factors, width = their_curvature(laplace.curvature)
+    s2, likelihood = torch.tensor(0.5), torch.tensor(-7.0)
+    with_both = model_evidence(theirs, likelihood, factors, RANK, width, s2)
+    without = model_evidence(nn.Module(), torch.tensor(0.0), factors, RANK, width, s2)
+    norms = [p.norm() for name, p in theirs.named_parameters() if "lora" in name]
+    assert len(norms) == len(factors) and min(norms) > 0
+    close(with_both - without, likelihood + sum(norms) / s2)
