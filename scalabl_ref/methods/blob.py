@@ -1,7 +1,7 @@
 """BLoB: every entry of A Gaussian and drawn by flipout, B a point.
 
 Wang, Shi, Han, Metaxas, Wang, "BLoB: Bayesian Low-Rank Adaptation by Backpropagation for Large
-Language Models", NeurIPS 2024. "The official code" is Wang-ML-Lab/bayesian-peft.
+Language Models", NeurIPS 2024. "The official code" is Wang-ML-Lab/bayesian-peft (bc6a4a7).
 """
 
 from __future__ import annotations

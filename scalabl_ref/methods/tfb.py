@@ -1,7 +1,7 @@
 """TFB: a posterior over A for adapters that are trained already, with one width to be found.
 
 Shi, Wang, Han, Zhang, Wang, "Training-Free Bayesianization for Low-Rank Adapters of Large Language
-Models", 2024, arXiv 2412.05723. "The official code" is Wang-ML-Lab/bayesian-peft.
+Models", 2024, arXiv 2412.05723. "The official code" is Wang-ML-Lab/bayesian-peft (bc6a4a7).
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Questions(torch.utils.data.Dataset):
     """In place of a data set of 3843000, which would be downloaded."""
 
     def __init__(self, rows=10, labels="ABC", split=None):
-        self.rows, self.labels = rows, list(labels)
+        self.rows, self.labels, self.split = rows, list(labels), split
 
     def __len__(self):
         return self.rows
@@ -132,7 +132,8 @@ class First(Release):
         choices = {"text": ["p", "q", "r", "s"], "label": list("ABCD")}
         row = {"question_stem": "", "choices": choices, "answerKey": "B"}
         data = [{**row, "question_stem": str(i)} for i in range(rows)]
-        self.data.load_dataset = lambda *_, **__: {"train": data, "validation": data}
+        splits = {"train": data, "validation": data[:], "test": data[:]}
+        self.data.load_dataset = lambda *_, **__: splits
         return getattr(self.data, name)(transformers.AutoTokenizer.from_pretrained(self.hf), space)
 
     def steps(self, count, quiet=False):
@@ -275,7 +276,7 @@ def base_of(folder, tied=False):
     base, hf = tiny_folder(folder / "base", tie_word_embeddings=tied), folder / "base-hf"
     convert_hf.convert(base, hf, to_hf=True)
     transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(base / "tokenizer.json"), pad_token="!", unk_token="!"
+        tokenizer_file=str(base / "tokenizer.json"), pad_token="!", unk_token="!", bos_token="!"
     ).save_pretrained(hf)
     return base, hf
 
@@ -393,6 +394,19 @@ def scale(release):
     return [f"{release.kl(S / k, SIGMA / k):.4f}" for k in (1, 2)]
 
 
+def test_set(release):
+    """The split of OpenBookQA that is evaluated."""
+    if release.commit == "3843000":
+        return [release.trainer().testloader.dataset.split]
+    release.questions()
+    accelerator = importlib.import_module("accelerate").Accelerator(cpu=True)
+    module = importlib.import_module("dataset.S2SDataset_Classification")
+    data = module.S2SDataset_Classification(accelerator, release.args())
+    data.get_loaders()
+    splits = data.dset.dset
+    return [name for name in splits if splits[name] is data.test_dataloader.dataset]
+
+
 def last_batch(release):
     """Questions scored of 10, in batches of 4."""
     if release.commit == "ef51e8a":
@@ -463,6 +477,7 @@ POINTS = {
     "overflow": overflow,
     "logits": half_logits,
     "scores": scores,
+    "test set": test_set,
     "last batch": last_batch,
     "scale": scale,
     "prompt": prompt,

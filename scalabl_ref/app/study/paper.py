@@ -3,8 +3,8 @@
 Settings are those of the official code, SRI-CSL/BayesAdapt: rank 8 on q, v and the head, 5000 steps
 of 4 rows at a learning rate of 1e-4 with 6 % warm-up, a bfloat16 base, 10 draws. Added are a
 validation set, on which every method has four trials of all but the learning rate, and three
-seeds. The test sets are
-the published ones, or development sets where test labels are not public (Winogrande, BoolQ).
+seeds. The test sets are those of its commit 3843000: the published ones, or development sets where
+test labels are not public (Winogrande, BoolQ). The first release, ef51e8a, scores development sets.
 """
 
 from __future__ import annotations
