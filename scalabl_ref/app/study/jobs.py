@@ -101,7 +101,7 @@ class Job:
         others = self.study.sets[1:]
         sets = {name: self.study.describes(name) for name in ("train", *others)}
         runs = [fit.folder.name for fit in self.fits()]
-        about = [self.study.base, sets, self.study.samples, runs, self.arm, self.trial]
+        about = [self.study.base, sets, self._samples, runs, self.arm, self.trial]
         name = f"{re.sub('[ ,]+', '-', self.arm)}-{digest(about)}-{self.seed}"
         return self.out / "answers" / name
 
@@ -130,7 +130,7 @@ class Job:
             answers = predict_all(
                 model,
                 evaluation_batches(sets[name], 32),
-                self.study.samples,
+                self._samples,
                 self.seed,
                 posterior=posterior,
             )
@@ -144,7 +144,7 @@ class Job:
             "seed": self.seed,
             "runs": [f.folder.name for f in fits],
             "parameters": _numbers(model, posterior),
-            "draws": draws_taken(model, self.study.samples, posterior),
+            "draws": draws_taken(model, self._samples, posterior),
             "train_seconds": sum(t["seconds"] for t in trained),
             "fit_seconds": ready - loaded,
             "answer_seconds": (time.perf_counter() - ready) / answered,
@@ -168,6 +168,10 @@ class Job:
 
     def _load(self, run: Path) -> Llama:
         return load_run(run, base_model(self.study, self.device))[0]
+
+    @property
+    def _samples(self) -> int:
+        return self._method.draws or self.study.samples
 
     @property
     def _method(self) -> Method:

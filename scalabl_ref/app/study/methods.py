@@ -46,7 +46,8 @@ class Method:
     with their ranges; none means that the method has one trial, at its settings. like: a method
     whose chosen trial it takes, instead of trials of its own. members: runs that it needs for one
     model. after: makes the posterior of finished runs; with None, or if it returns None, draws
-    come from the adapters. ours: whether it is this project's, not a rival.
+    come from the adapters. draws: for an answer, in place of the study's `samples`, where draws are
+    of logits and cost no pass. ours: whether it is this project's, not a rival.
 
     Besides those fields, `share_of_steps` stops early, with the schedule of a shorter run, and
     `variational_ratio` is variational_lr / lr. Others, such as `tolerance`, are for `after`.
@@ -57,6 +58,7 @@ class Method:
     like: str | None = None
     members: int = 1
     after: After | None = None
+    draws: int | None = None
     ours: bool = False
 
 
@@ -133,6 +135,7 @@ def _swag(made: Made) -> Posterior:
     return Swag.load(made.runs[0])
 
 
+DRAWS = 1000  # the error of an average of so many is far below that between replicates
 LR = {"lr": Range(5e-4, 2e-2)}
 DROPOUT = {**LR, "dropout": Range(0.1, 0.6, log=False)}
 VARIATIONAL = {**LR, "variational_ratio": Range(0.3, 30.0), "beta": Range(0.03, 100.0)}
@@ -153,10 +156,10 @@ METHODS: dict[str, Method] = {
     "ensemble": Method(MLE, LR, members=3, after=_ensemble),
     "ensemble untuned": Method(MLE, members=3, after=_ensemble),
     "ensemble of dropout": Method(MASKS, like="dropout", members=3, after=_ensemble),
-    "laplace": Method(MLE, LR, after=_laplace("expand")),
-    "laplace exact": Method(MLE, LR, after=_laplace("exact")),
-    "laplace last token": Method(MLE, LR, after=_laplace("last")),
-    "laplace last layer": Method(MLE, LR, after=_laplace("expand", "last")),
+    "laplace": Method(MLE, LR, after=_laplace("expand"), draws=DRAWS),
+    "laplace exact": Method(MLE, LR, after=_laplace("exact"), draws=DRAWS),
+    "laplace last token": Method(MLE, LR, after=_laplace("last"), draws=DRAWS),
+    "laplace last layer": Method(MLE, LR, after=_laplace("expand", "last"), draws=DRAWS),
     "blob": Method({"method": "blob"}, BLOB),
     "blob as published": Method(  # its authors' two optimisers, prior and initial width
         {"method": "blob", "objective": "official"}, {**LR, "kl_lr": Range(1e-3, 1.0)}
@@ -175,17 +178,17 @@ METHODS: dict[str, Method] = {
     "scalabl layer prior": Method({**SCALABL, "prior": "layer"}, VARIATIONAL, ours=True),
     "scalabl scale prior": Method({**SCALABL, "prior": "component"}, VARIATIONAL, ours=True),
     "ensemble of scalabl": Method(SCALABL, like="scalabl", members=3, after=_ensemble, ours=True),
-    "subspace": Method(MLE, LR, after=_subspace(), ours=True),
-    "subspace untuned": Method(MLE, after=_subspace(), ours=True),
-    "subspace by target": Method(MLE, LR, after=_subspace("target"), ours=True),
+    "subspace": Method(MLE, LR, after=_subspace(), draws=DRAWS, ours=True),
+    "subspace untuned": Method(MLE, after=_subspace(), draws=DRAWS, ours=True),
+    "subspace by target": Method(MLE, LR, after=_subspace("target"), draws=DRAWS, ours=True),
     "subspace tuned": Method(
-        MLE, {**LR, "precision": Range(0.03, 30.0)}, after=_subspace(), ours=True
+        MLE, {**LR, "precision": Range(0.03, 30.0)}, after=_subspace(), draws=DRAWS, ours=True
     ),
     "subspace sampled": Method(MLE, LR, after=_subspace(predicts="sampled"), ours=True),
-    "subspace of dropout": Method(MASKS, DROPOUT, after=_subspace(), ours=True),
-    "subspace of dropout untuned": Method(MASKS, after=_subspace(), ours=True),
+    "subspace of dropout": Method(MASKS, DROPOUT, after=_subspace(), draws=DRAWS, ours=True),
+    "subspace of dropout untuned": Method(MASKS, after=_subspace(), draws=DRAWS, ours=True),
     "ensemble of subspace": Method(
-        MLE, like="subspace", members=3, after=_ensemble_of_subspace, ours=True
+        MLE, like="subspace", members=3, after=_ensemble_of_subspace, draws=DRAWS, ours=True
     ),
 }
 OURS = tuple(name for name, method in METHODS.items() if method.ours)
