@@ -82,10 +82,12 @@ After = Callable[[Made], Posterior | None]
 
 
 def _laplace(curvature: CurvatureKind, layers: Layers = "all") -> After:
+    """lambda by the evidence, or the trial's."""
+
     def after(made: Made) -> Posterior:
-        batches = made.training_batches()
-        found = Laplace.fit(made.model, batches, layers=layers, curvature=curvature)
-        return found.optimise_prior()
+        batches, precision = made.training_batches(), made.trial.get("precision")
+        found = Laplace.fit(made.model, batches, layers, None, precision, curvature)
+        return found if precision else found.optimise_prior()
 
     return after
 
@@ -157,6 +159,12 @@ METHODS: dict[str, Method] = {
     "ensemble untuned": Method(MLE, members=3, after=_ensemble),
     "ensemble of dropout": Method(MASKS, like="dropout", members=3, after=_ensemble),
     "laplace": Method(MLE, LR, after=_laplace("expand"), draws=DRAWS),
+    "laplace tuned": Method(
+        MLE,
+        {**LR, "precision": Range(1.0, 1000.0)},
+        after=_laplace("expand"),
+        draws=DRAWS,
+    ),
     "laplace exact": Method(MLE, LR, after=_laplace("exact"), draws=DRAWS),
     "laplace last token": Method(MLE, LR, after=_laplace("last"), draws=DRAWS),
     "laplace last layer": Method(MLE, LR, after=_laplace("expand", "last"), draws=DRAWS),
@@ -165,7 +173,7 @@ METHODS: dict[str, Method] = {
         {"method": "blob", "objective": "official"}, {**LR, "kl_lr": Range(1e-3, 1.0)}
     ),
     "tfb": Method(MLE, {**LR, "tolerance": Range(0.003, 1.5)}, after=_tfb),
-    "swag": Method({**MLE, "swag": 0.25}, LR, after=_swag),
+    "swag": Method({**MLE, "swag": 0.25}, {**LR, "swag_lr": Range(1e-3, 1e-1)}, after=_swag),
     "scalabl": Method(SCALABL, VARIATIONAL, ours=True),
     "scalabl untuned": Method(SCALABL, ours=True),
     "scalabl official": Method(OFFICIAL, VARIATIONAL, ours=True),

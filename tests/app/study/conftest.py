@@ -10,8 +10,9 @@ from .studies import config
 
 METHODS = [  # each way to train, and each way to answer
     "mle", "mle untuned", "mle stopped early", "map", "point", "dropout", "ensemble",
-    "ensemble of dropout", "laplace", "laplace exact", "laplace last layer", "blob", "tfb", "swag",
-    "scalabl", "scalabl official", "scalabl as published", "scalabl full", "scalabl layer prior",
+    "ensemble of dropout", "laplace", "laplace exact", "laplace tuned", "laplace last layer",
+    "blob", "tfb", "swag", "scalabl", "scalabl official", "scalabl as published", "scalabl full",
+    "scalabl layer prior",
     "subspace", "subspace tuned", "subspace sampled", "subspace of dropout", "ensemble of subspace",
 ]  # fmt: skip
 

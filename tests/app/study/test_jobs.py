@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from scalabl_ref import InputError
-from scalabl_ref.app.study import Fit, Job, Study, run_study
+from scalabl_ref.app.study import METHODS, Fit, Job, Study, run_study
+from scalabl_ref.app.study.methods import Made
+from scalabl_ref.app.study.sets import base_model, encoded_sets
 from scalabl_ref.evaluation import metrics
 from scalabl_ref.methods import Swag
 from scalabl_ref.support.tensors import load_tensors
+from scalabl_ref.training.runs import load_run
 from scalabl_ref.training.trainer import Trainer
 
 from ...tickets import QUEUES
@@ -97,6 +100,21 @@ def test_parameters_count_all_that_answering_needs(done):
     assert counts["ensemble of subspace"] == 3 * counts["subspace"] > counts["ensemble"]
     assert counts["laplace"] > counts["laplace last layer"] > counts["map"]
     assert counts["mle"] < counts["scalabl"] < counts["blob"]
+
+
+def test_the_precision_of_laplaces_prior_is_the_trials_or_the_evidences(done):
+    config, out, results = done
+    trial = results["methods"]["laplace tuned"]["trial"]
+    run = Job(config, "laplace tuned", trial, 0, (), out).fits()[0].folder
+    model, _ = load_run(run, base_model(config, "cpu"))
+    sets = encoded_sets(config, ["train"])
+
+    def precision(method, trial):
+        made = Made(model, lambda run: model, (run,), sets, trial, samples=4, seed=0)
+        return METHODS[method].after(made).precision
+
+    assert precision("laplace tuned", trial) == trial["precision"]
+    assert precision("laplace", {}) == precision("laplace tuned", {}) != trial["precision"]
 
 
 def test_what_is_there_is_not_done_again(tmp_path, monkeypatch):
