@@ -2,14 +2,16 @@
 
 `port` calls the functions that users call. The kit expects values of `reference`, of closed forms
 and of float64 models for all levels but two: its schedules and metrics are the package's.
-`port_of_the_page` therefore computes these two, and the noise, from docs/conformance.md alone: in
-integers, fractions and 60 decimal digits.
+`port_of_the_page` therefore computes these two, the noise, and all of the level subspace but its
+model, from docs/conformance.md alone: in integers, fractions and 50 decimal digits or more.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from contextlib import contextmanager
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from types import SimpleNamespace
@@ -30,11 +32,15 @@ from scalabl_ref import (
     philox4x32,
 )
 from scalabl_ref.core.adapter import SubspaceAdapter, initial_matrix, initial_values
+from scalabl_ref.core.objective import Batch
 from scalabl_ref.core.philox import box_muller
 from scalabl_ref.core.predictive import predictive
 from scalabl_ref.data import Encoded
 from scalabl_ref.evaluation import metrics
 from scalabl_ref.fast.rows import PackedAttention, Rows, packed_context
+from scalabl_ref.methods import subspace
+from scalabl_ref.methods.evidence import best_precision
+from scalabl_ref.methods.laplace import LOGITS_LAYER
 from scalabl_ref.model.attach import Linear
 from scalabl_ref.model.config import RopeConfig
 from scalabl_ref.model.inputs import Inputs
@@ -115,6 +121,8 @@ def port(folder, dtype, bug=lambda call: {}, levels=None):
             result = initialisation(p, t)
         elif level == "training step":
             result = training_step(p, t, dtype)
+        elif level == "subspace":
+            result = SUBSPACE[case["id"].split("-")[0]](p, t, dtype)
         else:
             assert level == "llama", level
             result = llama(case["id"], p, {n: v.to(dtype) if v.is_floating_point() else v
@@ -219,6 +227,73 @@ def training_step(p, t, dtype):
     return out
 
 
+def scales(p, t, dtype):
+    """The model with points, its Jacobians, and draws of the scales through it."""
+    shape = {k: p[k] for k in vars(LlamaConfig(20, 8, 12, 2, 4, 2, 2)) if k in p}
+    classes = torch.arange(len(t["lm_head.weight"]))
+    model = Llama(LlamaConfig(**shape)).init_random_().trim_head(classes.tolist())
+    add_adapters(model, AdapterConfig(rank=p["rank"], alpha=p["scaling"] * p["rank"],
+                                      method="point"))  # fmt: skip
+    model.to(dtype)
+    names = [name for name, _ in model.named_parameters()]
+    load(model, {n: t[n.replace("log_s", "s").replace(".adapter.", ".")] for n in names})
+    for adapter in adapters(model).values():
+        adapter.log_s.data.log_()
+    batch = Batch(t["tokens"], t["lengths"], t["labels"], t["ids"], classes)
+    logits, J = subspace.jacobians(model, batch)
+    sizes, values = subspace.layout(model)
+    curvature = subspace.Curvature(sizes, values, t["H"], 0.0)
+    posterior = curvature.posterior(t["precision"], predicts="sampled")
+    assert p["layer"] == subspace.SCALES_LAYER
+    drawn = posterior.log_probs(model, batch, p["samples"], int(p["seed"]))
+    return {"logits": logits, "J": J, "log_probs": drawn}
+
+
+@contextmanager
+def given(logits, J):
+    """A model that stands for these logits and derivatives by its scales, which are all 1."""
+    D = J.shape[2]
+    with mock.patch.multiple(
+        subspace, jacobians=lambda *_: (logits, J), layout=lambda _: ({"all": D}, ones(D))
+    ):
+        yield SimpleNamespace(device=torch.device("cpu"))
+
+
+def ones(D):
+    return torch.ones(D, dtype=torch.float64)
+
+
+def curvature(p, t, dtype):
+    with given(t["logits"], t["J"]) as model:
+        found = subspace.Curvature.measure(model, [Batch(*5 * [t["labels"]])])
+    return {"H": found.H, "log_likelihood": double(found.log_likelihood)}
+
+
+def evidence(p, t, dtype):
+    sizes = {"all": len(t["scales"])}
+    found = subspace.Curvature(sizes, t["scales"], t["H"], p["log_likelihood"])
+    each = [found.posterior(some[t["group"]]).log_evidence() for some in t["precision"]]
+    names = [str(g) for g in range(t["precision"].shape[1])]
+    best = best_precision(t["H"], t["scales"], t["group"], names)
+    first = [t["group"].tolist().index(g) for g in range(len(names))]
+    return {"log_evidence": double(each), "best": best[first]}
+
+
+def gaussian(p, t, dtype):
+    D, batch = len(t["H"]), Batch(*5 * [t["ids"]])
+    found = subspace.Curvature({"all": D}, ones(D), t["H"], 0.0)
+    posterior = found.posterior(t["precision"], directions=p["directions"])
+    assert p["layer"] == LOGITS_LAYER
+    with given(t["mean"], t["J"]) as model:
+        _, factor = posterior.gaussian(model, batch)
+        log_probs = posterior.log_probs(model, batch, p["samples"], int(p["seed"]))
+    return {"covariance": factor @ factor.mT, "log_probs": log_probs,
+            **predictive(log_probs)._asdict()}  # fmt: skip
+
+
+SUBSPACE = {"scales": scales, "curvature": curvature, "evidence": evidence, "gaussian": gaussian}
+
+
 def double(value):
     return torch.tensor(value, dtype=torch.float64)
 
@@ -227,12 +302,14 @@ def double(value):
 
 
 def port_of_the_page(folder):
-    """Results for the levels philox, normals, schedules and metrics, without the package."""
-    out = {}
+    """Results for the noise, schedules, metrics and the subspace but its model, by hand."""
+    out, levels = {}, ("philox", "normals", "schedules", "metrics", "subspace")
     for case, t in cases(folder):
         p, kind = case["parameters"], case["id"].split("-")[0]
-        if case["level"] in ("philox", "normals", "schedules", "metrics"):
-            result = PAGE[kind](p, {name: value.tolist() for name, value in t.items()})
+        if case["level"] in levels and kind in PAGE:
+            with localcontext() as context:
+                context.prec = 50
+                result = PAGE[kind](p, {name: value.tolist() for name, value in t.items()})
             out.update({f"{case['id']}/{name}": torch.tensor(value, dtype=torch.float64
                         if isinstance(flat(value)[0], float) else torch.int64)
                         for name, value in result.items()})  # fmt: skip
@@ -328,7 +405,142 @@ def page_auroc(p, t):
     return {"auroc": float(won / len(pairs))}
 
 
+# The level "subspace" without its model: matrices as lists of rows of Decimals.
+
+
+def dot(u, v):
+    return sum((a * b for a, b in zip(u, v, strict=True)), Decimal(0))
+
+
+def times(A, B):
+    return [[dot(row, column) for column in zip(*B, strict=True)] for row in A]
+
+
+def transposed(A):
+    return [list(column) for column in zip(*A, strict=True)]
+
+
+def diagonal(values):
+    return [[v if i == j else Decimal(0) for j in range(len(values))] for i, v in enumerate(values)]
+
+
+def plus(A, B):
+    return [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(A, B, strict=True)]
+
+
+def inverse(A):
+    """The inverse and the determinant of a positive definite matrix, by Gauss and Jordan."""
+    n, det = len(A), Decimal(1)
+    A = [row + unit for row, unit in zip(A, diagonal([Decimal(1)] * n), strict=True)]
+    for i in range(n):
+        pivot = A[i][i]
+        det *= pivot
+        A[i] = [a / pivot for a in A[i]]
+        for k in range(n):
+            if k != i:
+                A[k] = [a - A[k][i] * b for a, b in zip(A[k], A[i], strict=True)]
+    return [row[n:] for row in A], det
+
+
+def eigen(A):
+    """Eigenvalues and eigenvectors, as rows, the largest first: Jacobi's rotations."""
+    n, U = len(A), diagonal([Decimal(1)] * len(A))
+    for _ in range(12):
+        for i, j in itertools.combinations(range(n), 2):
+            if A[i][j]:
+                ratio = (A[j][j] - A[i][i]) / (2 * A[i][j])
+                t = (1 if ratio >= 0 else -1) / (abs(ratio) + (1 + ratio * ratio).sqrt())
+                c = 1 / (1 + t * t).sqrt()
+                for rows in (A, U):
+                    x, y = rows[i], rows[j]
+                    rows[i] = [c * (a - t * b) for a, b in zip(x, y, strict=True)]
+                    rows[j] = [c * (b + t * a) for a, b in zip(x, y, strict=True)]
+                for row in A:
+                    row[i], row[j] = c * (row[i] - t * row[j]), c * (row[j] + t * row[i])
+    pairs = sorted(((A[i][i], U[i]) for i in range(n)), reverse=True)
+    return [max(Decimal(0), v) for v, _ in pairs], [u for _, u in pairs]
+
+
+def decimals(value):
+    return [decimals(v) for v in value] if isinstance(value, list) else Decimal(value)
+
+
+def floats(value):
+    return [floats(v) for v in value] if isinstance(value, list) else float(value)
+
+
+def page_curvature(p, t):
+    D, labels = len(t["J"][0][0]), t["labels"]
+    H, fit = diagonal([Decimal(0)] * D), Decimal(0)
+    for z, J, label in zip(decimals(t["logits"]), decimals(t["J"]), labels, strict=True):
+        weights = [v.exp() for v in z]
+        probs = [w / sum(weights) for w in weights]
+        fit += probs[label].ln()
+        mean = [dot(probs, column) for column in zip(*J, strict=True)]
+        for share, row in zip(probs, J, strict=True):
+            off = [a - b for a, b in zip(row, mean, strict=True)]
+            H = plus(H, [[share * a * b for b in off] for a in off])
+    return {"H": floats(H), "log_likelihood": float(fit)}
+
+
+def page_evidence(p, t):
+    H, s, group = decimals(t["H"]), decimals(t["scales"]), t["group"]
+    logs = []
+    for some in decimals(t["precision"]):
+        each = [some[g] for g in group]
+        _, det = inverse(plus(H, diagonal(each)))
+        penalty = sum(v * a * a for v, a in zip(each, s, strict=True))
+        logs.append(Decimal(p["log_likelihood"]) - (penalty + det.ln() - math.prod(each).ln()) / 2)
+    G = range(max(group) + 1)
+    squares = [sum(a * a for a, g in zip(s, group, strict=True) if g == own) for own in G]
+    best = [Decimal(1) for _ in G]
+    for _ in range(400):  # lambda |s|^2 = number of scales - lambda times the trace of Sigma
+        sigma, _ = inverse(plus(H, diagonal([best[g] for g in group])))
+        known = [sum(1 - best[g] * sigma[i][i] for i, g in enumerate(group) if g == own)
+                 for own in G]  # fmt: skip
+        best = [a / b for a, b in zip(known, squares, strict=True)]
+    return {"log_evidence": floats(logs), "best": floats(best)}
+
+
+def page_gaussian(p, t):
+    H, precision = decimals(t["H"]), decimals(t["precision"])
+    roots = [1 / v.sqrt() for v in precision]
+    values, U = eigen([[a * h * b for h, b in zip(row, roots, strict=True)]
+                       for a, row in zip(roots, H, strict=True)])  # fmt: skip
+    inner = diagonal([Decimal(1)] * len(H))
+    for v, u in list(zip(values, U, strict=True))[: p["directions"]]:
+        inner = plus(inner, [[-v / (1 + v) * a * b for b in u] for a in u])
+    sigma = [[a * x * b for x, b in zip(row, roots, strict=True)]
+             for a, row in zip(roots, inner, strict=True)]  # fmt: skip
+    covariances, log_probs, C = [], [[] for _ in range(p["samples"])], len(t["mean"][0])
+    for mean, J, id in zip(decimals(t["mean"]), decimals(t["J"]), t["ids"], strict=True):
+        covariances.append(times(times(J, sigma), transposed(J)))
+        found, W = eigen([list(row) for row in covariances[-1]])
+        root = times(times(transposed(W), diagonal([v.sqrt() for v in found])), W)
+        for draw in range(p["samples"]):
+            at = {**p, "draw": draw, "rank": C}
+            eps = decimals(page_noise(at, {"groups": [id]})["eps"][0])
+            z = [m + dot(row, eps) for m, row in zip(mean, root, strict=True)]
+            total = sum(v.exp() for v in z).ln()
+            log_probs[draw].append([v - total for v in z])
+    return {"covariance": floats(covariances), "log_probs": floats(log_probs),
+            **page_predictive(log_probs)}  # fmt: skip
+
+
+def page_predictive(log_probs):
+    out = {"probs": [], "entropy": [], "expected_entropy": [], "mutual_information": []}
+    for draws in zip(*log_probs, strict=True):
+        mean = [sum(v.exp() for v in column) / len(draws) for column in zip(*draws, strict=True)]
+        entropy = -sum(m * m.ln() for m in mean)
+        expected = -sum(v.exp() * v for draw in draws for v in draw) / len(draws)
+        values = (mean, entropy, expected, max(Decimal(0), entropy - expected))
+        for name, value in zip(out, values, strict=True):
+            out[name].append(floats(value))
+    return out
+
+
 PAGE = {
+    "curvature": page_curvature, "evidence": page_evidence, "gaussian": page_gaussian,
     "philox": page_philox, "box": page_box_muller, "noise": page_noise, "warmup": page_warmup,
     "kl": page_kl_weight, "ece": page_ece, "scores": page_scores, "auroc": page_auroc,
 }  # fmt: skip

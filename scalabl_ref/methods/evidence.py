@@ -70,13 +70,10 @@ def best_precision(H: Tensor, scales: Tensor, group: Tensor, names: Sequence[str
         if float(u.abs().max()) > 50:
             lost = names[int(u.abs().argmax())]
             raise InputError(f"no precision of the prior maximises the evidence: {lost}")
-        while float(step.abs().max()) > 1e-12:
-            found, inverse = at(u + step)
-            if found >= value:
-                break
+        found, inverse = at(u + step)
+        while found < value and float(step.abs().max()) > 1e-6:  # less, and rounding decides
             step = step / 2
-        else:
-            break
+            found, inverse = at(u + step)
         u, value, M = u + step, found, inverse
         if float(step.abs().max()) < 1e-9:
             break

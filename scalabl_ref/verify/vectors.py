@@ -22,6 +22,8 @@ from ..core.adapter import INIT_STREAM, MIN_LOG_SIGMA
 from ..core.layer import SAMPLING
 from ..core.noise import FIRST_TRAINING_DRAW, Noise
 from ..evaluation import metrics
+from ..methods.laplace import LOGITS_LAYER
+from ..methods.subspace import SCALES_LAYER
 from ..model.config import LlamaConfig, RopeConfig
 from ..model.llama import Llama
 from ..training.schedule import kl_period, kl_weight, warmup_linear
@@ -581,17 +583,14 @@ def _nll_and_gradients(
     config: LlamaConfig, w: Weights, trained: Weights, p: dict[str, Any]
 ) -> tuple[Tensor, Weights, float]:
     """The mean NLL of the batch, its gradient by every value, and the largest logit."""
-    tokens, lengths, labels, ids = STEP_BATCH.values()
+    labels, ids = STEP_BATCH["labels"], STEP_BATCH["ids"]
     leaves = {name: value.clone().requires_grad_() for name, value in trained.items()}
     noise = Noise(STEP_SEED, p["draw"])
-    eps = {
-        name: _double([reference.eps_of_group(noise, layer, id, 2) for id in ids.tolist()])
-        for name, layer in STEP_LAYERS.items()
-    }
-    linear = _adapted(leaves, eps, p["scaling"])
-    hidden = _plain_llama(w, config, tokens, linear)
-    last = torch.stack([hidden[b, n - 1] for b, n in enumerate(lengths.tolist())])
-    logits = linear(w, "lm_head", last[:, None])[:, 0]
+    scales = {}
+    for name, layer in STEP_LAYERS.items():
+        eps = _double([reference.eps_of_group(noise, layer, id, 2) for id in ids.tolist()])
+        scales[name] = leaves[f"{name}.log_s"].exp() + leaves[f"{name}.log_sigma"].exp() * eps
+    logits = _class_logits(w, config, leaves, scales, p["scaling"])
     nll = -torch.log_softmax(logits, -1)[torch.arange(3), labels].mean()
     gradients = torch.autograd.grad(nll, list(leaves.values()))
     size = float(logits.detach().abs().max())
@@ -644,24 +643,26 @@ def _sgd_on_the_kl(after: Weights, scale: Weights, kl: str, p: dict[str, Any]) -
         scale[name] = scale[name] + rate * value.abs()
 
 
-def _adapted(
-    leaves: Weights, eps: Weights, scaling: float
-) -> Callable[[Weights, str, Tensor], Tensor]:
-    """(1) for the layers that eps (B, r) has, the matrix of each row of the batch written out."""
+def _class_logits(
+    w: Weights, config: LlamaConfig, leaves: Weights, scales: Weights, scaling: float
+) -> Tensor:
+    """Logits (B, C) of `STEP_BATCH`; (1) for the layers that `scales` has, s~ (B, r) by rows.
+
+    The matrix of each row of the batch is written out.
+    """
 
     def linear(w: Weights, name: str, x: Tensor) -> Tensor:
         y = _linear(w, name, x)
-        if name not in eps:
+        if name not in scales:
             return y
-        A, B, log_s, log_sigma = (
-            leaves[f"{name}.{part}"] for part in ("A", "B", "log_s", "log_sigma")
-        )
-        drawn = log_s.exp() + log_sigma.exp() * eps[name]
+        A, B = leaves[f"{name}.A"], leaves[f"{name}.B"]
         return y + torch.stack(
-            [x[b] @ (scaling * B @ torch.diag(drawn[b]) @ A).T for b in range(len(x))]
+            [x[b] @ (scaling * B @ torch.diag(scales[name][b]) @ A).T for b in range(len(x))]
         )
 
-    return linear
+    hidden = _plain_llama(w, config, STEP_BATCH["tokens"], linear)
+    last = torch.stack([hidden[b, n - 1] for b, n in enumerate(STEP_BATCH["lengths"].tolist())])
+    return linear(w, "lm_head", last[:, None])[:, 0]
 
 
 def _kl_gradients(values: dict[str, Tensor], kl: str, prior_std: float) -> dict[str, Tensor]:
@@ -674,6 +675,174 @@ def _kl_gradients(values: dict[str, Tensor], kl: str, prior_std: float) -> dict[
             out[name] = s2 / p2 if kl == "forward" else s2 / v2
             out[width] = v2 / p2 - 1 if kl == "forward" else 1 - (p2 + s2) / v2
     return out
+
+
+# Laplace in the subspace, (24) to (27), in dense algebra: inverses, determinants, eigenvectors.
+
+SUBSPACE_SEED = 2**33 + 17
+SCALES_CLASSES = torch.tensor([5, 12, 17])
+
+
+def _gram(seed: int, rows: int, D: int) -> Tensor:
+    """A matrix (D, D) of this rank at most, with eigenvalues >= 0, that float32 holds exactly."""
+    factor = (2 * _random(seed, rows, D)).round() / 2
+    return factor.T @ factor
+
+
+def _whitened(H: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (D,) and eigenvectors (D, D) of Lambda^-1/2 H Lambda^-1/2, smallest first."""
+    root = precision.rsqrt()
+    values, vectors = torch.linalg.eigh(root[:, None] * H * root)
+    return values.clamp(min=0), vectors
+
+
+def _scales() -> Iterator[Vector]:
+    """Logits and their derivatives by the scales, and logits under drawn scales."""
+    config, w = _tiny_weights(1900)
+    w["lm_head.weight"] = w["lm_head.weight"][SCALES_CLASSES]
+    values: Weights = {}
+    for index, name in enumerate(STEP_LAYERS):
+        d_out, d_in = w[f"{name}.weight"].shape
+        values[f"{name}.A"] = _random(2000 + 3 * index, 2, d_in, times=0.5)
+        values[f"{name}.B"] = _random(2001 + 3 * index, d_out, 2, times=0.5)
+        values[f"{name}.s"] = _single(_random(2002 + 3 * index, 2, times=0.5).exp())
+    values["layers.1.attn.v_proj.B"][:, 0] = 0
+    kept = torch.cat([(values[f"{name}.B"] != 0).any(0) for name in STEP_LAYERS])
+    s = torch.cat([values[f"{name}.s"] for name in STEP_LAYERS])
+    D, ids, scaling = int(kept.sum()), STEP_BATCH["ids"], 1.5
+
+    def logits_of(scales: Tensor) -> Tensor:  # (B, r layers) -> (B, C)
+        by_layer = dict(zip(STEP_LAYERS, scales.split(2, 1), strict=True))
+        return _class_logits(w, config, values, by_layer, scaling)
+
+    logits = logits_of(s.expand(3, -1))
+    J = torch.autograd.functional.jacobian(lambda s: logits_of(s.expand(3, -1)), s)[..., kept]
+    J = J - J.mean(1, keepdim=True)
+    H, precision = _gram(2100, 4, D), _single(_random(2101, D, times=0.5).exp())
+    found, U = _whitened(H, precision)
+    root = precision.rsqrt()[:, None] * ((U / (1 + found).sqrt()) @ U.T)
+    drawn = []
+    for draw in range(2):
+        noise = Noise(SUBSPACE_SEED, draw)
+        eps = [reference.eps_of_group(noise, SCALES_LAYER, id, D) for id in ids.tolist()]
+        offset = torch.zeros(3, len(s)).double()
+        offset[:, kept] = _double(eps) @ root.T
+        drawn.append(logits_of(s + offset).log_softmax(-1))
+    log_probs = torch.stack(drawn)
+    yield Vector(
+        "scales-model", "subspace", "(25), (27)",
+        ["derivative by log s", "one Jacobian for the whole batch", "class mean left in J",
+         "scales without effect kept", "one draw for all examples", "transposed or other root",
+         "variance of the prior in the directions of H", "last token of the padding"],
+        {"seed": str(SUBSPACE_SEED), "layer": SCALES_LAYER, "samples": 2, "rank": 2,
+         "scaling": scaling, "layers": STEP_LAYERS, **_shape(config)},
+        {**STEP_BATCH,
+         "inverse_frequencies": config.rope.inverse_frequencies(config.head_dim).double(),
+         **w, **values, "H": H, "precision": precision},
+        {"logits": Output(logits, 512, float(logits.abs().max())),
+         "J": Output(J, 512, float(J.abs().max())),
+         "log_probs": Output(log_probs, 1024, float(log_probs.abs().max()))},
+    )  # fmt: skip
+
+
+def _curvature() -> Iterator[Vector]:
+    for name, N, C, D in (("few", 3, 2, 5), ("many", 7, 4, 6)):
+        logits, J = _random(2200 + C, N, C, times=2), _random(2210 + C, N, C, D)
+        labels = torch.arange(N) * 3 % C
+        p = logits.softmax(-1)
+        H = torch.einsum("nci,nck,nkj->ij", J, torch.diag_embed(p) - p[:, :, None] * p[:, None], J)
+        size = torch.einsum(
+            "nci,nck,nkj->ij", J.abs(), torch.diag_embed(p) + p[:, :, None] * p[:, None], J.abs()
+        )
+        fit = logits.log_softmax(-1)[torch.arange(N), labels].sum()
+        yield Vector(
+            f"curvature-{name}", "subspace", "(24)",
+            ["p p^T left out", "mean for sum", "blocks or the diagonal of H alone",
+             "classes weighted alike"],
+            {}, {"logits": logits, "J": J, "labels": labels},
+            {"H": Output(H, 64, size), "log_likelihood": Output(fit, 64, 4.0 * N)},
+        )  # fmt: skip
+
+
+def _evidence() -> Iterator[Vector]:
+    """H has directions without any data, so that the prior alone decides along them."""
+    groups = {"all": [0] * 6, "layers": [0, 0, 1, 1, 1, 2, 2]}
+    for index, (name, group) in enumerate(groups.items()):
+        D, of = len(group), torch.tensor(group)
+        H, scales = _gram(2300 + index, 5, D), _single(_random(2310 + index, D).exp())
+        some = (
+            _double([0.0625, 1.0, 24.0])[:, None] * torch.tensor([1.0, 0.5, 4.0])[: max(group) + 1]
+        )
+        volume = torch.stack([torch.logdet(torch.diag(precision) + H) - precision.log().sum()
+                              for precision in some[:, of]])  # fmt: skip
+        penalty = (some[:, of] * scales.square()).sum(1)
+        best, slack = _best(H, scales, of)
+        yield Vector(
+            f"evidence-{name}", "subspace", "(26)",
+            ["half left out", "determinant of the covariance", "the prior's determinant left out",
+             "penalty left out", "one lambda for all", "1 - M for M in the number of scales"],
+            {"log_likelihood": -9.5},
+            {"H": H, "scales": scales, "group": of, "precision": some},
+            {"log_evidence": Output(-9.5 - (penalty + volume) / 2, 64, D + penalty + volume),
+             "best": Output(best, 256, slack)},
+        )  # fmt: skip
+
+
+def _best(H: Tensor, scales: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """lambda (G,) where the evidence is largest, and how far rounding moves it.
+
+    MacKay's fixed point: lambda |s|^2 is the number of scales of the group that data determine.
+    """
+    one_hot = torch.nn.functional.one_hot(group).double()
+    squares, best = scales.square() @ one_hot, torch.ones(one_hot.shape[1]).double()
+    for _ in range(10_000):
+        M = torch.linalg.inv(torch.eye(len(H)) + H / best[group])  # of Lambda^-1 H, not symmetric
+        found = (1 - M.diagonal()) @ one_hot / squares
+        moved, best = (found / best - 1).abs().max(), found
+        if moved <= 4 * torch.finfo(torch.float64).eps:
+            break
+    # The evidence's second derivatives by log lambda, times -2. M is good to eps times the largest
+    # eigenvalue of Lambda^-1/2 H Lambda^-1/2, below 256 in these cases.
+    curved = torch.diag(M.diagonal() @ one_hot + best * squares) - one_hot.T @ (M * M.T) @ one_hot
+    size = torch.linalg.inv(curved).abs().sum(1) * (len(H) + best * squares).sum()
+    return best, best * size
+
+
+def _gaussian() -> Iterator[Vector]:
+    """The linearised logits, drawn and averaged: all directions, and the leading ones."""
+    for name, C, D, K, S in (
+        ("all", 3, 6, 6, 5),
+        ("two-classes", 2, 4, 4, 3),
+        ("leading", 4, 7, 2, 4),
+    ):
+        ids = torch.tensor([0, 2**32 - 1, 17, 4])
+        H, precision = _gram(2400 + C, D - 1, D), _single(_random(2410 + C, D, times=0.5).exp())
+        mean, J = _random(2420 + C, 4, C, times=2), _random(2430 + C, 4, C, D)
+        values, U = _whitened(H, precision)
+        values, U = values[-K:], U[:, -K:]
+        inner = torch.eye(D).double() - (U * (values / (1 + values))) @ U.T
+        covariance = J @ (precision.rsqrt()[:, None] * inner * precision.rsqrt()) @ J.mT
+        size = (J.abs() @ (J.abs() / precision).mT).amax((1, 2))
+        v, W = torch.linalg.eigh(covariance)
+        root = (W * v.sqrt()[:, None]) @ W.mT
+        eps = []
+        for draw in range(S):
+            noise = Noise(SUBSPACE_SEED, draw)
+            eps.append([reference.eps_of_group(noise, LOGITS_LAYER, id, C) for id in ids.tolist()])
+        logits = mean + torch.einsum("bcd,sbd->sbc", root, _double(eps))
+        expected = {n: _double(x) for n, x in reference.predictive(logits).items()}
+        rounded = float(logits.abs().max() + (size / v[:, 0].sqrt()).max())
+        outputs = {"log_probs": logits.log_softmax(-1), **expected}
+        yield Vector(
+            f"gaussian-{name}", "subspace", "(25), (27), (8), (9)",
+            ["standard deviation for variance", "correlations of logits left out",
+             "Cholesky's root for the symmetric one", "smallest directions kept",
+             "directions that are not kept get no variance", "one draw for all examples"],
+            {"seed": str(SUBSPACE_SEED), "layer": LOGITS_LAYER, "samples": S, "directions": K},
+            {"H": H, "precision": precision, "mean": mean, "J": J, "ids": ids},
+            {"covariance": Output(covariance, 64, size[:, None, None]),
+             **{n: Output(x, 64, rounded) for n, x in outputs.items()}},
+        )  # fmt: skip
 
 
 LEVELS = (
@@ -689,6 +858,10 @@ LEVELS = (
     _llama,
     _model,
     _training_step,
+    _scales,
+    _curvature,
+    _evidence,
+    _gaussian,
 )
 
 

@@ -58,7 +58,9 @@ def test_a_port_of_the_page_alone_passes(kit, tmp_path, precision):
     grades = grade(kit, tmp_path, port_of_the_page(kit), precision)
     assert [g for g in grades if not g.passed] == []
     levels = OWN | {"philox", "normals"}
-    assert len(grades) == sum(case["level"] in levels for case, _ in cases(kit)) == 16
+    assert sum(case["level"] in levels for case, _ in cases(kit)) == 16
+    assert sum(case["level"] == "subspace" for case, _ in cases(kit)) == 8
+    assert len(grades) == 16 + 7  # its model is left out
 
 
 def moved(noise, seed=0, draw=0):
