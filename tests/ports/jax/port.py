@@ -327,6 +327,97 @@ def training_step(p, t):
     return results | {f"after.{name}": w for name, w in after.items()}
 
 
+# ------------------------------------------------------------------------------------ subspace
+def double(t):
+    """The algebra of this level is in float64 whatever the precision of the model's passes."""
+    return {k: v.astype(jnp.float64) if v.dtype == jnp.float32 else v for k, v in t.items()}
+
+
+def whitened(H, precision):
+    """Eigenvalues and eigenvectors of Lambda^-1/2 H Lambda^-1/2, smallest first."""
+    root = precision**-0.5
+    values, vectors = jnp.linalg.eigh(root[:, None] * H * root)
+    return jnp.maximum(values, 0), vectors
+
+
+def draws(p, ids, count):
+    """eps (samples, B, count)."""
+    each = [normal(p["seed"], i, p["layer"], ids, count) for i in range(p["samples"])]
+    return jnp.stack(each).astype(jnp.float64)
+
+
+def scales(p, t):
+    names = list(p["layers"])
+    kept = jnp.concatenate([jnp.any(t[f"{name}.B"] != 0, axis=0) for name in names])
+    s = jnp.concatenate([t[f"{name}.s"] for name in names])
+    fixed = {f"{name}.scaling": p["scaling"] for name in names}
+    fixed |= {f"{name}.sigma": 0.0 for name in names} | {f"{name}.eps": 0.0 for name in names}
+
+    def logits_of(s, row):
+        by_layer = dict(zip(names, s.reshape(len(names), p["rank"]), strict=True))
+        one = t | fixed | {f"{name}.s": v for name, v in by_layer.items()}
+        found = llama(p, one | {"tokens": t["tokens"][row][None]})
+        return found[0, t["lengths"][row] - 1]
+
+    rows = jnp.arange(len(t["tokens"]))
+    logits = jax.vmap(partial(logits_of, s))(rows)
+    J = jax.vmap(partial(jax.jacrev(logits_of), s))(rows)[..., kept]
+    exact = double(t)
+    values, U = whitened(exact["H"], exact["precision"])
+    root = exact["precision"][:, None] ** -0.5 * ((U * (1 + values) ** -0.5) @ U.T)
+    offsets = jnp.zeros((p["samples"], len(rows), len(s)))
+    offsets = offsets.at[..., kept].set(draws(p, t["ids"], len(exact["H"])) @ root.T)
+    drawn = jax.vmap(jax.vmap(logits_of), (0, None))((s + offsets).astype(s.dtype), rows)
+    log_probs = jax.nn.log_softmax(drawn)
+    return {"logits": logits, "J": J - J.mean(1, keepdims=True), "log_probs": log_probs}
+
+
+def curvature(p, t):
+    """H as the second derivative of the loss by theta, with logits that are linear in theta."""
+    t = double(t)
+
+    def fit(theta):
+        log_p = jax.nn.log_softmax(t["logits"] + t["J"] @ theta)
+        return jnp.take_along_axis(log_p, t["labels"][:, None], axis=1).sum()
+
+    zero = jnp.zeros(t["J"].shape[2])
+    return {"H": -jax.hessian(fit)(zero), "log_likelihood": fit(zero)}
+
+
+def evidence(p, t):
+    t = double(t)
+    H, s, group, groups = t["H"], t["scales"], t["group"], t["precision"].shape[1]
+
+    def value(log_precision):
+        precision = jnp.exp(log_precision)[group]
+        _, volume = jnp.linalg.slogdet(jnp.eye(len(H)) + H / precision[:, None])
+        return p["log_likelihood"] - (precision @ s**2 + volume) / 2
+
+    at = jnp.zeros(groups)
+    for _ in range(400):
+        sigma = jnp.linalg.inv(H + jnp.diag(jnp.exp(at)[group]))
+        known = jax.ops.segment_sum(1 - jnp.exp(at)[group] * jnp.diag(sigma), group, groups)
+        at = jnp.log(known / jax.ops.segment_sum(s**2, group, groups))
+    assert jnp.abs(jax.grad(value)(at)).max() < 1e-9
+    return {"log_evidence": jax.vmap(value)(jnp.log(t["precision"])), "best": jnp.exp(at)}
+
+
+def gaussian(p, t):
+    t = double(t)
+    values, U = whitened(t["H"], t["precision"])
+    values, U = values[-p["directions"] :], U[:, -p["directions"] :]
+    root = t["precision"] ** -0.5
+    inner = jnp.eye(len(root)) - (U * (values / (1 + values))) @ U.T
+    sigma = root[:, None] * inner * root
+    covariance = jnp.einsum("bci,ij,bdj->bcd", t["J"], sigma, t["J"])
+    v, W = jnp.linalg.eigh(covariance)
+    symmetric = jnp.einsum("bck,bk,bdk->bcd", W, jnp.sqrt(jnp.maximum(v, 0)), W)
+    eps = draws(p, t["ids"], t["mean"].shape[1])
+    logits = t["mean"] + jnp.einsum("bcd,sbd->sbc", symmetric, eps)
+    log_probs = jax.nn.log_softmax(logits)
+    return {"covariance": covariance, "log_probs": log_probs, **predictive(logits)}
+
+
 # ------------------------------------------------------------------------------------- the kit
 # How a case's parameters p and tensors t become its outputs, by how its id begins.
 CASES = {
@@ -352,6 +443,10 @@ CASES = {
     "swiglu": lambda p, t: {"y": swiglu(t["x"], t)},
     "model": lambda p, t: {"logits": llama(p, t)},
     "step": training_step,
+    "scales": scales,
+    "curvature": curvature,
+    "evidence": evidence,
+    "gaussian": gaussian,
 }
 DTYPES = {"F32": "<f4", "F64": "<f8", "I64": "<i8"}
 
