@@ -360,14 +360,14 @@ def scales(p, t):
         return found[0, t["lengths"][row] - 1]
 
     rows = jnp.arange(len(t["tokens"]))
-    logits = jax.vmap(partial(logits_of, s))(rows)
-    J = jax.vmap(partial(jax.jacrev(logits_of), s))(rows)[..., kept]
+    logits = jax.jit(jax.vmap(partial(logits_of, s)))(rows)
+    J = jax.jit(jax.vmap(partial(jax.jacrev(logits_of), s)))(rows)[..., kept]
     exact = double(t)
     values, U = whitened(exact["H"], exact["precision"])
     root = exact["precision"][:, None] ** -0.5 * ((U * (1 + values) ** -0.5) @ U.T)
     offsets = jnp.zeros((p["samples"], len(rows), len(s)))
     offsets = offsets.at[..., kept].set(draws(p, t["ids"], len(exact["H"])) @ root.T)
-    drawn = jax.vmap(jax.vmap(logits_of), (0, None))((s + offsets).astype(s.dtype), rows)
+    drawn = jax.jit(jax.vmap(jax.vmap(logits_of), (0, None)))((s + offsets).astype(s.dtype), rows)
     log_probs = jax.nn.log_softmax(drawn)
     return {"logits": logits, "J": J - J.mean(1, keepdims=True), "log_probs": log_probs}
 
@@ -393,11 +393,13 @@ def evidence(p, t):
         _, volume = jnp.linalg.slogdet(jnp.eye(len(H)) + H / precision[:, None])
         return p["log_likelihood"] - (precision @ s**2 + volume) / 2
 
-    at = jnp.zeros(groups)
-    for _ in range(400):
-        sigma = jnp.linalg.inv(H + jnp.diag(jnp.exp(at)[group]))
-        known = jax.ops.segment_sum(1 - jnp.exp(at)[group] * jnp.diag(sigma), group, groups)
-        at = jnp.log(known / jax.ops.segment_sum(s**2, group, groups))
+    def better(_, at):
+        precision = jnp.exp(at)[group]
+        sigma = jnp.linalg.inv(H + jnp.diag(precision))
+        known = jax.ops.segment_sum(1 - precision * jnp.diag(sigma), group, groups)
+        return jnp.log(known / jax.ops.segment_sum(s**2, group, groups))
+
+    at = jax.lax.fori_loop(0, 400, better, jnp.zeros(groups))
     assert jnp.abs(jax.grad(value)(at)).max() < 1e-9
     return {"log_evidence": jax.vmap(value)(jnp.log(t["precision"])), "best": jnp.exp(at)}
 
