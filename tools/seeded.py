@@ -72,6 +72,20 @@ LOSS = "core/test_objective.py::test_loss_is_nll_plus_beta_kl_over_n"
 SLOPE = "core/test_objective.py::test_gradient_of_the_loss_equals_a_finite_difference"
 OBJECTIVES = "core/test_objective.py::test_objective_equals_the_reference"
 AUROC = "evaluation/test_metrics.py::test_auroc_equals_all_pairs"
+JACOBIAN = "methods/test_subspace.py::test_jacobians_are_those_of_torch_func"
+OFFSET = "methods/test_subspace.py::test_an_offset_of_a_row_is_its_own_scales"
+RANKS = "methods/test_subspace.py::test_points_leave_out_what_the_update_does_not_have"
+GAUSS_NEWTON = "methods/test_subspace.py::test_H_is_the_gauss_newton_matrix_in_any_batches"
+DENSE = "methods/test_subspace.py::test_logits_and_evidence_equal_dense_algebra"
+DIRECTIONS = "methods/test_subspace.py::test_directions_that_are_not_kept_have_the_prior"
+LOGITS = (
+    "methods/test_laplace.py::"
+    "test_draws_are_the_noise_of_their_example_through_a_root_of_the_covariance"
+)
+SAMPLED = (
+    "methods/test_subspace.py::test_sampled_draws_are_of_the_posterior_and_go_through_the_model"
+)
+BEST = "methods/test_subspace.py::test_the_best_precision_has_the_largest_evidence"
 
 PHILOX = [
     Fault("Philox: one round too few", "core.philox",
@@ -632,6 +646,58 @@ PACKED = [
           "((ends + 1).cumsum(0) - 1 - ends,)", ANSWER),
 ]  # fmt: skip
 
+SUBSPACE = [
+    Fault("subspace: H without p p^T", "methods.subspace",
+          "(J - (p * J).sum(1, keepdim=True))", "J", GAUSS_NEWTON),
+    Fault("subspace: squared probabilities in H", "methods.subspace",
+          "root = (p.sqrt() * (", "root = (p * (", GAUSS_NEWTON),
+    Fault("subspace: only the diagonal of H", "methods.subspace",
+          "H += root.T @ root", "H += torch.diag(root.square().sum(0))", GAUSS_NEWTON),
+    Fault("subspace: the mean log-likelihood for the sum", "methods.subspace",
+          "log_p.gather(1, batch.labels[:, None]).sum()",
+          "log_p.gather(1, batch.labels[:, None]).mean()", GAUSS_NEWTON),
+    Fault("subspace: differences to the first class", "methods.subspace",
+          "logits[:, :-1] - logits[:, -1:]", "logits[:, :-1] - logits[:, :1]", JACOBIAN),
+    Fault("subspace: derivatives not centred", "methods.subspace",
+          "J - J.mean(1, keepdim=True)", "J", JACOBIAN),
+    Fault("subspace: one offset for all rows", "methods.point",
+          "self.offset.to(x).view(", "self.offset.mean(0).expand_as(self.offset).to(x).view(",
+          OFFSET),
+    Fault("subspace: scales without effect kept", "methods.subspace",
+          "return (point.B != 0).any(0)", "return (point.B == point.B).any(0)", RANKS),
+    Fault("subspace: evidence without the prior's penalty", "methods.subspace",
+          "(self.precision * self.scales.square()).sum() + self.values", "self.values", DENSE),
+    Fault("subspace: evidence's terms not halved", "methods.subspace",
+          "self.log_likelihood - float(penalty) / 2", "self.log_likelihood - float(penalty)", DENSE),
+    Fault("subspace: 1 / (1 + v) for its root", "methods.subspace",
+          ".to(x)).rsqrt()", ".to(x)).reciprocal()", DENSE),
+    Fault("subspace: the prior's variance for its root", "methods.subspace",
+          "J * self.precision.rsqrt().to(J)", "J / self.precision.to(J)", DENSE),
+    Fault("subspace: H in place of the whitened H", "methods.subspace",
+          "torch.linalg.eigh(whitened(self.H, precisions))", "torch.linalg.eigh(self.H)", DENSE),
+    Fault("subspace: the smallest directions kept", "methods.subspace",
+          "vectors.flip(1)[:, :directions]", "vectors[:, :directions]", DIRECTIONS),
+    Fault("subspace: no variance where no direction is kept", "methods.subspace",
+          "return x - (x @ U * lost) @ U.T", "return (x @ U * (1 - lost)) @ U.T", DIRECTIONS),
+    Fault("subspace: variance of the logits for its root", "methods.laplace",
+          "values.clamp(min=0).sqrt()[:, None]", "values.clamp(min=0)[:, None]", LOGITS),
+    Fault("subspace: one draw of the logits for all examples", "methods.laplace",
+          "Noise(seed, i).normal(LOGITS_LAYER, ids,", "Noise(seed, i).normal(LOGITS_LAYER, 0 * ids,",
+          LOGITS),
+    Fault("subspace: scales drawn without the prior's width", "methods.subspace",
+          "self.precision.rsqrt() * self.spread(eps)", "self.spread(eps)", SAMPLED),
+    Fault("subspace: one draw of the scales for all examples", "methods.subspace",
+          "noise.normal(SCALES_LAYER, batch.ids,", "noise.normal(SCALES_LAYER, 0 * batch.ids,",
+          SAMPLED),
+    Fault("subspace: the scales' draws with the logits' noise", "methods.subspace",
+          "noise.normal(SCALES_LAYER,", "noise.normal(LOGITS_LAYER,", SAMPLED),
+    Fault("subspace: the other scales counted as determined", "methods.evidence",
+          "gradient = (1 - own) @ one_hot", "gradient = own @ one_hot", BEST),
+    Fault("subspace: one precision for all groups", "methods.evidence",
+          "return u.exp()[group]", "return u.exp()[0 * group]", BEST),
+]  # fmt: skip
+
 FAULTS = [
-    *PHILOX, *NOISE, *LAYER, *NATIVE, *OBJECTIVE, *TRAINING, *METRICS, *SCHEDULES, *LLAMA, *PACKED
+    *PHILOX, *NOISE, *LAYER, *NATIVE, *OBJECTIVE, *TRAINING, *METRICS, *SCHEDULES, *LLAMA, *PACKED,
+    *SUBSPACE,
 ]  # fmt: skip

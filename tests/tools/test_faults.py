@@ -22,11 +22,11 @@ def test_a_seeded_fault_fits_the_package(fault):
 
 def test_the_catalogue_is_large_and_its_names_are_different():
     names = [fault.name for fault in seeded.FAULTS]
-    assert len(names) == len(set(names)) >= 250
+    assert len(names) == len(set(names)) >= 270
     assert {fault.module for fault in seeded.FAULTS} >= {
         "core.philox", "core.noise", "core.layer", "core.adapter", "core.objective",
         "core.predictive", "fast.normals", "fast.ops", "fast.rows", "model.llama", "model.inputs",
-        "evaluation.metrics", "training.trainer"
+        "evaluation.metrics", "training.trainer", "methods.subspace", "methods.evidence"
     }  # fmt: skip
 
 
