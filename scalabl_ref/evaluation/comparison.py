@@ -26,6 +26,7 @@ from .inference import difference, holm, non_inferior
 
 Row = dict[str, Any]
 SCALED = " + temperature"
+KINDS = ("", ""), (SCALED, SCALED)  # ours and the rival, without and with temperatures
 ALPHA = 0.05
 MARGIN = 0.03  # nats
 
@@ -74,7 +75,8 @@ def summary(
     distribution. families: methods that are compared with each other, by name; all if not given.
 
     In each family, ours of the least NLL in `validation` is compared with every other method
-    ("verdict"). "pairs" has the NLL of each of ours and each other method.
+    ("verdict"), without and with temperatures. "pairs" has the NLL of each of ours and each other
+    method, also of ours without and the other with a temperature: the price of labels.
 
     Raises InputError if replicates answered different questions of one set.
     """
@@ -102,10 +104,12 @@ def _verdicts(
     """ "verdict" and "pairs" of `summary`, on one set."""
     per_question = {name: answers.per_question(bins) for name, answers in tested.items()}
 
-    def compared(score: str, ours: Sequence[str], others: Sequence[str]) -> list[Row]:
+    def compared(
+        score: str, ours: Sequence[str], others: Sequence[str], kinds: Sequence[tuple[str, str]]
+    ) -> list[Row]:
         found = []
-        for ending in ("", SCALED):
-            pairs = [(name + ending, other + ending) for name in ours for other in others]
+        for own, theirs in kinds:
+            pairs = [(name + own, other + theirs) for name in ours for other in others]
             found += _compared(score, pairs, tested, per_question)
         return found
 
@@ -117,10 +121,10 @@ def _verdicts(
             continue
         seen.append((ours, others))
         for score in metrics.SCORES:
-            verdict += [{"family": family, **e} for e in compared(score, ours[:1], others)]
+            verdict += [{"family": family, **e} for e in compared(score, ours[:1], others, KINDS)]
     ours = [name for name in tested if name in validation]
     others = [n for n in tested if n not in validation and not n.endswith(SCALED)]
-    return {"verdict": verdict, "pairs": compared("nll", ours, others)}
+    return {"verdict": verdict, "pairs": compared("nll", ours, others, (*KINDS, ("", SCALED)))}
 
 
 def _compared(

@@ -238,7 +238,10 @@ def _verdict_sheets(part: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
         for (family, ours), entries in _by_family(part["verdict"]).items()
     ]
     pairs = [[e["ours"], e["rival"], str(e["replicates"]), _verdict_cell(e)] for e in part["pairs"]]
-    words = "Here p is corrected for the number of all pairs of this table."
+    words = (
+        "Here p is corrected for the number of all pairs of one kind: without temperatures, with "
+        "them, or with one for the rival alone."
+    )
     if pairs:
         heads = ["rival", "replicates", "NLL"]
         sheets.append(_sheet(f"All pairs on the {name}", heads, pairs, words))

@@ -200,7 +200,7 @@ def test_the_verdict_compares_ours_of_least_tuning_nll_with_every_rival(done):
         ]
     got = [(e["family"], e["score"], e["ours"], e["rival"]) for e in results["verdict"]]
     assert got == wanted
-    assert len(results["pairs"]) == 2 * len(ours) * (len(config.methods) - len(ours))
+    assert len(results["pairs"]) == 3 * len(ours) * (len(config.methods) - len(ours))
     for entry in results["verdict"]:
         mine, rival = (results["methods"][entry[side]] for side in ("ours", "rival"))
         difference = mine[entry["score"]] - rival[entry["score"]]
