@@ -1,12 +1,13 @@
 """The results of a study: scores by replicate, costs, and verdicts. `tables` prints them.
 
-The input are folders of answers, one for each replicate: a training with its own subset, initial
+The input is folders of answers, one for each replicate: a training with its own subset, initial
 values and order. A folder has answers.json, with facts about the model (its "seed" is the number of
 the replicate), and a file for each data set with the labels and the tensors of `predict`.
 
-Words have the meaning of a test. Ours is better or worse than a rival where Holm's p of their
-difference is below ALPHA, over replicates and questions (see `inference`). It is no worse where
-Holm's p that its NLL is higher by MARGIN or more is below ALPHA. Otherwise they are not told apart.
+Each verdict is the result of a test. Ours is "better" or "worse" than a rival if the p of their
+difference, over replicates and questions (see `inference`) and after Holm's correction, is below
+ALPHA. It is "no worse" if the test rejects that its NLL is higher by MARGIN or more, with a p below
+ALPHA after Holm's correction. Otherwise they are "not told apart".
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ MARGIN = 0.03  # nats
 
 
 class Answers(NamedTuple):
-    """One row of a table on one set: its replicates' numbers and probabilities, and the labels."""
+    """One method's answers to one set: by replicate, its number and probabilities; the labels."""
 
     numbers: list[int]
     probs: list[Tensor]
@@ -70,13 +71,14 @@ def summary(
     """Rows of all methods, with and without temperature, and the verdicts.
 
     models: folders by method; methods are compared on the replicates that both have. validation:
-    the NLL on the validation split of each of our methods, by runs that are no replicates. shifted:
-    further labelled sets, scored and compared like the test set. ood: names of the sets out of
-    distribution. families: methods that are compared with each other, by name; all if not given.
+    the NLL on the validation split of each of our methods, by runs that are not replicates.
+    shifted: further labelled sets, scored and compared like the test set. ood: names of the sets
+    out of distribution. families: groups of methods, by name, that are compared within the group;
+    all methods if not given.
 
-    In each family, ours of the least NLL in `validation` is compared with every other method
-    ("verdict"), without and with temperatures. "pairs" has the NLL of each of ours and each other
-    method, also of ours without and the other with a temperature: the price of labels.
+    In each family, our method with the lowest NLL in `validation` is compared with every rival
+    ("verdict"), without and with temperatures. "pairs" compares the NLL of each of our methods with
+    each rival's, also ours without a temperature with the rival's with one, which needs labels.
 
     Raises InputError if replicates answered different questions of one set.
     """
@@ -133,10 +135,11 @@ def _compared(
     tested: Mapping[str, Answers],
     per_question: Mapping[str, Mapping[str, Tensor]],
 ) -> list[Row]:
-    """The verdict on each pair (ours, rival) in one score; the pairs are one family of tests.
+    """The verdict on each pair (ours, rival) in one score. Holm's correction is over these pairs.
 
-    Holds ours minus the rival's with its ends, p after Holm, and the number of replicates that both
-    have. With less than two of them, or of questions, the pair is "untested".
+    An entry has ours minus the rival's with the ends of its interval, p after Holm's correction,
+    and the number of replicates that both have. With fewer than two replicates or questions, the
+    pair is "untested".
     """
     found = []
     for first, second in pairs:
@@ -164,7 +167,7 @@ def _compared(
 
 
 def _word(entry: Row) -> str:
-    """What the tests of a pair allow to say of ours."""
+    """The verdict on ours that the tests of a pair allow."""
     if entry["p"] < ALPHA:
         return "better" if (entry["difference"] > 0) == (entry["score"] == "acc") else "worse"
     return "no worse" if entry.get("p_margin", 1.0) < ALPHA else "not told apart"
@@ -202,8 +205,8 @@ def _about(folders: Sequence[Path]) -> Row:
     """The cost of one model, averaged over replicates.
 
     parameters: all numbers stored beside the base model. draws: averaged for an answer. Seconds:
-    training; fitting of a posterior to a trained run (in folders written before it was counted
-    apart, it is part of the training); one answer.
+    training; fitting a posterior to a trained run (in older folders a part of the training); one
+    answer.
     """
     about = _facts(folders)
     widths = about[0]["widths"]

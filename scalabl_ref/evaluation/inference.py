@@ -1,11 +1,11 @@
 """Tests of the difference between two methods, over replicates and test questions together.
 
 A replicate is one training: its own subset of the training data, initial values and order. The
-scores of a method are a matrix (replicates, questions). All replicates and methods answer the same
-questions, and row i of two methods is one replicate (one subset, one seed), so methods are compared
-by D = first - second, row by row and question by question:
+scores of a method are a matrix (R replicates, Q questions). All replicates and methods answer the
+same questions, and row i of two methods is one replicate (one subset, one seed). So methods are
+compared by D = first - second, row by row and question by question:
 
-    D_ij = mu + a_i + b_j + e_ij    replicate, question, and both together               (a)
+    D_ij = mu + a_i + b_j + e_ij    mean, replicate, question, and their interaction     (a)
 
 Rows of (a) are exchangeable, and so are its columns: two crossed random effects. The mean of D has
 the variance sd(a)^2 / R + sd(b)^2 / Q + sd(e)^2 / (R Q), which is estimated without bias by
@@ -17,13 +17,13 @@ R is 3 to 10. So the interval at level 1 - alpha reaches, on both sides of the m
 
     sqrt(t^2 (1/R) var(row means) + z^2 (1/Q) [...])                                     (c)
 
-with the quantiles at alpha / 2 of Student's t with R - 1 degrees of freedom, and of the normal
-(there should be a hundred questions or more). It is exact where either term is alone, and covers at
-least 1 - alpha in between. p is the alpha at which the interval ends at zero.
+with t and z the quantiles at alpha / 2 of Student's t with R - 1 degrees of freedom and of the
+normal distribution (for a hundred questions or more). If one of the terms is zero, the coverage is
+1 - alpha; otherwise it is at least 1 - alpha. p is the alpha at which the interval ends at zero.
 
 A bootstrap over replicates would be too narrow: by sqrt((R - 1) / R), and by normal quantiles in
 place of t's. A bootstrap over questions alone leaves out the first term: it describes these trained
-networks, not the methods. tests/evaluation/test_inference.py measures errors, coverage and power.
+networks, not the methods. tests/evaluation/test_inference.py measures error rates and power.
 
 Sources: crossed variance components, Searle, Casella and McCulloch 1992; coverage of (c), Banerjee
 1960; Holm 1979; bootstraps of crossed effects, Owen 2007 (arXiv:0707.0564).
@@ -65,7 +65,7 @@ def difference(first: Tensor, second: Tensor, level: float = 0.95) -> Difference
     """Mean of first - second with its interval and two-sided p.
 
     first, second: scores (R, Q), R >= 2 and Q >= 2; row i of both is replicate i, and column j is
-    question j. Where they are not finite, nothing is known: an infinite interval and p = 1.
+    question j. If a difference is not finite, the interval is infinite and p = 1.
 
     >>> import torch
     >>> from scalabl_ref.evaluation.inference import difference
@@ -88,8 +88,8 @@ def non_inferior(
 ) -> NonInferior:
     """One-sided test that first is worse than second by less than the margin (small is good).
 
-    A small p says so; the limit is below the margin where p < 1 - level. A failure to find a
-    difference says nothing of the kind. Arguments as for `difference`.
+    A small p is evidence for it, and the limit is below the margin if p < 1 - level. A difference
+    that is not significant is no such evidence. Arguments as for `difference`.
 
     >>> import torch
     >>> from scalabl_ref.evaluation.inference import non_inferior
@@ -126,7 +126,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class _Estimate:
-    """A mean and the two terms of (b): by replicates, of which there are R, and by questions."""
+    """A mean, and the two terms of (b): by replicates and by questions."""
 
     mean: float
     by_replicate: float
@@ -142,7 +142,7 @@ class _Estimate:
         return self._reach(student_quantile(1 - alpha, self.replicates - 1))
 
     def tail(self, distance: float) -> float:
-        """alpha at which (c) is `distance`; above .5 where that is negative."""
+        """The one-sided alpha at which (c) is `distance`; above .5 for a negative distance."""
         if distance < 0:
             return 1 - self.tail(-distance)
         low, high = 0.0, 1.0

@@ -1,13 +1,13 @@
 """The predictive integrated rather than sampled, where the logits of a row are Gaussian.
 
-They are where only the head is random, given the hidden state h,
+There are two cases. If only the head is random, then with the hidden state h (23)
 
     z = W h + c B diag(s) A h + F eps,    F = c B diag(A h) L
 
-with L L^T the covariance of the scales, and in the linearised prediction of the subspace posterior,
-where F = J R with R R^T the covariance of all scales. The softmax of z is averaged over the few
+with L L^T the covariance of the scales. In the linearised prediction of the subspace posterior (27)
+F = J R with R R^T the covariance of all scales. The softmax of z is averaged over the few
 directions in which F moves differences of logits: min(r, C - 1) of them for C classes and r columns
-of F, by Gauss-Hermite quadrature along each.
+of F. Gauss-Hermite quadrature integrates along each.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def predict_exact(model: Llama, batch: Batch, posterior: Subspace | None = None)
     """The predictive distribution that `predict` has with infinitely many samples.
 
     Its error, in probability and in nats, is below 5e-5 while no difference of logits has a
-    standard deviation above 2; beyond that the softmax is too steep for so many nodes, and draws
-    (which cost little here) are the better way.
+    standard deviation above 2. For larger ones the softmax is too steep for this number of nodes,
+    and many draws are better.
 
     Raises InputError for a posterior that is not linear; without one, unless lm_head alone is
     adapted, by scalabl; and for more than 4 classes, unless there are at most 3 scales.
@@ -70,7 +70,7 @@ def head_gaussian(model: Llama, batch: Batch) -> tuple[Tensor, Tensor]:
 def integrate(mean: Tensor, factor: Tensor, counts: Sequence[int] = NODES) -> Prediction:
     """The mixture of softmax(mean + factor eps), eps ~ N(0, I); shapes as of `head_gaussian`.
 
-    counts: nodes along each direction where there are so many directions as the count's place.
+    counts: nodes along each direction, if there are one, two or three directions.
     Raises InputError for more than 4 classes, unless factor has at most 3 columns.
     """
     moved = factor - factor.mean(1, keepdim=True)  # the softmax sees no more than this

@@ -1,25 +1,26 @@
 """As many draws as an answer needs: a sequential test of which class leads, valid at every stop.
 
 More draws can change the answer only while it is open which class has the largest probability under
-the posterior. For classes i and j let x = p_i - p_j of one draw. While j is better by more than the
-tolerance t, E x < -t, and the wealth of a gambler who bets that it is not,
+the posterior. For classes i and j let x = p_i - p_j of one draw. A gambler bets that j is not
+better than i by more than the tolerance t. The gambler's wealth (22) is
 
-    W_ij = mean over bets b of  product over draws of (1 + b (x + t)),    0 < b < 1 / (1 - t),
+    W_ij = mean over bets b of  product over draws of (1 + b (x + t)),    0 < b < 1 / (1 - t).
 
-is a non-negative supermartingale that starts at 1. It ever reaches w with probability 1 / w at most
-(Ville), however often one looks and whatever makes one stop. So an answer is settled when its class
-has beaten each of the C - 1 others with W >= (C - 1) / error: the probability that an answer is
-settled although another class is better by more than t is at most `error`. It is over all examples;
-among the settled ones the share of wrong answers may be larger. Nothing is assumed of the draws but
-that they are independent. Source: Waudby-Smith and Ramdas, Estimating means of bounded random
-variables by betting, J. R. Stat. Soc. B 86 (2024).
+If j is better by more than t, then E x < -t, and W_ij is a non-negative supermartingale that starts
+at 1. It ever reaches w with probability 1 / w at most (Ville), however often one looks and for
+whatever reason one stops. An answer is settled when its class has W >= (C - 1) / error against each
+of the C - 1 others. So the probability that an answer is settled although another class is better
+by more than t is at most `error`. It is over all examples; among the settled ones the share of
+wrong answers may be larger. The only assumption is that the draws are independent. Source:
+Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting, J. R. Stat. Soc. B
+86 (2024).
 
-The average of the draws that made one stop is biased: the test stops when they favour the leader.
-So the draws are split in two halves, those of even and those of odd numbers. Each half has a race
-of its own, and settles after N draws of its own. N of the even half says how many draws of the odd
+The average of the draws that stop a test is biased: the test stops when they favour the leader. So
+the draws are split into two halves, those of even and those of odd numbers. Each half has its own
+race, and settles after N of its own draws. The N of the even half says how many draws of the odd
 half are averaged, and the reverse. N is independent of the draws that it counts, so both averages
 are unbiased, and so is their mean. A half settles at W >= sqrt((C - 1) / error): the wealth of all
-draws is about the product of those of the halves.
+draws is about the product of the wealths of the halves.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ FIRST_LOOK, GROWTH = 4, 1.5  # a half's draws at its first look, and at each loo
 class Auto:
     """When to stop drawing for an example: see `predict_auto`.
 
-    tolerance: in probability, t above. error: the probability, of each example, that its answer is
-    settled and worse by more. most: draws of one example, which then stays open.
+    tolerance: t above, a difference of probabilities. error: bound on the probability that an
+    answer is settled although another is better by more. most: draws of one example at most; it
+    then stays open.
 
     Raises InputError for a value outside its range.
     """
@@ -65,7 +67,7 @@ class Auto:
         check_samples(self.most, "most")
 
     def looks(self) -> list[int]:
-        """Numbers of draws of a half after which its race is looked at; last comes `most` / 2."""
+        """Numbers of draws after which the race of a half is looked at; the last is `most` / 2."""
         numbers, at, last = [], float(FIRST_LOOK), self.most // 2
         while int(at) < last:
             numbers.append(int(at))
@@ -111,10 +113,10 @@ def predict_auto(
 ) -> tuple[Prediction, Tensor, Tensor]:
     """The predictive distribution; each example's number of draws, int64; whether it is settled.
 
-    Draw i is Noise(seed, i) by the example's id, as in `predict`: what an example gets does not
-    depend on what else is in the batch. probs and expected_entropy are unbiased. The number of
-    draws is 0 where nothing is random. An example whose halves have stopped is open if its answer,
-    the class with the largest probability, has not enough wealth from all draws together.
+    Draw i is Noise(seed, i) by the example's id, as in `predict`: an example's draws do not depend
+    on the rest of the batch. probs and expected_entropy are unbiased. The number of draws is 0 if
+    nothing is random. An example is settled if its answer, the class with the largest probability,
+    has enough wealth from all draws of both halves together.
     """
     auto = auto or Auto()
     B = len(batch.labels)
@@ -148,7 +150,7 @@ def predict_auto(
 
 
 def _average(drawn: Tensor, even: int, odd: int) -> Prediction:
-    """Of one example's draws (S, C): as many of each half as the other half says."""
+    """The prediction from one example's draws (S, C): of each half, the other half's number."""
     used = drawn[0::2][:odd], drawn[1::2][:even]
     weights = [torch.full((len(part),), 0.5 / len(part), dtype=torch.float64) for part in used]
     return predictive(torch.cat(used)[:, None], torch.cat(weights))

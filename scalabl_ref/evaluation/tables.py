@@ -1,4 +1,4 @@
-"""The results of a study, see `comparison.summary`, as Markdown tables and as an HTML page."""
+"""The results of a study (`comparison.summary`) as Markdown tables and as an HTML page."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class FlipoutAdapter(Adapter):
         raise NotImplementedError
 
     def hidden(self, x: Tensor, A: Tensor, keys: Keys | None) -> Tensor:
-        """(10): c (A x + t * (Omega * E) (u * x)), (..., r)."""
+        """(11): c (A x + t * (Omega * E) (u * x)), (..., r)."""
         if keys is None:
             return super().hidden(x, A, None)
         rank, d_in = A.shape

@@ -1,4 +1,4 @@
-"""Deep ensembles: predictions averaged over adapters that were trained apart, or their draws."""
+"""Deep ensembles: predictions averaged over separately trained adapters, or over their draws."""
 
 from __future__ import annotations
 
@@ -31,13 +31,12 @@ FILE = "ensemble.safetensors"
 class Ensemble:
     """Members trained from different seeds (Lakshminarayanan et al. 2017), of equal weights.
 
-    members: the adapters' state of each, for a model with adapters of the members' kind.
-    posteriors: one of each member, all of one class, or none: the members' adapters then draw by
-    themselves, if they are random.
+    members: the state of each member's adapters, for a model with adapters of the same kind.
+    posteriors: one for each member, all of one class; or none, and random adapters then draw.
 
-    Of `samples` draws every member has the same number, rounded up: draw i is the draw Noise(seed,
-    i) of member i mod M. Members that draw nothing answer once each, whatever `samples` is. With
-    samples = 0, every member answers once, without noise.
+    Each of M members gets the same number of the `samples` draws, rounded up: draw i is the draw
+    Noise(seed, i) of member i mod M. Members without draws answer once each, whatever `samples` is.
+    With samples = 0, every member answers once, without noise.
     """
 
     members: list[State]
@@ -49,7 +48,7 @@ class Ensemble:
             raise InputError("an ensemble needs posteriors of one kind for all members, or none")
 
     def draws(self, model: Llama, samples: int) -> int:
-        """How many draws `samples` become; 0 if the members draw nothing."""
+        """Number of draws that `samples` become; 0 if the members draw nothing."""
         if not self.posteriors and not random_adapters(model):
             return 0
         return len(self.members) * -(-samples // len(self.members))

@@ -42,11 +42,12 @@ def best_precision(H: Tensor, scales: Tensor, group: Tensor, names: Sequence[str
 
         sum of (1 - M_ii) - lambda_g |s_g|^2    over the scales i of group g
 
-    the number of scales that the data determine less the penalty. The evidence is concave in u:
-    det(H + Lambda) is a sum of products of lambdas with coefficients >= 0, so that its log is
-    convex in u. Newton's method with halved steps therefore finds the only maximum.
+    The first term counts the scales that the data determine, and s_g are the trained values of the
+    group. The evidence is concave in u: det(H + Lambda) is a sum of products of lambdas with
+    coefficients >= 0, so its log is convex in u. If there is a maximum, Newton's method with halved
+    steps therefore finds it.
 
-    Raises InputError if a group has none: the data say nothing on its scales.
+    Raises InputError if a group has no maximum, as when the data say nothing about its scales.
     """
     one_hot = nn.functional.one_hot(group).to(H)  # (D, G)
     squares = scales.square() @ one_hot  # (G,)

@@ -1,18 +1,18 @@
 """Laplace-LoRA: a Gaussian around a trained plain LoRA, from the curvature of its training set.
 
-Around the weights theta* of a finished "mle" or "map" run, with F the Fisher information of the
-training set and lambda the prior's precision,
+Let theta* be the weights of a finished "mle" or "map" run, F the Fisher information of the training
+set, and lambda the prior's precision. Then
 
     q(theta) = N(theta*, Sigma),   Sigma = (F + lambda I)^-1
     f(x) ~ N(f*(x), J Sigma J^T),  J = df / dtheta, the logits linearised around theta*
 
-There are three F, over the matrices A (r, d_in) and B (d_out, r) of the layers:
+There are three kinds of F, over the matrices A (r, d_in) and B (d_out, r) of the layers:
 
 "expand": block-diagonal. A matrix with inputs a and gradients g = d log p_c / d output has the
-    block T E[g g^T] x E[a a^T], a Kronecker product of means over all T tokens that pass through
+    block T E[g g^T] (x) E[a a^T], a Kronecker product of means over all T tokens that pass through
     it: KFAC-expand (Eschenhagen et al., NeurIPS 2023; laplace-torch).
 "last": the same with the last token of each example alone, T = N, as in bayesian_lora, the code of
-    Yang, Robeyns, Wang, Aitchison, ICLR 2024. It misses how earlier tokens reach the answer.
+    Yang, Robeyns, Wang, Aitchison, ICLR 2024. It leaves out the influence of earlier tokens.
 "exact": sum of J^T (diag p - p p^T) J, over all matrices jointly.
 
 The mean of g g^T is over the classes c too, weighted by the model's probabilities p.
@@ -114,7 +114,7 @@ class Laplace:
         layers: "all", or "last" for only the last adapted layer; the others are then constants.
         rank: number of eigenvectors to keep of each factor. None keeps all; a factor of d x d then
         needs d^2 numbers. precision: None is 1 / prior_std^2 of the model's configuration.
-        curvature: which F, see the module.
+        curvature: the kind of F, see the module.
 
         Raises InputError for a model without plain LoRA, for a wrong `layers`, `rank` or
         `curvature`, and for an exact F that needs more than MOST_NUMBERS numbers.
@@ -185,9 +185,9 @@ class Laplace:
         return (mean / (1 + math.pi / 8 * variance).sqrt()).log_softmax(-1)
 
     def log_evidence(self, precision: float | None = None) -> float:
-        """log p(D | lambda) in Laplace's approximation, in nats; None is `self.precision`.
+        """The evidence (18) in Laplace's approximation, in nats; None is `self.precision`.
 
-        log p(D | theta*) - lambda ||theta*||^2 / 2 - sum of log(1 + v / lambda) / 2, over the
+        log p(labels | theta*) - lambda ||theta*||^2 / 2 - sum of log(1 + v / lambda) / 2, over the
         eigenvalues v of F. theta* stays fixed as lambda changes.
         """
         precision = self.precision if precision is None else precision
@@ -404,7 +404,7 @@ class _Factors:
 
 
 class _Joint:
-    """An exact F: rows of a root R, F = R^T R, while they are fewer than its own; then F itself."""
+    """An exact F: as rows of a root R, F = R^T R, while R has fewer rows than F; then F itself."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         self.size, self.count = sum(w.numel() for w in weights.values()), 0

@@ -1,4 +1,4 @@
-"""ScalaBL without noise: the control that tells its noise from its parameters and their rates."""
+"""ScalaBL without noise: a control for the effect of its initial values and learning rates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PointAdapter(Adapter):
     """Point estimates of ScalaBL's A, B and s, from ScalaBL's initial values.
 
     y = W x + bias + c B diag(s) A x, with log_s (r,) trained at the rate of ScalaBL's widths. The
-    prior N(0, prior_std^2) on s is that of ScalaBL: the objective is then MAP's over the scales.
+    prior N(0, prior_std^2) on s is that of ScalaBL: the objective is MAP's, for the scales.
     """
 
     variational = ("log_s",)

@@ -1,24 +1,25 @@
 """Laplace in the subspace: an exact Gaussian over all scales of a trained adapter, after training.
 
 `to_points` writes each layer's update as B diag(s) A by a thin SVD. Let theta be the scales s of
-all layers, D numbers, theta* their trained values, J_n (C, D) the derivatives of example n's logits
-by theta at theta*, p_n its probabilities and Lambda = diag(lambda), one lambda for each group of
-scales (all, those of a target, or those of a layer). Then
+all layers, D numbers, and theta* their trained values. Let J_n (C, D) be the derivatives of example
+n's logits by theta at theta*, p_n its probabilities and y_n its label. Lambda = diag(lambda) has
+the prior's precisions, one lambda for each group of scales (all scales, those of a kind of layer
+such as q_proj, or those of a layer). Then
 
     H     = sum of J_n^T (diag(p_n) - p_n p_n^T) J_n                                            (24)
     Sigma = (H + Lambda)^-1,    theta ~ N(theta*, Sigma),    prior N(0, Lambda^-1)              (25)
-    log p(D | lambda) = sum of log p(y_n) - theta*^T Lambda theta* / 2
-                        - log det(I + Lambda^-1/2 H Lambda^-1/2) / 2                            (26)
+    evidence = sum of log p(y_n) - theta*^T Lambda theta* / 2
+               - log det(I + Lambda^-1/2 H Lambda^-1/2) / 2                                     (26)
     logits(x) ~ N(f(x), J(x) Sigma J(x)^T)                                                      (27)
 
-H is dense: it joins all layers. A constant added to all logits of an example changes neither its
-probabilities nor, since (diag(p) - p p^T) 1 = 0, H. So the derivatives of C - 1 differences of
-logits suffice. They take one forward and C - 1 backward passes for a whole batch, because every row
-has an offset of s of its own. The weights need no gradient.
+H is dense: it has entries between layers. A constant added to all logits of an example changes
+neither its probabilities nor H, because (diag(p) - p p^T) 1 = 0. So the derivatives of C - 1
+differences of logits suffice. They take one forward pass and C - 1 backward passes for a whole
+batch, because each row has its own offset, which is added to s. The weights need no gradient.
 
-Forerunners: exact Laplace in a subnetwork (Daxberger et al., ICML 2021), inference in a subspace
+Earlier work: exact Laplace in a subnetwork (Daxberger et al., ICML 2021), inference in a subspace
 (Izmailov et al., UAI 2019), the linearised predictive (Immer et al., AISTATS 2021), the evidence
-(MacKay 1992), scales of projected LoRA (B-LoRA-XS, arXiv 2502.12122).
+(MacKay 1992), a posterior between fixed projections (B-LoRA-XS, arXiv 2502.12122).
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ FILE = "subspace.safetensors"
 
 @dataclass(frozen=True)
 class Curvature:
-    """A training set's information on the scales, and the trained model's fit to it.
+    """The curvature of a training set's log-likelihood by the scales, and that log-likelihood.
 
     sizes: number of scales of each adapted layer, in the model's order. scales: theta* (D,).
     H: (D, D). Both float64, on the CPU. log_likelihood: of the training set, in nats.
@@ -75,7 +76,7 @@ class Curvature:
         batches: Iterable[Batch],
         sum_: Callable[[Tensor], None] = lambda values: None,
     ) -> Curvature:
-        """(24), from the training set, every example once. The model's adapters are points.
+        """(24), from the training set, every example once, for a model of `PointAdapter`s.
 
         sum_: replaces a tensor by its sum over all processes, where each has a part of the batches.
         Raises InputError for other adapters (`to_points` converts them), for a model without
@@ -109,11 +110,11 @@ class Curvature:
     ) -> Subspace:
         """The posterior under a precision lambda, or one for each scale (D,).
 
-        None takes those that maximise the evidence. groups: the scales that share one of them, if
-        they are not given. directions: number of eigenvectors to keep, those of
-        the largest eigenvalues of Lambda^-1/2 H Lambda^-1/2; the prior is kept along all others.
-        None keeps all. predicts: see `Subspace`. Raises InputError for a wrong argument, or if no
-        precision maximises the evidence.
+        None takes those that maximise the evidence; groups then says which scales share one:
+        "all", "target" (those of a kind of layer) or "layer". directions: number of eigenvectors of
+        Lambda^-1/2 H Lambda^-1/2 to keep, those of the largest eigenvalues; the other directions
+        keep the prior. None keeps all. predicts: see `Subspace`. Raises InputError for a wrong
+        argument, or if no precision maximises the evidence.
         """
         D = len(self.scales)
         directions = D if directions is None else directions
@@ -142,9 +143,9 @@ class Subspace:
 
         R = Lambda^-1/2 (I - U diag(1 - 1 / sqrt(1 + v)) U^T)
 
-    which is (25) for K = D; otherwise the directions that are not kept have the prior's variance.
-    predicts: "linear": draws are of the linearised logits, (27), by a single pass; "sampled": draws
-    of the scales go through the model, a pass for each.
+    which is (25) for K = D. For K < D the other directions keep the prior's variance.
+    predicts: "linear" draws the linearised logits, (27), after one forward pass and C - 1 backward
+    passes; "sampled" draws the scales, and each draw takes a forward pass.
     """
 
     sizes: dict[str, int]
@@ -169,7 +170,7 @@ class Subspace:
         directions: int | None = None,
         predicts: Predicts = "linear",
     ) -> Subspace:
-        """The posterior of a model whose adapters are points, from its training set.
+        """The posterior of a model whose adapters are `PointAdapter`s, from its training set.
 
         See `Curvature.measure` for batches and `Curvature.posterior` for the rest.
         """
@@ -351,11 +352,11 @@ def jacobians(model: Llama, batch: Batch) -> tuple[Tensor, Tensor]:
 def validated(
     posterior: Subspace, model: Llama, batches: Iterable[Batch], seed: int = 0, samples: int = 100
 ) -> Subspace:
-    """The posterior with every lambda times the factor that predicts these examples best.
+    """The posterior with every lambda times one factor, the best for these examples.
 
-    That is the lowest NLL of the linearised prediction by `samples` draws, among the factors
-    10^(i / 8) from 1e-4 to 1e4. Raises InputError without examples, and if the best is the first
-    or the last.
+    It has the lowest NLL of the linearised prediction by `samples` draws, among the factors
+    10^(i / 8) from 1e-4 to 1e4. Raises InputError without examples, and if the best factor is the
+    first or the last.
     """
     found = []
     for batch in batches:

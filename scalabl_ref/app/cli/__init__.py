@@ -24,7 +24,7 @@ from .parser import Parser
 COMMANDS = {
     "demo": "compare plain LoRA and ScalaBL on a small made-up task, in about a minute",
     "train": "train adapters on a file of questions and answers",
-    "posterior": "make a posterior (laplace, tfb, swag, ensemble) from trained runs",
+    "posterior": "make a posterior (subspace, laplace, tfb, swag, ensemble) from trained runs",
     "evaluate": "measure accuracy, calibration and uncertainty on a file of questions",
     "predict": "answer one question with probabilities and an uncertainty",
     "generate": "continue a text, with the uncertainty of each new token",

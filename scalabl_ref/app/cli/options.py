@@ -216,7 +216,7 @@ def add_samples(parser: argparse.ArgumentParser) -> None:
         help="posterior draws for each question, at most 100,000 (an ensemble rounds "
         "up to a multiple of its members); 0: use the mean model; auto: draw until the answer is "
         "settled, see --tolerance and --most; exact: integrate (only for scalabl on lm_head alone, "
-        "or a linear posterior subspace, with at most 4 classes or 3 scales)")  # fmt: skip
+        "or a linear posterior subspace, and with at most 4 answers or 3 scales)")  # fmt: skip
     helps = {
         "tolerance": "--samples auto: stop once a test with an error of 5 %% says that no other "
         "answer is more than this much more probable",

@@ -1,6 +1,6 @@
 """Estimate memory and time of a training step, from the model's shape alone, for each dtype or
 quantisation of the base model: whole on each GPU, split over the GPUs, or kept in CPU memory. An
-arrow marks the plan to take. The last lines are of the posterior over the adapters' scales."""
+arrow marks the best plan that fits. The last lines are for `posterior subspace`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Make a posterior from trained runs, after training: a Laplace approximation (of plain LoRA, or of
-the scales of any adapter: subspace), TFB (training-free Bayesianization), SWAG or an ensemble. The
-result is a run for `evaluate` and `predict`."""
+"""Make a posterior from trained runs, after training: a Gaussian over the scales of any adapter
+(subspace), a Laplace approximation for plain LoRA (laplace), TFB (training-free Bayesianization),
+SWAG or an ensemble. The result is a run for `evaluate` and `predict`."""
 
 from __future__ import annotations
 
@@ -46,37 +46,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="posterior to make")  # fmt: skip
     add("--run", type=Path, nargs="+", required=True,
         help="trained run of method mle or map; subspace: of any method; swag: one trained with "
-        "--swag; ensemble: two runs or more of any one method, or of one posterior made of such "
-        "runs")  # fmt: skip
+        "--swag; ensemble: two or more runs of one method, or with posteriors of one "
+        "kind")  # fmt: skip
     add("--model", type=Path, help="folder of the runs' base model, if it has moved")
     add("--out", type=Path, required=True, metavar="NEW", help="new run folder to write")
     options.add_data(parser, "the training data of the run; subspace, laplace and tfb use it")
     add("--precision", default="evidence", metavar="LAMBDA",
-        help="subspace, laplace: precision of the prior of the scales or weights: a number; "
-        "evidence: the one that maximises the evidence; validation (subspace): the evidence's "
-        "times the factor that predicts --validation best, or the questions that "
-        "`train --holdout` left out (default: evidence)")  # fmt: skip
+        help="subspace, laplace: precision (1 / variance) of the prior: a number; evidence: the "
+        "value that maximises the evidence; validation (subspace only): that value times the "
+        "factor with the lowest NLL on --validation, or on the questions that `train --holdout` "
+        "left out")  # fmt: skip
     add("--groups", choices=GROUPS, default="all",
-        help="subspace: scales that share a precision: all, those of a target, or those of a "
-        "layer")  # fmt: skip
+        help="subspace: scales that share a precision: all; those of a kind of layer, such as "
+        "q_proj (target); or those of one layer (layer)")  # fmt: skip
     add("--validation", type=Path, metavar="FILE",
-        help="subspace: questions in --format for --precision validation")  # fmt: skip
+        help="subspace: file of held-out questions, in --format, for --precision "
+        "validation")  # fmt: skip
     add("--directions", type=int, metavar="K",
-        help="subspace: keep K directions that the data determine best, and the prior along all "
-        "others (default: all)")  # fmt: skip
+        help="subspace: keep the K directions that the data determine best; the others keep the "
+        "prior (default: all)")  # fmt: skip
     add("--predicts", choices=PREDICTS, default="linear",
-        help="subspace: draw linearised logits, or draw scales and compute the model with "
-        "them")  # fmt: skip
+        help="subspace: linear draws the logits of the linearised model; sampled draws scales and "
+        "runs the model with them")  # fmt: skip
     add("--layers", choices=("all", "last"), default="all",
         help="laplace: layers that become random")  # fmt: skip
     add("--curvature", choices=CURVATURES, default="expand",
         help="laplace: Kronecker factors over all tokens (expand) or over the last token of each "
-        "question (last, as in bayesian_lora: it leaves out how earlier tokens reach the answer), "
-        "or the whole matrix (exact, for a few thousand questions times answers)")  # fmt: skip
+        "question (last, as in bayesian_lora: it leaves out the influence of earlier tokens), or "
+        "the whole matrix (exact, for a few thousand questions times answers)")  # fmt: skip
     add("--kron-rank", type=int, metavar="N",
         help="laplace: keep N eigenvectors of each factor (default: all)")  # fmt: skip
     add("--tolerance", type=float, default=0.003, help="tfb: allowed relative change of the NLL")
-    add("--samples", type=int, default=10, metavar="N", help="tfb: draws to measure the NLL with")
+    add("--samples", type=int, default=10, metavar="N", help="tfb: draws for the NLL")
     add("--batch", type=int, default=8, help="subspace, laplace, tfb: questions per pass")
     options.add_timeout(parser)
 
@@ -180,7 +181,7 @@ def _precision(given: str) -> float | None:
 
 
 def _held_out(args: argparse.Namespace, info: Mapping[str, Any]) -> list[Example]:
-    """The questions for --precision validation."""
+    """The held-out questions for --precision validation."""
     if args.validation:
         return runs.examples_like(args, info, args.validation)
     if not info["holdout"]:

@@ -1,5 +1,5 @@
 """Compare methods on one task: tune each with equally many trials on a validation split, then train
-the best trial with every seed and test it. A study that was stopped continues where it was."""
+the best trial with every seed and test it. A study that was stopped continues."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .output import Result, say
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("config", metavar="FILE",
-        help="JSON file with the fields of scalabl_ref.app.study.Study; or the word paper, for the "
+        help="JSON file with the fields of scalabl_ref.app.study.Study; or the word paper for the "
         "published comparison")  # fmt: skip
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder for runs and results")
     add("--jobs", type=int, default=1, metavar="N", help="train N runs at a time, one thread each")
-    add("--cost", action="store_true", help="print what the study takes, and stop")
+    add("--cost", action="store_true", help="print the cost of the study, and stop")
     add("--model", type=Path, help="paper: folder of the base model")
     add("--data", type=Path, metavar="FOLDER", help="paper: folder of the published data sets")
     add("--tasks", nargs="+", choices=tuple(paper.TASKS), metavar="TASK",

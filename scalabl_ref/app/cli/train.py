@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_wording(parser, "{}")
     add("--holdout", type=float, default=0.0, metavar="FRACTION",
         help="fraction of the questions to leave out of training, for `evaluate --temperature` "
-        "(default: 0)")  # fmt: skip
+        "and `posterior subspace --precision validation` (default: 0)")  # fmt: skip
     options.add_fields(parser, TrainConfig, MEMORY)
     add("--checkpoints-beside", action="store_true",
         help="write checkpoints in the background while training continues")  # fmt: skip

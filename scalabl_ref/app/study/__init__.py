@@ -1,16 +1,17 @@
 """`scalabl study`: methods side by side, on the same model, data, seeds and budget.
 
-A study is a JSON file with the fields of `Study`. An arm is a method under a variant. A trial is a
-setting of all that a method tunes. The trials of an arm are trained with the first tuning seed and
-scored by their NLL on the validation set; the best are trained with the other tuning seeds, too.
-The trial with the least mean NLL is trained with all seeds and tested. All arms have the same
-training rows, and equally many trials unless they tune nothing. The validation set also gives the
-temperature of rows "+ temperature".
+A study is a JSON file with the fields of `Study`. An arm is a method under a variant, such as one
+choice of adapted layers. A trial is a value for each setting that a method tunes. The trials of an
+arm are trained with the first tuning seed and scored by their NLL on the validation set; the best
+are also trained with the other tuning seeds. The trial with the lowest mean NLL is trained with all
+seeds and tested. All arms have the same training rows. They have equally many trials, unless they
+tune nothing or take the trial of another arm. Temperatures (rows "+ temperature") are fitted on the
+validation set.
 
-OUT/runs holds the training runs and OUT/answers the answers of each model. Methods that train alike
-share runs. Nothing that is there is done again. A folder's
-name digests all that its content depends on: settings, and the contents of data files and base
-model, but not their paths. So moved files are recognised, and changed ones lead to new work.
+OUT/runs holds the training runs and OUT/answers the answers of each model. Methods with the same
+training share runs. Finished work is not repeated. A folder's name is a digest of all that its
+content depends on: settings, and the contents of data files and base model, but not their paths. So
+moved files are recognised, and changed ones lead to new work.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ __all__ = [
 
 
 def run_study(config: Study, out: Path, jobs: int = 1, device: str = "cpu") -> dict[str, Any]:
-    """Do what is missing of the study under `out`; returns its results and writes them.
+    """Run the missing parts of the study under `out`; returns its results and writes them.
 
     jobs: runs at a time, each in a process of its own with one thread; one runs in this process.
     Writes OUT/results.json, OUT/results.md and OUT/results.html. Called again, it continues.
 
-    Raises InputError as loading and training do, at once, whatever else is running; InputError if
+    Raises InputError as loading and training do, at once, even while other jobs run; InputError if
     another process runs a study in that folder; Interrupted on SIGINT or SIGTERM; RankLost if one
     of the processes dies.
     """
@@ -124,7 +125,7 @@ def _nll(runs: list[Job]) -> float:
 def _validation(arms: dict[str, list[Job]], config: Study, workers: Workers) -> dict[str, float]:
     """NLL of our arms on the validation set, by runs with the tuning seeds.
 
-    A choice among our arms by the runs that are tested would favour the arm whose runs had luck.
+    A choice among our arms by the runs that are tested would favour an arm whose runs were lucky.
     """
     ours = [arm for arm, (method, _) in config.arms.items() if method in OURS]
     tried = {
@@ -139,7 +140,7 @@ def _validation(arms: dict[str, list[Job]], config: Study, workers: Workers) -> 
 
 
 def _families(config: Study) -> dict[str, list[str]]:
-    """The arms that are compared with each other, by what they have in common."""
+    """Arms that are compared with each other, by the name of their family."""
     families: dict[str, list[str]] = {}
     for arm, (name, variant) in config.arms.items():
         method = METHODS[name]

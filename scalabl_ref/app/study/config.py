@@ -1,4 +1,4 @@
-"""What a study is: the fields of its JSON file, checked."""
+"""The fields of a study's JSON file, checked."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ from .methods import METHODS, random_trials
 
 @dataclass(frozen=True)
 class Study:
-    """Fields of the JSON file; `model`, `train` and `test` must be there.
+    """Fields of the JSON file; `model`, `train` and `test` are required.
 
     model: folder of the base model. dtype: of the base model. train, test: files in `format`, of
         which `limit` and `test_limit` rows are used. text_column, label_column: see `data.Columns`.
     ood: sets out of distribution, by name: {"path": file}, with "format" and "limit" if wanted.
     prompt_template (a file), prompt_style, labels, answer_tokens, max_length, drop_long: how
         prompts are made and answers chosen, see `data.Wording`.
-    validation: rows of the training file that are set apart for tuning: a fraction, or a number.
+    validation: rows of the training file that are set apart for tuning and temperatures: a
+        fraction, or a number.
     held_out: rows of the training file that become the test set, of the same distribution as the
         training set; `test` is then answered as the set "shifted". Each seed draws its own `limit`
         training rows from the rest, so a seed is a replicate: subset, initial values and order.
@@ -42,12 +43,12 @@ class Study:
         as "METHOD, VARIANT".
     trials: settings of each method that are tried, see `random_trials`. ranges: the lowest and the
         highest value of a tuned setting, in place of those in `METHODS`.
-    tuning_seeds: all trials are trained with the first of these; the best `finalists` of them with
-        the others, too. By default the first of `seeds`.
-    settings: fields of AdapterConfig and TrainConfig for all methods; a variant's settings, a
-        method's own in `METHODS` and its trials take precedence, in this order.
+    tuning_seeds: all trials are trained with the first of these, and the best `finalists` also with
+        the others. By default the first of `seeds`.
+    settings: fields of AdapterConfig and TrainConfig for all methods. A variant's settings replace
+        them, a method's own in `METHODS` replace both, and those of its trials replace all.
     passes: length of a training in passes over its rows, in place of `steps`; needs `limit`.
-    seeds: of data order, initial values and noise, of the runs that are tested.
+    seeds: of data order, initial values and noise, for the runs that are tested.
     samples: draws for each question. bins: of the expected calibration error.
 
     Raises InputError, naming the field, for a value that no study can have.

@@ -1,4 +1,4 @@
-"""What a study takes: runs, steps, FLOP and memory, before any of it is done."""
+"""The cost of a study: runs, steps, FLOP and memory, estimated before it starts."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .sets import encoded_sets
 
 
 def cost(config: Study) -> dict[str, float]:
-    """An estimate of what a study takes.
+    """An estimate of the cost of a study.
 
     runs, steps: training runs and their steps; a run that methods share counts once. flop: products
     with the base model's weights, 2 FLOP for each weight and token forward and as many backward (it
-    is not trained); attention, adapters and padding are left out. bytes: of the base model.
-    Which trials are tried again is not known before; their lengths may differ. Raises InputError if
-    the data cannot be loaded.
+    is not trained); attention, adapters and padding are left out. bytes: of the base model. The
+    trials that will be tried again are not known yet, so the first ones stand for them; lengths may
+    differ. Raises InputError if the data cannot be loaded.
     """
     config = dataclasses.replace(config)  # a copy that has not read its files yet
     shape, _ = read_config(Path(config.model) / "config.json")

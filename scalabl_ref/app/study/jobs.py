@@ -34,9 +34,9 @@ from .sets import base_model, encoded_sets
 
 @dataclass(frozen=True)
 class Fit:
-    """One training run, in a run folder; methods that train alike share it.
+    """One training run, in a run folder; methods with the same training share it.
 
-    replicate: which training rows it has, where each seed draws its own.
+    replicate: the seed of its training rows, if each seed draws its own.
     """
 
     study: Study
@@ -113,7 +113,7 @@ class Job:
         return [name for name in self.sets if not (self.folder / f"{name}.safetensors").exists()]
 
     def fits(self) -> list[Fit]:
-        """The runs that must be trained before."""
+        """The runs that must be trained first."""
         return [self._fit(1000 * member + self.seed) for member in range(self._method.members)]
 
     def run(self) -> None:

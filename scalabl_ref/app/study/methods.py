@@ -1,4 +1,4 @@
-"""The methods that a study compares: how each is trained, tuned, and made to answer."""
+"""The methods that a study compares: how each is trained and tuned, and how it answers."""
 
 from __future__ import annotations
 
@@ -44,13 +44,14 @@ class Method:
 
     settings: its fields of AdapterConfig and TrainConfig. tuned: the settings that trials draw,
     with their ranges; none means that the method has one trial, at its settings. like: a method
-    whose chosen trial it takes, instead of trials of its own. members: runs that it needs for one
-    model. after: makes the posterior of finished runs; with None, or if it returns None, draws
-    come from the adapters. draws: for an answer, in place of the study's `samples`, where draws are
-    of logits and cost no pass. ours: whether it is this project's, not a rival.
+    whose chosen trial it takes, instead of trials of its own. members: number of runs in one model.
+    after: makes the posterior of finished runs; if it is None or returns None, the adapters draw.
+    draws: draws for an answer, in place of the study's `samples`, for methods whose draws are of
+    logits and need no forward pass. ours: whether it is this project's, not a rival.
 
-    Besides those fields, `share_of_steps` stops early, with the schedule of a shorter run, and
-    `variational_ratio` is variational_lr / lr. Others, such as `tolerance`, are for `after`.
+    A trial may also have `share_of_steps`, which stops early, with the schedule of a shorter run,
+    and `variational_ratio`, which is variational_lr / lr. Others, such as `tolerance`, are for
+    `after`.
     """
 
     settings: dict[str, Any]
@@ -64,7 +65,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Made:
-    """Of what a posterior is made. model: of the first run, load: gives that of any run, anew."""
+    """What a posterior is made from. model: of the first run. load: loads the model of any run."""
 
     model: Llama
     load: Callable[[Path], Llama]
@@ -137,7 +138,7 @@ def _swag(made: Made) -> Posterior:
     return Swag.load(made.runs[0])
 
 
-DRAWS = 1000  # the error of an average of so many is far below that between replicates
+DRAWS = 1000  # the error of their average is far below the spread between replicates
 LR = {"lr": Range(5e-4, 2e-2)}
 DROPOUT = {**LR, "dropout": Range(0.1, 0.6, log=False)}
 VARIATIONAL = {**LR, "variational_ratio": Range(0.3, 30.0), "beta": Range(0.03, 100.0)}
@@ -203,10 +204,11 @@ OURS = tuple(name for name, method in METHODS.items() if method.ours)
 
 
 def random_trials(tuned: Mapping[str, Range], count: int) -> list[dict[str, float]]:
-    """`count` settings by a Latin hypercube: each setting once in each of `count` equal parts.
+    """`count` trials by a Latin hypercube: each setting once in each of `count` parts of its range.
 
-    Places are a pure function of (name, count). So the trials of methods that tune a setting of
-    the same name over the same range share its values, and methods that train alike share runs.
+    Its values are a pure function of (name, range, count). So methods that tune a setting of the
+    same name over the same range try the same values, and methods with the same training share
+    runs.
     """
     if not tuned:
         return [{}]

@@ -1,10 +1,11 @@
 """The published comparison as studies, for readers with a 7B model and a GPU.
 
 Settings are those of the official code, SRI-CSL/BayesAdapt: rank 8 on q, v and the head, 5000 steps
-of 4 rows at a learning rate of 1e-4 with 6 % warm-up, a bfloat16 base, 10 draws. Added are a
-validation set, on which every method has four trials of all but the learning rate, and three
-seeds. The test sets are those of its commit 3843000: the published ones, or development sets where
-test labels are not public (Winogrande, BoolQ). The first release, ef51e8a, scores development sets.
+of 4 rows at a learning rate of 1e-4 with 6 % warm-up, a bfloat16 base, 10 draws. Two things are
+added: three seeds, and a validation set, on which every method has four trials of its settings
+other than the learning rate. The test sets are those of its commit 3843000: the published ones, or
+development sets where test labels are not public (Winogrande, BoolQ). The first release, ef51e8a,
+scores development sets.
 """
 
 from __future__ import annotations
