@@ -18,8 +18,8 @@ R is 3 to 10. So the interval at level 1 - alpha reaches, on both sides of the m
     sqrt(t^2 (1/R) var(row means) + z^2 (1/Q) [...])                                     (c)
 
 with t and z the quantiles at alpha / 2 of Student's t with R - 1 degrees of freedom and of the
-normal distribution (for a hundred questions or more). If one of the terms is zero, the coverage is
-1 - alpha; otherwise it is at least 1 - alpha. p is the alpha at which the interval ends at zero.
+normal distribution (for a hundred questions or more). If one of the variances is zero, the coverage
+is 1 - alpha; otherwise it is about that or more. p is the alpha at which the interval ends at zero.
 
 A bootstrap over replicates would be too narrow: by sqrt((R - 1) / R), and by normal quantiles in
 place of t's. A bootstrap over questions alone leaves out the first term: it describes these trained
