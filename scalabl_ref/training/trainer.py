@@ -48,7 +48,7 @@ class TrainConfig:
     recompute: store only each block's input, and compute the rest again in the backward pass: less
         memory, a third more time. offload_activations: activations wait in the CPU's memory for the
         backward pass. compile: compile the blocks, see `rows.compile_blocks`.
-    swag: share of the steps, the last ones, after which the trainer's collector is called. The
+    swag: share of the steps, the last ones; the trainer's collector is called after each. The
         rates are constant there: swag_lr for A and B, the others in proportion; None keeps the
         rates of the first of these steps.
     checkpoint_every: steps between checkpoints.
