@@ -271,12 +271,12 @@ def _code(name: str) -> str:
 def _seeded_text(rows: list[str], bad: int, seconds: float) -> str:
     return f"""\
 `python tools/faults.py seeded` puts the mistakes of `tools/seeded.py` into the package one by one
-(in memory) and runs, for each, the one test that is there for it, and the conformance kit: the
-package's results with the native core, with the fast bodies in PyTorch and with the plain bodies,
-graded against `tests/vectors`.
+(in memory). For each it runs the test that should detect it, and the conformance kit: the package's
+results with the native core, with the fast bodies in PyTorch and with the plain bodies, graded
+against `tests/vectors`.
 {date.today():%Y-%m}: {len(rows) - bad} of {len(rows)} caught by both, in {seconds:.0f} s
-on two cores. Seconds are the processor's, until the test has failed and until the kit is done. What
-is not a case's name is the level that could not be computed, and the error.
+on two cores. Seconds are processor time, until the test has failed and until the kit is done. If a
+level could not be computed, the kit's column has the level and the error.
 
 | fault | module | caught by the property | s | caught by the kit's case | s |
 |---|---|---|---|---|---|
