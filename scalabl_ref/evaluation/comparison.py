@@ -71,10 +71,10 @@ def summary(
     """Rows of all methods, with and without temperature, and the verdicts.
 
     models: folders by method; methods are compared on the replicates that both have. validation:
-    the NLL on the validation split of each of our methods, by runs that are not replicates.
-    shifted: further labelled sets, scored and compared like the test set. ood: names of the sets
-    out of distribution. families: groups of methods, by name, that are compared within the group;
-    all methods if not given.
+    the NLL on the validation split of each of our methods; it should come from runs that are not
+    replicates. shifted: further labelled sets, scored and compared like the test set. ood: names of
+    the sets out of distribution. families: groups of methods, by name, that are compared within the
+    group; all methods if not given.
 
     In each family, our method with the lowest NLL in `validation` is compared with every rival
     ("verdict"), without and with temperatures. "pairs" compares the NLL of each of our methods with

@@ -44,7 +44,8 @@ class Study:
     trials: settings of each method that are tried, see `random_trials`. ranges: the lowest and the
         highest value of a tuned setting, in place of those in `METHODS`.
     tuning_seeds: all trials are trained with the first of these, and the best `finalists` also with
-        the others. By default the first of `seeds`.
+        the others. By default the first of `seeds`; other seeds keep the choice of the trials, and
+        of the best of our methods, apart from the runs that are tested.
     settings: fields of AdapterConfig and TrainConfig for all methods. A variant's settings replace
         them, a method's own in `METHODS` replace both, and those of its trials replace all.
     passes: length of a training in passes over its rows, in place of `steps`; needs `limit`.
