@@ -185,7 +185,7 @@ class Laplace:
         return (mean / (1 + math.pi / 8 * variance).sqrt()).log_softmax(-1)
 
     def log_evidence(self, precision: float | None = None) -> float:
-        """The evidence (18) in Laplace's approximation, in nats; None is `self.precision`.
+        """The log evidence (18) in Laplace's approximation, in nats; None is `self.precision`.
 
         log p(labels | theta*) - lambda ||theta*||^2 / 2 - sum of log(1 + v / lambda) / 2, over the
         eigenvalues v of F. theta* stays fixed as lambda changes.

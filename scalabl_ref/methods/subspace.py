@@ -8,8 +8,8 @@ such as q_proj, or those of a layer). Then
 
     H     = sum of J_n^T (diag(p_n) - p_n p_n^T) J_n                                            (24)
     Sigma = (H + Lambda)^-1,    theta ~ N(theta*, Sigma),    prior N(0, Lambda^-1)              (25)
-    evidence = sum of log p(y_n) - theta*^T Lambda theta* / 2
-               - log det(I + Lambda^-1/2 H Lambda^-1/2) / 2                                     (26)
+    log evidence = sum of log p(y_n) - theta*^T Lambda theta* / 2
+                   - log det(I + Lambda^-1/2 H Lambda^-1/2) / 2                                 (26)
     logits(x) ~ N(f(x), J(x) Sigma J(x)^T)                                                      (27)
 
 H is dense: it has entries between layers. A constant added to all logits of an example changes
