@@ -41,8 +41,8 @@ OPTIMISER = {
     "kl": "direction of the KL divergence: forward is KL(q||p), official is KL(p||q)",
     "objective": "elbo: AdamW on NLL and KL together; official: AdamW on the NLL, then SGD on the "
     "KL, as in the official code",
-    "swag": "fit a Gaussian to the weights over this last fraction of the steps, at constant rates, "
-    "for `posterior swag` (mle, map)",
+    "swag": "fit a Gaussian to the weights over this last fraction of the steps, at constant "
+    "rates, for `posterior swag` (mle, map)",
     "swag_lr": "AdamW learning rate of A and B in the steps of --swag",
     "kl_lr": "SGD learning rate of the KL (objective official)",
     "kl_gamma": "the KL's weights repeat after 100 N^(pi / kl_gamma) / batch steps (objective "
