@@ -162,7 +162,8 @@ def add_base(parser: argparse.ArgumentParser) -> None:
 def add_run(parser: argparse.ArgumentParser, required: bool = True, otherwise: str = "") -> None:
     """A run, and its base model. otherwise: what --model means without --run."""
     add = parser.add_argument
-    add("--run", type=Path, required=required, help="run folder that `train`, `posterior` or `import` wrote")
+    add("--run", type=Path, required=required,
+        help="run folder that `train`, `posterior` or `import` wrote")  # fmt: skip
     add("--model", type=Path,
         help=f"folder of the run's base model, if it has moved{otherwise}")  # fmt: skip
 
