@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> Result:
         raise InputError("give --run, or --model to evaluate a model without adapters")
     samples, _ = options.samples(args), checked_bins(args.bins)
     info = run_facts(args.run) if args.run else _base_facts(args)
+    samples = options.default_samples(info) if samples is None else samples
     settings = _settings(args, samples, info)
     of = args.run or Path(f"base-{args.model.resolve().name}")
     folder = args.out or results_folder(of, args.data)

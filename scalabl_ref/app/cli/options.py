@@ -213,9 +213,10 @@ def add_timeout(parser: argparse.ArgumentParser) -> None:
 
 def add_samples(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--samples", default="10", metavar="N",
-        help="posterior draws for each question, at most 100,000 (an ensemble rounds "
-        "up to a multiple of its members); 0: use the mean model; auto: draw until the answer is "
+    add("--samples", metavar="N",
+        help="posterior draws for each question, at most 100,000 (default: 10, or 1000 for a "
+        "Laplace or linear subspace posterior, whose draws cost no pass; an ensemble rounds up to "
+        "a multiple of its members); 0: use the mean model; auto: draw until the answer is "
         "settled, see --tolerance and --most; exact: integrate (only for scalabl on lm_head alone, "
         "or a linear posterior subspace, and with at most 4 answers or 3 scales)")  # fmt: skip
     helps = {
@@ -229,9 +230,10 @@ def add_samples(parser: argparse.ArgumentParser) -> None:
         "average")  # fmt: skip
 
 
-def samples(args: argparse.Namespace) -> Samples:
-    if args.samples == "exact":
-        return "exact"
+def samples(args: argparse.Namespace) -> Samples | None:
+    """The user's choice; None if there is none, see `default_samples`."""
+    if args.samples is None or args.samples == "exact":
+        return args.samples
     if args.samples == "auto":
         return Auto(**given(Auto, args))
     try:
@@ -242,3 +244,12 @@ def samples(args: argparse.Namespace) -> Samples:
         ) from None
     check_samples(count)
     return count
+
+
+def default_samples(info: Mapping[str, Any]) -> int:
+    """How many draws a run's answers average, for the facts of its run.json.
+
+    Draws of a Gaussian over logits cost no pass through the model.
+    """
+    linear = info.get("posterior") == "subspace" and info.get("predicts") != "sampled"
+    return 1000 if linear or info.get("posterior") == "laplace" else 10

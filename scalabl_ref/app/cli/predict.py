@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Result:
     samples = options.samples(args)
     model, tokenizer, info, posterior = runs.open_run(args)
+    samples = options.default_samples(info) if samples is None else samples
     wording = options.wording(args, Wording.of_run(info))
     choices = args.choices or list(wording.names or ())
     if not choices:

@@ -122,6 +122,18 @@ def test_metrics_say_how_many_draws_there_were(work, capsys):
             assert ok(command, capsys)["samples"] == expected
 
 
+def test_draws_of_logits_are_many_by_default(work, capsys):
+    """They cost no pass: 1000 for Laplace and the linear subspace posterior, 10 for all others."""
+    ok("posterior laplace --run run0 --data train.jsonl --out laplace", capsys)
+    ok("posterior subspace --run run0 --data train.jsonl --out linear", capsys)
+    ok("posterior subspace --run run0 --data train.jsonl --predicts sampled --out drawn", capsys)
+    ok("posterior swag --run run0 --out swag", capsys)
+    for run, draws in (("laplace", 1000), ("linear", 1000), ("drawn", 10), ("swag", 10)):
+        assert ok(f"evaluate --run {run} --data test.jsonl", capsys)["samples"] == draws
+        command = f"predict --run {run} --prompt hello --choices a b c"
+        assert ok(command, capsys)["samples"] == draws
+
+
 def test_tfb(work, capsys):
     told = ok("posterior tfb --run run0 --data train.jsonl --tolerance 0.05 --out made", capsys)
     model, _ = load_run("run0")

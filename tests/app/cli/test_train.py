@@ -126,7 +126,9 @@ def test_what_is_not_trained_is_no_method_of_train(work, capsys):
     assert not (work / "run").exists()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "signum", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_an_interrupted_run_goes_on_where_it_was(work, capsys, signum):
     """A real process, a real signal: exit code 128 + n, a checkpoint, and then --resume."""
     long = TRAIN.replace("--steps 6", "--steps 150")
