@@ -177,10 +177,7 @@ class SubspaceAdapter(Adapter):
 
     def set_lora_(self, A: Tensor, B: Tensor, scaling: float) -> None:
         """As `Adapter.set_lora_`, in the form of `to_scales`."""
-        Vh, B, singular = to_scales(A, B, scaling / self.config.scaling)
-        super().set_lora_(Vh, B, self.config.scaling)
-        with torch.no_grad():
-            self.log_s[: len(singular)] = singular.log()
+        set_scales_(self, A, B, scaling)
 
     @classmethod
     def complexity(cls, layers: Sequence[Adapter], kl: str) -> Tensor:
@@ -216,6 +213,14 @@ def to_scales(A: Tensor, B: Tensor, factor: float) -> tuple[Tensor, Tensor, Tens
     least = torch.finfo(torch.float64).eps * max(len(B), A.shape[1]) * singular[0]
     k = int((singular > least).sum())
     return (Vh @ right.T)[:k], (left @ U)[:, :k], factor * singular[:k]
+
+
+@torch.no_grad()
+def set_scales_(adapter: Adapter, A: Tensor, B: Tensor, scaling: float) -> None:
+    """`Adapter.set_lora_` of an adapter with a log_s (r,), in the form of `to_scales`."""
+    Vh, B, singular = to_scales(A, B, scaling / adapter.config.scaling)
+    Adapter.set_lora_(adapter, Vh, B, adapter.config.scaling)
+    adapter.get_parameter("log_s")[: len(singular)] = singular.log()
 
 
 def initial_matrix(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, adapters, to_scales
+from ..core.adapter import Adapter, adapters, set_scales_
 from ..core.noise import Keys, Noise
 
 
@@ -49,10 +49,7 @@ class PointAdapter(Adapter):
 
     def set_lora_(self, A: Tensor, B: Tensor, scaling: float) -> None:
         """As `Adapter.set_lora_`, in the form of `to_scales`."""
-        Vh, B, singular = to_scales(A, B, scaling / self.config.scaling)
-        super().set_lora_(Vh, B, self.config.scaling)
-        with torch.no_grad():
-            self.log_s[: len(singular)] = singular.log()
+        set_scales_(self, A, B, scaling)
 
     @classmethod
     def complexity(cls, layers: Sequence[Adapter], kl: str) -> Tensor:
