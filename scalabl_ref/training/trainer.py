@@ -120,6 +120,10 @@ def parameter_groups(
     return groups
 
 
+class Diverged(InputError):
+    """The loss is not finite: the settings do not suit the model and its data."""
+
+
 class Collector(Protocol):
     """Follows the weights through the last steps of a training, as `methods.Swag` does."""
 
@@ -179,7 +183,7 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """Do one step. Returns its record for the log: step, loss, nll, kl, sigma, lr.
 
-        Raises InputError if the loss is not finite.
+        Raises Diverged if the loss is not finite.
         """
         c, step = self.config, self.done
         factor = self._factor(step)
@@ -196,7 +200,7 @@ class Trainer:
             loss = nll + c.beta * kl.item() / size
             (weight * c.beta * kl / size).backward()
         if not math.isfinite(loss):
-            raise InputError(f"the loss is {loss} at step {step}: try a smaller learning rate")
+            raise Diverged(f"the loss is {loss} at step {step}: try a smaller learning rate")
         self.optimizer.step()
         if self.variational and c.objective == "official":
             self._official_kl_step(factor)

@@ -8,6 +8,9 @@ seeds and tested. All arms have the same training rows. They have equally many t
 tune nothing or take the trial of another arm. Temperatures (rows "+ temperature") are fitted on the
 validation set.
 
+A trial that diverges, or whose run allows no posterior, counts as the worst. A replicate of that
+kind is left out, and reported under "failed".
+
 OUT/runs holds the training runs and OUT/answers the answers of each model. Methods with the same
 training share runs. Finished work is not repeated. A folder's name is a digest of all that its
 content depends on: settings, and the contents of data files and base model, but not their paths. So
@@ -17,6 +20,8 @@ moved files are recognised, and changed ones lead to new work.
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -68,12 +73,20 @@ def run_study(config: Study, out: Path, jobs: int = 1, device: str = "cpu") -> d
                 arms[arm] = [dataclasses.replace(job, arm=arm) for job in arms[like]]
         arms = {arm: arms[arm] for arm in config.arms}
         _run_all([job for runs in arms.values() for job in runs], workers, "test")
-        models = {arm: [job.folder for job in runs] for arm, runs in arms.items()}
-        validation = _validation(arms, config, workers)
+        models = {arm: [job.folder for job in runs if not job.failed] for arm, runs in arms.items()}
+        models = {arm: folders for arm, folders in models.items() if folders}
+        tried = _validation(arms, config, workers)
+        validation = {arm: nll for arm, nll in tried.items() if arm in models}
         shifted = [name for name in config.sets[2:] if name not in config.ood]
+        families = _families(models, config)
         results = {
             "study": dataclasses.asdict(config),
-            **summary(models, validation, config.bins, config.ood, shifted, _families(config)),
+            **summary(models, validation, config.bins, config.ood, shifted, families),
+            "failed": {
+                arm: [job.seed for job in runs if job.failed]
+                for arm, runs in arms.items()
+                if any(job.failed for job in runs)
+            },
             "tuning": {
                 arm: [{"trial": runs[0].trial, "nll": _nll(runs), "seeds": len(runs)} for runs in t]
                 for arm, t in tuning.items()
@@ -117,8 +130,10 @@ def _tune(config: Study, out: Path, workers: Workers, device: str) -> dict[str, 
 
 
 def _nll(runs: list[Job]) -> float:
-    """Mean NLL of an arm's runs on the validation set."""
+    """Mean NLL of an arm's runs on the validation set; infinite if one of them failed."""
     config = runs[0].study
+    if any(job.failed for job in runs):
+        return math.inf
     return sum(scores(job.folder, "validation", config.bins)["nll"] for job in runs) / len(runs)
 
 
@@ -139,10 +154,11 @@ def _validation(arms: dict[str, list[Job]], config: Study, workers: Workers) -> 
     return {arm: _nll(runs) for arm, runs in tried.items()}
 
 
-def _families(config: Study) -> dict[str, list[str]]:
+def _families(models: Iterable[str], config: Study) -> dict[str, list[str]]:
     """Arms that are compared with each other, by the name of their family."""
     families: dict[str, list[str]] = {}
-    for arm, (name, variant) in config.arms.items():
+    for arm in models:
+        name, variant = config.arms[arm]
         method = METHODS[name]
         kinds = {
             "all": True,

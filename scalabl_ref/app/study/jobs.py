@@ -21,15 +21,18 @@ from ...evaluation.predict import predict_all
 from ...methods import Ensemble, Laplace, Posterior, Subspace, Swag
 from ...model.attach import add_adapters
 from ...model.llama import Llama
+from ...support.errors import InputError
 from ...support.fields import json_text
 from ...support.files import atomic_write_text, make_folder, read_json
 from ...support.tensors import save_tensors
 from ...training.loop import fit
 from ...training.runs import load_run, save_run
-from ...training.trainer import TrainConfig, Trainer
+from ...training.trainer import Diverged, TrainConfig, Trainer
 from .config import Study, digest
 from .methods import METHODS, Made, Method
 from .sets import base_model, encoded_sets
+
+FAILED = "failed.json"  # in the folder of a run that diverged, or of answers that cannot be had
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,11 @@ class Fit:
 
     @property
     def done(self) -> bool:
-        return (self.folder / "run.json").exists()
+        return (self.folder / "run.json").exists() or self.failed
+
+    @property
+    def failed(self) -> bool:
+        return (self.folder / FAILED).exists()
 
     def run(self) -> None:
         """Train, from the last checkpoint if there is one."""
@@ -64,7 +71,11 @@ class Fit:
         model = base_model(self.study, self.device)
         add_adapters(model.trim_head(data.classes), self.adapter, self.train.seed)
         swag = Swag() if self.train.swag else None
-        fit(Trainer(model, data, self.train, collector=swag), self.folder, resume=True)
+        try:
+            fit(Trainer(model, data, self.train, collector=swag), self.folder, resume=True)
+        except Diverged as error:
+            _fail(self.folder, error)
+            return
         if swag:
             swag.save(self.folder)
         info = {
@@ -107,7 +118,12 @@ class Job:
 
     @property
     def done(self) -> bool:
-        return not self.missing() and (self.folder / "answers.json").exists()
+        return self.failed or (not self.missing() and (self.folder / "answers.json").exists())
+
+    @property
+    def failed(self) -> bool:
+        """Whether there are no answers: a run diverged, or no posterior can be made of the runs."""
+        return (self.folder / FAILED).exists() or any(fit.failed for fit in self.fits())
 
     def missing(self) -> list[str]:
         return [name for name in self.sets if not (self.folder / f"{name}.safetensors").exists()]
@@ -117,14 +133,20 @@ class Job:
         return [self._fit(1000 * member + self.seed) for member in range(self._method.members)]
 
     def run(self) -> None:
-        """Answer the sets that have no answers yet."""
+        """Answer the sets that have no answers yet, unless a run has diverged."""
+        if self.failed:
+            return
         _reset_peak()
         make_folder(self.folder)
         fits, wanted = self.fits(), self.missing() or list(self.sets)
         model = self._load(fits[0].folder)
         sets = encoded_sets(self.study, ["validation", *wanted], self.seed)
         loaded = time.perf_counter()
-        posterior = self._posterior(model, fits, sets)
+        try:
+            posterior = self._posterior(model, fits, sets)
+        except InputError as error:
+            _fail(self.folder, error)
+            return
         ready = time.perf_counter()
         for name in wanted:
             answers = predict_all(
@@ -186,6 +208,11 @@ def _set(config: AdapterConfig | TrainConfig) -> dict[str, Any]:
     """The fields that are not at their defaults: a new field changes no folder's name."""
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
     return {k: v for k, v in dataclasses.asdict(config).items() if v != defaults[k]}
+
+
+def _fail(folder: Path, error: InputError) -> None:
+    """Note that a job has failed for its settings: they are not tried again."""
+    atomic_write_text(folder / FAILED, json_text({"error": str(error)}) + "\n")
 
 
 def _numbers(model: Llama, posterior: Posterior | None) -> int:

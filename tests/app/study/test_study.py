@@ -89,11 +89,12 @@ def test_variants_are_compared_with_settings_of_their_own(tmp_path):
 def test_arms_are_compared_within_their_variant_and_kind(tmp_path):
     methods = ["mle", "mle untuned", "ensemble", "ensemble of dropout", "dropout"]
     variants = {"small": {"rank": 1}, "large": {"rank": 3}}
-    families = study_package._families(Study.read(config(tmp_path, methods=methods)))
+    plain = Study.read(config(tmp_path, methods=methods))
+    families = study_package._families(plain.arms, plain)
     assert families == {"all": methods, "single networks": ["mle", "mle untuned", "dropout"],
                         "untuned": ["mle untuned"]}  # fmt: skip
     varied = Study.read(config(tmp_path, methods=methods, variants=variants))
-    assert study_package._families(varied) == {
+    assert study_package._families(varied.arms, varied) == {
         f"{kind}, {variant}": [f"{method}, {variant}" for method in members]
         for variant in variants
         for kind, members in families.items()
@@ -259,16 +260,50 @@ def test_processes_give_the_same_numbers(tmp_path):
 def test_a_bad_run_stops_those_beside_it(tmp_path):
     """One of two processes trains, the other fails at its first step; six more runs wait."""
     settings = {**FEW, "steps": 20_000}
-    ranges = {"lr": [0.01, 0.01], "prior_std": [1e-200, 1e-199]}
+    ranges = {"lr": [0.01, 0.01]}
     path = config(
         tmp_path, methods=["mle untuned", "map"], ranges=ranges, settings=settings, seeds=[0],
         trials=7,
     )  # fmt: skip
-    with pytest.raises(InputError, match="the loss is inf at step 0"):
-        run_study(Study.read(path), tmp_path / "out", 2)
+    study, out = Study.read(path), tmp_path / "out"
+    bad = Job(study, "map", study.tried("map")[0], 0, (), out).fits()[0].folder
+    bad.parent.mkdir(parents=True)
+    bad.write_text("a file where a folder should be")
+    with pytest.raises(InputError, match=f"{bad.name}: cannot be made a folder"):
+        run_study(study, out, 2)
     assert len(list((tmp_path / "out/runs").iterdir())) <= 2
     assert not list((tmp_path / "out").glob("runs/*/run.json"))
     assert workers_of(os.getpid()) == []
+
+
+def test_a_trial_that_diverges_is_the_worst_and_stops_nothing(tmp_path):
+    """A prior too narrow for float64 makes the loss infinite at once; the wider one is chosen."""
+    path = config(
+        tmp_path, methods=["mle untuned", "map"], ranges={"prior_std": [1e-150, 1e150]}, trials=2
+    )
+    study, out = Study.read(path), tmp_path / "out"
+    results = run_study(study, out)
+    worst, best = sorted(t["prior_std"] for t in study.tried("map"))
+    assert worst < 1 < best and results["methods"]["map"]["trial"]["prior_std"] == best
+    assert [t["nll"] for t in results["tuning"]["map"]][1:] == [math.inf]
+    assert results["failed"] == {} and len(list(out.glob("runs/map-*/failed.json"))) == 1
+    assert run_study(study, out)["methods"] == results["methods"]
+
+
+def test_a_replicate_that_fails_is_left_out_and_reported(tmp_path, monkeypatch):
+    path = config(tmp_path, methods=["mle untuned", "laplace"], trials=1, seeds=[0, 1, 2])
+    after = METHODS["laplace"].after
+
+    def fails(made):
+        if made.seed == 1:
+            raise InputError("no precision of the prior maximises the evidence")
+        return after(made)
+
+    monkeypatch.setitem(METHODS, "laplace", dataclasses.replace(METHODS["laplace"], after=fails))
+    results = run_study(Study.read(path), tmp_path / "out")
+    assert results["failed"] == {"laplace": [1]}
+    assert [r["replicate"] for r in results["methods"]["laplace"]["replicates"]] == [0, 2]
+    assert len(results["methods"]["mle untuned"]["replicates"]) == 3
 
 
 def workers_of(process):
