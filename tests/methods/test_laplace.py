@@ -9,8 +9,6 @@ from functools import cache
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
-from torch.func import functional_call, jacrev
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scalabl_ref import InputError, Noise, adapters, predict
 from scalabl_ref.core.config import TARGETS
@@ -31,6 +29,7 @@ from scalabl_ref.verify import reference
 from ..models import CLASSES, tiny_batch, tiny_model
 from ..stats import ZTest
 from ..tolerances import rounding
+from .jacobians import logits_and_jacobians
 
 # A number of these tests is a chain of sums as long as the model is deep: two blocks of some five
 # sums over at most 24 terms, and then sums over 64 weights or eigenvalues.
@@ -59,21 +58,8 @@ def jacobians(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         for layer, adapter in adapters(model).items()
         for key in ("A", "B")
     }
-
-    class Logits(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self):
-            return class_logits(self.model, batch, None)
-
-    def call(values):
-        return functional_call(Logits(), {f"model.{n}": v for n, v in values.items()}, ())
-
-    with sdpa_kernel(SDPBackend.MATH):  # vmap warns of the others
-        found = jacrev(call)(parameters)
-    return call(parameters), {n.replace(".adapter", ""): J.detach() for n, J in found.items()}
+    logits, found = logits_and_jacobians(model, batch, parameters)
+    return logits, {n.replace(".adapter", ""): J.detach() for n, J in found.items()}
 
 
 def ggn(logits, J) -> torch.Tensor:

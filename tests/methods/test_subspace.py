@@ -7,8 +7,6 @@ import math
 
 import pytest
 import torch
-from torch.func import functional_call, jacrev
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scalabl_ref import InputError, Noise, adapters, predict
 from scalabl_ref.core.config import TARGETS
@@ -29,6 +27,7 @@ from scalabl_ref.support.tensors import load_tensors, save_tensors
 
 from ..models import tiny_batch, tiny_model
 from ..tolerances import rounding
+from .jacobians import logits_and_jacobians
 
 # A chain of sums as long as the model is deep: two blocks of some five sums over at most 24 terms,
 # and then sums over 45 scales.
@@ -52,25 +51,12 @@ def truth(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
     By log s, times 1 / s: it goes through the adapters' usual forward pass.
     """
     own = {f"{n}.adapter.log_s": a.log_s.detach() for n, a in adapters(model).items()}
-
-    class Logits(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self):
-            return class_logits(self.model, batch, None)
-
-    def call(values):
-        return functional_call(Logits(), {f"model.{n}": v for n, v in values.items()}, ())
-
-    with sdpa_kernel(SDPBackend.MATH):  # vmap warns of the others
-        found = jacrev(call)(own)
+    logits, found = logits_and_jacobians(model, batch, own)
     columns = [
         (found[f"{n}.adapter.log_s"] / a.log_s.exp())[..., (a.B != 0).any(0)]
         for n, a in adapters(model).items()
     ]
-    return call(own).detach(), torch.cat(columns, -1).detach()
+    return logits.detach(), torch.cat(columns, -1).detach()
 
 
 def close(got, expected, terms: int = TERMS) -> None:
