@@ -58,7 +58,8 @@ def run_study(config: Study, out: Path, jobs: int = 1, device: str = "cpu") -> d
     """Run the missing parts of the study under `out`; returns its results and writes them.
 
     jobs: runs at a time, each in a process of its own with one thread; one runs in this process.
-    Writes OUT/results.json, OUT/results.md and OUT/results.html. Called again, it continues.
+    Writes OUT/tuning.json once the trials are chosen, and at the end OUT/results.json,
+    OUT/results.md and OUT/results.html. Called again, it continues.
 
     Raises InputError as loading and training do, at once, even while other jobs run; InputError if
     another process runs a study in that folder; Interrupted on SIGINT or SIGTERM; RankLost if one
@@ -67,6 +68,8 @@ def run_study(config: Study, out: Path, jobs: int = 1, device: str = "cpu") -> d
     config = dataclasses.replace(config)  # a copy that has not read its files yet
     with Workers(jobs) as workers, on_signals(_interrupt), alone(out):
         tuning = _tune(config, out, workers, device)
+        about = {"study": dataclasses.asdict(config), "tuning": _table_of(tuning)}
+        atomic_write_text(out / "tuning.json", json_text(about, indent=2) + "\n")
         arms = {arm: _with_seeds(_chosen(trials), config) for arm, trials in tuning.items()}
         for arm in config.arms:
             if like := config.like(arm):
@@ -87,10 +90,7 @@ def run_study(config: Study, out: Path, jobs: int = 1, device: str = "cpu") -> d
                 for arm, runs in arms.items()
                 if any(job.failed for job in runs)
             },
-            "tuning": {
-                arm: [{"trial": runs[0].trial, "nll": _nll(runs), "seeds": len(runs)} for runs in t]
-                for arm, t in tuning.items()
-            },
+            "tuning": _table_of(tuning),
             "at_edge": {arm: _edges(config, arms[arm][0]) for arm in tuning},
         }
         atomic_write_text(out / "results.json", json_text(results, indent=2) + "\n")
@@ -106,6 +106,7 @@ def _tune(config: Study, out: Path, workers: Workers, device: str) -> dict[str, 
     """The trials of every arm that has its own, in the order of their validation NLL.
 
     The first `config.finalists` of the first seed are tried with all tuning seeds, and come first.
+    An only trial is not tried.
     """
     first, *others = config.tuning_seeds
     tuning: dict[str, Trials] = {
@@ -116,17 +117,32 @@ def _tune(config: Study, out: Path, workers: Workers, device: str) -> dict[str, 
         for arm in config.arms
         if not config.like(arm)
     }
-    _run_all([job for t in tuning.values() for runs in t for job in runs], workers, "tune")
-    for trials in tuning.values():
+    several = [trials for trials in tuning.values() if len(trials) > 1]
+    _run_all([job for trials in several for runs in trials for job in runs], workers, "tune")
+    for trials in several:
         trials.sort(key=_nll)
-        if len(trials) > 1:
-            for runs in trials[: config.finalists]:
-                runs += [dataclasses.replace(runs[0], seed=seed) for seed in others]
-    _run_all([job for t in tuning.values() for runs in t for job in runs], workers, "tune again")
-    for trials in tuning.values():
+        for runs in trials[: config.finalists]:
+            runs += [dataclasses.replace(runs[0], seed=seed) for seed in others]
+    _run_all([job for trials in several for runs in trials for job in runs], workers, "tune again")
+    for trials in several:
         most = len(trials[0])
         trials.sort(key=lambda runs: (len(runs) < most, _nll(runs)))
     return tuning
+
+
+def _table_of(tuning: dict[str, Trials]) -> dict[str, list[dict[str, Any]]]:
+    """Of each arm its trials, the chosen one first. Field `tuning` of another study reads it.
+
+    An only trial has no NLL.
+    """
+    table: dict[str, list[dict[str, Any]]] = {}
+    for arm, trials in tuning.items():
+        scored = [(_nll(runs), len(runs)) for runs in trials] if len(trials) > 1 else [(None, 0)]
+        table[arm] = [
+            {"trial": runs[0].trial, "nll": nll, "seeds": seeds}
+            for runs, (nll, seeds) in zip(trials, scored, strict=True)
+        ]
+    return table
 
 
 def _nll(runs: list[Job]) -> float:

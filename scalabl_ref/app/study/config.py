@@ -46,6 +46,8 @@ class Study:
     tuning_seeds: all trials are trained with the first of these, and the best `finalists` also with
         the others. By default the first of `seeds`; other seeds keep the choice of the trials, and
         of the best of our methods, apart from the runs that are tested.
+    tuning: the file tuning.json or results.json of another study. An arm of its name has one trial
+        here, at the settings that were chosen there.
     settings: fields of AdapterConfig and TrainConfig for all methods. A variant's settings replace
         them, a method's own in `METHODS` replace both, and those of its trials replace all.
     passes: length of a training in passes over its rows, in place of `steps`; needs `limit`.
@@ -80,6 +82,7 @@ class Study:
     ranges: dict[str, list[float]] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning_seeds: tuple[int, ...] = ()
+    tuning: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     passes: float | None = None
     samples: int = 10
@@ -240,11 +243,34 @@ class Study:
 
     def tried(self, arm: str) -> list[dict[str, float]]:
         """The settings of an arm's trials."""
+        if self.tuning is not None:
+            return [self.chosen_before[self.like(arm) or arm]]
         tuned = dict(METHODS[self.arms[self.like(arm) or arm][0]].tuned)
         for name, (low, high) in self.ranges.items():
             if name in tuned:
                 tuned[name] = dataclasses.replace(tuned[name], low=low, high=high)
         return random_trials(tuned, self.trials)
+
+    @functools.cached_property
+    def chosen_before(self) -> dict[str, dict[str, float]]:
+        """The trial of each arm that the study of `tuning` chose.
+
+        Raises InputError, naming the file, if it has none for an arm, or one of other settings.
+        """
+        assert self.tuning is not None
+        found = read_json(Path(self.tuning)).get("tuning", {})
+        check({"tuning": found}, {"tuning": dict[str, list[dict[str, Any]]]}, f"{self.tuning}: ")
+        chosen = {}
+        for arm in (arm for arm in self.arms if not self.like(arm)):
+            tuned, where = METHODS[self.arms[arm][0]].tuned, f"{self.tuning}: {arm}: "
+            if tuned and not found.get(arm):
+                raise InputError(f"{self.tuning}: has no trial of {arm!r}{expected(arm, found)}")
+            trial = found[arm][0].get("trial") if tuned else {}
+            check({"trial": trial}, {"trial": dict[str, float]}, where)
+            if set(trial) != set(tuned):
+                raise InputError(f"{where}trial must have {list(tuned)}, and has {list(trial)}")
+            chosen[arm] = trial
+        return chosen
 
     def configs(
         self, arm: str, trial: dict[str, float], seed: int

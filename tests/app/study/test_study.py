@@ -74,6 +74,45 @@ def test_the_best_trials_are_tried_again_with_other_seeds(tmp_path):
     assert tried[0]["nll"] <= tried[1]["nll"]
 
 
+def test_a_study_takes_the_trials_that_another_chose(tmp_path, done):
+    """The same runs are tested, without a trial; other data is answered with the same settings."""
+    before, out, results = done
+    methods = ["mle", "scalabl", "mle untuned", "ensemble of scalabl"]
+    path = config(tmp_path, methods=methods, tuning=str(out / "tuning.json"), limit=12)
+    study = Study.read(path)
+    chosen = {arm: results["methods"][arm]["trial"] for arm in ("mle", "scalabl")}
+    assert study.tried("mle") == [chosen["mle"]] and study.tried("mle untuned") == [{}]
+    assert study.tried("ensemble of scalabl") == [chosen["scalabl"]]
+    found = run_study(study, tmp_path / "out")
+    assert {arm: found["methods"][arm]["trial"] for arm in chosen} == chosen
+    assert found["methods"]["ensemble of scalabl"]["trial"] == chosen["scalabl"]
+    assert [len(trials) for trials in found["tuning"].values()] == [1, 1, 1]
+    for name in ("tuning.json", "results.json"):
+        assert json.loads((out / name).read_text())["tuning"] == results["tuning"]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"tuning": 3}', "tuning.json: tuning must be an object"),
+        ("{}", "tuning.json: has no trial of 'mle'"),
+        ('{"tuning": {"mle": []}}', "tuning.json: has no trial of 'mle'"),
+        ('{"tuning": {"mel": [{}]}}', "has no trial of 'mle': did you mean mel?"),
+        ('{"tuning": {"mle": [{"trail": 1}]}}', "mle: trial must be an object"),
+        ('{"tuning": {"mle": [{"trial": {"lr": null}}]}}', "mle: trial must be an object"),
+        ('{"tuning": {"mle": [{"trial": {}}]}}', "mle: trial must have ['lr'], and has []"),
+        ('{"tuning": {"mle": [{"trial": {"lr": -1}}]}}', "lr must"),
+        ("[]", "tuning.json: expected a JSON object"),
+    ],
+)
+def test_a_file_of_trials_that_does_not_fit_is_refused(tmp_path, text, message):
+    file = tmp_path / "tuning.json"
+    file.write_text(text)
+    path = config(tmp_path, methods=["mle"], tuning=str(file))
+    with pytest.raises(InputError, match=re.escape(message)):
+        Study.read(path)
+
+
 def test_variants_are_compared_with_settings_of_their_own(tmp_path):
     variants = {"small": {"rank": 1}, "large": {"rank": 3}}
     path = config(tmp_path, methods=["mle", "mle untuned"], variants=variants, trials=1, seeds=[0])
