@@ -423,19 +423,29 @@ def measured_rates(
     return Rates(flop / took, attention, (f * bytes_swiglu + d * bytes_norm) / moved, unpack)
 
 
-def product_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of a product of two square matrices on this device: the median of five.
+def product_rate(
+    device: str = "cpu", dtype: torch.dtype = torch.float32, threads: int | None = None
+) -> float:
+    """FLOP/s of a product of two square matrices on this device: the best of ten.
 
-    The matrices are large enough to take 10 ms, with at most 8192 rows.
+    The matrices have 1024 rows, or twice as many, at most 8192, until a product takes 10 ms. On a
+    busy machine most products wait for a core, so the best one counts. On a CPU, it counts at most
+    the time that cores worked on it, for each of `threads` (None: as many as PyTorch uses now).
     """
 
     def seconds(n: int) -> float:
         a = torch.ones(n, n, device=device, dtype=dtype)
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         (a @ a)[0, 0].item()
-        return time.perf_counter() - started
+        took, worked = time.perf_counter() - started, time.process_time() - worked
+        return took if device != "cpu" else min(took, worked / torch.get_num_threads())
 
-    n = 128
-    while max(seconds(n), seconds(n)) < 0.01 and n < 8192:
-        n *= 2
-    return 2.0 * n**3 / sorted(seconds(n) for _ in range(5))[2]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        n = 1024
+        while min(seconds(n) for _ in range(3)) < 0.01 and n < 8192:
+            n *= 2
+        return 2.0 * n**3 / min(seconds(n) for _ in range(10))
+    finally:
+        torch.set_num_threads(before)

@@ -4,12 +4,14 @@ the best trial with every seed and test it. A study that was stopped continues."
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
 
 from ...evaluation.tables import table
 from ...support.errors import InputError
+from ...support.progress import duration
 from ..plan import product_rate
 from ..study import Study, cost, paper, run_study
 from . import runs
@@ -43,10 +45,11 @@ def run(args: argparse.Namespace) -> Result:
     for out, config in todo.items():
         dtype = getattr(torch, config.dtype or "float32")
         about = cost(config)
-        about["hours"] = about["flop"] / product_rate(args.device, dtype) / 3600
+        about["hours"] = about["flop"] / _rate(args, dtype) / 3600
         say(args, f"{out}: {about['runs']:,.0f} training runs, {about['steps']:,.0f} steps in all, "
-            f"{about['flop']:.2g} FLOP: at least {about['hours']:.2g} hours at the speed of a "
-            f"matrix product here; {about['bytes'] / 1e9:.2g} GB of base weights")  # fmt: skip
+            f"{about['flop']:.2g} FLOP: about {duration(3600 * about['hours'])} or more, at the "
+            f"speed of matrix products here without other work; {about['bytes'] / 1e9:.2g} GB of "
+            "base weights")  # fmt: skip
         costs[str(out)] = about
     if args.cost:
         return {"cost": costs}
@@ -56,3 +59,10 @@ def run(args: argparse.Namespace) -> Result:
         say(args, table(results[str(out)]))
         say(args, f"written: {out / 'results.md'}, results.json, results.html")
     return {"cost": costs, "results": results}
+
+
+def _rate(args: argparse.Namespace, dtype: torch.dtype) -> float:
+    """FLOP/s of all jobs together: each has a thread if there are several."""
+    if args.jobs < 2 or args.device != "cpu":
+        return product_rate(args.device, dtype)
+    return product_rate(args.device, dtype, 1) * min(args.jobs, os.cpu_count() or 1)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from scalabl_ref import InputError
+from scalabl_ref.app import cli, plan
 from scalabl_ref.app.plan import product_rate
 from scalabl_ref.app.study import Study, cost, run_study
 from scalabl_ref.app.study.sets import encoded_sets
@@ -43,7 +49,65 @@ def test_the_cost_told_first_is_what_is_done(tmp_path):
     shape = (16 * 16 + 2 * 16 * 8 + 16 * 16) + 3 * 16 * 24 + 2 * 16  # q, k, v, o; MLP; norms
     flop = 2 * 2 * shape * (trained + answered)
     assert abs(cost(alone)["flop"] - flop) <= rounding(torch.float64, 64) * flop
-    assert product_rate() > 1e8
+
+
+def machine(monkeypatch, others: float, threads: int = 1) -> None:
+    """Let products of 1024 rows take 20 ms of each thread's time.
+
+    Of ten products, nine wait for other programs, `others` times as long as they compute.
+    """
+    clock = SimpleNamespace(wall=0.0, cpu=0.0, calls=0)
+
+    def product(self, other):
+        clock.calls += 1
+        took = 0.02 * (len(self) / 1024) ** 3
+        clock.wall += took * (1 + (others if clock.calls % 10 else 0))
+        clock.cpu += took * threads
+        return torch.zeros(1, 1)
+
+    now = SimpleNamespace(perf_counter=lambda: clock.wall, process_time=lambda: clock.cpu)
+    monkeypatch.setattr(plan, "time", now)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+
+
+@pytest.mark.parametrize("others", [0.0, 1.0, 400.0])
+def test_other_programs_do_not_change_the_rate(monkeypatch, others):
+    """Neither where all products wait, if the cores' time is known, nor where one does not."""
+    right = 2 * 1024**3 / 0.02
+    machine(monkeypatch, others)
+    assert product_rate(threads=1) == pytest.approx(right)
+    before = torch.get_num_threads()
+    machine(monkeypatch, others, threads=1000)  # spinning threads: only the wall clock tells
+    assert product_rate(threads=3) == pytest.approx(right)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.slow
+def test_a_busy_core_changes_the_rate_by_less_than_half():
+    """In at least one of three trials: one thread, beside as many busy processes as cores."""
+    ratios = []
+    for _ in range(3):
+        quiet = product_rate(threads=1)
+        busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"])
+                for _ in range(os.cpu_count() or 1)]  # fmt: skip
+        try:
+            ratios.append(product_rate(threads=1) / quiet)
+        finally:
+            for process in busy:
+                process.kill()
+                process.wait()
+    assert any(1 / 1.5 < ratio < 1.5 for ratio in ratios), ratios
+
+
+def test_a_cost_is_told_in_words(tmp_path, capsys):
+    path = config(tmp_path, methods=["mle"], seeds=[0])
+    command = ["study", str(path), "--out", str(tmp_path / "out"), "--cost"]
+    assert cli.main([*command, "--jobs", "2"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r": about [\d.]+ seconds? or more, at the speed", said), said
+    assert cli.main([*command, "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)["cost"][str(tmp_path / "out")]
+    assert 0 < about["hours"] < 0.01
 
 
 def test_sets_are_held_against_the_model_before_any_training(tmp_path):
