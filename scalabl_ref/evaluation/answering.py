@@ -97,8 +97,7 @@ def answer(
         raise InputError(f"samples auto and exact need independent draws, not design {design!r}")
     integrated = samples == "exact" and isinstance(posterior, Subspace)
     if not isinstance(samples, int) and posterior is not None and not integrated:
-        name = type(posterior).__name__
-        raise InputError(f"samples auto and exact need the adapters' own draws, not a {name}")
+        raise InputError(_not_of(posterior, samples))
     encoded = encode_for(model, tokenizer, examples, wording, answerable)
     rows, batches = len(encoded.labels), list(evaluation_batches(encoded, batch))
     by_draws = isinstance(samples, int) and posterior is None
@@ -123,6 +122,15 @@ def answer(
     labels, number = torch.tensor(encoded.labels), draws_taken(model, samples, posterior)
     draws, settled = (counts[0], counts[1].bool()) if isinstance(samples, Auto) else (None, None)
     return Answers(encoded.examples, labels, prediction, number, draws, settled, encoded)
+
+
+def _not_of(posterior: Posterior, samples: Auto | str) -> str:
+    """Why these samples cannot be had of a posterior."""
+    name = type(posterior).__name__
+    if samples == "exact":
+        return f"samples exact needs the adapters' own draws or a Subspace, not a {name}"
+    instead = "a number or exact" if isinstance(posterior, Subspace) else "a number"
+    return f"samples auto needs the adapters' own draws, not a {name}: give {instead}"
 
 
 def draws_taken(model: Llama, samples: Samples, posterior: Posterior | None) -> Samples:
