@@ -177,14 +177,14 @@ def _table(result: Result) -> str:
         rows.append((f"temperature {result['temperature']['value']:.3f}", result["temperature"]))
     if "ood" in result and "acc" in result["ood"]:
         rows.append((f"ood ({result['ood']['n_scored']} scored)", result["ood"]))
-    keys = ("acc", "ece", "nll", "brier")
-    lines = [f"{'':24}{'n':>7}" + "".join(f"{key.upper():>25}" for key in keys)]
-    for name, values in rows:
+    lines = [f"{'':6}" + "".join(f"{name:>24}" for name, _ in rows)]
+    lines.append(f"{'n':6}" + "".join(f"{values['n']:>24}" for _, values in rows))
+    for key in ("acc", "ece", "nll", "brier"):
         cells = ""
-        for key in keys:
+        for _, values in rows:
             low, high = values["intervals"][key]
-            cells += f"{values[key]:.4f} [{low:.4f}, {high:.4f}]".rjust(25)
-        lines.append(f"{name:24}{values['n']:>7}{cells}")
+            cells += f"{values[key]:.3f} [{low:.3f}, {high:.3f}]".rjust(24)
+        lines.append(f"{key.upper():6}{cells}")
     lines.append("In brackets: 95 % over the test questions, for this training alone.")
     if "ood" in result:
         for key in ("entropy", "mutual_information"):

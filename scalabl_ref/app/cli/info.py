@@ -28,7 +28,9 @@ def run(args: argparse.Namespace) -> Result:
         "path": f"native core, {status['isa']}" if status["used"] else "PyTorch",
     }
     for key, value in result.items():
-        if key == "native":
-            value = ", ".join(f"{name}: {item}" for name, item in status.items())
-        say(args, f"{key:12} {value}")
+        if key != "native":
+            say(args, f"{key:12} {value}")
+    for name, item in status.items():
+        if item != "":
+            say(args, f"{'native ' + name:16} {item}")
     return result

@@ -45,19 +45,20 @@ def run(args: argparse.Namespace) -> Result:
     room = args.memory * 1e9
     chosen = best(ways, room)
     devices = args.gpus or 1
-    say(args, f"{args.config}: {work.rows} rows of {work.tokens} tokens per step and device, "
-        f"rank {adapter.rank}, {' '.join(adapter.targets)}; GB on each of {devices}\n")  # fmt: skip
-    columns = ("base", "adapters", "kept", "working", "peak", "s/step")
-    say(args, f"{'':44}" + "".join(f"{column:>10}" for column in columns))
+    say(args, f"{args.config}: {work.rows} rows of {work.tokens} tokens per step and device\n"
+        f"rank {adapter.rank}, {' '.join(adapter.targets)}; GB on each of {devices},\n"
+        f"of which adapters with AdamW's moments have {ways[0].adapters / 1e9:.2f}\n")  # fmt: skip
+    columns = ("base", "kept", "working", "peak", "s/step")
+    say(args, f"{'':9}{'blocks':10}{'':11}" + "".join(f"{column:>8}" for column in columns))
     for plan in ways:
         fits = "fits" if plan.peak <= room else ""
-        say(args, f"{_row(plan)}  {fits}{' <-' * (plan is chosen)}")
+        say(args, f"{_row(plan)} {fits}{' <-' * (plan is chosen)}".rstrip())
     if chosen is None:
         say(args, f"\nnothing fits into {args.memory:g} GB: try fewer --rows or --tokens, or more "
             "--gpus")  # fmt: skip
     posteriors = [subspace(work, base, known, device) for base, known in rates.items()]
     say(args, f"\nposterior subspace: {posteriors[0].scales:,} scales, a matrix of "
-        f"{posteriors[0].matrix / 1e6:,.1f} MB; to fit and to predict, on one device")  # fmt: skip
+        f"{posteriors[0].matrix / 1e6:,.1f} MB;\nto fit and to predict, on one device")  # fmt: skip
     for made in posteriors:
         say(args, f"{made.kind:12} {made.peak / 1e9:8.2f} GB, {made.seconds / work.rows:.3g} s for "
             "each question")  # fmt: skip
@@ -98,7 +99,8 @@ def _rates(args: argparse.Namespace, work: Workload) -> dict[str, Rates]:
 
 
 def _row(plan: Plan) -> str:
-    name = plan.kind + ", spread" * (plan.shards > 1) + ", offloaded" * plan.offloaded
-    name += ", checkpointing" * plan.checkpointing
-    sizes = (plan.base, plan.adapters, plan.activations, plan.workspace, plan.peak)
-    return f"{name:44}{''.join(f'{size / 1e9:10.2f}' for size in sizes)}{plan.seconds:10.3g}"
+    blocks = "offloaded" if plan.offloaded else "spread" if plan.shards > 1 else "whole"
+    again = "recomputed" if plan.checkpointing else ""
+    sizes = (plan.base, plan.activations, plan.workspace, plan.peak)
+    cells = "".join(f"{size / 1e9:8.2f}" for size in sizes)
+    return f"{plan.kind:9}{blocks:10}{again:11}{cells}{plan.seconds:8.3g}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 
 from ...verify.checks import load_op, path_of, verify
 from . import runs
@@ -23,13 +24,13 @@ def run(args: argparse.Namespace) -> Result:
     device, path = runs.device_of(args), path_of(op)
     results = verify(op, device)
     say(args, f"path: {path}, on {device}\n")
-    say(args, f"{'check':22} {'error / bound':>13} {'cases':>6} {'s':>6}  equation")
+    say(args, f"{'check':21} {'error / bound':>13} {'cases':>5} {'s':>4}  equation")
     for result in results:
         verdict = "" if result.passed else "   FAILED"
-        say(args, f"{result.name:22} {result.worst:13.2g} {result.cases:6} {result.seconds:6.1f}  "
-            f"{result.equation}{verdict}")  # fmt: skip
+        numbers = f"{result.worst:13.2g} {result.cases:5} {result.seconds:4.1f}"
+        _say_row(args, f"{result.name:21} {numbers}  ", f"{result.equation}{verdict}")
         if result.note:
-            say(args, f"{'':22} {result.note}")
+            _say_row(args, " " * 22, result.note)
     failed = [result for result in results if not result.passed]
     for result in failed:
         print(f"failed: {result.name}: {result.equation}", file=sys.stderr)
@@ -37,3 +38,12 @@ def run(args: argparse.Namespace) -> Result:
         say(args, f"\nall {len(results)} checks passed")
     checks = [{**result._asdict(), "passed": result.passed} for result in results]
     return {"path": path, "device": str(device), "checks": checks, "exit_code": int(bool(failed))}
+
+
+def _say_row(args: argparse.Namespace, start: str, text: str) -> None:
+    """`start` and then `text`, in lines of 80 columns."""
+    indent = " " * len(start)
+    say(
+        args,
+        start + textwrap.fill(text, 80, initial_indent=indent, subsequent_indent=indent).lstrip(),
+    )
