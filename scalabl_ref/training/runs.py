@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_type_hints
@@ -27,11 +28,13 @@ from ..support.errors import InputError
 from ..support.fields import check
 from ..support.files import atomic_write_text, make_folder, read_json
 from ..support.folders import stored_weights
+from ..support.hub import hub_name
 from ..support.tensors import check_names, check_tensor, load_tensors, save_tensors
 from . import ranks as distributed
 from . import savepoints
 
 Objective = Literal["elbo", "official"]
+COMMAND = "command.txt"  # in the folder of a run
 OBJECTIVES: tuple[Objective, ...] = ("elbo", "official")
 DType = Literal["float32", "bfloat16"]  # that a run's base can be asked for in
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
@@ -128,6 +131,15 @@ _FACTS = {name: kind for name, kind in get_type_hints(RunFacts).items() if name 
 _TRAIN_FACTS: dict[str, Any] = {"kl": KL | None, "objective": Objective | None, "seed": int | None}
 
 
+def base_of(run: Path | str, facts: Mapping[str, Any]) -> str:
+    """The folder of a run's base model. Raises InputError, with a remedy, if it has moved."""
+    folder: str = facts["model"]
+    if Path(folder).exists() or not Path(folder).is_absolute():  # it may be a name on the Hub
+        return folder
+    where = hub_name(Path(folder)) or "FOLDER, its folder now"
+    raise InputError(f"{run}: its base model {folder} is not there: give --model {where}")
+
+
 class Run(NamedTuple):
     """A trained model, and what its run.json says."""
 
@@ -199,11 +211,8 @@ def _why_no_run(folder: Path) -> str:
     """What is in a folder that has no run.json, and what to do then."""
     if not folder.is_dir():
         return f"{folder}: no such folder: expected a run, which `scalabl train` writes"
-    if savepoints.exists(folder):
-        step = savepoints.progress(folder)
-        return f"{folder}: training is unfinished, at {step}: go on with train --resume"
-    if (folder / "train.jsonl").exists():
-        return f"{folder}: training ended before its first checkpoint: begin with train --resume"
+    if savepoints.exists(folder) or (folder / "train.jsonl").exists():
+        return f"{folder}: training is unfinished{_how_far(folder)}: {resume_command(folder)}"
     if (folder / "adapter_config.json").exists():
         return f"{folder}: is a PEFT adapter and no run: `scalabl import --from peft` makes it one"
     if (folder / "config.json").exists():
@@ -212,6 +221,24 @@ def _why_no_run(folder: Path) -> str:
             "a run by `scalabl import`)"
         )
     return f"{folder}: no run: run.json, which `scalabl train` writes at its end, is not there"
+
+
+def _how_far(folder: Path) -> str:
+    return f", at {savepoints.progress(folder)}" if savepoints.exists(folder) else ""
+
+
+def keep_command(run: Path, command: Sequence[str]) -> None:
+    """Write RUN/command.txt: how a run is trained, for `resume_command`."""
+    words = [word for word in command if word != "--resume"]
+    atomic_write_text(run / COMMAND, shlex.join(words) + "\n")
+
+
+def resume_command(run: Path) -> str:
+    """What to type to go on with an unfinished run."""
+    try:
+        return f"go on with `{(run / COMMAND).read_text(encoding='utf-8').strip()} --resume`"
+    except (OSError, ValueError):  # of Python alone, or of an older version
+        return "go on with `train --resume`"
 
 
 def load_run(
@@ -245,11 +272,17 @@ def load_run(
     facts = run_facts(run)
     given = base or (facts.model if model is None else "the model given")
     if model is None:
-        model = Llama.from_pretrained(facts.model, dtype, device, facts.quantize)
+        model = Llama.from_pretrained(base_of(run, facts), dtype, device, facts.quantize)
     if fingerprint(model) != facts.fingerprint:
         if Path(given).resolve() == Path(facts.model).resolve():
-            raise InputError(f"{run}: was trained on another base model than {facts.model} is now")
-        raise InputError(f"{run}: was trained on {facts.model}; {given} is another model")
+            raise InputError(
+                f"{run}: was trained on another base model than {facts.model} is now: give the one "
+                "that it was trained on as --model FOLDER, or train again"
+            )
+        there = facts.model if Path(facts.model).exists() else "FOLDER, wherever that is now"
+        raise InputError(
+            f"{run}: was trained on {facts.model}; {given} is another model: give --model {there}"
+        )
     if facts.head_tokens is not None:
         model.trim_head(facts.head_tokens)
     add_adapters(model, AdapterConfig(**facts.adapter))

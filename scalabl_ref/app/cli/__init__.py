@@ -38,6 +38,8 @@ COMMANDS = {
     "info": "show versions, and whether the native core is used",
 }
 
+NOTHING_RANDOM = ("count", "plan", "verify", "conformance", "study", "info")  # these have no --seed
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
@@ -82,6 +84,7 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     args, rest = _parser(chosen).parse_known_args(arguments)
     if rest:
         raise InputError(f"unexpected argument {rest[0][:60]!r}: a text with spaces needs quotes")
+    args.typed = ["scalabl", *arguments]
     return args
 
 
@@ -103,7 +106,8 @@ def _parser(chosen: str) -> Parser:
             command.set_defaults(run_command=module.run)
         add = command.add_argument
         add("--json", action="store_true", help="print the result as JSON on standard output")
-        add("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
+        if name not in NOTHING_RANDOM:
+            add("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
         add("--device", default="cpu", help="where to compute: cpu, cuda or cuda:N")
         command.set_defaults(process=0)
     return parser

@@ -17,6 +17,7 @@ from ...support.errors import InputError
 from ...training.ranks import TIMEOUT
 from ...training.runs import DTYPES
 
+Parser = argparse._ActionsContainer  # a parser, or a group of its options
 _METAVARS = {"targets": "NAME", "checkpoint_every": "STEPS", "max_length": "TOKENS"}
 _UNSET = {  # how help words a default of None, by field
     "alpha": "2 * rank",
@@ -29,7 +30,7 @@ _UNSET = {  # how help words a default of None, by field
 
 
 def add_fields(
-    parser: argparse.ArgumentParser,
+    parser: Parser,
     cls: type,
     helps: Mapping[str, str],
     default: str = "{}",
@@ -81,7 +82,7 @@ def given(cls: type, args: argparse.Namespace) -> dict[str, Any]:
 # --- data --------------------------------------------------------------------------------------
 
 
-def add_data(parser: argparse.ArgumentParser, instead: str = "") -> None:
+def add_data(parser: Parser, instead: str = "") -> None:
     """A file of questions. instead: what is used without --data; empty: --data is required."""
     add, default = parser.add_argument, f" (default: {instead})" if instead else ""
     add("--data", type=Path, required=not instead, metavar="FILE",
@@ -93,7 +94,7 @@ def add_data(parser: argparse.ArgumentParser, instead: str = "") -> None:
     add("--limit", type=int, metavar="ROWS", help="use only the first ROWS questions")
 
 
-def add_format(parser: argparse.ArgumentParser, of: str) -> None:
+def add_format(parser: Parser, of: str) -> None:
     """The format of the file that option `of` names."""
     parser.add_argument(
         f"--{'' if of == 'data' else of + '-'}format",
@@ -114,7 +115,7 @@ def columns(args: argparse.Namespace) -> Columns:
 # --- prompts and answers -----------------------------------------------------------------------
 
 
-def add_prompts(parser: argparse.ArgumentParser, default: str) -> None:
+def add_prompts(parser: Parser, default: str) -> None:
     """How prompts are made. default: how the help words a default; {} is a new run's."""
     add = parser.add_argument
     add("--prompt-template", type=Path, metavar="FILE",
@@ -125,7 +126,7 @@ def add_prompts(parser: argparse.ArgumentParser, default: str) -> None:
         f"(default: {default.format('plain')})")  # fmt: skip
 
 
-def add_wording(parser: argparse.ArgumentParser, default: str) -> None:
+def add_wording(parser: Parser, default: str) -> None:
     """How prompts are made and answers chosen; default as in `add_prompts`."""
     add_prompts(parser, default)
     helps = {
@@ -154,12 +155,12 @@ def wording(args: argparse.Namespace, before: Wording) -> Wording:
 # --- models, devices and draws -----------------------------------------------------------------
 
 
-def add_base(parser: argparse.ArgumentParser) -> None:
+def add_base(parser: Parser) -> None:
     parser.add_argument("--model", type=Path, required=True,
         help="base model: a folder, or OWNER/NAME on the Hugging Face Hub")  # fmt: skip
 
 
-def add_run(parser: argparse.ArgumentParser, required: bool = True, otherwise: str = "") -> None:
+def add_run(parser: Parser, required: bool = True, otherwise: str = "") -> None:
     """A run, and its base model. otherwise: what --model means without --run."""
     add = parser.add_argument
     add("--run", type=Path, required=required,
@@ -168,13 +169,13 @@ def add_run(parser: argparse.ArgumentParser, required: bool = True, otherwise: s
         help=f"folder of the run's base model, if it has moved{otherwise}")  # fmt: skip
 
 
-def add_targets(parser: argparse.ArgumentParser, default: str = "{}") -> None:
+def add_targets(parser: Parser, default: str = "{}") -> None:
     """Rank and layers of the adapters."""
     helps = {"rank": "rank r of the adapters", "targets": f"layers to adapt: {' '.join(TARGETS)}"}
     add_fields(parser, AdapterConfig, helps, default)
 
 
-def add_adapter(parser: argparse.ArgumentParser, method: str = "{}") -> None:
+def add_adapter(parser: Parser, method: str = "{}") -> None:
     """Options of an adapter besides rank, scaling and layers. method: words for its default."""
     trained = tuple(name for name, kind in ADAPTERS.items() if kind.trained)
     helps = {
@@ -193,11 +194,11 @@ def add_adapter(parser: argparse.ArgumentParser, method: str = "{}") -> None:
     add_fields(parser, AdapterConfig, helps, choices={"covariance": tuple(COVARIANCES)})
 
 
-def add_dtype(parser: argparse.ArgumentParser, of: str) -> None:
+def add_dtype(parser: Parser, of: str) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help=f"dtype of {of} (default: as stored)")
 
 
-def add_ranks(parser: argparse.ArgumentParser) -> None:
+def add_ranks(parser: Parser) -> None:
     add = parser.add_argument
     add("--shard", action="store_true",
         help="under torchrun: split the base model over the ranks")  # fmt: skip
@@ -206,12 +207,12 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
     add_timeout(parser)
 
 
-def add_timeout(parser: argparse.ArgumentParser) -> None:
+def add_timeout(parser: Parser) -> None:
     parser.add_argument("--timeout", type=float, default=TIMEOUT, metavar="SECONDS",
         help="under torchrun: how long a rank waits for the others")  # fmt: skip
 
 
-def add_samples(parser: argparse.ArgumentParser) -> None:
+def add_samples(parser: Parser) -> None:
     add = parser.add_argument
     add("--samples", metavar="N",
         help="posterior draws for each question, at most 100,000 (default: 10, or 1000 for a "

@@ -12,8 +12,7 @@ from ...support.errors import InputError, expected
 
 # Our options by their names in other programs.
 _ELSEWHERE = {
-    "--epochs": "--steps (one epoch is rows / --batch steps)",
-    "--num-epochs": "--steps (one epoch is rows / --batch steps)",
+    "--num-epochs": "--epochs",
     "--learning-rate": "--lr",
     "--batch-size": "--batch",
     "--output": "--out",
@@ -47,8 +46,22 @@ class Parser(argparse.ArgumentParser):
             words = [option.lstrip("-") for option in known]
             near = difflib.get_close_matches(name.lstrip("-"), words, n=1)
             meant = f"--{near[0]}" if near else ""
-        hint = f"did you mean {meant}?" if meant else f"see {self.prog} --help"
-        raise InputError(f"{self.prog} has no option {name[:40]}: {hint}")
+        hint = f"did you mean {meant}? " if meant else ""
+        raise InputError(f"{self.prog} has no option {name[:40]}: {hint}{self.short_usage()}")
+
+    def short_usage(self) -> str:
+        """One line: what the command needs; its other options stand for themselves."""
+        needed = []
+        for action in self._actions:
+            name = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
+            if action.choices is not None and action.metavar is None:
+                name = "|".join(map(str, action.choices))
+            if not action.option_strings:
+                needed.append(f"[{name}]" if action.nargs == "?" else name)
+            elif action.required:
+                more = " ..." if action.nargs == "+" else ""
+                needed.append(f"{action.option_strings[0]} {name}{more}")
+        return " ".join(["usage:", self.prog, *needed, "[options]; --help lists them"])
 
     def _get_value(self, action: argparse.Action, text: str) -> Any:
         try:
@@ -70,7 +83,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{self.prog}: {message}")
+        raise InputError(f"{self.prog}: {message}: {self.short_usage()}")
 
 
 def _name(action: argparse.Action) -> str:

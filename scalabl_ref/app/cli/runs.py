@@ -16,7 +16,7 @@ from ...model.llama import Llama
 from ...support.errors import InputError
 from ...support.files import sha256
 from ...training import ranks
-from ...training.runs import load_run, run_facts
+from ...training.runs import base_of, load_run, run_facts
 from .options import columns
 from .output import Result
 
@@ -29,7 +29,9 @@ def device_of(args: argparse.Namespace) -> torch.device:
     """The device of --device. Raises InputError if it cannot hold a tensor."""
     kind = args.device.partition(":")[0]
     if kind not in ("cpu", "cuda"):
-        raise InputError(f"device {args.device!r} cannot be used: expected cpu, cuda or cuda:1")
+        why = {"gpu": "did you mean cuda?", "mps": "Apple GPUs are not supported: use cpu"}
+        why[kind] = why.get(kind, "expected cpu, cuda or cuda:1")
+        raise InputError(f"device {args.device!r} cannot be used: {why[kind]}")
     if kind == "cuda" and not torch.backends.cuda.is_built():
         raise InputError("this PyTorch is CPU-only: install a CUDA build or drop --device")
     try:
@@ -79,7 +81,7 @@ def open_run(
     """(model, tokenizer, facts, posterior) of `run`, or --run; its base may be in --model."""
     run = run or args.run
     info = run_facts(run)
-    folder = args.model or info["model"]
+    folder = args.model or base_of(run, info)
     base = load_base(args, folder, info["dtype"], info["quantize"])
     model, _ = load_run(run, base, base=folder)
     posterior = load_posterior(run, info)
@@ -110,6 +112,8 @@ def own_data(
     data, seed = info["data"], info["train"]["seed"]
     if None in (data, info["data_sha256"], seed):
         raise InputError(f"{run / 'run.json'}: does not name the training data: give {instead}")
+    if not Path(data).is_file():
+        raise InputError(f"{data}: is not there, and {run} was trained on it: give {instead}")
     if sha256(Path(data)) != info["data_sha256"]:
         raise InputError(f"{data}: has changed since {run} was trained on it: give {instead}")
     own = Columns(info["text_column"], info["label_column"])

@@ -24,7 +24,7 @@ from ...support.progress import progress_bar
 from ...training import savepoints
 from ...training.lock import alone
 from ...training.loop import fit
-from ...training.runs import run_facts, save_run
+from ...training.runs import keep_command, resume_command, run_facts, save_run
 from ...training.trainer import TrainConfig, Trainer
 from . import options, runs
 from .output import Result, say, say_wording
@@ -58,36 +58,36 @@ MEMORY = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    options.add_base(parser)
-    options.add_data(parser)
-    add("--out", type=Path, required=True, metavar="RUN", help="run folder to write")
-    add("--init", type=Path, metavar="RUN",
-        help="start from this run: from all its values, or only from its mean if method, "
-        "covariance, rank or scaling differ")  # fmt: skip
-    add("--resume", action="store_true",
-        help="continue from the last checkpoint in --out; start anew if there is none")  # fmt: skip
-    options.add_fields(parser, TrainConfig, OPTIMISER)
-    options.add_targets(parser, "{}, or --init's")
-    options.add_fields(
-        parser, AdapterConfig, {"alpha": "scaling of the adapters is alpha / rank"},
-        "{}, or --init's",
-    )  # fmt: skip
-    options.add_adapter(parser)
-    add("--head", choices=("classes", "full"), default="classes",
-        help="rows of lm_head to keep: classes keeps the answers' tokens; full keeps all, which "
-        "`generate` needs")  # fmt: skip
-    options.add_wording(parser, "{}")
-    add("--holdout", type=float, default=0.0, metavar="FRACTION",
+    group = parser.add_argument_group("model, data and run")
+    options.add_base(group)
+    options.add_data(group)
+    group.add_argument("--holdout", type=float, default=0.0, metavar="FRACTION",
         help="fraction of the questions to leave out of training, for `evaluate --temperature` "
         "and `posterior subspace --precision validation` (default: 0)")  # fmt: skip
-    options.add_fields(parser, TrainConfig, MEMORY)
-    add("--checkpoints-beside", action="store_true",
+    group.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder to write")
+    group.add_argument("--init", type=Path, metavar="RUN",
+        help="start from this run: from all its values, or only from its mean if method, "
+        "covariance, rank or scaling differ")  # fmt: skip
+    group.add_argument("--resume", action="store_true",
+        help="continue from the last checkpoint in --out; start anew if there is none")  # fmt: skip
+    options.add_wording(parser.add_argument_group("prompts and answers"), "{}")
+    group = parser.add_argument_group("method and adapters")
+    options.add_adapter(group)
+    options.add_targets(group, "{}, or --init's")
+    helps = {"alpha": "scaling of the adapters is alpha / rank"}
+    options.add_fields(group, AdapterConfig, helps, "{}, or --init's")
+    group.add_argument("--head", choices=("classes", "full"), default="classes",
+        help="rows of lm_head to keep: classes keeps the answers' tokens; full keeps all, which "
+        "`generate` needs")  # fmt: skip
+    options.add_fields(parser.add_argument_group("optimiser"), TrainConfig, OPTIMISER)
+    group = parser.add_argument_group("memory, checkpoints and ranks")
+    options.add_fields(group, TrainConfig, MEMORY)
+    group.add_argument("--checkpoints-beside", action="store_true",
         help="write checkpoints in the background while training continues")  # fmt: skip
-    add("--quantize", choices=KINDS,
+    group.add_argument("--quantize", choices=KINDS,
         help="store the base model's blocks in 8 or 4 bits (default: not quantised)")  # fmt: skip
-    options.add_dtype(parser, "the base model; adapters are always float32")
-    options.add_ranks(parser)
+    options.add_dtype(group, "the base model; adapters are always float32")
+    options.add_ranks(group)
 
 
 @runs.on_ranks
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> Result:
             _fit(args, trainer, config.steps, data)
         except Interrupted as error:
             if not args.process:
-                print(f"{error}: continue with --resume", file=sys.stderr)
+                print(f"{error}: {resume_command(args.out)}", file=sys.stderr)
             return {"run": str(args.out), "steps": trainer.done, "exit_code": 128 + error.signum}
         save_run(args.out, model, info)
         if swag and not args.process:
@@ -136,7 +136,9 @@ def _check_out(args: argparse.Namespace) -> None:
     if not resuming and (args.out / "run.json").exists():
         raise InputError(f"{args.out}: holds a finished run: give another --out")
     if not args.resume and (args.out / "train.jsonl").exists():
-        raise InputError(f"{args.out}: holds a run already: give --resume or another --out")
+        raise InputError(
+            f"{args.out}: holds a run already: {resume_command(args.out)}, or give another --out"
+        )
     if args.resume and not resuming:
         say(args, f"{args.out}: no checkpoint to resume from: starting at step 0")
 
@@ -171,6 +173,8 @@ def _fit(args: argparse.Namespace, trainer: Trainer, steps: int, data: Encoded) 
             nonlocal begun
             if not begun:  # the first step is done: no setting was refused
                 begun = True
+                if not args.process:
+                    keep_command(args.out, args.typed)
                 say_wording(args, data)
             bar.set_postfix({k: record[k] for k in ("loss", "kl", "sigma")}, refresh=False)
             bar.update(int(record["step"]) + 1 - bar.n)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import importlib
+import inspect
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +25,8 @@ from ...models import TINY
 from ...support.test_files import full_disk
 from ..commands import TRAIN, contents, ok, refused, run
 
+MODULES = {"import": "import_"}  # of commands whose module has another name
+
 
 def test_every_command_has_help(capsys):
     for name in cli.COMMANDS:
@@ -29,7 +34,44 @@ def test_every_command_has_help(capsys):
             cli.main([name, "--help"])
         out, _ = capsys.readouterr()
         assert caught.value.code == 0
-        assert all(option in out for option in ("--json", "--seed", "--device"))
+        assert all(option in out for option in ("--json", "--device"))
+        module = importlib.import_module(f"scalabl_ref.app.cli.{MODULES.get(name, name)}")
+        draws = re.search(r"args\.seed|\"seed\"", inspect.getsource(module))
+        assert ("--seed" in out) == bool(draws), f"{name}: --seed must be there if it is used"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "verify", "count --config llama-2-70b",
+        "plan --config llama-2-70b --memory 16 --rate 150 --bandwidth 1000 --gpus 2 --link 50",
+        "evaluate --run run --data test.jsonl --temperature --ood test.jsonl --samples 2",
+    ],
+)  # fmt: skip
+def test_tables_fit_eighty_columns(work, capsys, command):
+    if "--run run" in command:
+        ok(f"{TRAIN} --holdout 0.25", capsys)
+    code, out, _ = run(command, capsys)
+    assert code == 0 and "[" in out or "evaluate" not in command
+    table = [line for line in out.splitlines() if not line.startswith(("written", "answer tokens"))]
+    assert len(table) > 3 and [line for line in table if len(line) > 80] == []
+
+
+def test_the_options_of_train_are_in_groups(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    out, _ = capsys.readouterr()
+    found = re.findall(r"^(\w[^\n]*):$", out, re.M)
+    assert found == [
+        "options",
+        "model, data and run",
+        "prompts and answers",
+        "method and adapters",
+        "optimiser",
+        "memory, checkpoints and ranks",
+    ]
+    first = out.partition("model, data and run:")[0]
+    assert len(re.findall(r"^  -", first, re.M)) == 4, "help, json, seed and device stand alone"
 
 
 def test_commands_speak_to_people_too(work, capsys):

@@ -22,6 +22,17 @@ USUAL = {
     "evaluate": "evaluate --run run --data test.jsonl --out new",
 }
 
+USAGE = {
+    "train": "usage: scalabl train --model MODEL --data FILE --out RUN [options]; --help lists "
+    "them",
+    "evaluate": "usage: scalabl evaluate --data FILE [options]; --help lists them",
+    "predict": "usage: scalabl predict --run RUN --prompt PROMPT [options]; --help lists them",
+    "import": "usage: scalabl import SRC --from peft|bayesadapt --model MODEL --out RUN [options]; "
+    "--help lists them",
+}
+
+GO_ON = f"`scalabl {USUAL['train']} --out half --checkpoint-every 2 --resume`"
+
 # The command, "..." being the usual options above, and its line behind "error: ".
 MISTAKES = [
     # wrong paths
@@ -72,14 +83,15 @@ MISTAKES = [
     ("evaluate ... --run peft",
      "peft: is a PEFT adapter and no run: `scalabl import --from peft` makes it one"),
     ("evaluate ... --run half",
-     "half: training is unfinished, at step 2 of 4: go on with train --resume"),
+     f"half: training is unfinished, at step 2 of 4: go on with {GO_ON}"),
     ("evaluate ... --run train.jsonl",
      "train.jsonl: no such folder: expected a run, which `scalabl train` writes"),
     ("evaluate ... --out train.jsonl", "train.jsonl: cannot be made a folder: File exists"),
     ("evaluate --run run --data train.jsonl --out run/test",
      "run/test: holds results of another data file: give --force or --out DIR"),
     ("evaluate --data test.jsonl", "give --run, or --model to evaluate a model without adapters"),
-    ("evaluate --run run", "scalabl evaluate: the following arguments are required: --data"),
+    ("evaluate --run run",
+     "scalabl evaluate: the following arguments are required: --data: " + USAGE["evaluate"]),
     ("evaluate --model peft --data test.jsonl",
      "peft: is a PEFT adapter, not a model: `scalabl import --from peft` makes it a run"),
     ("evaluate --model run --data test.jsonl", "run: is a run, not a model: give it as --run"),
@@ -173,18 +185,22 @@ MISTAKES = [
      "no command 'lora': expected demo, train, posterior, evaluate, predict, generate, "
      "export, import, count, plan, verify, conformance, study, info"),
     ("train --epochs 3",
-     "scalabl train has no option --epochs: did you mean --steps (one epoch is rows / --batch "
-     "steps)?"),
+     "scalabl train has no option --epochs: " + USAGE["train"]),
     ("train ... --learning-rate 1e-3",
-     "scalabl train has no option --learning-rate: did you mean --lr?"),
-    ("train ... --batch-size 4", "scalabl train has no option --batch-size: did you mean --batch?"),
-    ("train ... --bach 4", "scalabl train has no option --bach: did you mean --batch?"),
-    ("train ... -steps 4", "scalabl train has no option -steps: did you mean --steps?"),
-    ("train ... --foo 4", "scalabl train has no option --foo: see scalabl train --help"),
-    ("train --modle model", "scalabl train has no option --modle: did you mean --model?"),
+     "scalabl train has no option --learning-rate: did you mean --lr? " + USAGE["train"]),
+    ("train ... --batch-size 4",
+     "scalabl train has no option --batch-size: did you mean --batch? " + USAGE["train"]),
+    ("train ... --bach 4",
+     "scalabl train has no option --bach: did you mean --batch? " + USAGE["train"]),
+    ("train ... -steps 4",
+     "scalabl train has no option -steps: did you mean --steps? " + USAGE["train"]),
+    ("train ... --foo 4", "scalabl train has no option --foo: " + USAGE["train"]),
+    ("train --modle model",
+     "scalabl train has no option --modle: did you mean --model? " + USAGE["train"]),
     ("train ... --r 4",
-     "scalabl train: ambiguous option: --r could match --resume, --rank, --recompute"),
-    ("train ... --lr", "scalabl train: argument --lr: expected one argument"),
+     "scalabl train: ambiguous option: --r could match --resume, --rank, --recompute: "
+     + USAGE["train"]),
+    ("train ... --lr", "scalabl train: argument --lr: expected one argument: " + USAGE["train"]),
     ("train ... --seed x", "--seed must be a whole number, not 'x'"),
     ("train ... --seed -1", "seed must be in [0, 18446744073709551616), not -1"),
     ("train ... --method scalable",
@@ -199,7 +215,9 @@ MISTAKES = [
     ("train ... --device cuda", "this PyTorch is CPU-only: install a CUDA build or drop --device"),
     ("train ... --device cuda:9",
      "this PyTorch is CPU-only: install a CUDA build or drop --device"),
-    ("train ... --device gpu", "device 'gpu' cannot be used: expected cpu, cuda or cuda:1"),
+    ("train ... --device gpu", "device 'gpu' cannot be used: did you mean cuda?"),
+    ("train ... --device mps",
+     "device 'mps' cannot be used: Apple GPUs are not supported: use cpu"),
     ("train ... --device meta", "device 'meta' cannot be used: expected cpu, cuda or cuda:1"),
     ("train ... --dtype float16",
      "--dtype must be one of float32, bfloat16, not 'float16': did you mean bfloat16?"),
@@ -226,7 +244,8 @@ MISTAKES = [
      "torchrun --nproc-per-node 1"),
     ("train ... --out half --resume --lr 0.5",
      "half/checkpoint: is of a run with other settings: train.lr was 0.001 and now is 0.5"),
-    ("train ... --out half", "half: holds a run already: give --resume or another --out"),
+    ("train ... --out half",
+     f"half: holds a run already: go on with {GO_ON}, or give another --out"),
     ("evaluate ... --samples many", "--samples must be a number, auto or exact, not 'many'"),
     ("evaluate ... --samples -1", "samples must not be negative, and is -1"),
     ("evaluate ... --samples 2000000000", "samples must be at most 100,000, and is 2,000,000,000"),
@@ -247,7 +266,7 @@ MISTAKES = [
      "unexpected argument 'are': a text with spaces needs quotes"),
     ("predict --run run --prompt '' --choices a b c", "the question is empty"),
     ("predict --run run --choices a b c",
-     "scalabl predict: the following arguments are required: --prompt"),
+     "scalabl predict: the following arguments are required: --prompt: " + USAGE["predict"]),
     ("generate --run run --prompt x",
      "the head was cut down to class tokens: it can answer; to write text train with --head "
      "full"),
@@ -277,7 +296,9 @@ MISTAKES = [
     ("posterior subspace --run run --out new --directions 0",
      "directions must be at least 1, not 0"),
     ("evaluate --run laplace --data test.jsonl --samples exact",
-     "samples auto and exact need the adapters' own draws, not a Laplace"),
+     "samples exact needs the adapters' own draws or a Subspace, not a Laplace"),
+    ("evaluate --run subspace --data test.jsonl --samples auto",
+     "samples auto needs the adapters' own draws, not a Subspace: give a number or exact"),
     ("study absent.json --out new", "absent.json: no such file"),
     ("study study.json --out new", "study.json: unknown field 'method': did you mean methods?"),
     ("study paper --out new", "study paper needs --model and --data"),
@@ -290,7 +311,7 @@ MISTAKES = [
     ("import model --from peft --model model --out new", "model/adapter_config.json: no such file"),
     ("import peft --from bayesadapt --model model --out new", "peft/state_dict.pt: no such file"),
     ("import peft --model model --out new",
-     "scalabl import: the following arguments are required: --from"),
+     "scalabl import: the following arguments are required: --from: " + USAGE["import"]),
     ("count --config llama-7b",
      "'llama-7b' is neither a file nor a known model: did you mean llama-2-7b?"),
     ("count --config absent/config.json",
@@ -367,6 +388,7 @@ def folder(tmp_path_factory) -> Path:
             "train ... --out mle --method mle",
             "train ... --out half --checkpoint-every 2",
             "posterior laplace --run mle --out laplace",
+            "posterior subspace --run run --out subspace",
             "export --run mle --to peft --out peft",
             "evaluate --run run --data test.jsonl --samples 2",
         ):

@@ -50,9 +50,9 @@ def test_a_runs_facts_are_checked_before_its_base_is_read(work, capsys):
 def test_a_moved_base_is_found_by_model(work, capsys):
     ok(TRAIN, capsys)
     (work / "model").rename(work / "elsewhere")
-    assert "model: no such file" in refused(
-        "evaluate --run run --data test.jsonl", capsys
-    ) or "config.json: no such file" in refused("evaluate --run run --data test.jsonl", capsys)
+    said = refused("evaluate --run run --data test.jsonl", capsys)
+    gone = f"run: its base model {work / 'model'} is not there: give --model FOLDER, its folder now"
+    assert said == f"error: {gone}\n"
     assert ok("evaluate --run run --data test.jsonl --model elsewhere", capsys)["n"] == 9
 
 
@@ -90,14 +90,17 @@ def test_what_is_no_finished_run_is_said_to_be_what_it_is(work, capsys):
             assert said == f"error: {folder}: {message}\n", command
         assert not (work / "next").exists()
 
-    at = "training is unfinished, at step 4{}: go on with train --resume"
+    typed = f"`scalabl {TRAIN} --checkpoint-every 4 --head full --json --resume`"
+    at = f"training is unfinished, at step 4{{}}: go on with {typed}"
     every = ("predict --prompt a --choices b c", "generate --prompt a", NEXT,
              "posterior laplace --out next", "export --to peft --out next")  # fmt: skip
     says("run", at.format(" of 6"), *every)
     (work / "run" / "checkpoint" / "00000004" / "manifest.json").write_text("{}")
     says("run", at.format(""))
     shutil.rmtree(work / "run" / "checkpoint")
-    says("run", "training ended before its first checkpoint: begin with train --resume")
+    says("run", f"training is unfinished: go on with {typed}")
+    (work / "run" / "command.txt").unlink()
+    says("run", "training is unfinished: go on with `train --resume`")
     model = "is a model and no run: give it as --model alone (a trained adapter becomes a run by "
     says("model", model + "`scalabl import`)", NEXT)
     peft = "is a PEFT adapter and no run: `scalabl import --from peft` makes it one"
@@ -112,14 +115,19 @@ def test_another_base_is_named(work, capsys):
     shutil.copytree(work / "model", work / "other")
     changed = {**tensors, "norm.weight": 2 * tensors["norm.weight"]}
     save_tensors(work / "other" / "model.safetensors", changed.items())
-    words = f"run: was trained on {work / 'model'}; other is another model"
+    words = f"run: was trained on {work / 'model'}; other is another model: give --model "
+    words += f"{work / 'model'}"
     for command in ("evaluate --data test.jsonl", "predict --prompt a --choices b c"):
         assert refused(f"{command} --run run --model other", capsys) == f"error: {words}\n"
     said = refused(NEXT.replace("--model model", "--model other") + " --init run", capsys)
     assert f"run: was trained on another base model, {work / 'model'}" in said
     save_tensors(work / "model" / "model.safetensors", changed.items())
     said = refused("evaluate --data test.jsonl --run run", capsys)
-    assert f"was trained on another base model than {work / 'model'} is now" in said
+    assert f"was trained on another base model than {work / 'model'} is now: give the" in said
+    shutil.move(work / "model", work / "moved")
+    words = words.replace(f"--model {work / 'model'}", "--model FOLDER, wherever that is now")
+    said = refused("evaluate --data test.jsonl --run run --model other", capsys)
+    assert said == f"error: {words}\n"
 
 
 def test_a_hold_out_is_of_the_file_that_was_trained_on(work, capsys):
@@ -136,7 +144,8 @@ def test_a_hold_out_is_of_the_file_that_was_trained_on(work, capsys):
     told = ok(f"{temperature} --calibrate train.jsonl --out calibrated", capsys)
     assert told["temperature"]["n_fit"] == 29
     (work / "train.jsonl").unlink()
-    assert "train.jsonl: no such file" in refused(temperature, capsys)
+    gone = "train.jsonl: is not there, and run was trained on it: give --calibrate\n"
+    assert refused(temperature, capsys).endswith(gone)
     (work / "train.jsonl").write_text(rows)
     assert ok(temperature, capsys) == before
     record = json.loads((work / "run" / "run.json").read_text())

@@ -100,7 +100,8 @@ def test_a_run_is_not_overwritten(work, capsys):
         assert said == f"error: {out}: exists already\n"
     assert contents(work) == before
     (work / "run" / "run.json").unlink()  # as before its end
-    assert "holds a run already: give --resume or another" in refused(TRAIN, capsys)
+    typed = f"go on with `scalabl {TRAIN} --method mle --json --resume`, or give another --out"
+    assert f"holds a run already: {typed}" in refused(TRAIN, capsys)
     ok(f"{TRAIN} --method mle --resume", capsys)
     assert contents(work) == before
 
@@ -112,9 +113,10 @@ def test_a_run_that_ended_early_can_be_done_again(work, capsys):
     assert not (work / "run").exists()
     (work / "run").mkdir()
     (work / "run" / "train.jsonl").write_text('{"step": 0, "loss": 7.0}\n{"st')
-    assert "give --resume or another --out" in refused(TRAIN, capsys)
+    assert "go on with `train --resume`, or give another --out" in refused(TRAIN, capsys)
     code, out, _ = run(f"{TRAIN} --resume", capsys)
     assert code == 0 and out.startswith("run: no checkpoint to resume from: starting at step 0\n")
+    assert (work / "run" / "command.txt").read_text() == f"scalabl {TRAIN}\n"
     whole = ok(TRAIN.replace("--out run", "--out whole"), capsys)
     logs = [(work / name / "train.jsonl").read_text().splitlines() for name in ("run", "whole")]
     losses = [[json.loads(line)["loss"] for line in log] for log in logs]
@@ -140,7 +142,7 @@ def test_an_interrupted_run_goes_on_where_it_was(work, capsys, signum):
     process.send_signal(signum)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signum, err
-    assert "continue with --resume" in err and "Traceback" not in err
+    assert f"go on with `scalabl {long} --resume`" in err and "Traceback" not in err
     done = len(log.read_text().splitlines())
     assert 0 < done < 150
     ok(long + " --resume", capsys)
