@@ -269,7 +269,7 @@ def _train(
             if watch is not None:
                 watch(record)
 
-        fit(trainer, run, progress=progress)
+        fit(trainer, run, on_step=progress)
     save_run(run, model, {"model": str(setup.model), "format": "jsonl", **encoded.wording.facts()})
     return model.eval(), tokenizer
 

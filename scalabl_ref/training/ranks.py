@@ -113,21 +113,21 @@ def as_first(values: Tensor) -> None:
         dist.broadcast(values, 0)
 
 
-def add_up(parameters: Sequence[Parameter], value: float) -> float:
-    """Replace the gradients of `parameters` by their sums over the ranks; returns that of `value`.
+def add_up(parameters: Sequence[Parameter], *values: float) -> list[float]:
+    """Replace the gradients of `parameters` by sums over the ranks; returns the sums of `values`.
 
     All go in one exchange of a float64 buffer; the sums are rounded to the gradients' dtype once.
     """
     if world() == 1:
-        return value
+        return list(values)
     gradients = [p.grad for p in parameters if p.grad is not None]
-    first = torch.tensor([value], dtype=torch.float64, device=gradients[0].device)
+    first = torch.tensor(values, dtype=torch.float64, device=gradients[0].device)
     flat = torch.cat([first, *(g.double().flatten() for g in gradients)])
     sum_(flat)
-    total, *sums = flat.split([1, *(g.numel() for g in gradients)])
+    totals, *sums = flat.split([len(values), *(g.numel() for g in gradients)])
     for gradient, part in zip(gradients, sums, strict=True):
         gradient.copy_(part.view_as(gradient))
-    return total.item()
+    return totals.tolist()
 
 
 def largest(number: int, group: dist.ProcessGroup | None = None) -> int:

@@ -181,7 +181,9 @@ class Trainer:
         self.order = TrainingOrder([len(t) for t in self.data.tokens], c.batch, c.seed)
 
     def step(self) -> dict[str, float]:
-        """Do one step. Returns its record for the log: step, loss, nll, kl, sigma, lr.
+        """Do one step. Returns its record for the log: step, loss, nll, accuracy, kl, sigma, lr.
+
+        loss, nll and accuracy are of the step's rows with its noise, before the step changes them.
 
         Raises Diverged if the loss is not finite.
         """
@@ -193,7 +195,9 @@ class Trainer:
         indices, size = self.order.indices(step), len(self.data.labels)
         # So that each example has the same weight in an epoch.
         weight = len(indices) / min(c.batch, size) if c.objective == "elbo" else 1.0
-        nll = self._accumulate_nll(indices, Noise(c.seed, FIRST_TRAINING_DRAW + step), weight)
+        nll, accuracy = self._accumulate_nll(
+            indices, Noise(c.seed, FIRST_TRAINING_DRAW + step), weight
+        )
         kl = complexity(self.model, c.kl)
         loss = nll
         if kl.requires_grad and c.objective == "elbo":
@@ -213,6 +217,7 @@ class Trainer:
             "step": step,
             "loss": loss,
             "nll": nll,
+            "accuracy": accuracy,
             "kl": kl.item(),
             "sigma": mean_sigma(self.model),
             "lr": c.lr * factor,
@@ -226,13 +231,13 @@ class Trainer:
             return c.swag_lr / c.lr
         return warmup_linear(min(step, held), c.steps, c.warmup)
 
-    def _accumulate_nll(self, indices: list[int], noise: Noise, weight: float) -> float:
-        """Gradient of weight times the mean NLL, a micro-batch at a time; returns the mean NLL."""
+    def _accumulate_nll(self, indices: list[int], noise: Noise, weight: float) -> list[float]:
+        """Gradient of weight times the mean NLL, a micro-batch at a time; mean NLL and accuracy."""
         share, own = distributed.share(indices)
         size = self.config.micro_batch or len(share)
         offload = self.config.offload_activations
         kept = KeptOnCpu(self.model.device) if offload else nullcontext()
-        total = 0.0
+        total = right = 0.0
         for start in range(0, len(share), size):
             batch = collate(self.data, share[start : start + size]).to(self.model.device)
             n = max(0, own - start)  # rows that count, if fewer than all
@@ -241,7 +246,8 @@ class Trainer:
             nll = F.cross_entropy(logits[:n], labels[:n], reduction="sum") / len(indices)
             (weight * nll).backward()
             total += nll.item()
-        return distributed.add_up([p for a in self.adapters for p in a.parameters()], total)
+            right += (logits[:n].argmax(1) == labels[:n]).sum().item() / len(indices)
+        return distributed.add_up([p for a in self.adapters for p in a.parameters()], total, right)
 
     def _official_kl_step(self, factor: float) -> None:
         """SGD on the sum of KLs, after AdamW's step on the NLL, at the official rate."""

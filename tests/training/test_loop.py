@@ -34,7 +34,7 @@ def test_resuming_repeats_the_uninterrupted_run_to_the_bit(tmp_path, objective, 
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted, match=f"SIGTERM after {stop} steps"):
-        fit(trainer(objective=objective), tmp_path / "parts", progress=interrupt)
+        fit(trainer(objective=objective), tmp_path / "parts", on_step=interrupt)
     second = trainer(objective=objective)
     fit(second, tmp_path / "parts", resume=True)
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
@@ -56,7 +56,7 @@ def test_a_run_killed_outright_resumes_from_its_last_checkpoint(tmp_path):
     whole = trainer()
     fit(whole, tmp_path / "whole")
     with pytest.raises(MemoryError):
-        fit(trainer(), tmp_path / "parts", progress=die)
+        fit(trainer(), tmp_path / "parts", on_step=die)
     assert len(log_of(tmp_path / "parts")) == 8
     again = trainer()
     fit(again, tmp_path / "parts", resume=True)
@@ -70,7 +70,7 @@ DAMAGE = b"\xff\x00 \r \xe2\x80\xa8 \x85"  # no UTF-8, and to some the ends of l
 def test_a_damaged_log_does_not_stop_a_run(tmp_path, end, kept):
     """Its lines up to the checkpoint, here 5, stay as they are; a last one without end gets it."""
     with pytest.raises(MemoryError):
-        fit(trainer(), tmp_path, progress=die)
+        fit(trainer(), tmp_path, on_step=die)
     log = tmp_path / "train.jsonl"
     log.write_bytes(b"0\n" + DAMAGE + end)
     fit(trainer(), tmp_path, resume=True)
@@ -84,7 +84,7 @@ def test_a_damaged_log_does_not_stop_a_run(tmp_path, end, kept):
 def test_ctrl_c_checkpoints_too(tmp_path):
     before = signal.getsignal(signal.SIGINT)  # ignored, where the suite runs in the background
     with pytest.raises(Interrupted) as caught:
-        fit(trainer(), tmp_path, progress=lambda record: os.kill(os.getpid(), signal.SIGINT))
+        fit(trainer(), tmp_path, on_step=lambda record: os.kill(os.getpid(), signal.SIGINT))
     assert caught.value.signum == signal.SIGINT
     assert signal.getsignal(signal.SIGINT) is before
     assert (
@@ -103,7 +103,7 @@ def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
     fit(trainer(), tmp_path / "whole")
     fit(trainer(), tmp_path / "new", resume=True)
     with pytest.raises(MemoryError):
-        fit(trainer(), tmp_path / "parts", progress=die_early)
+        fit(trainer(), tmp_path / "parts", on_step=die_early)
     (tmp_path / "parts" / "checkpoint" / ".00000005.tmp").mkdir(parents=True)
     assert len(log_of(tmp_path / "parts")) == 4
     fit(trainer(), tmp_path / "parts", resume=True)
