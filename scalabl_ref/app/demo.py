@@ -36,7 +36,7 @@ from ..model.llama import Llama
 from ..support.errors import InputError
 from ..support.fields import json_text
 from ..support.files import atomic_write_text, make_folder
-from ..support.progress import progress_bar
+from ..support.progress import duration, progress_bar
 from ..training.loop import fit
 from ..training.runs import save_run
 from ..training.trainer import TrainConfig, Trainer
@@ -184,7 +184,7 @@ def run(
     write_report(out / "report.html", {"title": "ScalaBL demo", **page})
     say(_table(models, best))
     say("\n".join(notes))
-    say(f"{result['seconds']:.0f} s; report: {out / 'report.html'}")
+    say(f"{duration(time.perf_counter() - started)}; report: {out / 'report.html'}")
     return result
 
 
@@ -200,7 +200,7 @@ def _models(
     def estimate(record: dict[str, float]) -> None:
         if record["step"] == 2:  # the first steps are slower than the rest
             seconds = _estimate(record["seconds"], setup.config, len(tests), setup.samples)
-            say(f"about {seconds:.0f} s in all on this machine")
+            say(f"about {duration(seconds)} in all on this machine")
 
     def scores(name: str, probs: Tensor) -> dict[str, Any]:
         return _scores(name, probs, labels(tests))

@@ -72,6 +72,10 @@ class Lines:
     def set_postfix(self, values: Mapping[str, object], refresh: bool = True) -> None:
         self._postfix = "".join(f", {name} {value}" for name, value in values.items())
 
+    def write(self, text: str, file: Any = None) -> None:
+        """Print a line, as a bar does without harm to itself."""
+        print(text, file=file or sys.stdout, flush=True)
+
     def update(self, count: int = 1) -> None:
         self.n += count
         now = time.monotonic()

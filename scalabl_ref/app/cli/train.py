@@ -6,7 +6,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,15 @@ from ...support.errors import InputError, Interrupted
 from ...support.files import sha256
 from ...support.progress import progress_bar
 from ...training import savepoints
+from ...training.defaults import Default, defaults
 from ...training.lock import alone
 from ...training.loop import fit
 from ...training.runs import keep_command, resume_command, run_facts, save_run
 from ...training.trainer import TrainConfig, Trainer
-from . import options, runs
-from .output import Result, say, say_wording
+from ...training.watch import Watch, interval
+from . import options, runs, talk
+from .loggers import LOGGERS, logging, need
+from .output import Result, say
 
 OPTIMISER = {
     "steps": "optimiser steps",
@@ -62,8 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_base(group)
     options.add_data(group)
     group.add_argument("--holdout", type=float, default=0.0, metavar="FRACTION",
-        help="fraction of the questions to leave out of training, for `evaluate --temperature` "
-        "and `posterior subspace --precision validation` (default: 0)")  # fmt: skip
+        help="fraction of the questions to leave out of training: their NLL is shown on the way; "
+        "for --keep best, `evaluate --temperature` and `posterior subspace --precision validation` "
+        "(default: 0)")  # fmt: skip
+    group.add_argument("--keep", choices=("last", "best"), default="last",
+        help="adapters to keep: of the last step, or of the step with the lowest NLL on the "
+        "questions of --holdout")  # fmt: skip
     group.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder to write")
     group.add_argument("--init", type=Path, metavar="RUN",
         help="start from this run: from all its values, or only from its mean if method, "
@@ -79,11 +88,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--head", choices=("classes", "full"), default="classes",
         help="rows of lm_head to keep: classes keeps the answers' tokens; full keeps all, which "
         "`generate` needs")  # fmt: skip
-    options.add_fields(parser.add_argument_group("optimiser"), TrainConfig, OPTIMISER)
+    group = parser.add_argument_group("optimiser")
+    group.add_argument("--epochs", type=float, metavar="N",
+        help="passes over the questions, in place of --steps")  # fmt: skip
+    options.add_fields(group, TrainConfig, OPTIMISER)
     group = parser.add_argument_group("memory, checkpoints and ranks")
     options.add_fields(group, TrainConfig, MEMORY)
     group.add_argument("--checkpoints-beside", action="store_true",
         help="write checkpoints in the background while training continues")  # fmt: skip
+    group.add_argument("--log", nargs="+", choices=tuple(LOGGERS), default=[],
+        help="also send each step's numbers to TensorBoard, Weights & Biases or MLflow, each an "
+        "extra of this package")  # fmt: skip
     group.add_argument("--quantize", choices=KINDS,
         help="store the base model's blocks in 8 or 4 bits (default: not quantised)")  # fmt: skip
     options.add_dtype(group, "the base model; adapters are always float32")
@@ -95,24 +110,33 @@ def run(args: argparse.Namespace) -> Result:
     with alone(args.out):
         adapter, config = _configs(args)
         _check_out(args)
-        model, data, init = _prepared(args, adapter)
+        model, (data, held), init = _prepared(args, adapter)
+        config, defaulted = _settled(args, config, data)
         swag = Swag() if config.swag else None
         start = init["sha256"] if init else None
         trainer = Trainer(model, data, config, collector=swag, init=start)
         info = _facts(args, data) | {"init": init, "train": dataclasses.asdict(config)}
+        watch = None
+        if held:
+            every = interval(config.steps, trainer.order.steps_per_epoch)
+            watch = Watch(held, every, args.keep == "best")
         try:
-            _fit(args, trainer, config.steps, data)
+            _fit(args, trainer, watch, defaulted)
         except Interrupted as error:
             if not args.process:
                 print(f"{error}: {resume_command(args.out)}", file=sys.stderr)
             return {"run": str(args.out), "steps": trainer.done, "exit_code": 128 + error.signum}
+        if watch and watch.keep:
+            info |= {"kept": {"step": watch.step, "heldout_nll": watch.nll}}
         save_run(args.out, model, info)
         if swag and not args.process:
             swag.save(args.out)
         last = _last_record(args.out / "train.jsonl")
     count = len(data.labels)
     say(args, f"trained {trainer.done} steps on {count} examples: {args.out}")
-    return {"run": str(args.out), "steps": trainer.done, "examples": count, "last": last}
+    found = {} if args.process else talk.say_end(args, trainer, watch)
+    return {"run": str(args.out), "steps": trainer.done, "examples": count, "last": last,
+            "verdict": found}  # fmt: skip
 
 
 def _configs(args: argparse.Namespace) -> tuple[AdapterConfig, TrainConfig]:
@@ -125,9 +149,32 @@ def _configs(args: argparse.Namespace) -> tuple[AdapterConfig, TrainConfig]:
     config = TrainConfig(**options.given(TrainConfig, args))
     if not 0 <= args.holdout < 1:
         raise InputError(f"--holdout must be in [0, 1), not {args.holdout}")
+    if args.epochs is not None and args.steps is not None:
+        raise InputError("--epochs and --steps: give one of them")
+    if args.epochs is not None and not 0 < args.epochs <= 1e6:
+        raise InputError(f"--epochs must be above 0 and at most 1e6, not {args.epochs}")
+    if args.keep == "best" and not args.holdout:
+        raise InputError("--keep best needs held-out questions: give --holdout, such as 0.2")
+    if args.keep == "best" and config.swag:
+        raise InputError("--keep best and --swag: give one, as SWAG averages the last steps")
+    need(args.log)
     if config.compile and runs.sharded(args):
         raise InputError("--compile does not work with --shard or --offload-weights yet: give one")
     return adapter, config
+
+
+def _settled(
+    args: argparse.Namespace, config: TrainConfig, data: Encoded
+) -> tuple[TrainConfig, dict[str, Default]]:
+    """The configuration for this many rows, and the defaults in it that depend on them."""
+    given = options.given(TrainConfig, args)
+    found = {k: v for k, v in defaults(len(data.labels)).items() if k not in given}
+    if args.epochs is not None:
+        del found["steps"]
+        steps = round(args.epochs * math.ceil(len(data.labels) / config.batch))
+        config = dataclasses.replace(config, steps=max(1, steps))
+    values: dict[str, Any] = {name: default.value for name, default in found.items()}
+    return dataclasses.replace(config, **values), found
 
 
 def _check_out(args: argparse.Namespace) -> None:
@@ -145,15 +192,17 @@ def _check_out(args: argparse.Namespace) -> None:
 
 def _prepared(
     args: argparse.Namespace, adapter: AdapterConfig
-) -> tuple[Llama, Encoded, dict[str, str] | None]:
-    """The model with its adapters, the data to train on, and the run that --init names."""
+) -> tuple[Llama, tuple[Encoded, Encoded | None], dict[str, str] | None]:
+    """The model with its adapters, the rows to train on and those held out, and --init's run."""
     wording = options.wording(args, Wording())
     examples = load(args.data, options.data_format(args), args.limit, columns=options.columns(args))
     classes = num_classes(examples)
-    examples, _ = split(examples, args.holdout, args.seed)
+    examples, others = split(examples, args.holdout, args.seed)
     model = runs.load_base(args, args.model, args.dtype, args.quantize)
     longest = model.config.max_position_embeddings
-    data = encode(examples, load_tokenizer(args.model), classes, longest, wording=wording)
+    tokenizer = load_tokenizer(args.model)
+    data = encode(examples, tokenizer, classes, longest, wording=wording)
+    held = encode(others, tokenizer, classes, longest, wording=data.wording) if others else None
     if args.head == "classes":
         model.trim_head(data.classes)
     add_adapters(model, adapter, args.seed)
@@ -162,24 +211,32 @@ def _prepared(
         start_from(model, read_run(args.init, model), args.init)
         init = {"run": args.init.name, "sha256": sha256(args.init / "adapter.safetensors")}
     runs.shard(args, model)
-    return model, data, init
+    return model, (data, held), init
 
 
-def _fit(args: argparse.Namespace, trainer: Trainer, steps: int, data: Encoded) -> None:
-    with progress_bar(steps, "train", "step") as bar:
-        begun = False
+def _fit(
+    args: argparse.Namespace, trainer: Trainer, watch: Watch | None, defaulted: dict[str, Default]
+) -> None:
+    steps, hooks = trainer.config.steps, []
+    settings = dataclasses.asdict(trainer.config) | dataclasses.asdict(trainer.adapters[0].config)
+    names = args.log if not args.process else []
+    with progress_bar(steps, "train", "step") as bar, ExitStack() as stack:
 
-        def show(record: dict[str, float]) -> None:
-            nonlocal begun
-            if not begun:  # the first step is done: no setting was refused
-                begun = True
-                if not args.process:
-                    keep_command(args.out, args.typed)
-                say_wording(args, data)
-            bar.set_postfix({k: record[k] for k in ("loss", "kl", "sigma")}, refresh=False)
-            bar.update(int(record["step"]) + 1 - bar.n)
+        def on_start(done: int) -> None:  # no setting was refused
+            hooks.append(stack.enter_context(logging(names, args.out, settings, done)))
+            if not args.process:
+                keep_command(args.out, args.typed)
+            if done < steps:
+                talk.say_data(args, trainer.data, watch, load_tokenizer(args.model))
+                talk.say_defaults(args, trainer, defaulted)
+            bar.update(done)
+            hooks.append(talk.Talk(args, trainer, bar).on_step)
 
-        fit(trainer, args.out, args.resume, show, args.checkpoints_beside)
+        def on_step(record: dict[str, float]) -> None:
+            for hook in hooks:
+                hook(record)
+
+        fit(trainer, args.out, args.resume, on_step, args.checkpoints_beside, watch, on_start)
 
 
 def _facts(args: argparse.Namespace, data: Encoded) -> dict[str, Any]:

@@ -184,8 +184,8 @@ MISTAKES = [
     ("lora",
      "no command 'lora': expected demo, train, posterior, evaluate, predict, generate, "
      "export, import, count, plan, verify, conformance, study, info"),
-    ("train --epochs 3",
-     "scalabl train has no option --epochs: " + USAGE["train"]),
+    ("train ... --num-epochs 3",
+     "scalabl train has no option --num-epochs: did you mean --epochs? " + USAGE["train"]),
     ("train ... --learning-rate 1e-3",
      "scalabl train has no option --learning-rate: did you mean --lr? " + USAGE["train"]),
     ("train ... --batch-size 4",

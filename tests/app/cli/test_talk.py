@@ -1,0 +1,240 @@
+"""What `train` says to people: before the first step, on the way, and at its end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from fractions import Fraction
+from math import comb
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from scalabl_ref.app.cli import loggers, talk
+from scalabl_ref.data.batches import Encoded
+from scalabl_ref.training.defaults import defaults
+from scalabl_ref.training.trainer import TrainConfig
+from scalabl_ref.training.watch import Watch
+
+from ...models import tiny_data, trainer
+from ..commands import TRAIN, facts, ok, refused, run
+
+ARGS = argparse.Namespace(process=0, json=False)
+
+
+class Bar:
+    """Remembers what a progress bar is told."""
+
+    def __init__(self) -> None:
+        self.n, self.shown, self.said = 0, {}, []
+
+    def set_postfix(self, values, refresh=True):
+        self.shown = values
+
+    def update(self, count=1):
+        self.n += count
+
+    def write(self, text, file=None):
+        self.said.append(text)
+
+
+def test_a_run_is_told_from_its_data_to_the_next_command(work, capsys):
+    code, out, err = run(f"{TRAIN} --holdout 0.25 --batch 6 --lr 0.01 --keep best", capsys)
+    assert code == 0 and err == ""
+    lines = out.splitlines()
+    assert lines[0].startswith("18 rows (and 6 held out), 3 labels, ")
+    assert lines[0].endswith("tokens at most; the prompt as the model sees it (row 0):")
+    row = json.loads((work / "train.jsonl").read_text().splitlines()[0])
+    choices = [f"  | {letter}. {text}" for letter, text in zip("ABC", row["choices"], strict=True)]
+    assert lines[1:6] == [f"  | {row['prompt']}", *choices, "  | Answer:"]
+    assert lines[6] == f"its answer: {'ABC'[row['label']]!r}"
+    assert "defaults: --beta 1 (the loss is the evidence lower bound)" in lines
+    assert any(line.startswith(("learnt: ", "not learnt: ")) and "6 held-out rows" in line
+               for line in lines)  # fmt: skip
+    kept = facts(work / "run")["kept"]
+    assert f"kept: the adapters after step {kept['step']} of 6, with" in out
+    assert lines[-1] == "next: scalabl evaluate --run run --data TEST_FILE --temperature"
+
+
+def test_the_longest_of_the_rows_is_counted_and_a_cut_prompt_is_shown_cut(work, capsys):
+    long = {"prompt": "x" * 90, "choices": ["a", "b"], "label": 1}
+    (work / "train.jsonl").write_text(2 * (json.dumps(long) + "\n"))
+    _, out, _ = run(f"{TRAIN} --max-length 50", capsys)
+    assert out.startswith("2 rows, 2 labels, 50 tokens at most; ")
+    first = out.splitlines()[1]
+    assert first == f"  | ... {'x' * (50 - len(chr(10) + 'Answer:'))}"
+    assert "its answer: 'b'" in out or "its answer: 'B'" in out
+
+
+def test_long_prompts_are_shown_in_part():
+    text = "\n".join(f"line {i}" for i in range(40)) + "\n" + "y" * 300
+    shown = talk._shown(text)
+    assert len(shown) == talk.LINES + 1 and shown[talk.LINES // 2] == "... 29 more lines ..."
+    assert max(map(len, shown)) == talk.COLUMNS and shown[-1].endswith("y ...")
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [("2", 12), ("0.5", 3), ("0.01", 1), ("1.5", 9)])
+def test_epochs_are_passes_over_the_rows_that_are_left(work, capsys, epochs, steps):
+    train = TRAIN.replace("--steps 6 ", "") + f" --holdout 0.1 --epochs {epochs}"
+    assert ok(train, capsys)["steps"] == steps  # 22 rows in batches of 4
+    assert facts(work / "run")["train"]["steps"] == steps
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--steps 6 --epochs 2", "--epochs and --steps: give one of them"),
+        ("--epochs 0", "--epochs must be above 0 and at most 1e6, not 0.0"),
+        ("--epochs nan", "--epochs must be above 0"),
+        ("--steps 6 --keep best", "--keep best needs held-out questions"),
+        ("--steps 6 --keep best --holdout 0.5 --method mle --swag 0.5", "--keep best and --swag"),
+    ],
+)
+def test_options_that_exclude_each_other(work, capsys, options, message):
+    assert message in refused(f"{TRAIN.replace('--steps 6 ', '')} {options}", capsys)
+    assert not (work / "run").exists()
+
+
+def test_defaults_are_those_of_the_configuration():
+    """Until a study says otherwise; each has a reason."""
+    for rows in (10, 300, 10_000):
+        found = defaults(rows)
+        assert {name: d.value for name, d in found.items()} == {
+            name: getattr(TrainConfig(), name) for name in ("steps", "lr", "beta")
+        }
+        assert all(d.reason for d in found.values())
+
+
+def record(step: int, nll: float, **more: float) -> dict[str, float]:
+    return {"step": step, "nll": nll, "accuracy": 0.25, "kl": 40.0, "sigma": 0.05, **more}
+
+
+def test_the_bar_shows_the_terms_of_the_loss():
+    bar = Bar()
+    told = talk.Talk(ARGS, trainer(tiny_data(20), beta=2.0, steps=100), bar)
+    for step in range(30):
+        told.on_step(record(step, 1.0 + (step < 10)))
+    assert bar.shown == {
+        "nll": "1.000", "acc": "0.25", "KL/N": "2 x 2", "sigma": "0.05"
+    }  # fmt: skip
+    told.on_step(record(30, 1.2, heldout_nll=1.5))
+    told.on_step(record(31, 1.0))
+    assert bar.shown["held-out"] == "1.500" and bar.shown["nll"] == "1.010" and bar.n == 32
+
+
+@pytest.mark.parametrize(("share", "warns"), [(1.0, True), (0.985, True), (0.9, False)])
+def test_an_nll_of_guessing_is_warned_of_once(share, warns):
+    bar = Bar()
+    told = talk.Talk(ARGS, trainer(steps=200), bar)
+    for step in range(200):
+        told.on_step(record(step, share * math.log(3)))
+    assert len(bar.said) == warns
+    if warns:
+        assert bar.said[0].startswith("warning: after 50 of 200 steps the NLL is 1.")
+        assert "that of guessing (ln 3 = 1.10)" in bar.said[0]
+
+
+@pytest.mark.parametrize(("right", "rows", "chance"), [(0, 9, 0.3), (9, 9, 0.3), (7, 20, 0.25),
+                                                       (60, 100, 0.5)])  # fmt: skip
+def test_the_tail_of_the_binomial_is_exact(right, rows, chance):
+    p = Fraction(chance)
+    exact = sum(comb(rows, k) * p**k * (1 - p) ** (rows - k) for k in range(right, rows + 1))
+    assert talk.at_least(right, rows, chance) == pytest.approx(float(exact), rel=1e-9)
+
+
+@pytest.mark.parametrize(("accuracy", "learnt"), [(0.5, False), (0.9, True)])
+def test_the_verdict_is_against_the_most_frequent_label(accuracy, learnt):
+    """Half of 40 rows right is far above 1 / 3, but no better than always the same label."""
+    labels = [0] * 20 + [1] * 10 + [2] * 10
+    data = tiny_data(40)
+    made = trainer(Encoded(data.tokens, labels, data.classes), steps=10)
+    records = [{**record(step, 1.0), "accuracy": accuracy} for step in range(10)]
+    found = talk.verdict(made, None, records)
+    assert (found["learnt"], found["rows"], found["chance"]) == (learnt, 40, 0.5)
+    assert found["right"] == round(40 * accuracy) and not found["held_out"]
+    watch = Watch(tiny_data(30), 5)
+    records[4] |= {"heldout_nll": 0.5, "heldout_accuracy": 1.0}
+    records[9] |= {"heldout_nll": 0.9, "heldout_accuracy": accuracy}
+    found = talk.verdict(made, watch, records)
+    assert (found["learnt"], found["rows"], found["nll"]) == (learnt, 30, 0.9)
+    watch.keep, watch.step = True, 5
+    assert talk.verdict(made, watch, records)["right"] == 30
+
+
+# --- loggers --------------------------------------------------------------------------------------
+
+
+def fake_modules(monkeypatch) -> list:
+    """Stand-ins of the three packages, and the list of what they are told."""
+    told: list = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step=None):
+            told.append(("tensorboard", folder, purge_step))
+
+        def add_text(self, name, text):
+            assert "rank: 2" in text
+
+        def add_scalar(self, name, value, step):
+            told.append(("tensorboard", name, value, step))
+
+        def close(self):
+            told.append("closed")
+
+    class Run:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            told.append("ended")
+
+    one = SimpleNamespace(log=lambda values, step: told.append(("wandb", values, step)),
+                          finish=lambda: told.append("finished"))  # fmt: skip
+    parts = {
+        "torch.utils.tensorboard": {"SummaryWriter": SummaryWriter},
+        "wandb": {"init": lambda **k: told.append(("wandb", k["name"], k["project"])) or one},
+        "mlflow": {
+            "start_run": lambda run_name: told.append(("mlflow", run_name)) or Run(),
+            "log_params": lambda params: None,
+            "log_metrics": lambda values, step: told.append(("mlflow", values, step)),
+        },
+    }
+    for name, values in parts.items():
+        module = ModuleType(name)
+        vars(module).update(values)
+        monkeypatch.setitem(sys.modules, name, module)
+    return told
+
+
+def test_loggers_get_each_record(work, capsys, monkeypatch):
+    told = fake_modules(monkeypatch)
+    ok(f"{TRAIN} --log tensorboard wandb mlflow", capsys)
+    records = [json.loads(line) for line in (work / "run" / "train.jsonl").read_text().splitlines()]
+    for name in ("wandb", "mlflow"):
+        sent = [entry for entry in told if entry[0] == name and len(entry) == 3][-6:]
+        expected = [{k: v for k, v in r.items() if k != "step"} for r in records]
+        assert [entry[1] for entry in sent] == expected
+        assert [entry[2] for entry in sent] == [1, 2, 3, 4, 5, 6]
+    nll = [entry[2:] for entry in told if entry[:2] == ("tensorboard", "nll")]
+    assert nll == [(r["nll"], i + 1) for i, r in enumerate(records)]
+    assert ("tensorboard", "run/tensorboard", None) in told and ("mlflow", "run") in told
+    assert told[-3:] == ["ended", "finished", "closed"]
+
+
+def test_a_logger_goes_on_behind_the_steps_that_are_done(work, monkeypatch):
+    told = fake_modules(monkeypatch)
+    with pytest.raises(MemoryError), loggers.logging(["tensorboard"], work, {"rank": 2}, 7) as hook:
+        hook({"step": 7, "nll": 1.0, "loss": math.inf})
+        raise MemoryError
+    assert told == [("tensorboard", f"{work}/tensorboard", 8), ("tensorboard", "nll", 1.0, 8),
+                    "closed"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", loggers.LOGGERS)
+def test_a_logger_that_is_not_installed_is_named_with_its_extra(work, capsys, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name[0] == "t" else name, None)
+    said = refused(f"{TRAIN} --log {name}", capsys)
+    assert said == f"error: --log {name} needs a package: pip install 'scalabl_ref[{name}]'\n"
+    assert not (work / "run").exists()
