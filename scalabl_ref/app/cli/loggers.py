@@ -74,10 +74,18 @@ def logging(
     """A hook for `fit` that sends each record to these loggers; with no names, to nobody.
 
     settings: shown with the numbers. done: steps before this start. Numbers that are not finite are
-    left out. Raises InputError as `need` does.
+    left out. Raises InputError as `need` does, or if one cannot start.
     """
     with ExitStack() as stack:
-        sends = [stack.enter_context(LOGGERS[name](run, settings, done)) for name in names]
+        sends = []
+        for name in names:
+            try:
+                sends.append(stack.enter_context(LOGGERS[name](run, settings, done)))
+            except InputError:
+                raise
+            except Exception as error:  # each package raises its own kinds
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise InputError(f"--log {name} cannot start: {reason[:160]}") from error
 
         def on_step(record: dict[str, float]) -> None:
             step = int(record["step"]) + 1

@@ -93,9 +93,9 @@ class Talk:
         done, asked = int(record["step"]) + 1, max(WINDOW, math.ceil(self.config.steps / 4))
         if done == asked and done < self.config.steps and self._as_guessing():
             self.warn(
-                f"after {done} of {self.config.steps} steps the NLL is {self.nll:.2f}, that of "
-                f"guessing (ln {self.classes} = {math.log(self.classes):.2f}): check the prompt "
-                "above, or try a higher --lr"
+                f"after {done} of {self.config.steps} steps the NLL is {self.nll:.2f}, no better "
+                f"than guessing (ln {self.classes} = {math.log(self.classes):.2f}): check the "
+                "prompt above, or try a higher --lr"
             )
 
     def numbers(self) -> dict[str, str]:

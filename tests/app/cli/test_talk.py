@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from scalabl_ref import InputError
 from scalabl_ref.app.cli import loggers, talk
 from scalabl_ref.data.batches import Encoded
 from scalabl_ref.training.defaults import defaults
@@ -133,7 +134,7 @@ def test_an_nll_of_guessing_is_warned_of_once(share, warns):
     assert len(bar.said) == warns
     if warns:
         assert bar.said[0].startswith("warning: after 50 of 200 steps the NLL is 1.")
-        assert "that of guessing (ln 3 = 1.10)" in bar.said[0]
+        assert "no better than guessing (ln 3 = 1.10)" in bar.said[0]
 
 
 @pytest.mark.parametrize(("right", "rows", "chance"), [(0, 9, 0.3), (9, 9, 0.3), (7, 20, 0.25),
@@ -230,6 +231,16 @@ def test_a_logger_goes_on_behind_the_steps_that_are_done(work, monkeypatch):
         raise MemoryError
     assert told == [("tensorboard", f"{work}/tensorboard", 8), ("tensorboard", "nll", 1.0, 8),
                     "closed"]  # fmt: skip
+
+
+def test_a_logger_that_cannot_start_is_one_line(work, capsys, monkeypatch):
+    def init(**settings):
+        raise OSError("no server\nwith details")
+
+    fake_modules(monkeypatch)
+    monkeypatch.setattr(sys.modules["wandb"], "init", init)
+    with pytest.raises(InputError, match="^--log wandb cannot start: no server$"):
+        loggers.logging(["wandb"], work, {}, 0).__enter__()
 
 
 @pytest.mark.parametrize("name", loggers.LOGGERS)
