@@ -56,7 +56,8 @@ LIMIT = 300  # seconds of the processor until a process counts as hanging, which
 MEMORY = 12 << 30
 # As few as will do: they are imported, and look for garbage, once for every fault.
 PLUGINS = ["-p", "_hypothesis_pytestplugin", "-p", "no:cacheprovider",
-           "-p", "no:unraisableexception", "-p", "no:threadexception"]  # fmt: skip
+           "-p", "no:unraisableexception", "-p", "no:threadexception",
+           "-o", "addopts=", "-m", "not slow and not peer"]  # fmt: skip
 VECTORS = ROOT / "tests" / "vectors"
 RESULTS = ROOT / "tools" / "mutation.json"
 REPORT = ROOT / "docs" / "verification.md"
