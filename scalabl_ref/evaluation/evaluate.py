@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def score(
     calibration: Answers | None = None,
     ood: Answers | None = None,
     settings: Mapping[str, Any] | None = None,
+    run: str | None = None,
 ) -> Results:
     """All scores of `answers`, with the facts that they depend on.
 
@@ -93,7 +95,7 @@ def score(
     on; "temperature" then holds it and the metrics after scaling. ood: answers to another data set;
     "ood" then holds how well entropy and mutual information tell it from this one, and the other
     metrics over its rows whose label the head has ("n_scored" of "n"). settings: everything that
-    decides the results, kept for `check_results`.
+    decides the results, kept for `check_results`. run: its name, for the report.
     """
     settings = dict(settings or {})
     result = _facts(info, answers, seed, design, bins, settings)
@@ -121,12 +123,30 @@ def score(
             "name": "out of distribution", "metrics": result["ood"], "scores": scores
         }  # fmt: skip
     result["settings"] = settings
+    return Results(answers, result, _report(info, answers, result, models, run))
+
+
+def _report(
+    info: Mapping[str, Any],
+    answers: Answers,
+    result: Mapping[str, Any],
+    models: list[dict[str, Any]],
+    run: str | None,
+) -> dict[str, Any]:
+    """What `document` takes."""
     about = {
+        "run": run,
+        "date": f"{datetime.now():%Y-%m-%d %H:%M}",
         "model": Path(info["model"]).name,
         **{key: result[key] for key in ("data", "method", "kl", "samples", "bins", "seed", "n")},
     }
-    report = {"title": "Evaluation of a fine-tuned Llama", "about": about, "models": models}
-    return Results(answers, result, report)
+    rows = {
+        "ids": [example.id for example in answers.examples],
+        "texts": [example.question or example.prompt for example in answers.examples],
+        "choices": [example.choices for example in answers.examples],
+    }
+    title = "Evaluation of a fine-tuned Llama"
+    return {"title": title, "about": about, "models": models, "rows": rows}
 
 
 def _facts(

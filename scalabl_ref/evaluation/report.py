@@ -1,7 +1,7 @@
 """One HTML file with a model's scores and charts: no script, no plotting library, no network.
 
-Here are the numbers of every table and chart; templates/ has the page, the charts as SVG and the
-style. The same results give the same bytes.
+Here are the numbers of every table, charts.py has those of the charts; templates/ has the page, the
+charts as SVG and the style. The same results give the same bytes.
 """
 
 from __future__ import annotations
@@ -9,19 +9,30 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..support.files import atomic_write_text
-from . import metrics
+from . import decisions, metrics
+from .charts import (
+    Bin,
+    Chart,
+    bins_of,
+    brackets,
+    colour,
+    confidence_chart,
+    environment,
+    interval_chart,
+    number,
+    ood_chart,
+    reliability_chart,
+    risk_chart,
+    rows_of,
+    series_chart,
+)
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
-
-_TEMPLATES = Path(__file__).parent / "templates"
 # Neither HTML nor XML can hold any other character.
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 # key, heading, unit or direction
@@ -36,7 +47,11 @@ _AUROC = (
     ("auroc_entropy", "AUROC, entropy", "0.5 is chance"),
     ("auroc_mutual_information", "AUROC, mutual information", "0.5 is chance"),
 )
-_COLOURS = 6  # of style.css; a seventh model has the first colour and another dash
+_NBSP = "\xa0"
+_NAME = 40  # letters of a label's name
+_MOST_CLASSES = 30  # of a confusion matrix
+# The least AUROC, and what it means.
+_NOTICED = ((0.9, "noticed"), (0.7, "often noticed"), (0.6, "hardly noticed"), (0, "not noticed"))
 BOOTSTRAP = "95 % bootstrap interval over the test questions, for this training alone"
 
 
@@ -50,12 +65,15 @@ def write_report(path: Path | str, results: Mapping[str, Any]) -> None:
         models    list of {name, probs (N, C), labels (N,), metrics {acc, ece, nll, brier, aurc},
                   intervals {metric: (low, high)}, ood (optional)}, shown side by side; if it is
                   empty, the page has only notes, tables and plots
+        rows      {ids, texts, choices: lists of N} of the rows that the first model answered: the
+                  page then says what to decide with it, see decisions.py (optional)
         bounds    {label, nll, acc, ...}: the best possible values, where known (optional)
         notes     sentences for the reader (optional)
         spread    meaning of the intervals, in words (optional: bootstrap intervals without it)
         tables    list of {title, words, heads, rows: (name, cells)} (optional)
-        plots     list of {title, x, y, series: (name, points), log: whether x is logarithmic};
-                  a series of one point is a dot, a longer one a line (optional)
+        plots     list of {title, x, y, series: (name, points), log, log_y: whether the axis is
+                  logarithmic}; a series of one point is a dot, a longer one a line (optional). A
+                  name has one number and one colour on the whole page, that of its model if any
     ood:
         name, metrics {n, acc, ..., auroc_entropy, auroc_mutual_information, intervals}, and scores
         {name of the score: (values inside (N,), values outside (M,))} for histograms (optional)
@@ -67,51 +85,47 @@ def write_report(path: Path | str, results: Mapping[str, Any]) -> None:
 
 def document(results: Mapping[str, Any]) -> str:
     """The text of the file that `write_report` writes."""
-    about, models = results.get("about", {}), results["models"]
+    about, models, rows = results.get("about", {}), results["models"], results.get("rows")
+    plots, numbers = results.get("plots", ()), _numbers(results)
     page = {
         "title": results["title"],
         "subtitle": results.get("subtitle"),
         "facts": {key: value for key, value in about.items() if value is not None},
         "notes": results.get("notes", ()),
         "tables": [(_given_table(t), t["words"]) for t in results.get("tables", ())],
-        "plots": [_plot(f"plot-{i}", plot) for i, plot in enumerate(results.get("plots", ()))],
+        "plots": [_plot(f"plot-{i}", plot, numbers) for i, plot in enumerate(plots)],
     }
     if models:
+        page["decisions"] = _decisions(models, rows) if rows else None
         page["scores"] = _scores(models, results.get("bounds", {}), results.get("spread"))
         page["calibration"] = _calibration(models, int(about.get("bins", 15)))
-        page["risk"] = {"names": [m["name"] for m in models], "chart": _risk_chart(models)}
+        page["risk"] = {"names": [m["name"] for m in models], "chart": risk_chart(models)}
         page["foreign"] = _out_of_distribution(models)
-    text = _environment().get_template("page.html").render(page)
+    text = environment().get_template("page.html").render(page)
     return _FORBIDDEN.sub("\ufffd", text)
 
 
-def _environment() -> Environment:
-    from jinja2 import Environment, FileSystemLoader  # slow, and most commands write no report
-
-    found = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    found.filters["place"] = lambda value: f"{value:.2f}"
-    found.filters["colour"] = _colour
+def _numbers(results: Mapping[str, Any]) -> dict[str, int]:
+    """Of each name: first the models, in their order, then the other series."""
+    found: dict[str, int] = {}
+    for i, model in enumerate(results["models"]):
+        found.setdefault(model["name"], i)
+    others = [name for plot in results.get("plots", ()) for name, _ in plot["series"]]
+    for name in others:
+        found.setdefault(name, max([*found.values(), len(results["models"]) - 1]) + 1)
     return found
-
-
-def _colour(index: int) -> int:
-    return index % _COLOURS
 
 
 # Tables ------------------------------------------------------------------------------------------
 
 
 class Cell(NamedTuple):
-    """small: a second line in smaller letters."""
+    """small: a second line in smaller letters. css: its class. heat: how strong its colour is."""
 
     text: str
     small: str = ""
+    css: str = ""
+    heat: int | None = None
 
 
 class Row(NamedTuple):
@@ -137,8 +151,8 @@ def _scores_table(caption: str, keys: Sequence[tuple], lines: Sequence[tuple]) -
         cells = []
         for key, *_ in columns:
             value, interval = values.get(key), intervals.get(key)
-            text = "–" if value is None else _number(value)
-            cells.append(Cell(text, _brackets(interval) if interval else ""))
+            text = "–" if value is None else number(value)
+            cells.append(Cell(text, brackets(interval) if interval else ""))
         rows.append(Row(name, cells, css))
     return Table(caption, heads, rows)
 
@@ -160,19 +174,130 @@ def _bin_table(name: str, bins: Sequence[Bin]) -> Table:
     return Table(f"Calibration of {name}", [Cell(head) for head in heads], rows)
 
 
-def _number(value: float) -> str:
-    return "∞" if value == math.inf else f"{value:.3f}"
-
-
-def _brackets(interval: Sequence[float]) -> str:
-    return f"[{', '.join(map(_number, interval))}]"
-
-
 # Sections ----------------------------------------------------------------------------------------
 
 
+def _decisions(models: Sequence[Mapping], rows: Mapping[str, Sequence]) -> dict[str, Any]:
+    """What to decide with the first model, which gave these rows their answers."""
+    probs, labels = models[0]["probs"], models[0]["labels"]
+    shared = len(set(map(tuple, rows["choices"]))) == 1
+    names = [_cut(name, _NAME) for name in rows["choices"][0]] if shared else []
+    page: dict[str, Any] = {
+        "sentences": _sentences(models[0]),
+        "thresholds": [_threshold_table(m["name"], m["probs"], m["labels"]) for m in models],
+        "sure": decisions.SURE,
+        "errors": _error_table(probs, labels, rows),
+    }
+    if names:
+        counts = decisions.confusion(probs, labels)
+        if len(names) <= _MOST_CLASSES:
+            page["confusion"] = _confusion_table(counts, names)
+        page["classes"] = _class_table(counts, names)
+    return page
+
+
+def _sentences(model: Mapping[str, Any]) -> list[str]:
+    """How much can be answered, what is wrong and sure, and whether foreign text is noticed."""
+    probs, labels = model["probs"], model["labels"]
+    total, found = rows_of(len(labels)), decisions.answered_at(probs, labels, 0.95)
+    sure = decisions.wrong_and_sure(probs, labels)
+    if found is None:
+        first = f"At 95 % accuracy it can answer none of the {total}."
+    else:
+        first = (
+            f"At 95 % accuracy it can answer {found.rows} of the {total} "
+            f"({100 * found.rows / len(labels):.0f} %): those with a confidence of at least "
+            f"{_floored(found.confidence)}."
+        )
+    are, share = "is" if sure == 1 else "are", 100 * sure / len(labels)
+    second = f"{sure} of the {total} ({share:.1f} %) {are} wrong and sure: wrong with a "
+    return [first, f"{second}confidence of at least {decisions.SURE:g}.", _foreign(model)]
+
+
+def _foreign(model: Mapping[str, Any]) -> str:
+    ood = model.get("ood", {})
+    values = {**ood, **ood.get("metrics", {})}
+    if "auroc_entropy" not in values:
+        return "Whether foreign text is noticed was not measured: --ood FILE does."
+    value = values["auroc_entropy"]
+    how = next(words for least, words in _NOTICED if value >= least)
+    other = values.get("auroc_mutual_information")
+    more = "" if other is None else f", {other:.2f} by mutual information"
+    return (
+        f"Foreign text is {how}: it is more uncertain than a familiar one with a probability of "
+        f"{value:.2f} by entropy{more} (AUROC; 0.5 is chance)."
+    )
+
+
+def _threshold_table(name: str, probs: Tensor, labels: Tensor) -> Table:
+    heads = ("Accuracy wanted", "Confidence from", "Answered", "Coverage", "Right", "Wrong")
+    lines = []
+    for target in (0.9, 0.95, 0.99):
+        found = decisions.answered_at(probs, labels, target)
+        cells = ["not reached", "0", f"0.0{_NBSP}%", "–", "–"]
+        if found:
+            share = f"{100 * found.rows / len(labels):.1f}{_NBSP}%"
+            right = f"{100 * found.accuracy:.1f}{_NBSP}%"
+            wrong = str(found.rows - found.right)
+            cells = [_floored(found.confidence), str(found.rows), share, right, wrong]
+        lines.append(Row(f"{100 * target:.0f}{_NBSP}%", list(map(Cell, cells))))
+    return Table(f"Thresholds of {name}", list(map(Cell, heads)), lines)
+
+
+def _confusion_table(counts: Tensor, names: Sequence[str]) -> Table:
+    """The darker, the larger its share of the row."""
+    lines = []
+    for i, (name, row) in enumerate(zip(names, counts.tolist(), strict=True)):
+        heats = [round(60 * n / max(1, sum(row))) for n in row]
+        cells = [
+            Cell(str(n) if n else "·", "", "hit" if i == k else "miss", heat)
+            for k, (n, heat) in enumerate(zip(row, heats, strict=True))
+        ]
+        lines.append(Row(name, cells))
+    heads = [Cell("Label \\ answer"), *map(Cell, names)]
+    return Table("Confusion matrix", heads, lines)
+
+
+def _class_table(counts: Tensor, names: Sequence[str]) -> Table:
+    scores = decisions.class_scores(counts)
+    heads = ("Label", "Precision", "Recall", "F1", "Rows")
+    columns = (scores.precision, scores.recall, scores.f1)
+    each = zip(names, scores.rows.tolist(), *(c.tolist() for c in columns), strict=True)
+    lines = [Row(name, [*map(_score, values), Cell(str(n))]) for name, n, *values in each]
+    means = [c[~c.isnan()].mean().item() for c in columns]  # over the classes that have the score
+    lines.append(Row("mean", [*map(_score, means), Cell(str(int(counts.sum())))]))
+    return Table("Scores of each label", list(map(Cell, heads)), lines)
+
+
+def _error_table(probs: Tensor, labels: Tensor, rows: Mapping[str, Sequence]) -> Table:
+    confidence, chosen = decisions.answers(probs)
+    lines = []
+    for i in decisions.worst_errors(probs, labels):
+        choices = rows["choices"][i]
+        names = [_cut(choices[int(k)], _NAME) for k in (labels[i], chosen[i])]
+        cells = [Cell(_cut(rows["texts"][i], 240), css="text"), *map(Cell, names)]
+        lines.append(Row(_cut(str(rows["ids"][i]), _NAME), [*cells, Cell(f"{confidence[i]:.3f}")]))
+    heads = [Cell("Row"), Cell("Text", css="text"), *map(Cell, ("Label", "Answer", "Confidence"))]
+    return Table("The worst errors", heads, lines)
+
+
+def _score(value: float) -> Cell:
+    return Cell("–" if math.isnan(value) else f"{value:.3f}")
+
+
+def _cut(text: str, most: int) -> str:
+    """In one line of at most `most` letters."""
+    text = " ".join(text[: 20 * most].split())
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+
+
+def _floored(confidence: float) -> str:
+    """To three digits, and not above the row that is just answered."""
+    return f"{math.floor(1000 * confidence) / 1000:.3f}"
+
+
 def _scores(models: Sequence[Mapping], bounds: Mapping, spread: str | None) -> dict[str, Any]:
-    lines = [(m["name"], m["metrics"], m.get("intervals", {}), f"c{_colour(i)}")
+    lines = [(m["name"], m["metrics"], m.get("intervals", {}), f"c{colour(i)}")
              for i, m in enumerate(models)]  # fmt: skip
     if bounds:
         lines.append((bounds.get("label", "best possible"), bounds, {}, "bound"))
@@ -185,14 +310,32 @@ def _scores(models: Sequence[Mapping], bounds: Mapping, spread: str | None) -> d
     }
 
 
+def _interval_chart(
+    models: Sequence[Mapping], bounds: Mapping[str, Any], spread: str | None, column: tuple
+) -> Chart | None:
+    """One score of all models. None where no model has a finite value."""
+    key, heading, unit = column
+    rows = []
+    for i, model in enumerate(models):
+        value = model["metrics"].get(key)
+        if value is not None and math.isfinite(value):
+            low, high = model.get("intervals", {}).get(key) or (value, value)
+            rows.append((i, model["name"], value, low, high))
+    if not rows:
+        return None
+    best = (bounds.get("label", "best possible"), bounds[key]) if key in bounds else None
+    title = f"{heading} with {spread or '95 % intervals'}"
+    return interval_chart(rows, key, f"{heading} ({unit})", best, title)
+
+
 def _calibration(models: Sequence[Mapping], bins: int) -> list[dict[str, Any]]:
-    every = [_bins(metrics.reliability(m["probs"], m["labels"], bins)) for m in models]
+    every = [bins_of(metrics.reliability(m["probs"], m["labels"], bins)) for m in models]
     tallest = max(b.rows for bins in every for b in bins)
     return [
         {
             "name": m["name"],
-            "reliability": _reliability_chart(i, m["name"], found),
-            "confidence": _confidence_chart(i, m["name"], found, tallest),
+            "reliability": reliability_chart(i, m["name"], found),
+            "confidence": confidence_chart(i, m["name"], found, tallest),
             "table": _bin_table(m["name"], found),
         }
         for i, (m, found) in enumerate(zip(models, every, strict=True))
@@ -208,9 +351,9 @@ def _out_of_distribution(models: Sequence[Mapping]) -> dict[str, Any] | None:
         values = {**ood.get("metrics", {})}
         values.update({key: ood[key] for key, *_ in _AUROC if key in ood})
         label = f"{model['name']}: {ood['name']}" if ood.get("name") else model["name"]
-        lines.append((label, values, values.get("intervals", {}), f"c{_colour(i)}"))
+        lines.append((label, values, values.get("intervals", {}), f"c{colour(i)}"))
         for k, (score, sides) in enumerate(ood.get("scores", {}).items()):
-            chart = _ood_chart(f"ood-{i}-{k}", model["name"], score, sides, _colour(i))
+            chart = ood_chart(f"ood-{i}-{k}", model["name"], score, sides, colour(i))
             charts.append((model["name"], chart))
     if not lines:
         return None
@@ -218,195 +361,6 @@ def _out_of_distribution(models: Sequence[Mapping]) -> dict[str, Any] | None:
     return {"table": table, "charts": charts}
 
 
-# Charts ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Axes:
-    """A plot area of `width` by `height`, the values at the ends of its two axes, and titles."""
-
-    x_title: str
-    y_title: str = ""
-    x_range: tuple[float, float] = (0.0, 1.0)
-    y_range: tuple[float, float] = (0.0, 1.0)
-    width: int = 360
-    height: int = 280
-    left: int = 54
-    right: int = 10
-    top: int = 14
-    bottom: int = 40
-
-    def x(self, value: float) -> float:
-        low, high = self.x_range
-        return self.left + (value - low) / (high - low) * (self.width - self.left - self.right)
-
-    def y(self, value: float) -> float:
-        low, high = self.y_range
-        span = self.height - self.top - self.bottom
-        return self.height - self.bottom - (value - low) / (high - low) * span
-
-    def ticks(self, ends: tuple[float, float]) -> list[tuple[float, str]]:
-        return _ticks(*ends)
-
-
-class Chart(NamedTuple):
-    """title, words: for screen readers. marks: what the chart's macro in charts.html draws."""
-
-    id: str
-    axes: Axes
-    title: str
-    words: str
-    marks: Any
-    colour: int | None = None
-
-
-class Bin(NamedTuple):
-    """Answers whose confidence is in [low, high): how many, mean confidence, accuracy."""
-
-    low: float
-    high: float
-    rows: int
-    confidence: float
-    accuracy: float
-
-
-def _bins(table: metrics.Reliability) -> list[Bin]:
-    """The bins that are not empty."""
-    n, columns = len(table.rows), (column.tolist() for column in table)
-    every = (Bin(k / n, (k + 1) / n, *row) for k, row in enumerate(zip(*columns, strict=True)))
-    return [found for found in every if found.rows]
-
-
-def _reliability_chart(index: int, name: str, bins: Sequence[Bin]) -> Chart:
-    marks = [
-        (b, f"confidence {b.confidence:.3f}, accuracy {b.accuracy:.3f}, {_rows(b.rows)}")
-        for b in bins
-    ]
-    gap, worst = max(((abs(b.confidence - b.accuracy), words) for b, words in marks),
-                     key=lambda pair: pair[0])  # fmt: skip
-    words = (
-        "Accuracy and mean confidence in each bin of confidence. "
-        f"Widest gap: {worst if gap else 'no gap'}."
-    )
-    title, axes = f"Reliability of {name}", Axes("confidence", "accuracy")
-    return Chart(f"reliability-{index}", axes, title, words, marks, _colour(index))
-
-
-def _confidence_chart(index: int, name: str, bins: Sequence[Bin], tallest: int) -> Chart:
-    """tallest: largest count among the models, so that their charts share one scale."""
-    axes = Axes("confidence", "rows", y_range=(0, tallest * 1.1), height=170)
-    marks = [(b, f"{b.low:.3f}–{b.high:.3f}: {_rows(b.rows)}") for b in bins]
-    total = _rows(sum(b.rows for b in bins))
-    title, words = f"Confidence of {name}", f"Histogram of the confidence of the {total}."
-    return Chart(f"confidence-{index}", axes, title, words, marks, _colour(index))
-
-
-def _risk_chart(models: Sequence[Mapping]) -> Chart:
-    curves = [metrics.risk_coverage(m["probs"], m["labels"]) for m in models]
-    highest = max(float(curve.risk.max()) for curve in curves)
-    top = max(highest * 1.05, 0.05)
-    axes = Axes("coverage", "risk (error rate)", y_range=(0, top), width=420)
-    marks = [
-        (_thinned(curve.coverage, curve.risk), f"{m['name']}: area {curve.area:.3f}")
-        for m, curve in zip(models, curves, strict=True)
-    ]
-    areas = "; ".join(words for _, words in marks)
-    words = f"Error rate on the most confident share of the rows. {areas}."
-    return Chart("risk-coverage", axes, "Risk and coverage", words, marks)
-
-
-def _interval_chart(
-    models: Sequence[Mapping], bounds: Mapping[str, Any], spread: str | None, column: tuple
-) -> Chart | None:
-    """One score of all models. None where no model has a finite value."""
-    key, heading, unit = column
-    rows = []
-    for i, model in enumerate(models):
-        value = model["metrics"].get(key)
-        if value is not None and math.isfinite(value):
-            rows.append((i, model["name"], value, *(model.get("intervals", {}).get(key)
-                                                    or (value, value))))  # fmt: skip
-    if not rows:
-        return None
-    best = bounds.get(key)
-    numbers = [v for row in rows for v in row[2:] if math.isfinite(v)]
-    numbers += [] if best is None else [best]
-    axes = Axes(f"{heading} ({unit})", x_range=_ends(numbers, 0.08), y_range=(len(rows), 0),
-                height=34 * len(rows) + 54, left=10)  # fmt: skip
-    words = [f"{name} {_number(v)} {_brackets(ends)}" for _, name, v, *ends in rows]
-    line = None
-    if best is not None:
-        words.append(f"{bounds.get('label', 'best possible')} {_number(best)}")
-        line = {"value": best, "words": words[-1]}
-    title = f"{heading} with {spread or '95 % intervals'}"
-    return Chart(f"interval-{key}", axes, title, "; ".join(words) + ".", (line, rows))
-
-
-def _ood_chart(
-    id: str, name: str, score: str, sides: Sequence[Tensor], colour: int, bins: int = 30
-) -> Chart:
-    """Histograms of an uncertainty; sides: its values for familiar and for foreign examples."""
-    top = max(*(float(side.max()) for side in sides), 1e-9)
-    shares = [[int(n) / len(side) for n in side.double().histc(bins, 0, top)] for side in sides]
-    label = score.replace("_", " ")
-    y_range = (0, 1.1 * max(map(max, shares)))
-    axes = Axes(f"{label} (nats)", "share of rows", (0, top), y_range, height=200)
-    words = f"Filled for familiar examples, outlined for foreign ones: {label} of {name}."
-    return Chart(id, axes, f"{label} inside and outside", words, shares, colour)
-
-
-def _plot(id: str, plot: Mapping[str, Any]) -> dict[str, Any]:
-    names = [name for name, _ in plot["series"]]
-    return {"title": plot["title"], "names": names, "chart": _series_chart(id, plot)}
-
-
-def _series_chart(id: str, plot: Mapping[str, Any]) -> Chart | None:
-    """Series of points without the infinite ones. None if no point is left.
-
-    A logarithmic axis needs positive x: if any x is not, the axis is linear.
-    """
-    places = [(x, y) for _, points in plot["series"] for x, y in points if math.isfinite(y)]
-    if not places:
-        return None
-    log = plot.get("log", False) and all(x > 0 for x, _ in places)
-
-    def across(x: float) -> float:
-        return math.log10(x) if log else x
-
-    ranges = _ends([across(x) for x, _ in places], 0.06), _ends([y for _, y in places], 0.06)
-    title = f"log10 of the {plot['x']}" if log else plot["x"]
-    marks = []
-    for i, (name, points) in enumerate(plot["series"]):
-        kept = [(across(x), y) for x, y in points if math.isfinite(y)]
-        if kept:
-            words = ", ".join(f"({x:g}, {y:.3g})" for x, y in points)
-            marks.append((i, kept, f"{name} {words}"))
-    words = "; ".join(words for *_, words in marks) + "."
-    axes = Axes(title, plot["y"], *ranges, width=560, height=360)
-    return Chart(id, axes, plot["title"], words, marks)
-
-
-def _ends(values: Sequence[float], share: float) -> tuple[float, float]:
-    """The range of an axis: that of the values, and a margin of `share` of it at both ends."""
-    margin = share * (max(values) - min(values)) or 0.05
-    return min(values) - margin, max(values) + margin
-
-
-def _rows(count: int) -> str:
-    return "1 row" if count == 1 else f"{count} rows"
-
-
-def _ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """Round numbers in [low, high], 2 to 7 of them, with their labels."""
-    span = high - low
-    scale = 10 ** math.floor(math.log10(span))
-    step = next(m * scale for m in (0.2, 0.5, 1.0, 2.0) if span / (m * scale) <= 6.5)
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [(k * step, f"{k * step:.{digits}f}") for k in range(first, last + 1)]
-
-
-def _thinned(xs: Tensor, ys: Tensor, most: int = 400) -> list[tuple[float, float]]:
-    """At most about `most` points, evenly spaced, the last one among them."""
-    step = max(1, len(xs) // most)
-    return list(zip(xs.flip(0)[::step].tolist(), ys.flip(0)[::step].tolist(), strict=True))[::-1]
+def _plot(id: str, plot: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[str, Any]:
+    names = [(numbers[name], name) for name, _ in plot["series"]]
+    return {"title": plot["title"], "names": names, "chart": series_chart(id, plot, numbers)}

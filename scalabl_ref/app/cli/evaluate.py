@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> Result:
             calibration=calibration,
             ood=ood,
             settings=settings,
+            run=args.run and args.run.resolve().name,
         )
         results.write(folder, *([args.run] if args.run and not args.out else []))
     if answers.encoded:
