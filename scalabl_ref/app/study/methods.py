@@ -34,7 +34,8 @@ class Range:
     def at(self, u: float) -> float:
         """The value at a share u of the way from low to high, to three digits."""
         if self.log:
-            return float(f"{self.low * (self.high / self.low) ** u:.3g}")
+            # As a product of powers, because high / low overflows beyond 308 decades.
+            return float(f"{self.low ** (1 - u) * self.high**u:.3g}")
         return float(f"{self.low + (self.high - self.low) * u:.3g}")
 
 

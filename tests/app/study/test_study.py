@@ -171,6 +171,12 @@ def test_an_ensemble_may_take_the_settings_of_its_members(tmp_path, monkeypatch)
         Study.read(config(tmp_path, methods=["two"]))
 
 
+def test_a_range_may_span_all_floats():
+    """Its ratio is no float: 616 decades. The middle of the logarithms is 1."""
+    whole = Range(1e-308, 1e308)
+    assert [whole.at(u) for u in (0.0, 0.25, 0.5, 1.0)] == [1e-308, 1e-154, 1.0, 1e308]
+
+
 def test_trials_cover_the_ranges_and_are_shared(tmp_path):
     """Each of n equal parts of a range, on its scale, has one trial; a name has the same values."""
     tuned = {"lr": Range(1e-3, 1e-1), "dropout": Range(0.0, 0.8, log=False)}
