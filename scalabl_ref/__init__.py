@@ -21,7 +21,7 @@ try:
     from .core.objective import Elbo, elbo, kl_forward, kl_official
     from .core.philox import philox4x32
     from .core.predictive import Prediction
-    from .evaluation import metrics
+    from .evaluation import metrics, plots
     from .evaluation.predict import predict
     from .fast.native import native_status
     from .model.attach import add_adapters
@@ -55,6 +55,7 @@ __all__ = [
     "metrics",
     "native_status",
     "philox4x32",
+    "plots",
     "predict",
     "reference",
     "save_run",

@@ -7,6 +7,7 @@ fonts, and what has no room is cut, moved or left out. templates/charts.html dra
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 COLOURS = 6  # of style.css; numbers beyond have another dash and another shape
+# Neither HTML nor XML can hold any other character.
+_FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _TEMPLATES = Path(__file__).parent / "templates"
 _SIZE, _SMALL = 11.0, 8.5  # px: letters of a chart, and those of the counts
 _RISE, _FALL = 1.0, 0.3  # ems above and below the baseline
@@ -49,6 +52,11 @@ def colour(number: int) -> int:
 
 
 # Text --------------------------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """The text with a mark in place of each character that no file may hold."""
+    return _FORBIDDEN.sub("\ufffd", text)
 
 
 def width(text: str, size: float = _SIZE) -> float:

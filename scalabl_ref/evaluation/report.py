@@ -7,7 +7,6 @@ charts as SVG and the style. The same results give the same bytes.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,14 +26,13 @@ from .charts import (
     interval_chart,
     number,
     ood_chart,
+    printable,
     reliability_chart,
     risk_chart,
     rows_of,
     series_chart,
 )
 
-# Neither HTML nor XML can hold any other character.
-_FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 # key, heading, unit or direction
 _COLUMNS = (
     ("acc", "ACC", "higher is better"),
@@ -102,7 +100,7 @@ def document(results: Mapping[str, Any]) -> str:
         page["risk"] = {"names": [m["name"] for m in models], "chart": risk_chart(models)}
         page["foreign"] = _out_of_distribution(models)
     text = environment().get_template("page.html").render(page)
-    return _FORBIDDEN.sub("\ufffd", text)
+    return printable(text)
 
 
 def _numbers(results: Mapping[str, Any]) -> dict[str, int]:

@@ -28,7 +28,7 @@ def table(results: Mapping[str, Any]) -> str:
     parts += _verdict_tables(results)
     for name, part in results["shifted"].items():
         rows = {method: row["shifted"][name] for method, row in results["methods"].items()}
-        parts.append(f"Shifted, {name}:\n\n{_markdown(SCORE_HEADS, _score_cells(rows))}")
+        parts.append(f"Shifted, {name}:\n\n{markdown(SCORE_HEADS, _score_cells(rows))}")
         parts += _verdict_tables(part)
     for name in results["study"]["ood"]:
         parts.append(f"Out of distribution, {name}:\n\n{_ood_table(results, name)}")
@@ -83,7 +83,7 @@ def _scores_table(results: Mapping[str, Any]) -> str:
         [name, _trial(row), *cells, *_cost_cells(row)]
         for (name, *cells), row in zip(_score_cells(rows), rows.values(), strict=True)
     ]
-    return _markdown(["method", "trial", *SCORE_HEADS[1:], *COST_HEADS], lines)
+    return markdown(["method", "trial", *SCORE_HEADS[1:], *COST_HEADS], lines)
 
 
 COST_HEADS = ["parameters", "draws", "train s", "fit s", "answer ms", "peak MB"]
@@ -106,7 +106,7 @@ VERDICT_HEADS = ["rival", "replicates", "ACC", "ECE", "NLL", "Brier"]
 def _verdict_tables(part: Mapping[str, Any]) -> list[str]:
     return [
         f"Among {family}, {ours} less each rival:\n\n"
-        + _markdown(VERDICT_HEADS, _verdict_cells(entries))
+        + markdown(VERDICT_HEADS, _verdict_cells(entries))
         for (family, ours), entries in _by_family(part["verdict"]).items()
     ]
 
@@ -117,12 +117,12 @@ def _verdict_cells(entries: Sequence[Row]) -> list[list[str]]:
     for e in entries:
         lines.setdefault(e["rival"], {})[e["score"]] = e
     return [
-        [rival, str(each["nll"]["replicates"]), *(_verdict_cell(each[k]) for k in metrics.SCORES)]
+        [rival, str(each["nll"]["replicates"]), *(verdict_cell(each[k]) for k in metrics.SCORES)]
         for rival, each in lines.items()
     ]
 
 
-def _verdict_cell(e: Row) -> str:
+def verdict_cell(e: Row) -> str:
     if "p" not in e:
         return str(e["word"])
     ends = f"{e['low']:+.3f} to {e['high']:+.3f}"
@@ -130,7 +130,7 @@ def _verdict_cell(e: Row) -> str:
 
 
 def _ood_table(results: Mapping[str, Any], name: str) -> str:
-    return _markdown(["method", *(head for _, head in OOD)], _ood_cells(results, name))
+    return markdown(["method", *(head for _, head in OOD)], _ood_cells(results, name))
 
 
 def _ood_cells(results: Mapping[str, Any], name: str) -> list[list[str]]:
@@ -145,7 +145,7 @@ def _ood_cells(results: Mapping[str, Any], name: str) -> list[list[str]]:
     ]
 
 
-def _markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     rows = [heads, ["---"] * len(heads), *lines]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
@@ -237,7 +237,7 @@ def _verdict_sheets(part: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
         )  # fmt: skip
         for (family, ours), entries in _by_family(part["verdict"]).items()
     ]
-    pairs = [[e["ours"], e["rival"], str(e["replicates"]), _verdict_cell(e)] for e in part["pairs"]]
+    pairs = [[e["ours"], e["rival"], str(e["replicates"]), verdict_cell(e)] for e in part["pairs"]]
     words = (
         "Here p is corrected for the number of all pairs of one kind: without temperatures, with "
         "them, or with one for the rival alone."

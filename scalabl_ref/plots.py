@@ -1,0 +1,3 @@
+"""The public name of `scalabl_ref.evaluation.plots`."""
+
+from .evaluation.plots import *  # noqa: F403

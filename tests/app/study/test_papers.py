@@ -1,0 +1,153 @@
+"""Tables and figures of a finished study for a paper, by the command, without running anything."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from scalabl_ref.app import cli
+from scalabl_ref.app.study import Study, run_study
+from scalabl_ref.evaluation import metrics, papers
+from scalabl_ref.evaluation.tables import table
+from scalabl_ref.support.tensors import load_tensors
+
+from .studies import config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A study of two methods and two seeds, after which its model and its data are gone."""
+    folder = tmp_path_factory.mktemp("papers")
+    path = config(folder)
+    run_study(Study.read(path), folder / "out")
+    shutil.rmtree(folder / "model")
+    for file in folder.glob("*.jsonl"):
+        file.unlink()
+    return path, folder / "out"
+
+
+def said(capsys, *command) -> str:
+    assert cli.main(list(map(str, command))) == 0
+    return capsys.readouterr().out
+
+
+def test_a_latex_table(finished, capsys):
+    path, out = finished
+    text = said(capsys, "study", path, "--out", out, "--table", "latex")
+    results = json.loads((out / "results.json").read_text())
+    assert text.count("{") == text.count("}") and "\\usepackage{booktabs}" in text
+    begun = re.findall(r"\\begin{(\w+)}", text)
+    assert begun == ["table", "tabular"] and re.findall(r"\\end{(\w+)}", text) == begun[::-1]
+    body = text.split("\\midrule\n")[1].split("\\bottomrule")[0].splitlines()
+    assert [line.split(" & ")[0] for line in body] == list(results["methods"])
+    for line, row in zip(body, results["methods"].values(), strict=True):
+        cells = line.removesuffix(r" \\").split(" & ")
+        assert len(cells) == 6 and line.endswith(r" \\")
+        assert cells[3] == f"${row['nll']:.3f} \\pm {row['sd']['nll']:.3f}$"
+    (entry,) = (e for e in results["verdict"] if e["score"] == "nll" and e["rival"] == "mle")
+    assert f"${entry['difference']:+.3f}$" in body[0] and body[0].endswith(
+        f": {entry['word']} \\\\"
+    )
+    ours = list(results["methods"]).index("scalabl")
+    assert body[ours].endswith(r"& ours \\")
+
+
+def test_letters_that_latex_takes_for_its_own_are_escaped():
+    assert papers.latex("a_b & 50 % {#$}\n~^\\") == (
+        r"a\_b \& 50 \% \{\#\$\} \textasciitilde{}\textasciicircum{}\textbackslash{}"
+    )
+
+
+def test_a_csv_table_has_all_digits(finished, tmp_path, capsys):
+    _, out = finished
+    text = said(capsys, "study", "--out", out, "--table", "csv")
+    results = json.loads((out / "results.json").read_text())
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert [row["method"] for row in rows] == list(results["methods"])
+    for row in rows:
+        expected = results["methods"][row["method"]]
+        assert {float(row[key]) for key in metrics.SCORES} == {expected[k] for k in metrics.SCORES}
+        assert float(row["nll_sd"]) == expected["sd"]["nll"] and row["replicates"] == "2"
+    assert rows[0]["ours"] == "scalabl" and float(rows[0]["nll_p"]) <= 1
+    file = tmp_path / "table.csv"
+    said(capsys, "study", "--out", out, "--table", file)
+    assert file.read_text() == text
+
+
+def test_a_markdown_table_has_the_verdicts_of_the_page(finished, capsys):
+    _, out = finished
+    text = said(capsys, "study", "--out", out, "--table", "markdown")
+    results = json.loads((out / "results.json").read_text())
+    long = table(results)
+    cell = text.splitlines()[2].strip("| ").split(" | ")[-1]
+    assert cell in long and "(" in cell
+    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {7}
+
+
+def test_figures_show_all_replicates(finished, tmp_path, capsys):
+    _, out = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    said(capsys, "study", "--out", out, "--figures", tmp_path / "figures")
+    names = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert names == ["nll.svg", "reliability-mle.svg", "reliability-scalabl.svg"]
+    for name in names:
+        ElementTree.fromstring((tmp_path / "figures" / name).read_text())
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    results = json.loads((out / "results.json").read_text())
+    probs, labels = [], []
+    for replicate in results["methods"]["scalabl"]["replicates"]:
+        (found,) = (
+            folder
+            for folder in out.glob("answers/scalabl-*")
+            if (folder / "test.safetensors").exists()
+            and json.loads((folder / "answers.json").read_text())["seed"] == replicate["replicate"]
+        )
+        answers = load_tensors(found / "test.safetensors")[0]
+        probs.append(answers["probs"])
+        labels.append(answers["labels"])
+    ece = metrics.ece(torch.cat(probs), torch.cat(labels), 15)
+    assert f"scalabl: ECE {ece:.3f}" in (tmp_path / "figures/reliability-scalabl.svg").read_text()
+
+
+def test_what_is_not_there_is_said_in_a_line(finished, tmp_path, capsys):
+    path, out = finished
+
+    def error(*command) -> str:
+        assert cli.main(["study", *map(str, command)]) == 2
+        return capsys.readouterr().err
+
+    assert "has no results.json: run `scalabl study FILE" in error(
+        "--out", tmp_path, "--table", "csv"
+    )
+    assert "--table must be one of latex, csv, markdown, FILE.tex" in error(
+        "--out", out, "--table", "word"
+    )
+    assert "give the study's FILE" in error("--out", tmp_path)
+    other = tmp_path / "study.json"
+    other.write_text(json.dumps({**json.loads(path.read_text()), "seeds": [0, 1, 2]}))
+    assert "results of another study" in error(other, "--out", out, "--table", "csv")
+    (tmp_path / "out").mkdir()
+    for text in ("[]", "{}", '{"methods": {"a": 1}, "verdict": [], "study": {"bins": 5}}'):
+        (tmp_path / "out/results.json").write_text(text)
+        said = error("--out", tmp_path / "out", "--table", "latex")
+        assert said.startswith("error: ") and "results.json" in said and said.count("\n") == 1
+    shutil.copy(out / "results.json", tmp_path / "out")
+    assert "has no answers of 'mle', replicate 0" in error(
+        "--out", tmp_path / "out", "--figures", tmp_path / "figures"
+    )
+    assert not (tmp_path / "figures").exists()
+
+
+def test_infinite_scores_are_said(finished):
+    _, out = finished
+    results = papers.read_results(out)
+    results["methods"]["mle"]["nll"] = results["methods"]["mle"]["sd"]["nll"] = None
+    assert "$\\infty$" in papers.paper_table(results, "latex")
+    assert "inf" in papers.paper_table(results, "markdown")
