@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder for runs and results")
     add("--jobs", type=int, default=1, metavar="N", help="train N runs at a time, one thread each")
     add("--cost", action="store_true", help="print the cost of the study, and stop")
+    add("--plugin", type=Path, action="append", default=[], metavar="FILE",
+        help="a Python file with methods of your own, which is run; see docs/own_method.md; may be "
+        "given again")  # fmt: skip
     add("--table", metavar="KIND",
         help="of a finished study, run nothing and print a table for a paper: latex, csv or "
         "markdown; or a file to write, .tex, .csv or .md")  # fmt: skip
@@ -50,12 +53,14 @@ def run(args: argparse.Namespace) -> Result:
     if not args.config:
         raise InputError("give the study's FILE, or --table or --figures for a finished one")
     if args.config == "paper":
+        if args.plugin:
+            raise InputError("--plugin needs a study's FILE, and not the word paper")
         if not (args.model and args.data):
             raise InputError("study paper needs --model and --data")
         studies = paper.studies(args.model, args.data, tuple(args.tasks or paper.TASKS))
         todo = {args.out / task: config for task, config in studies.items()}
     else:
-        todo = {args.out: Study.read(Path(args.config))}
+        todo = {args.out: Study.read(Path(args.config), args.plugin)}
     runs.device_of(args)
     costs = {}
     for out, config in todo.items():
@@ -82,7 +87,7 @@ def _for_paper(args: argparse.Namespace) -> Result:
     results = papers.read_results(args.out)
     found: Result = {}
     if args.config:
-        _check_same(Study.read(Path(args.config)), results, args)
+        _check_same(Study.read(Path(args.config), args.plugin), results, args)
     if args.table:
         path = Path(args.table)
         ends = {end: kind for kind, end in papers.KINDS.items()}
@@ -106,7 +111,7 @@ def _for_paper(args: argparse.Namespace) -> Result:
 def _check_same(config: Study, results: Result, args: argparse.Namespace) -> None:
     """Raise InputError if the results are of another study. Files may have moved."""
     ours, theirs = json.loads(json_text(dataclasses.asdict(config))), results["study"]
-    moved = ("model", "train", "test", "prompt_template")
+    moved = ("model", "train", "test", "prompt_template", "plugins")
     for name, value in ours.items():
         other = theirs.get(name, value)
         if name == "ood":

@@ -38,11 +38,10 @@ from . import paper
 from .config import Study
 from .costs import cost
 from .jobs import Fit, Job
-from .methods import METHODS, OURS, Method, Range
+from .methods import METHODS, Method, Range
 
 __all__ = [
     "METHODS",
-    "OURS",
     "Fit",
     "Job",
     "Method",
@@ -158,7 +157,7 @@ def _validation(arms: dict[str, list[Job]], config: Study, workers: Workers) -> 
 
     A choice among our arms by the runs that are tested would favour an arm whose runs were lucky.
     """
-    ours = [arm for arm, (method, _) in config.arms.items() if method in OURS]
+    ours = [arm for arm, (method, _) in config.arms.items() if METHODS[method].ours]
     tried = {
         arm: [
             dataclasses.replace(arms[arm][0], seed=seed, sets=("validation",))

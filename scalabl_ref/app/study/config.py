@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -23,6 +24,7 @@ from ...support.folders import Weights
 from ...training.runs import DType
 from ...training.trainer import TrainConfig
 from .methods import METHODS, random_trials
+from .plugins import is_added, load_plugins
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Study:
     passes: length of a training in passes over its rows, in place of `steps`; needs `limit`.
     seeds: of data order, initial values and noise, for the runs that are tested.
     samples: draws for each question. bins: of the expected calibration error.
+    plugins: Python files with methods of one's own, see `plugins`. They are not in the JSON file,
+        because a file of data runs no code.
 
     Raises InputError, naming the field, for a value that no study can have.
     """
@@ -87,8 +91,16 @@ class Study:
     passes: float | None = None
     samples: int = 10
     bins: int = 15
+    plugins: tuple[str, ...] = ()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a process of the study: load the plugins that it was made with."""
+        self.__dict__.update(state)
+        if load_plugins(self.plugins) != self.plugin_digests:
+            raise InputError(f"{', '.join(self.plugins)}: has changed while the study ran")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "plugins", tuple(self.plugin_digests))
         if not self.tuning_seeds:
             object.__setattr__(self, "tuning_seeds", self.seeds[:1])
         lists = {"methods": self.methods, "seeds": self.seeds, "tuning_seeds": self.tuning_seeds}
@@ -156,10 +168,13 @@ class Study:
                 self.configs(arm, trial, self.seeds[0])
 
     @staticmethod
-    def read(path: Path) -> Study:
-        """A study from its file. Raises InputError, naming the file and the field."""
+    def read(path: Path, plugins: Iterable[Path | str] = ()) -> Study:
+        """A study from its file, and plugins. Raises InputError, naming the file and the field."""
         values = read_json(path)
+        load_plugins(plugins)  # an error there names the plugin
         try:
+            if isinstance(values, dict) and "plugins" in values:
+                raise InputError("plugins cannot stand in a file: give --plugin FILE")
             check(values, get_type_hints(Study))
             for name in ("model", "train", "test"):
                 if name not in values:
@@ -167,9 +182,14 @@ class Study:
             for name in ("methods", "seeds", "tuning_seeds"):
                 if name in values:
                     values[name] = tuple(values[name])
-            return Study(**values)
+            return Study(**values, plugins=tuple(map(str, plugins)))
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
+
+    @functools.cached_property
+    def plugin_digests(self) -> dict[str, str]:
+        """SHA-256 of each plugin by its path, when it was loaded; the first use loads it."""
+        return load_plugins(self.plugins)
 
     @functools.cached_property
     def contents(self) -> dict[str, list[str]]:
@@ -191,6 +211,15 @@ class Study:
             return self.test, self.format, self.test_limit
         about = self.ood[name]
         return about["path"], about.get("format", "jsonl"), about.get("limit")
+
+    def code(self, **names: str) -> list[str]:
+        """What plugins add to a folder's name: nothing, unless one defines a method or adapter.
+
+        names: such as method="mle".
+        """
+        if not any(is_added(kind, name) for kind, name in names.items()):
+            return []
+        return sorted(self.plugin_digests.values())
 
     def describes(self, name: str) -> list[Any]:
         """All that decides a set's tokens, and for the training set, how it is split."""

@@ -11,7 +11,7 @@ from ...model.llama import Llama
 from ...model.weights import read_config
 from .config import Study
 from .jobs import Fit, Job
-from .methods import METHODS, OURS
+from .methods import METHODS
 from .sets import encoded_sets
 
 
@@ -40,7 +40,9 @@ def cost(config: Study) -> dict[str, float]:
         if len(tuned) > 1:
             tuned += itertools.product(trials[: config.finalists], others)
         tested = [Job(config, arm, trials[0], s, config.sets, Path()) for s in config.seeds]
-        if config.arms[arm][0] in OURS:  # the best of ours is chosen by runs with all tuning seeds
+        if METHODS[
+            config.arms[arm][0]
+        ].ours:  # the best of ours is chosen by runs with all tuning seeds
             tuned += [(trials[0], s) for s in config.tuning_seeds if (trials[0], s) not in tuned]
         tuned_jobs = [Job(config, arm, t, s, ("validation",), Path()) for t, s in tuned]
         for job in tuned_jobs + tested:

@@ -53,6 +53,7 @@ class Fit:
     def folder(self) -> Path:
         about: list[Any] = [self.study.base, self.study.describes("train"), _set(self.adapter)]
         about += [_set(self.train), self.replicate if self.study.held_out else 0]
+        about += self.study.code(adapter=self.adapter.method)
         return self.out / "runs" / f"{self.adapter.method}-{digest(about)}"
 
     @property
@@ -113,6 +114,7 @@ class Job:
         sets = {name: self.study.describes(name) for name in ("train", *others)}
         runs = [fit.folder.name for fit in self.fits()]
         about = [self.study.base, sets, self._samples, runs, self.arm, self.trial]
+        about += self.study.code(method=self.study.arms[self.arm][0])
         name = f"{re.sub('[ ,]+', '-', self.arm)}-{digest(about)}-{self.seed}"
         return self.out / "answers" / name
 
@@ -235,6 +237,8 @@ def _stored(posterior: Posterior | None) -> int:
         own = [p for curvature in posterior.curvature.values() for p in curvature]
     elif isinstance(posterior, Subspace):
         own = [posterior.precision, posterior.values, posterior.vectors]
+    elif posterior is not None:  # of a plugin
+        own = [p for p in vars(posterior).values() if isinstance(p, torch.Tensor)]
     return sum(p.numel() for p in own)
 
 

@@ -201,7 +201,6 @@ METHODS: dict[str, Method] = {
         MLE, like="subspace", members=3, after=_ensemble_of_subspace, draws=DRAWS, ours=True
     ),
 }
-OURS = tuple(name for name, method in METHODS.items() if method.ours)
 
 
 def random_trials(tuned: Mapping[str, Range], count: int) -> list[dict[str, float]]:
