@@ -142,6 +142,20 @@ def test_the_studies_can_be_read_and_are_reported(file):
     assert f"studies/{file.name}" in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
+def test_the_plots_of_scaling_have_the_figures_of_its_table():
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    lines = text.split("\n## Scaling\n")[1].split("\n## ")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
+    page = (ROOT / "docs" / "scaling.html").read_text(encoding="utf-8")
+    shown = re.findall(r"measured (\(.+?\)); predicted", page)
+    expected = [
+        ", ".join(f"({x}, {float(y):.3g})" for x, y in zip(row[2].split(), ys.split(), strict=True))
+        for row in rows[2:]
+        for ys in (row[3], row[6])
+    ]
+    assert shown == expected and len(shown) == 18
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 700
 

@@ -27,6 +27,7 @@ import contextlib
 import json
 import math
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -99,7 +100,8 @@ def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     if info.exists():
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":")[1].strip() if names else model
+        model = names[0].split(":")[1] if names else model
+    model = " ".join(re.sub(r"\((R|TM)\)|\b(Processor|CPU)\b", " ", model).split())
     status = native_status()
     return {
         "scalabl_ref": scalabl_ref.__version__,
@@ -583,6 +585,16 @@ def scaling(args: argparse.Namespace, both: dict[str, Side]) -> list[dict[str, A
 EXPONENTS = {"samples": 1, "rank": 0, "batch": 1, "length": 1, "layers": 1}
 
 
+WORDS = {"ms": "time", "MB": "memory above the weights"}
+UNITS = {
+    "samples": "draws",
+    "batch": "rows",
+    "length": "tokens",
+    "layers": "layers",
+    "rank": "rank",
+}
+
+
 def scaling_page(path: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Both axes logarithmic, and beside what was measured what is predicted, through its end."""
     from scalabl_ref.evaluation.report import write_report
@@ -590,22 +602,23 @@ def scaling_page(path: Path, about: dict[str, Any], rows: list[dict[str, Any]]) 
     plots = []
     for row in rows:
         values = [int(x) for x in row["values"].split()]
-        power = EXPONENTS[row["against"]]
-        for unit in ("ms", "MB"):
+        power, x = EXPONENTS[row["against"]], UNITS[row["against"]]
+        for unit, words in WORDS.items():
             sizes = tuple(max(float(y), 1.0) for y in row[unit].split())
-            measured = [(x, math.log10(y)) for x, y in zip(values, sizes, strict=True)]
-            end = measured[-1][1]
-            line = [(x, end + power * math.log10(x / values[-1])) for x in values]
+            line = [(value, sizes[-1] * (value / values[-1]) ** power) for value in values]
+            measured = list(zip(values, sizes, strict=True))
+            found = exponent(values, sizes)
             plots.append({
-                "title": f"{row['of']} against {row['against']}, {unit}", "x": row["against"],
-                "y": f"log10 of {unit}", "log": True,
-                "series": [
-                    (f"measured, exponent {exponent(values, sizes):.2f}", measured),
-                    (f"predicted, exponent {power}", line),
-                ],
+                "title": f"{row['of']}: {words} against {x}, exponent {found:.2f} ({power})",
+                "x": x, "y": f"{words} ({unit})", "log": True, "log_y": True,
+                "series": [("measured", measured), ("predicted", line)],
             })  # fmt: skip
-    title = "Time and memory against sizes"
-    write_report(path, {"title": title, "about": about, "models": [], "plots": plots})
+    subtitle = (
+        "In brackets: the exponent of the work. The predicted line has it, and goes through the "
+        "last point. Both axes are logarithmic."
+    )
+    page = {"title": "Time and memory against sizes", "subtitle": subtitle, "about": about}
+    write_report(path, {**page, "models": [], "plots": plots})
 
 
 def exponent(x: list[int], y: tuple[float, ...]) -> float:
