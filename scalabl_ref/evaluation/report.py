@@ -360,5 +360,5 @@ def _out_of_distribution(models: Sequence[Mapping]) -> dict[str, Any] | None:
 
 
 def _plot(id: str, plot: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[str, Any]:
-    names = [(numbers[name], name) for name, _ in plot["series"]]
+    names = sorted((numbers[name], name) for name, _ in plot["series"])
     return {"title": plot["title"], "names": names, "chart": series_chart(id, plot, numbers)}

@@ -179,7 +179,7 @@ def test_a_model_has_one_colour_and_one_number_on_a_page():
     rows = re.findall(r'<tr class="(c\d)"><th scope="row"><span[^>]*></span>(m\d)', text)
     assert set(rows) == {("c0", "m0"), ("c1", "m1"), ("c2", "m2")}
     legend = re.findall(r"<li>(\d) <span class=\"swatch (c\d)\"[^>]*></span>(\w+)</li>", text)
-    assert legend[:3] == [("4", "c3", "other"), ("3", "c2", "m2"), ("2", "c1", "m1")]
+    assert legend[:3] == [("2", "c1", "m1"), ("3", "c2", "m2"), ("4", "c3", "other")]
 
 
 def test_24_models_look_different():
