@@ -1,17 +1,25 @@
-"""A model's answers to a whole data set: predictive distributions, row by row, on all ranks."""
+"""A model's answers to a whole data set: predictive distributions, row by row, on all ranks.
+
+The noise of a row is keyed by its prompt's tokens (`text_keys`), not by its place in the file. So
+an answer depends on the text, the seed and the draws alone: the same text has the same draws in any
+file, in any order and in any batch, and rows with equal prompts have equal answers. Between batches
+of another size the products may round differently.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..core.adapter import random_adapters
+from ..core.adapter import adapters, random_adapters
 from ..core.noise import Noise
 from ..core.objective import Batch
+from ..core.philox import WORD
 from ..core.predictive import Prediction, predictive
 from ..data import Encoded, Example, Wording, encode, evaluation_batches
 from ..data.tokenizer import Tokenizer
@@ -68,6 +76,19 @@ def encode_for(
     return encoded
 
 
+def text_keys(model: Llama, tokens: Sequence[Sequence[int]]) -> Tensor:
+    """The noise group of each prompt, (N,) int64: the first 64 bits of a SHA-256, modulo 2^32.
+
+    The digest is of the token ids in decimal, with commas between them. Under token sampling the
+    modulus is 2^32 over the model's positions, since each token then has a group of its own.
+    """
+    by_token = any(adapter.config.sampling == "token" for adapter in adapters(model).values())
+    room = WORD // model.config.max_position_embeddings if by_token else WORD
+    texts = (",".join(map(str, row)).encode() for row in tokens)
+    digests = (hashlib.sha256(text).digest()[:8] for text in texts)
+    return torch.tensor([int.from_bytes(digest, "big") % room for digest in digests])
+
+
 def answer(
     model: Llama,
     tokenizer: Tokenizer,
@@ -81,6 +102,25 @@ def answer(
     answerable: bool = True,
     wording: Wording | None = None,
 ) -> Answers:
+    """`answer_encoded` of these examples, as `encode_for` makes them.
+
+    answerable, wording: as in `data.encode`.
+    """
+    _check_samples(samples, posterior, design)
+    encoded = encode_for(model, tokenizer, examples, wording, answerable)
+    return answer_encoded(model, encoded, samples, seed, batch, title, posterior, design)
+
+
+def answer_encoded(
+    model: Llama,
+    encoded: Encoded,
+    samples: Samples,
+    seed: int,
+    batch: int = 32,
+    title: str = "evaluate",
+    posterior: Posterior | None = None,
+    design: str = "independent",
+) -> Answers:
     """Predict every example with `samples` draws (0: the mean model); no example is dropped.
 
     The ranks share the work, and all of them get all answers. With a number of `samples`, the ranks
@@ -88,21 +128,21 @@ def answer(
     a sharded base, every rank predicts all batches.
 
     samples: a number, or an `Auto` (`sequential.predict_auto`: as many as each example needs), or
-    "exact" (`quadrature.predict_exact`). posterior: the distribution to draw from, if it is not the
-    adapters' own. design: as in `predict`. answerable, wording: as in `data.encode`.
+    "exact" (`quadrature.predict_exact`). title: of the progress bar; "" shows none. posterior: the
+    distribution to draw from, if it is not the adapters' own. design: as in `predict`.
 
-    Raises InputError for a combination that does not exist, or as `encode_for` does.
+    Raises InputError for a combination that does not exist.
     """
-    if not isinstance(samples, int) and design != "independent":
-        raise InputError(f"samples auto and exact need independent draws, not design {design!r}")
-    integrated = samples == "exact" and isinstance(posterior, Subspace)
-    if not isinstance(samples, int) and posterior is not None and not integrated:
-        raise InputError(_not_of(posterior, samples))
-    encoded = encode_for(model, tokenizer, examples, wording, answerable)
-    rows, batches = len(encoded.labels), list(evaluation_batches(encoded, batch))
+    _check_samples(samples, posterior, design)
+    rows = len(encoded.labels)
+    keys = text_keys(model, encoded.tokens)
+    found = list(evaluation_batches(encoded, batch))
+    places = [b.ids for b in found]  # in the data set; the noise is keyed by the text
+    batches = [replace(b, ids=keys[b.ids]) for b in found]
     by_draws = isinstance(samples, int) and posterior is None
     spread = not by_draws and not distributed.sharded(model)  # else all ranks have all batches
-    mine = batches[distributed.rank() :: distributed.world()] if spread else batches
+    own = slice(distributed.rank(), None, distributed.world()) if spread else slice(None)
+    mine, places = batches[own], places[own]
     if isinstance(samples, int) and posterior is None:
         parts = _share_draws(model, mine, samples, seed, design)
     else:
@@ -110,9 +150,9 @@ def answer(
     probs = torch.zeros(rows, len(encoded.classes), dtype=torch.float64)
     prediction = Prediction(probs, *(torch.zeros(rows, dtype=torch.float64) for _ in range(3)))
     counts = torch.zeros(2, rows, dtype=torch.int64)  # of each row: its draws; 1 if it is settled
-    with progress_bar(sum(len(b.ids) for b in mine), title, "row") as bar:
-        for ids, found, counted in parts:
-            for column, values in zip(prediction, found, strict=True):
+    with progress_bar(sum(map(len, places)), title, "row") as bar:
+        for ids, (part, counted) in zip(places, parts, strict=True):
+            for column, values in zip(prediction, part, strict=True):
                 column[ids] = values.cpu()
             counts[:, ids] = counted
             bar.update(len(ids))
@@ -122,6 +162,15 @@ def answer(
     labels, number = torch.tensor(encoded.labels), draws_taken(model, samples, posterior)
     draws, settled = (counts[0], counts[1].bool()) if isinstance(samples, Auto) else (None, None)
     return Answers(encoded.examples, labels, prediction, number, draws, settled, encoded)
+
+
+def _check_samples(samples: Samples, posterior: Posterior | None, design: str) -> None:
+    """Raise InputError for a combination that does not exist."""
+    if not isinstance(samples, int) and design != "independent":
+        raise InputError(f"samples auto and exact need independent draws, not design {design!r}")
+    integrated = samples == "exact" and isinstance(posterior, Subspace)
+    if not isinstance(samples, int) and posterior is not None and not integrated:
+        raise InputError(_not_of(posterior, samples))
 
 
 def _not_of(posterior: Posterior, samples: Auto | str) -> str:
@@ -145,8 +194,8 @@ def draws_taken(model: Llama, samples: Samples, posterior: Posterior | None) -> 
     return samples if posterior is not None or random_adapters(model) else 0
 
 
-# Of some rows: their ids, predictions, and `counts` of `answer`, where rows differ in them.
-Part = tuple[Tensor, Prediction, Tensor | int]
+# Of a batch: its predictions, and `counts` of `answer_encoded`, where rows differ in them.
+Part = tuple[Prediction, Tensor | int]
 
 
 @torch.no_grad()
@@ -176,9 +225,9 @@ def _share_draws(
             found = pass_log_probs(model, there[i], noise, part.stop - part.start)
             if at < counted:
                 tables[i][part] = found.cpu()
-        for batch, table in zip(group, tables, strict=True):
+        for table in tables:
             distributed.sum_(table)  # each draw is of one rank, and zero on the others
-            yield batch.ids, predictive(table), 0
+            yield predictive(table), 0
 
 
 def _whole_batch(
@@ -189,11 +238,11 @@ def _whole_batch(
     posterior: Posterior | None,
     design: str,
 ) -> Part:
-    ids, batch = batch.ids, batch.to(model.device)
+    batch = batch.to(model.device)
     if isinstance(samples, Auto):
         prediction, taken, settled = predict_auto(model, batch, samples, seed)
-        return ids, prediction, torch.stack((taken, settled.long()))
+        return prediction, torch.stack((taken, settled.long()))
     if isinstance(samples, str):
         assert posterior is None or isinstance(posterior, Subspace)  # `answer` refuses others
-        return ids, predict_exact(model, batch, posterior), 0
-    return ids, predict(model, batch, samples, seed, posterior, design), 0
+        return predict_exact(model, batch, posterior), 0
+    return predict(model, batch, samples, seed, posterior, design), 0

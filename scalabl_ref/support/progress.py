@@ -33,10 +33,11 @@ def duration(seconds: float) -> str:
 def progress_bar(total: int, title: str, unit: str, done: int = 0) -> Any:
     """A tqdm bar with an estimate of the time left, or `Lines` without a terminal.
 
-    Of the processes that torchrun starts, only the first shows one.
+    The terminal is that of standard error. Of the processes that torchrun starts, only the first
+    shows one. Without a title there is none.
     """
-    first = os.environ.get("RANK", "0") == "0"
-    if first and not sys.stderr.isatty():
+    shown = title != "" and os.environ.get("RANK", "0") == "0"
+    if shown and not sys.stderr.isatty():
         return Lines(total, title, unit, done)
     from tqdm import tqdm
 
@@ -48,7 +49,7 @@ def progress_bar(total: int, title: str, unit: str, done: int = 0) -> Any:
         unit_scale=unit == "B",
         dynamic_ncols=True,
         leave=False,
-        disable=not first,
+        disable=not shown,
     )
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from scalabl_ref import Noise, adapters, load_run
-from scalabl_ref.core.objective import class_logits
-from scalabl_ref.data import encode, evaluation_batches, load, split
+from scalabl_ref.core.objective import Batch, class_logits
+from scalabl_ref.data import collate, encode, evaluation_batches, load, split
 from scalabl_ref.data.tokenizer import load_tokenizer
-from scalabl_ref.evaluation.predict import predict_all
+from scalabl_ref.evaluation.answering import text_keys
+from scalabl_ref.evaluation.predict import predict
 from scalabl_ref.methods import Laplace, Swag, fit_tfb, load_posterior
 
 from ...models import questions_file, tiny_folder
@@ -45,8 +47,15 @@ def data(work, name: str, batch: int):
     return list(evaluation_batches(encoded, batch))
 
 
+def questions(work, model) -> Batch:
+    """The test set as `evaluate` asks it: one batch, in the file's order, keyed by the texts."""
+    encoded = encode(load(work / "test.jsonl", "jsonl"), load_tokenizer(work / "model"), classes=3)
+    batch = collate(encoded, range(len(encoded.tokens)))
+    return replace(batch, ids=text_keys(model, encoded.tokens))
+
+
 def expected(work, model, posterior=None) -> torch.Tensor:
-    return predict_all(model, data(work, "test.jsonl", 32), 4, 0, posterior=posterior).probs
+    return predict(model, questions(work, model), 4, 0, posterior=posterior).probs
 
 
 def test_laplace(work, capsys):
@@ -200,13 +209,14 @@ def test_an_ensemble_of_runs_that_draw(work, capsys):
     for seed in (0, 1):
         ok(f"{TRAIN} --method dropout --dropout 0.5 --seed {seed} --out drop{seed}", capsys)
     ok("posterior ensemble --run drop0 drop1 --out made", capsys)
-    batches, found = data(work, "test.jsonl", 32), []
+    found = []
     for i in range(4):
         model, _ = load_run(f"drop{i % 2}")
         with torch.no_grad():
-            found += [class_logits(model, b, Noise(0, i)).double().softmax(-1) for b in batches]
+            logits = class_logits(model, questions(work, model), Noise(0, i))
+            found.append(logits.double().softmax(-1))
     both = torch.stack(found).mean(0)
-    assert len(batches) == 1 and (probabilities(work / "made", capsys) - both).abs().max() < 1e-12
+    assert (probabilities(work / "made", capsys) - both).abs().max() < 1e-12
     asked = ok("evaluate --run made --data test.jsonl --samples 3", capsys)
     assert asked["samples"] == 4
     files = ok("export --run made --to peft --samples 3 --out out", capsys)
@@ -223,8 +233,7 @@ def test_an_ensemble_of_posteriors(work, capsys):
     for i in (0, 1):
         model, info = load_run(f"laplace{i}")
         posterior = load_posterior(f"laplace{i}", info)
-        [batch] = data(work, "test.jsonl", 32)
-        found.append(posterior.log_probs(model, batch, 4, 0).exp()[i::2].mean(0))
+        found.append(posterior.log_probs(model, questions(work, model), 4, 0).exp()[i::2].mean(0))
     both = torch.stack(found).mean(0)
     assert (probabilities(work / "made", capsys) - both).abs().max() < 1e-12
     said = refused("posterior ensemble --run laplace0 run1 --out x", capsys)
