@@ -22,6 +22,7 @@ try:
     from .core.philox import philox4x32
     from .core.predictive import Prediction
     from .evaluation import metrics, plots
+    from .evaluation.classifier import load
     from .evaluation.predict import predict
     from .fast.native import native_status
     from .model.attach import add_adapters
@@ -50,6 +51,7 @@ __all__ = [
     "elbo",
     "kl_forward",
     "kl_official",
+    "load",
     "load_run",
     "methods",
     "metrics",

@@ -11,10 +11,10 @@ from typing import Any
 
 from ...data import Example, Wording, format_of, load
 from ...data.tokenizer import Tokenizer, load_tokenizer
-from ...evaluation.answering import Answers, Samples, answer, encode_for
+from ...evaluation.answering import Answers, Samples, encode_for
+from ...evaluation.classifier import Classifier, classifier, default_samples
 from ...evaluation.evaluate import BASE, check_results, results_folder, score
 from ...evaluation.metrics import checked_bins
-from ...methods import Posterior
 from ...model.llama import Llama
 from ...support.errors import InputError
 from ...support.files import sha256
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> Result:
         raise InputError("give --run, or --model to evaluate a model without adapters")
     samples, _ = options.samples(args), checked_bins(args.bins)
     info = run_facts(args.run) if args.run else _base_facts(args)
-    samples = options.default_samples(info) if samples is None else samples
+    samples = default_samples(info) if samples is None else samples
     settings = _settings(args, samples, info)
     of = args.run or Path(f"base-{args.model.resolve().name}")
     folder = args.out or results_folder(of, args.data)
@@ -128,32 +128,29 @@ def _asked(
 ) -> tuple[Answers, Answers | None, Answers | None]:
     """The model's answers to --data, to the held-out questions, and to --ood."""
     wording = options.wording(args, Wording.of_run(info))
-    posterior: Posterior | None = None
     if args.run:
-        model, tokenizer, info, posterior = runs.open_run(args)
+        opened = runs.open_run(args)
+        clf = classifier(opened, args.run, samples, args.seed, args.design, args.batch, wording)
+        info = opened.facts
+        examples = runs.examples_like(args, info)
     else:
         model, tokenizer = _open_base(args)
-    examples = runs.examples_like(args, info)
-    if not args.run:
+        examples = runs.examples_like(args, info)
         encoded = encode_for(model, tokenizer, examples, wording)
         wording = encoded.wording  # for the held-out questions and --ood as well
         model.trim_head(encoded.classes)
-
-    def ask(examples: list[Example], title: str, answerable: bool = True) -> Answers:
-        return answer(
-            model, tokenizer, examples, samples, args.seed, args.batch, title, posterior,
-            design=args.design, answerable=answerable, wording=wording,
-        )  # fmt: skip
-
+        clf = Classifier(
+            model, tokenizer, info, None, wording, samples, args.seed, args.design, args.batch
+        )
     calibration = ood = None
     if args.temperature or args.calibrate:
-        calibration = ask(_held_out(args, info), "calibrate")
+        calibration = clf.ask(_held_out(args, info), "calibrate")
     if args.ood:
         format = args.ood_format or format_of(args.ood)
         columns = options.columns(args) if format in ("csv", "jsonl") else None
         others = load(args.ood, format, args.limit, columns=columns)
-        ood = ask(others, "ood", answerable=False)
-    return ask(examples, "evaluate"), calibration, ood
+        ood = clf.ask(others, "ood", answerable=False)
+    return clf.ask(examples, "evaluate"), calibration, ood
 
 
 def _open_base(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:

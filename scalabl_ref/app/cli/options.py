@@ -232,7 +232,7 @@ def add_samples(parser: Parser) -> None:
 
 
 def samples(args: argparse.Namespace) -> Samples | None:
-    """The user's choice; None if there is none, see `default_samples`."""
+    """The user's choice; None if there is none, see `classifier.default_samples`."""
     if args.samples is None or args.samples == "exact":
         return args.samples
     if args.samples == "auto":
@@ -245,12 +245,3 @@ def samples(args: argparse.Namespace) -> Samples | None:
         ) from None
     check_samples(count)
     return count
-
-
-def default_samples(info: Mapping[str, Any]) -> int:
-    """How many draws a run's answers average, for the facts of its run.json.
-
-    Draws of a Gaussian over logits cost no pass through the model.
-    """
-    linear = info.get("posterior") == "subspace" and info.get("predicts") != "sampled"
-    return 1000 if linear or info.get("posterior") == "laplace" else 10

@@ -5,11 +5,10 @@ remove."""
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from ...data import Wording, question
-from ...evaluation.answering import answer
-from ...support.errors import InputError
+from ...data import Wording
+from ...evaluation.answering import Answers
+from ...evaluation.classifier import classifier
 from . import options, runs
 from .output import Result, say
 
@@ -29,19 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @runs.on_ranks
 def run(args: argparse.Namespace) -> Result:
     samples = options.samples(args)
-    model, tokenizer, info, posterior = runs.open_run(args)
-    samples = options.default_samples(info) if samples is None else samples
-    wording = options.wording(args, Wording.of_run(info))
-    choices = args.choices or list(wording.names or ())
-    if not choices:
-        raise InputError(f"{args.run}: was trained on questions with different choices: give "
-                         "--choices")  # fmt: skip
-    example = question(args.prompt, choices, info["format"])
-    choices = _checked(args, choices, wording, model.config.head_tokens)
-    answers = answer(
-        model, tokenizer, [example], samples, args.seed, posterior=posterior, design=args.design,
-        wording=wording,
-    )  # fmt: skip
+    opened = runs.open_run(args)
+    wording = options.wording(args, Wording.of_run(opened.facts))
+    clf = classifier(opened, args.run, samples, args.seed, args.design, wording=wording)
+    examples = clf.examples([args.prompt], args.choices)
+    return _one(args, clf.ask(examples), list(examples[0].choices))
+
+
+def _one(args: argparse.Namespace, answers: Answers, choices: list[str]) -> Result:
+    """The answer to --prompt, printed."""
     p, draws, settled = answers.prediction, answers.draws, answers.settled
     probs, others = p.probs[0, : len(choices)], p.probs[0, len(choices) :]
     for choice, value in zip(choices, probs.tolist(), strict=True):
@@ -59,15 +54,3 @@ def run(args: argparse.Namespace) -> Result:
         result[name] = getattr(p, name)[0].item()
         say(args, f"{name.replace('_', ' ')}: {result[name]:.4f} nats")
     return result
-
-
-def _checked(args: argparse.Namespace, choices: list[str], wording: Wording, head: Any) -> list:
-    """The choices in the order of the run's classes. Raises InputError if it cannot answer them."""
-    if head is not None and len(head) < len(choices):
-        raise InputError(f"{args.run}: can answer {len(head)} choices, not {len(choices)}")
-    if wording.words is None:
-        return choices
-    if sorted(choices) != sorted(wording.words):
-        known = " ".join(map(repr, wording.words))
-        raise InputError(f"{args.run}: leave --choices out, or give the run's labels: {known}")
-    return list(wording.words)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...data import Columns, Example, format_of, load, split
-from ...data.tokenizer import Tokenizer, load_tokenizer
-from ...methods import Posterior, load_posterior
+from ...evaluation import classifier
+from ...evaluation.classifier import Opened
 from ...model.llama import Llama
 from ...support.errors import InputError
 from ...support.files import sha256
 from ...training import ranks
-from ...training.runs import base_of, load_run, run_facts
 from .options import columns
 from .output import Result
 
@@ -75,20 +75,10 @@ def on_ranks(command: Callable[[argparse.Namespace], Result]) -> Callable[..., R
     return run
 
 
-def open_run(
-    args: argparse.Namespace, run: Path | None = None
-) -> tuple[Llama, Tokenizer, Mapping[str, Any], Posterior | None]:
-    """(model, tokenizer, facts, posterior) of `run`, or --run; its base may be in --model."""
-    run = run or args.run
-    info = run_facts(run)
-    folder = args.model or base_of(run, info)
-    base = load_base(args, folder, info["dtype"], info["quantize"])
-    model, _ = load_run(run, base, base=folder)
-    posterior = load_posterior(run, info)
-    if sharded(args) and posterior is not None:
-        raise InputError(f"{run}: posterior {info['posterior']} does not work with --shard")
-    shard(args, model)
-    return model, load_tokenizer(folder), info, posterior
+def open_run(args: argparse.Namespace, run: Path | None = None) -> Opened:
+    """The model, tokenizer, facts and posterior of `run`, or --run; its base may be in --model."""
+    split_base = partial(shard, args) if sharded(args) else None
+    return classifier.open_run(run or args.run, args.model, device_of(args), split_base)
 
 
 def examples_like(
