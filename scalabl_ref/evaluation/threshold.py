@@ -1,0 +1,184 @@
+"""The least confidence at which the answered rows are right at a promised rate.
+
+A row is answered if its confidence is at least t; the others go to a human. A(t) is the accuracy
+among the answered rows of the population. From n labelled rows, drawn from it at random and used
+for nothing else, `threshold` chooses t so that
+
+    P(A(t) >= target) >= level                                                              (a)
+
+over the draw of the rows; where no t is chosen, nothing is answered and nothing is promised.
+
+The candidates are fixed beforehand, as shares of the rows: the most confident 25 %, 30 %, ...,
+100 % (COVERAGES), where the first has at least so many rows as could show the target with no error
+among them. A candidate passes if so few errors among its N rows would have a probability of at most
+1 - level at the target: a Clopper-Pearson lower bound of at least the target. They are tested from
+the strictest on, each at the full 1 - level, up to the first that fails; the last one that passes
+is taken. This is fixed-sequence testing, as in Learn then Test. The order costs nothing: let t* be
+the first threshold, from the strictest on, below which the target is missed. A broken promise needs
+a pass of the first candidate at or below t*. Given their number, the answered rows above t* are
+independent draws with the accuracy A(t*) <= target, so that this one test passes with a probability
+of at most 1 - level. Rows between the candidate and t* do not help it, if A falls with t, as a
+confidence that is worth having makes it. If it does not, (a) holds to the error of one step of the
+candidates; tests/evaluation/test_threshold.py measures it there as well.
+
+A union bound over the candidates would need fewer assumptions and more rows: of 500 rows with 99 %
+right at the top and 60 % at the end, it answers .37 of them where the sequence answers .45. The
+strictest candidate is not smaller than 25 % because a sequence that starts with few rows ends at
+their first error.
+
+Sources: Clopper and Pearson 1934; Angelopoulos et al. 2021 (arXiv:2110.01052), Learn then Test;
+Geifman and El-Yaniv 2017 (arXiv:1705.08500), which takes the union bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..support.errors import InputError
+
+COVERAGES = tuple(percent / 100 for percent in range(25, 101, 5))
+MOST_ROWS = 10_000_000  # that `rows_needed` proposes
+
+
+class Threshold(NamedTuple):
+    """confidence: the least one that is answered. coverage: the share of the rows so confident.
+
+    answered, right: how many of the rows that are, and how many of those are right. bound: the
+    Clopper-Pearson lower bound of their accuracy, at the level.
+    """
+
+    confidence: float
+    coverage: float
+    answered: int
+    right: int
+    bound: float
+
+
+def threshold(
+    confidence: Tensor, right: Tensor, accuracy: float = 0.95, level: float = 0.95
+) -> Threshold | None:
+    """(a): the threshold that answers most among those that pass; None if none does.
+
+    confidence: (N,) float64. right: (N,) bool. accuracy: the target. level: of the promise. Raises
+    InputError for a target or level outside (0, 1), or if the two vectors do not fit.
+
+    >>> import torch
+    >>> from scalabl_ref.evaluation.threshold import threshold
+    >>> sure = torch.arange(200, 0, -1) / 200
+    >>> found = threshold(sure, torch.arange(200) < 175, accuracy=0.9)
+    >>> found.coverage, found.right, round(found.bound, 3)
+    (0.9, 175, 0.942)
+    """
+    best = None
+    for least, answered, correct in _candidates(confidence, right, accuracy, level):
+        if answered - correct > most_wrong(answered, 1 - accuracy, 1 - level):
+            break
+        best = least, answered, correct
+    if best is None:
+        return None
+    least, answered, correct = best
+    bound = lower_bound(answered, correct, level)
+    return Threshold(least, answered / len(right), answered, correct, bound)
+
+
+def rows_needed(
+    confidence: Tensor, right: Tensor, accuracy: float = 0.95, level: float = 0.95
+) -> int | None:
+    """About how many rows in all would do, if they were like these; None if no number would.
+
+    So many that a candidate passes with the accuracy that it has here. Arguments as for
+    `threshold`.
+    """
+    found = []
+    for _, answered, correct in _candidates(confidence, right, accuracy, level):
+        wrong = 1 - correct / answered
+        if wrong >= 1 - accuracy:
+            continue
+        count = answered
+        while math.ceil(wrong * count - 1e-9) > most_wrong(count, 1 - accuracy, 1 - level):
+            count = math.ceil(1.05 * count)
+            if count > MOST_ROWS:
+                break
+        else:
+            found.append(math.ceil(count * len(right) / answered))
+    if not found and len(right) < fewest_rows(accuracy, level):
+        return fewest_rows(accuracy, level)
+    return min(found, default=None)
+
+
+def fewest_rows(accuracy: float, level: float) -> int:
+    """How many rows, all of them right, show that the accuracy is at least this."""
+    return math.ceil(math.log1p(-level) / math.log(accuracy))
+
+
+def _candidates(
+    confidence: Tensor, right: Tensor, accuracy: float, level: float
+) -> Iterator[tuple[float, int, int]]:
+    """The least confidence, the rows, and the right ones of each candidate, the strictest first.
+
+    Rows of equal confidence are answered together or not at all.
+    """
+    for name, value in (("accuracy", accuracy), ("confidence", level)):
+        if not 0 < value < 1:
+            raise InputError(f"{name} must be between 0 and 1, and is {value}")
+    if confidence.dim() != 1 or confidence.shape != right.shape:
+        raise InputError(
+            f"confidence and right must be two equally long vectors, and have the shapes "
+            f"{tuple(confidence.shape)} and {tuple(right.shape)}"
+        )
+    confidence, order = confidence.double().sort(descending=True)
+    correct, rows = right[order].long().cumsum(0), len(right)
+    last = None
+    for share in COVERAGES:
+        place = max(math.ceil(share * rows), fewest_rows(accuracy, level))
+        if place > rows:
+            return
+        least = float(confidence[place - 1])
+        if least != last:
+            answered = int((confidence >= least).sum())
+            yield least, answered, int(correct[answered - 1])
+        last = least
+
+
+# --- the binomial distribution --------------------------------------------------------------------
+
+
+def binomial_tail(n: int, k: int, p: float) -> float:
+    """P(X <= k) of X ~ Binomial(n, p), 0 < p < 1, summed in logs."""
+    if k < 0:
+        return 0.0
+    i = torch.arange(min(k, n) + 1, dtype=torch.float64)
+    ways = math.lgamma(n + 1) - torch.lgamma(i + 1) - torch.lgamma(n - i + 1)
+    logs = ways + i * math.log(p) + (n - i) * math.log1p(-p)
+    return min(1.0, float(torch.logsumexp(logs, 0).exp()))
+
+
+@lru_cache(maxsize=100_000)
+def most_wrong(n: int, rate: float, alpha: float) -> int:
+    """The largest k with P(X <= k) <= alpha of X ~ Binomial(n, rate); -1 if there is none."""
+    low, high = -1, n
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if binomial_tail(n, middle, rate) <= alpha else (low, middle)
+    return low
+
+
+def lower_bound(n: int, right: int, level: float) -> float:
+    """The p at which `right` or more of n are right with the probability 1 - level.
+
+    Clopper and Pearson's one-sided bound. 0 if none is right.
+    """
+    if right == 0:
+        return 0.0
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        less = binomial_tail(n, n - right, 1 - middle) <= 1 - level  # so few wrong is improbable
+        low, high = (middle, high) if less else (low, middle)
+    return low
