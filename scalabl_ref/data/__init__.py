@@ -15,7 +15,7 @@ from .batches import (
     split,
 )
 from .chat import ChatTemplate
-from .formats import Columns, files, format_of, load
+from .formats import Columns, files, format_of, load, texts
 from .prompts import (
     FIXED_CHOICES,
     FORMATS,
@@ -61,4 +61,5 @@ __all__ = [
     "question",
     "read_template",
     "split",
+    "texts",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,18 @@ from typing import Any
 
 from ..support.errors import InputError
 from .prompts import FIXED_CHOICES, FORMATS, Example, question
-from .rows import Rows, is_json, json_rows, nested, records, table, text_rows
-from .text import checked_text, one_of, read_text, shown
+from .rows import (
+    Rows,
+    is_json,
+    json_rows,
+    nested,
+    records,
+    streamed_json_rows,
+    table,
+    table_of,
+    text_rows,
+)
+from .text import checked_text, lines_of, one_of, read_text, shown
 from .tokenizer import LETTERS
 
 TREC_CLASSES = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")  # as its files write them
@@ -70,12 +80,64 @@ def load(
         try:
             text, choices, label, id = parse(row)
             id = id or str(len(examples))
-            examples.append(question(text, choices, format, label, id, template))
+            examples.append(question(text, choices, format, label(), id, template))
         except InputError as error:
             raise InputError(f"{path}, {place}: {error}") from None
     if not examples:
         raise InputError(f"{path}: holds no examples")
     return examples
+
+
+def texts(
+    path: Path | str,
+    format: str,
+    columns: Columns | None = None,
+    names: Sequence[str] = (),
+) -> Iterator[tuple[str, Example]]:
+    """The rows of a file as questions, with or without their labels: (place, example), in order.
+
+    Files of csv and jsonl are read row by row, and take no more memory if they have more rows.
+    names: the choices of a row that has none of its own. A label is not read, and is 0 here. In
+    jsonl the text is "prompt" or "text". Raises InputError as `load` does.
+    """
+    path = Path(path)
+    one_of(FORMATS, format, "the format")
+    if format in ("csv", "jsonl"):
+        rows, parse = _streamed(path, format, columns or Columns(), names)
+    else:
+        rows, parse = _reader(path, format, columns or Columns(), names)
+    empty = True
+    for number, (place, row) in enumerate(rows):
+        empty = False
+        try:
+            text, choices, _, id = parse(row)
+            example = question(text, choices or names, format, 0, id or str(number))
+        except InputError as error:
+            raise InputError(f"{path}, {place}: {error}") from None
+        yield place, example
+    if empty:
+        raise InputError(f"{path}: holds no texts")
+
+
+def _streamed(
+    path: Path, format: str, columns: Columns, names: Sequence[str]
+) -> tuple[Rows, Callable[[Any], Parsed]]:
+    lines = partial(lines_of, path)
+    if format == "jsonl":
+        return streamed_json_rows(path, lines()), partial(_text_of, key=columns.text, names=names)
+    if is_json(next(iter(lines()), "")):
+        raise InputError(f"{path}: holds JSON, not a table: give --format jsonl")
+    header, rows = table_of(path, lines)
+    if not header:
+        raise InputError(f"{path}: holds no texts")
+    key = _column(path, header, columns.text, TEXT_COLUMNS, "--text-column")
+    return rows, partial(_csv, keys=(key, ""), names=names)
+
+
+def _text_of(row: dict[str, Any], key: str | None, names: Sequence[str]) -> Parsed:
+    """A row of jsonl whose label may be missing."""
+    key = key or ("text" if "text" in row and "prompt" not in row else "prompt")
+    return _jsonl(row, (key, "label"), names or None if "choices" not in row else None)
 
 
 def files(path: Path | str, format: str) -> list[Path]:
@@ -85,7 +147,8 @@ def files(path: Path | str, format: str) -> list[Path]:
     return [path, beside] if format == "winogrande" and beside.exists() else [path]
 
 
-Parsed = tuple[str, Sequence[str], int, str]  # text, choices, label, id or ""
+# Text, choices, the label (a row without one has no use for it), id or "".
+Parsed = tuple[str, Sequence[str], Callable[[], int], str]
 
 
 def _reader(
@@ -207,8 +270,8 @@ def _name(row: Any, key: str, format: str) -> str:
 
 
 def _csv(row: dict[str, Any], keys: tuple[str, str], names: Sequence[str]) -> Parsed:
-    label = _known(_name(row, keys[1], "csv"), names)
-    return _get(row, keys[0], str), names, label, row.get("id", "")
+    text = _get(row, keys[0], str)
+    return text, names, lambda: _known(_name(row, keys[1], "csv"), names), row.get("id", "")
 
 
 def _jsonl(row: dict[str, Any], keys: tuple[str, str], names: Sequence[str] | None) -> Parsed:
@@ -217,12 +280,14 @@ def _jsonl(row: dict[str, Any], keys: tuple[str, str], names: Sequence[str] | No
     if not isinstance(id, (str, int)):
         raise InputError(f"'id' must be a text or a number, not {shown(id)}")
     if names is not None and "choices" not in row:
-        return text, names, _known(_name(row, keys[1], "jsonl"), names), str(id)
+        known = names
+        return text, known, lambda: _known(_name(row, keys[1], "jsonl"), known), str(id)
     choices = [checked_text(choice, "a choice") for choice in _get(row, "choices", list)]
     if not choices:
         raise InputError("'choices' is empty")
-    label = _place(_get(row, keys[1], None, "--label-column"), choices)
-    return text, choices, label, str(id)
+    return (
+        text, choices, lambda: _place(_get(row, keys[1], None, "--label-column"), choices), str(id)
+    )  # fmt: skip
 
 
 def _known(label: str, names: Sequence[str]) -> int:
@@ -271,7 +336,7 @@ def _arc(row: dict[str, Any]) -> Parsed:
     """
     id = _get(row, "id", str)
     if isinstance(row.get("question"), dict):
-        row = row["question"] | {"answerKey": _get(row, "answerKey")}
+        row = row["question"] | {k: v for k, v in row.items() if k == "answerKey"}
         stem, choices = _get(row, "stem", str), _get(row, "choices", list)
         names = [_get(choice, "label", str) for choice in choices]
         texts = [_get(choice, "text", str) for choice in choices]
@@ -284,22 +349,22 @@ def _arc(row: dict[str, Any]) -> Parsed:
         )
         if len(names) != len(texts):
             raise InputError(f"'choices' has {len(names)} labels for {len(texts)} texts")
-    return stem, texts, _answer(row, "answerKey", names), id
+    return stem, texts, partial(_answer, row, "answerKey", names), id
 
 
 def _winogrande(row: dict[str, Any]) -> Parsed:
     choices = [_get(row, name, str) for name in ("option1", "option2")]
     id = _get(row, "qID", str) if "qID" in row else ""
-    return _get(row, "sentence", str), choices, _answer(row, "answer", ("1", "2")), id
+    return _get(row, "sentence", str), choices, partial(_answer, row, "answer", ("1", "2")), id
 
 
 def _boolq(row: dict[str, Any]) -> Parsed:
     """BoolQ: "answer" is true or false, or, as in SuperGLUE, "label" is 0 or 1."""
     text = f"{_get(row, 'passage', str)}\n{_get(row, 'question', str)}?"
     if "label" in row and "answer" not in row:
-        label = _answer(row, "label", ("0", "1"))
+        label = partial(_answer, row, "label", ("0", "1"))
     else:
-        label = _answer(row, "answer", ("false", "true"))
+        label = partial(_answer, row, "answer", ("false", "true"))
     return text, FIXED_CHOICES["boolq"], label, ""
 
 
@@ -313,29 +378,41 @@ def _mmlu(row: list[str] | dict[str, Any]) -> Parsed:
     choices = [checked_text(choice, "a choice") for choice in choices]
     if len(choices) != 4:
         raise InputError(f"expected 4 choices, found {len(choices)}")
-    label = _answer(row, "answer", ("A", "B", "C", "D", "0", "1", "2", "3")) % 4
-    return text, choices, label, ""
+    names = ("A", "B", "C", "D", "0", "1", "2", "3")
+    return text, choices, lambda: _answer(row, "answer", names) % 4, ""
 
 
 def _sst2(row: str | dict[str, Any]) -> Parsed:
     if isinstance(row, dict):
         text = _get(row, "sentence" if "sentence" in row else "text", str)
-        return text.strip(), FIXED_CHOICES["sst2"], _answer(row, "label", ("0", "1")), ""
-    label, _, text = row.partition(" ")
-    index = one_of(("0", "1"), label, "the label before the text")
-    return checked_text(text, "the text"), FIXED_CHOICES["sst2"], index, ""
+        label = partial(_answer, row, "label", ("0", "1"))
+        return text.strip(), FIXED_CHOICES["sst2"], label, ""
+    return _line(row, ("0", "1"), "sst2", "the label before the text")
+
+
+def _line(row: str, names: tuple[str, ...], format: str, what: str) -> Parsed:
+    """A line "LABEL text", or "LABEL:part text"; a line without a label is all text."""
+    name, _, text = row.partition(" ")
+    if format == "trec":
+        name = name.partition(":")[0]
+    if name not in names:
+        return row, FIXED_CHOICES[format], lambda: one_of(names, name, what), ""
+    label = names.index(name)
+    whole = checked_text(text, "the question" if format == "trec" else "the text")
+    return whole, FIXED_CHOICES[format], lambda: label, ""
 
 
 def _trec(row: str | dict[str, Any]) -> Parsed:
     if isinstance(row, dict):
         text = _get(row, "text", str).strip()
-        place = _answer(row, "coarse_label", (*TREC_HUB, *"012345"))
-        name = TREC_HUB[place % len(TREC_HUB)]
-    else:
-        name, _, text = row.partition(" ")
-        name = name.partition(":")[0]
-    index = one_of(TREC_CLASSES, name, "the type before the question")
-    return checked_text(text, "the question"), FIXED_CHOICES["trec"], index, ""
+        names = (*TREC_HUB, *"012345")
+
+        def label() -> int:
+            place = _answer(row, "coarse_label", names)
+            return TREC_CLASSES.index(TREC_HUB[place % len(TREC_HUB)])
+
+        return text, FIXED_CHOICES["trec"], label, ""
+    return _line(row, TREC_CLASSES, "trec", "the type before the question")
 
 
 # By format: the function that parses a row; columns of which a table must have one; the reader of a

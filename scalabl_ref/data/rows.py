@@ -6,13 +6,14 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..support.errors import InputError
 from .text import shown
 
+Lines = Callable[[], Iterable[str]]
 Rows = Iterator[tuple[str, Any]]  # "line 3" or, in a JSON array, "entry 3"; and the row there
 
 _BLANK = re.compile(r"\s*")
@@ -41,13 +42,16 @@ def is_json(text: str) -> bool:
     return _OBJECT.match(text) is not None
 
 
-def json_rows(path: Path, text: str) -> Rows:
-    """JSON objects, one after another on lines of their own, or all in one array."""
+def json_rows(path: Path, text: str, line: int = 1, entry: int = 0) -> Rows:
+    """JSON objects, one after another on lines of their own, or all in one array.
+
+    line, entry: of the first line of the text, and how many objects of the file are before it.
+    """
     decode = json.JSONDecoder().raw_decode
     at = _after_blank(text, 0)
     array = text.startswith("[", at)
     at = _after_blank(text, at + array)
-    line, counted, entry = 1, 0, 0
+    counted = 0
     while at < len(text) and not (array and entry == 0 and text[at] == "]"):
         entry, line, counted = entry + 1, line + text.count("\n", counted, at), at
         place = f"entry {entry}" if array else f"line {line}"
@@ -68,6 +72,26 @@ def json_rows(path: Path, text: str) -> Rows:
         raise InputError(f"{path}: not JSON: expected , or ] and no more after entry {entry}")
 
 
+def streamed_json_rows(path: Path, lines: Iterable[str]) -> Rows:
+    """`json_rows` of a file that is not in memory, as long as each object is on a line of its own.
+
+    From a line on that is no object by itself, the rest is read into memory.
+    """
+    entry, rest = 0, iter(lines)
+    for number, line in enumerate(rest, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            yield from json_rows(path, line + "".join(rest), number, entry)
+            return
+        entry += 1
+        yield f"line {number}", row
+
+
 def _after_blank(text: str, at: int) -> int:
     found = _BLANK.match(text, at)
     return found.end() if found else at
@@ -79,10 +103,15 @@ def table(path: Path, text: str) -> tuple[list[str], Rows]:
     The separator is a tab if the name ends in .tsv, else the one of comma, tab and semicolon that
     is most frequent in the header.
     """
-    first = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]
+    return table_of(path, lambda: io.StringIO(text, newline=""))
+
+
+def table_of(path: Path, lines: Lines) -> tuple[list[str], Rows]:
+    """`table` of a file that is not in memory. lines: gives all its lines, each time anew."""
+    first = next((line for line in lines() if line.strip()), "").strip()
     delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",", "\t", ";", key=first.count)
-    quotes = delimiter != "\t" or _quotes_pair(text)
-    found = records(path, text, delimiter, quotes)
+    quotes = delimiter != "\t" or _quotes_pair(lines())
+    found = records(path, lines(), delimiter, quotes)
     header = [name.strip() for name in next(found, ("", []))[1]]
 
     def rows() -> Rows:
@@ -97,7 +126,7 @@ def table(path: Path, text: str) -> tuple[list[str], Rows]:
     return header, rows()
 
 
-def records(path: Path, text: str, delimiter: str, quotes: bool = True) -> Rows:
+def records(path: Path, text: str | Iterable[str], delimiter: str, quotes: bool = True) -> Rows:
     """The cells of the rows of a CSV file that are not blank; the place is a row's first line."""
     line = 1
     reader = _reader(text, delimiter, quotes)
@@ -110,15 +139,16 @@ def records(path: Path, text: str, delimiter: str, quotes: bool = True) -> Rows:
         raise InputError(f"{path}, line {line}: not CSV: {error}") from None
 
 
-def _reader(text: str, delimiter: str, quotes: bool) -> Any:
+def _reader(text: str | Iterable[str], delimiter: str, quotes: bool) -> Any:
     class Dialect(csv.excel):
         strict = True
         quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
 
-    return csv.reader(io.StringIO(text, newline=""), Dialect, delimiter=delimiter)
+    lines = io.StringIO(text, newline="") if isinstance(text, str) else text
+    return csv.reader(lines, Dialect, delimiter=delimiter)
 
 
-def _quotes_pair(text: str) -> bool:
+def _quotes_pair(text: str | Iterable[str]) -> bool:
     """Whether quotes in a TSV file have the meaning that they have in CSV.
 
     In many files, such as GLUE's, a quote is an ordinary letter. A quote at the start of a cell

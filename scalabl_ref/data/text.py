@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..support.errors import InputError
+
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
 
 def read_text(path: Path, latin_1: bool = False) -> str:
@@ -25,6 +29,24 @@ def read_text(path: Path, latin_1: bool = False) -> str:
             return data.decode("latin-1")
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}, line {line}: expected UTF-8 text") from None
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file with their ends, read one by one; errors as of `read_text`."""
+    try:
+        with open(path, "rb") as file:
+            for number, data in enumerate(file, start=1):
+                if number == 1 and data.startswith((b"\xff\xfe", b"\xfe\xff")):
+                    raise InputError(f"{path}: is UTF-16 text: save it as UTF-8")
+                try:
+                    text = data.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError:
+                    raise InputError(f"{path}, line {number}: expected UTF-8 text") from None
+                yield from _LINE.findall(text) if "\r" in text[:-2] else (text,)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def shown(value: Any, most: int = 60) -> str:

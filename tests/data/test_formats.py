@@ -19,6 +19,7 @@ from scalabl_ref.data import (
     label_names,
     load,
     num_classes,
+    texts,
 )
 from scalabl_ref.data.tokenizer import load_tokenizer
 from scalabl_ref.support.errors import InputError
@@ -678,3 +679,66 @@ def test_arguments(tmp_path):
         load(tmp_path, "jsonl")
     with pytest.raises(InputError, match="limit must be at least 1"):
         load(tmp_path / "x", "jsonl", limit=0)
+
+
+# --- texts without labels -------------------------------------------------------------------------
+
+UNLABELLED = [
+    ("arc", '{"id": "x", "question": {"stem": "why", "choices": '
+            '[{"label": "A", "text": "a"}, {"label": "B", "text": "b"}]}}'),
+    ("obqa", '{"id": "x", "question_stem": "why", "choices": '
+             '{"label": ["A", "B"], "text": ["a", "b"]}, "answerKey": ""}'),
+    ("winogrande", '{"sentence": "why", "option1": "a", "option2": "b"}'),
+    ("boolq", '{"passage": "it", "question": "why"}'),
+    ("mmlu", '{"question": "why", "choices": ["a", "b", "c", "d"], "answer": -1}'),
+    ("sst2", "why is it"),
+    ("trec", "why is it"),
+    ("csv", "text,other\nwhy,1"),
+    ("jsonl", '{"prompt": "why"}'),
+    ("jsonl", '[{"text": "why", "id": 7}]'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("format", "text"), UNLABELLED, ids=[name for name, _ in UNLABELLED])
+def test_rows_need_no_label_to_be_answered(tmp_path, format, text):
+    path = tmp_path / "file"
+    path.write_text(text + "\n")
+    [(place, example)] = texts(path, format, names=("yes", "no"))
+    assert "why" in example.question and example.label == 0 and place in ("line 1", "line 2",
+                                                                          "entry 1")  # fmt: skip
+    if format not in ("csv", "jsonl"):
+        with pytest.raises(InputError):
+            load(path, format)
+
+
+def test_labels_are_not_part_of_a_text(tmp_path):
+    """With them the texts are those that `load` reads."""
+    path = tmp_path / "file"
+    for format, content in (("trec", "HUM:ind Who?\nNUM:x How many?\n"),
+                            ("sst2", "1 good\n0 bad\n"),
+                            ("csv", 'text,label\n"a\nb",x\r\nc,y\n'),
+                            ("jsonl", '{"prompt": "a", "label": "x"}\n\n{"prompt": "b", '
+                                      '"label": "y"}\n')):  # fmt: skip
+        path.write_bytes(content.encode())
+        labelled = load(path, format)
+        found = [example for _, example in texts(path, format, names=labelled[0].choices)]
+        assert [e.question for e in found] == [e.question for e in labelled]
+        assert [e.id for e in found] == ["0", "1"]
+
+
+def test_texts_are_read_as_they_are_asked_for(tmp_path):
+    """A broken row is an error when it is reached, and names its line."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": \n')
+    rows = texts(path, "jsonl", names=("x", "y"))
+    assert [next(rows)[0], next(rows)[0]] == ["line 1", "line 2"]
+    with pytest.raises(InputError, match="a.jsonl, line 3: not JSON"):
+        next(rows)
+    path.write_text('{"prompt": "a"}\n{\n"prompt": "b"}\n')
+    assert [place for place, _ in texts(path, "jsonl", names=("x", "y"))] == ["line 1", "line 2"]
+    path.write_bytes(b'{"prompt": "a"}\n\xff\n')
+    with pytest.raises(InputError, match="a.jsonl, line 2: expected UTF-8 text"):
+        list(texts(path, "jsonl", names=("x", "y")))
+    path.write_text("\n")
+    with pytest.raises(InputError, match="holds no texts"):
+        list(texts(path, "jsonl", names=("x", "y")))
