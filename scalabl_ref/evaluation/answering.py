@@ -194,6 +194,19 @@ def draws_taken(model: Llama, samples: Samples, posterior: Posterior | None) -> 
     return samples if posterior is not None or random_adapters(model) else 0
 
 
+def chosen(answers: Answers) -> tuple[Tensor, Tensor]:
+    """The most probable of each row's own choices, its index (N,) int64, and its probability (N,).
+
+    A row may have fewer choices than the model has classes. Of a tie it is the first choice.
+    """
+    probs = answers.prediction.probs
+    counts = torch.tensor([len(example.choices) for example in answers.examples])
+    own = probs.masked_fill(torch.arange(probs.shape[1]) >= counts[:, None], -1.0)
+    # A stable sort, because argmax leaves open which of several equal classes it names.
+    confidence, order = own.sort(dim=1, descending=True, stable=True)
+    return order[:, 0], confidence[:, 0]
+
+
 # Of a batch: its predictions, and `counts` of `answer_encoded`, where rows differ in them.
 Part = tuple[Prediction, Tensor | int]
 

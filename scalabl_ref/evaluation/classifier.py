@@ -27,9 +27,8 @@ from ..support.errors import InputError
 from ..support.hub import model_folder
 from ..training.runs import RunFacts, base_of, load_run, run_facts
 from . import metrics
-from .answering import Answers, Samples, answer_encoded, encode_for
-
-ANSWER, HUMAN = "answer", "human"
+from .answering import Answers, Samples, answer_encoded, chosen, encode_for
+from .rule import Rule, decided, read_rule_if_any, ruled, samples_of
 
 
 class Opened(NamedTuple):
@@ -128,7 +127,7 @@ class Classifier:
 
         Raises InputError if the run was trained on questions with different choices.
         """
-        return self._choices(None)
+        return self.choices(None)
 
     def __call__(self, text: str, choices: Sequence[str] | None = None) -> Decision:
         """The answer to one text. choices: as in `predict_proba`."""
@@ -145,7 +144,7 @@ class Classifier:
         """
         decisions = self.decide(texts, choices)
         rows = [decision.probs for decision in decisions]
-        return torch.tensor(rows, dtype=torch.float64).view(len(rows), len(self._choices(choices)))
+        return torch.tensor(rows, dtype=torch.float64).view(len(rows), len(self.choices(choices)))
 
     def predict(self, texts: Iterable[str], choices: Sequence[str] | None = None) -> list[str]:
         """The most probable choice of each text. choices: as in `predict_proba`."""
@@ -161,7 +160,7 @@ class Classifier:
         if isinstance(texts, str):
             raise InputError("expected a list of texts, not one text: put it in a list, or call "
                              "clf(text)")  # fmt: skip
-        names, texts, found = self._choices(choices), list(texts), []
+        names, texts, found = self.choices(choices), list(texts), []
         for i, text in enumerate(texts):
             try:
                 found.append(question(text, names, self.facts["format"], id=str(i)))
@@ -172,6 +171,8 @@ class Classifier:
 
     def encode(self, examples: list[Example]) -> Encoded:
         """The examples as tokens, all of them. Raises InputError for one that cannot be asked."""
+        for example in examples:
+            self.choices(example.choices)
         limit, wording = self.wording.max_length, self.wording
         if wording.drop_long:
             wording = replace(wording, drop_long=False, max_length=None)
@@ -197,7 +198,7 @@ class Classifier:
             names = self.wording.words or example.choices
             found.append(Decision(
                 names[index], sure, entropy, expected, information, tuple(probs[: len(names)]),
-                self._decided(sure),
+                decided(sure, self.threshold),
             ))  # fmt: skip
         return found
 
@@ -218,12 +219,7 @@ class Classifier:
             return answers
         return replace(answers, prediction=cooled(answers.prediction, self.temperature))
 
-    def _decided(self, confidence: float) -> str | None:
-        if self.threshold is None:
-            return None
-        return ANSWER if confidence >= self.threshold else HUMAN
-
-    def _choices(self, choices: Sequence[str] | None) -> list[str]:
+    def choices(self, choices: Sequence[str] | None) -> list[str]:
         """The answers to a text, in the order of the classes. Raises InputError if there are none,
         or if the run cannot answer them."""
         if isinstance(choices, str):
@@ -251,16 +247,20 @@ def load(
     model: Path | str | None = None,
     *,
     samples: Samples | None = None,
-    seed: int = 0,
-    design: str = "independent",
+    seed: int | None = None,
+    design: str | None = None,
     batch: int = 1,
     device: Device = None,
+    raw: bool = False,
 ) -> Classifier:
     """The classifier of a run folder that `scalabl train`, `posterior` or `import` wrote.
 
-    model: folder of its base model, or a name on the Hugging Face Hub, if it is not where the run
-    says. samples: draws of each answer; None takes `default_samples`. The others: as in
-    `Classifier`. Raises InputError if a file is missing or broken.
+    It has the temperature and the threshold that `scalabl calibrate` and `threshold` kept in the
+    run; raw: without them. model: folder of its base model, or a name on the Hugging Face Hub, if
+    it is not where the run says. samples, seed, design: of the draws; None takes those that the
+    temperature and the threshold were fitted with, or `default_samples`, 0 and "independent".
+    batch, device: as in `Classifier` and `Llama.from_pretrained`. Raises InputError if a file is
+    missing or broken, or if temperature and threshold are of other draws.
 
     Example, with a run of `scalabl train --data tickets.csv --out run`:
 
@@ -268,8 +268,11 @@ def load(
         clf("Where is my parcel?")            # Decision(answer='delivery', confidence=0.93, ...)
         clf.predict_proba(["Hello", "..."])   # (2, C), columns as clf.classes_
     """
+    theirs = {} if raw else read_rule_if_any(run).get("how", {})
+    seed = theirs.get("seed", 0) if seed is None else seed
+    design = design or theirs.get("design", "independent")
     opened = open_run(run, model and model_folder(model), device)
-    return classifier(opened, run, samples, seed, design, batch)
+    return classifier(opened, run, samples, seed, design, batch, raw=raw)
 
 
 def classifier(
@@ -280,26 +283,26 @@ def classifier(
     design: str = "independent",
     batch: int = 1,
     wording: Wording | None = None,
+    raw: bool = False,
+    rule: Rule | None = None,
 ) -> Classifier:
-    """`load` of a run that is open. wording: in place of the run's."""
+    """`load` of a run that is open. wording, rule: in place of the run's."""
     model, tokenizer, facts, posterior = opened
-    return Classifier(
-        model, tokenizer, facts, posterior, wording or Wording.of_run(facts),
-        default_samples(facts) if samples is None else samples, seed, design, batch, run=run,
+    if rule is None:
+        rule = {} if raw else read_rule_if_any(run)
+    own = Wording.of_run(facts)
+    clf = Classifier(
+        model, tokenizer, facts, posterior, wording or own, draws_of(facts, rule, samples), seed,
+        design, batch, run=run,
     )  # fmt: skip
+    return ruled(clf, rule, wording in (None, own))
 
 
-def chosen(answers: Answers) -> tuple[Tensor, Tensor]:
-    """The most probable of each row's own choices, its index (N,) int64, and its probability (N,).
-
-    A row may have fewer choices than the model has classes. Of a tie it is the first choice.
-    """
-    probs = answers.prediction.probs
-    counts = torch.tensor([len(example.choices) for example in answers.examples])
-    own = probs.masked_fill(torch.arange(probs.shape[1]) >= counts[:, None], -1.0)
-    # A stable sort, because argmax leaves open which of several equal classes it names.
-    confidence, order = own.sort(dim=1, descending=True, stable=True)
-    return order[:, 0], confidence[:, 0]
+def draws_of(facts: Mapping[str, Any], rule: Rule, samples: Samples | None) -> Samples:
+    """`samples` if they are given, else those of the rule, else the default."""
+    if samples is None:
+        samples = samples_of(rule)
+    return default_samples(facts) if samples is None else samples
 
 
 def cooled(prediction: Prediction, temperature: float) -> Prediction:

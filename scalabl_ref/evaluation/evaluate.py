@@ -19,8 +19,9 @@ from ..support.files import atomic_write_texts, read_json
 from ..training import ranks as distributed
 from ..training import savepoints
 from . import metrics
-from .answering import Answers
+from .answering import Answers, chosen
 from .report import document
+from .rule import Rule, answered, decided
 from .sequential import Auto
 
 BASE = "base"  # the method of a model without adapters
@@ -54,11 +55,13 @@ def check_results(folder: Path, settings: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Results:
-    """metrics: the content of metrics.json. report: what `document` takes."""
+    """metrics: the content of metrics.json. report: what `document` takes. threshold: the
+    least confidence that is answered."""
 
     answers: Answers
     metrics: dict[str, Any]
     report: dict[str, Any]
+    threshold: float | None = None
 
     def write(self, *folders: Path) -> None:
         """Write metrics.json, predictions.jsonl and report.html to all folders, or nothing.
@@ -69,7 +72,7 @@ class Results:
             return
         texts = {
             "metrics.json": json_text(self.metrics, indent=2) + "\n",
-            "predictions.jsonl": "".join(_rows(self.answers)),
+            "predictions.jsonl": "".join(_rows(self.answers, self.threshold)),
             "report.html": document(self.report),
         }
         # The first file is written last: where there is a metrics.json, the others are there too.
@@ -87,6 +90,7 @@ def score(
     ood: Answers | None = None,
     settings: Mapping[str, Any] | None = None,
     run: str | None = None,
+    rule: Rule | None = None,
 ) -> Results:
     """All scores of `answers`, with the facts that they depend on.
 
@@ -95,7 +99,9 @@ def score(
     on; "temperature" then holds it and the metrics after scaling. ood: answers to another data set;
     "ood" then holds how well entropy and mutual information tell it from this one, and the other
     metrics over its rows whose label the head has ("n_scored" of "n"). settings: everything that
-    decides the results, kept for `check_results`. run: its name, for the report.
+    decides the results, kept for `check_results`. run: its name, for the report. rule: the run's,
+    whose temperature the answers have; "stored_temperature" then holds it, and "decision" coverage
+    and accuracy at its threshold.
     """
     settings = dict(settings or {})
     result = _facts(info, answers, seed, design, bins, settings)
@@ -122,8 +128,14 @@ def score(
         models[0]["ood"] = {
             "name": "out of distribution", "metrics": result["ood"], "scores": scores
         }  # fmt: skip
+    rule = rule or {}
+    if rule.get("temperature"):
+        result["stored_temperature"] = rule["temperature"]["value"]
+    least = rule.get("threshold", {}).get("value")
+    if least is not None:
+        result["decision"] = answered(answers, least)
     result["settings"] = settings
-    return Results(answers, result, _report(info, answers, result, models, run))
+    return Results(answers, result, _report(info, answers, result, models, run), least)
 
 
 def _report(
@@ -222,12 +234,14 @@ def _report_model(
     }
 
 
-def _rows(answers: Answers) -> Iterator[str]:
+def _rows(answers: Answers, threshold: float | None = None) -> Iterator[str]:
     """One JSON line per example, in the data set's order."""
     p = answers.prediction
     columns = (p.probs, p.entropy, p.expected_entropy, p.mutual_information, answers.labels)
     auto = {"draws": answers.draws, "settled": answers.settled}
     more = {name: column.tolist() for name, column in auto.items() if column is not None}
+    if threshold is not None:
+        more["decision"] = [decided(c, threshold) for c in chosen(answers)[1].tolist()]
     lists = [c.tolist() for c in columns]
     for i, (example, *row) in enumerate(zip(answers.examples, *lists, strict=True)):
         probs, entropy, expected, information, label = row

@@ -17,8 +17,8 @@ from scalabl_ref.core.philox import WORD
 from scalabl_ref.core.predictive import predictive
 from scalabl_ref.data import label_names, load, question
 from scalabl_ref.evaluation import metrics
-from scalabl_ref.evaluation.answering import Answers, text_keys
-from scalabl_ref.evaluation.classifier import chosen, cooled
+from scalabl_ref.evaluation.answering import Answers, chosen, text_keys
+from scalabl_ref.evaluation.classifier import cooled
 from scalabl_ref.evaluation.predict import predict
 
 from ..app.commands import TRAIN, ok

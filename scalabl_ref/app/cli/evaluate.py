@@ -12,9 +12,10 @@ from typing import Any
 from ...data import Example, Wording, format_of, load
 from ...data.tokenizer import Tokenizer, load_tokenizer
 from ...evaluation.answering import Answers, Samples, encode_for
-from ...evaluation.classifier import Classifier, classifier, default_samples
+from ...evaluation.classifier import Classifier, classifier, draws_of
 from ...evaluation.evaluate import BASE, check_results, results_folder, score
 from ...evaluation.metrics import checked_bins
+from ...evaluation.rule import read_rule_if_any
 from ...model.llama import Llama
 from ...support.errors import InputError
 from ...support.files import sha256
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "from --data")  # fmt: skip
     options.add_format(parser, "ood")
     options.add_samples(parser)
+    options.add_raw(parser)
     add("--bins", type=int, default=15,
         help="bins of the expected calibration error, at most 10,000")  # fmt: skip
     add("--batch", type=int, default=32, help="questions per forward pass")
@@ -60,7 +62,11 @@ def run(args: argparse.Namespace) -> Result:
         raise InputError("give --run, or --model to evaluate a model without adapters")
     samples, _ = options.samples(args), checked_bins(args.bins)
     info = run_facts(args.run) if args.run else _base_facts(args)
-    samples = default_samples(info) if samples is None else samples
+    rule = read_rule_if_any(args.run) if args.run and not args.raw else {}
+    if rule.get("temperature") and (args.temperature or args.calibrate):
+        raise InputError(f"{args.run}: has a temperature already: leave --temperature and "
+                         "--calibrate out, or give --raw")  # fmt: skip
+    samples = draws_of(info, rule, samples)
     settings = _settings(args, samples, info)
     of = args.run or Path(f"base-{args.model.resolve().name}")
     folder = args.out or results_folder(of, args.data)
@@ -78,6 +84,7 @@ def run(args: argparse.Namespace) -> Result:
             ood=ood,
             settings=settings,
             run=args.run and args.run.resolve().name,
+            rule=rule,
         )
         results.write(folder, *([args.run] if args.run and not args.out else []))
     if answers.encoded:
@@ -130,7 +137,9 @@ def _asked(
     wording = options.wording(args, Wording.of_run(info))
     if args.run:
         opened = runs.open_run(args)
-        clf = classifier(opened, args.run, samples, args.seed, args.design, args.batch, wording)
+        clf = classifier(
+            opened, args.run, samples, args.seed, args.design, args.batch, wording, args.raw
+        )
         info = opened.facts
         examples = runs.examples_like(args, info)
     else:
@@ -187,4 +196,11 @@ def _table(result: Result) -> str:
     if "ood" in result:
         for key in ("entropy", "mutual_information"):
             lines.append(f"AUROC, {key.replace('_', ' ')}: {result['ood'][f'auroc_{key}']:.4f}")
+    if "stored_temperature" in result:
+        lines.append(f"The run's temperature {result['stored_temperature']:.4f} is applied.")
+    if "decision" in result:
+        d = result["decision"]
+        right = "none" if d["acc"] is None else f"{d['acc']:.4f} right"
+        lines.append(f"At least {d['threshold']:.4f} sure: {d['coverage']:.1%} answered, {right}; "
+                     "the others go to a human.")  # fmt: skip
     return "\n".join(lines)

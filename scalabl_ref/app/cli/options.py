@@ -231,6 +231,12 @@ def add_samples(parser: Parser) -> None:
         "average")  # fmt: skip
 
 
+def add_raw(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--raw", action="store_true",
+        help="without the temperature and the threshold that `calibrate` and `threshold` kept in "
+        "the run")  # fmt: skip
+
+
 def samples(args: argparse.Namespace) -> Samples | None:
     """The user's choice; None if there is none, see `classifier.default_samples`."""
     if args.samples is None or args.samples == "exact":

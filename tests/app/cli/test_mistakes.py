@@ -182,8 +182,8 @@ MISTAKES = [
     # options
     ("evalute --run run", "no command 'evalute': did you mean evaluate?"),
     ("lora",
-     "no command 'lora': expected demo, train, posterior, evaluate, predict, generate, "
-     "export, import, count, plan, verify, conformance, study, info"),
+     "no command 'lora': expected demo, train, posterior, evaluate, predict, calibrate, threshold, "
+     "generate, export, import, count, plan, verify, ..."),
     ("train ... --num-epochs 3",
      "scalabl train has no option --num-epochs: did you mean --epochs? " + USAGE["train"]),
     ("train ... --learning-rate 1e-3",
@@ -266,7 +266,7 @@ MISTAKES = [
      "unexpected argument 'are': a text with spaces needs quotes"),
     ("predict --run run --prompt '' --choices a b c", "the question is empty"),
     ("predict --run run --choices a b c",
-     "scalabl predict: the following arguments are required: --prompt: " + USAGE["predict"]),
+     "give --prompt TEXT, or --data FILE with --out FILE"),
     ("generate --run run --prompt x",
      "the head was cut down to class tokens: it can answer; to write text train with --head "
      "full"),

@@ -1,0 +1,83 @@
+"""Choose, on labelled questions, the least confidence at which answers are right at a promised
+rate, and keep it in the run (RUN/rule.json): predict and evaluate then say "answer" or "human". The
+promise holds for new questions like these with the given confidence. The questions must be others
+than those of the training and of the calibration."""
+
+from __future__ import annotations
+
+import argparse
+
+from ...evaluation import rule
+from ...evaluation.classifier import classifier
+from ...evaluation.threshold import Threshold
+from . import options, runs
+from .calibrate import add_fit, labelled
+from .output import Result, say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add_fit(parser, "remove the threshold of the run")
+    add("--accuracy", type=float, default=0.95, help="promised share of right answers")
+    add("--confidence", type=float, default=0.95,
+        help="probability that the promise is kept, over the choice of the questions")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> Result:
+    if args.clear:
+        cleared = rule.clear_rule(args.run, "threshold")
+        say(args, f"{args.run}: {'cleared' if cleared else 'there is nothing to clear'}")
+        return {"cleared": cleared}
+    rule.check_rates(args.accuracy, args.confidence)
+    opened = runs.open_run(args)
+    before = rule.read_rule_if_any(args.run)
+    kept = {"how": before["how"], "temperature": before["temperature"]} if (
+        before.get("temperature")) else {}  # fmt: skip
+    samples = options.samples(args)
+    clf = classifier(opened, args.run, samples, args.seed, args.design, args.batch, rule=kept)
+    examples, facts = labelled(args, clf)
+    if kept and kept["temperature"]["rows_sha256"] == facts["rows_sha256"]:
+        say(args, "warning: the temperature was fitted on these rows as well: the promise needs "
+            "others")  # fmt: skip
+    answers = clf.ask(examples, "threshold")
+    found = rule.thresholded(answers, args.accuracy, args.confidence)
+    table = rule.promises(answers, args.accuracy, args.confidence)
+    new = {"threshold": {**found, **facts}} if found else {}
+    if new or kept:
+        rule.write_rule(args.run, {"how": rule.how(clf), **kept, **new})
+    else:
+        rule.clear_rule(args.run)
+    for line in _lines(args, table):
+        say(args, line)
+    return {
+        "threshold": new.get("threshold"),
+        "table": [
+            {"accuracy": target, **(one._asdict() if one else {"rows_needed": needed})}
+            for target, one, needed in table
+        ],
+    }
+
+
+def _lines(
+    args: argparse.Namespace, table: list[tuple[float, Threshold | None, int | None]]
+) -> list[str]:
+    lines = [f"{'accuracy':>8}  {'least confidence':>16}  {'answered':>8}  right at least"]
+    chosen = None
+    for target, one, needed in table:
+        if one:
+            lines.append(f"{target:8.3g}  {one.confidence:16.4f}  {one.coverage:8.1%}  "
+                         f"{one.bound:.4f}")  # fmt: skip
+        elif needed:
+            lines.append(f"{target:8.3g}  none: about {needed:,} rows like these would do")
+        else:
+            lines.append(f"{target:8.3g}  none: no number of rows like these would do")
+        if target == args.accuracy:
+            chosen = one
+    if chosen:
+        lines.append(
+            f"kept: {chosen.confidence:.4f}; {chosen.answered} rows are answered, "
+            f"{chosen.right} of them right; the promise holds with {args.confidence:.3g} confidence"
+        )
+    else:
+        lines.append(f"no threshold keeps the promise of {args.accuracy:g}: none is kept")
+    return lines

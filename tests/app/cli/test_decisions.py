@@ -1,0 +1,266 @@
+"""From a run to decisions: `calibrate`, `threshold`, and `predict` of a file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+
+import pytest
+
+import scalabl_ref
+from scalabl_ref.app import cli
+from scalabl_ref.data import load
+from scalabl_ref.evaluation import classifier, metrics, rule, stream
+from scalabl_ref.evaluation.sequential import Auto
+
+from ...models import questions_file
+from ..commands import TRAIN, ok, refused, run
+
+PREDICT = "predict --run run --samples 3 --data test.jsonl --out out.csv"
+
+
+@pytest.fixture
+def trained(work, capsys):
+    """A run whose rows all have the same choices, and files of 60 further rows."""
+    train = TRAIN.replace("--steps 6", "--steps 40 --lr 0.02")
+    ok(f"{train} --labels letters --holdout 0.25", capsys)
+    questions_file(work / "fit.jsonl", rows=60)
+    questions_file(work / "choose.jsonl", rows=90)
+    return work
+
+
+def rows(path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# --- calibrate and threshold ----------------------------------------------------------------------
+
+
+def test_a_temperature_is_kept_and_applied(trained, capsys):
+    plain = scalabl_ref.load("run", samples=3)
+    told = ok("calibrate --run run --data fit.jsonl --samples 3", capsys)["temperature"]
+    answers = plain.ask(load("fit.jsonl", "jsonl"))
+    fitted = metrics.fit_temperature(answers.prediction.probs.log(), answers.labels)
+    assert abs(told["value"] - fitted) < 1e-4 and told["n"] == 60  # batches of 32 and of 1
+    assert told["nll"][1] <= told["nll"][0] and len(told["rows_sha256"]) == 64
+    clf = scalabl_ref.load("run")
+    assert (clf.samples, clf.temperature, clf.threshold) == (3, told["value"], None)
+    before = plain.predict_proba(["5 x"])
+    assert clf.predict_proba(["5 x"]).equal(metrics.apply_temperature(before, told["value"]))
+    assert scalabl_ref.load("run", raw=True, samples=3).predict_proba(["5 x"]).equal(before)
+    asked = ["predict", "--run", "run", "--prompt", "5 x", "--json"]
+    assert cli.main(asked) == 0
+    assert json.loads(capsys.readouterr().out)["probs"] == list(clf("5 x").probs)
+    scores = ok("evaluate --run run --data test.jsonl --batch 1", capsys)
+    assert scores["stored_temperature"] == told["value"] and scores["samples"] == 3
+    lines = (trained / "run/predictions.jsonl").read_text().splitlines()
+    assert json.loads(lines[5])["probs"] == list(
+        clf.decisions(load("test.jsonl", "jsonl"))[5].probs
+    )
+    said = refused("evaluate --run run --data test.jsonl --calibrate fit.jsonl", capsys)
+    assert "has a temperature already" in said
+    assert ok("calibrate --run run --clear", capsys) == {"cleared": True}
+    assert not (trained / "run" / rule.FILE).exists()
+    assert ok("calibrate --run run --clear", capsys) == {"cleared": False}
+
+
+def test_a_threshold_is_kept_and_decides(trained, capsys):
+    told = ok("threshold --run run --data choose.jsonl --samples 3 --accuracy 0.1", capsys)
+    kept = told["threshold"]
+    assert kept["bound"] >= 0.1 and kept["n"] == 90 and 0 < kept["coverage"] <= 1
+    assert [entry["accuracy"] for entry in told["table"]] == [0.1, 0.9, 0.95, 0.99]
+    clf = scalabl_ref.load("run")
+    assert clf.threshold == kept["value"] and clf.temperature is None
+    decisions = clf.decisions(load("choose.jsonl", "jsonl"))
+    answered = [d.decision == "answer" for d in decisions]
+    assert answered == [d.confidence >= clf.threshold for d in decisions]
+    scores = ok("evaluate --run run --data choose.jsonl --batch 1", capsys)["decision"]
+    assert scores["answered"] == sum(answered)
+    assert scores["coverage"] == sum(answered) / 90
+    lines = (trained / "run/predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["decision"] == "answer" for line in lines] == answered
+    none = ok("threshold --run run --data choose.jsonl --accuracy 0.999", capsys)
+    assert none["threshold"] is None and scalabl_ref.load("run").threshold is None
+    assert not (trained / "run" / rule.FILE).exists()
+
+
+def test_draws_are_as_many_as_by_default_or_as_the_rule_has(trained, capsys):
+    assert scalabl_ref.load("run").samples == scalabl_ref.load("run", raw=True).samples == 10
+    for given, kept in (("", 10), ("--samples auto", {"tolerance": 0.05, "error": 0.05,
+                                                      "most": 1000})):  # fmt: skip
+        ok(f"calibrate --run run --data fit.jsonl {given}", capsys)
+        assert json.loads((trained / "run" / rule.FILE).read_text())["how"]["samples"] == kept
+        asked = ok("predict --run run --prompt hello", capsys)
+        assert ("settled" in asked) == bool(given)
+        assert scalabl_ref.load("run").samples == (Auto() if given else 10)
+
+
+def test_a_new_temperature_removes_the_threshold(trained, capsys):
+    ok("calibrate --run run --data fit.jsonl --samples 3", capsys)
+    ok("threshold --run run --data choose.jsonl --samples 3 --accuracy 0.1", capsys)
+    clf = scalabl_ref.load("run")
+    assert clf.temperature is not None and clf.threshold is not None
+    code, out, _ = run("calibrate --run run --data fit.jsonl --samples 3", capsys)
+    assert code == 0 and "the threshold is removed: choose one again" in out
+    assert scalabl_ref.load("run").threshold is None
+    ok("threshold --run run --data choose.jsonl --samples 3 --accuracy 0.1", capsys)
+    assert ok("threshold --run run --clear", capsys) == {"cleared": True}
+    clf = scalabl_ref.load("run")
+    assert clf.temperature is not None and clf.threshold is None
+
+
+def test_a_rule_is_of_its_draws_and_weights(trained, capsys):
+    ok("calibrate --run run --data fit.jsonl --samples 3", capsys)
+    for option, message in (
+        ("--samples 4", "give --samples 3, or --raw"),
+        ("--seed 1", "give --seed 0, or --raw"),
+        ("--max-length 100", "of the run's own prompts: leave their options out"),
+    ):
+        said = refused(f"predict --run run --prompt hello {option}", capsys)
+        assert message in said
+        ok(f"predict --run run --prompt hello {option} --raw", capsys)
+    assert "give --samples 3" in refused(
+        "threshold --run run --data choose.jsonl --samples 4", capsys
+    )
+    ok(f"{TRAIN} --labels letters --seed 1".replace("--out run", "--out other"), capsys)
+    shutil.copy("other/adapter.safetensors", "run/adapter.safetensors")
+    said = refused("predict --run run --prompt hello", capsys)
+    assert "is of other weights" in said and "calibrate --run run --clear" in said
+
+
+def test_rows_that_are_not_fit_for_it_are_told(trained, capsys):
+    for command in ("calibrate", "threshold"):
+        _, out, _ = run(f"{command} --run run --data train.jsonl --samples 2", capsys)
+        assert "warning: 24 rows are few" in out
+        assert "warning: 18 of 24 rows were trained on" in out
+    _, out, _ = run("calibrate --run run --samples 2", capsys)  # those held out
+    assert "fitted on 6 rows" in out and "were trained on" not in out
+    _, out, _ = run("threshold --run run --samples 2", capsys)
+    assert "the temperature was fitted on these rows as well" in out
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"how": 3}', '{"how": {"seed": "a"}}',
+                                  '{"how": {}, "temperature": {"value": 0}}'])  # fmt: skip
+def test_a_broken_rule_is_named(trained, capsys, text):
+    (trained / "run" / rule.FILE).write_text(text)
+    assert "run/rule.json: " in refused("predict --run run --prompt hello", capsys)
+    assert ok("calibrate --run run --clear", capsys) == {"cleared": True}
+    ok("predict --run run --prompt hello", capsys)
+
+
+# --- a file of texts ------------------------------------------------------------------------------
+
+
+def test_a_file_is_answered_as_its_texts_are(trained, capsys):
+    ok("threshold --run run --data choose.jsonl --samples 3 --accuracy 0.1", capsys)
+    assert ok(f"{PREDICT} --probs", capsys) == {"out": "out.csv", "rows": 9}
+    clf = scalabl_ref.load("run")
+    found, expected = rows("out.csv"), clf.decisions(load("test.jsonl", "jsonl"))
+    assert [row["id"] for row in found] == [str(i) for i in range(9)]
+    for row, d in zip(found, expected, strict=True):
+        assert row["answer"] == d.answer and row["decision"] == d.decision
+        for name in ("confidence", "entropy", "mutual_information"):
+            assert float(row[name]) == getattr(d, name)
+        assert [float(row[f"prob:{name}"]) for name in clf.classes_] == list(d.probs)
+    ok(PREDICT.replace("out.csv", "out.jsonl"), capsys)
+    lines = [json.loads(line) for line in (trained / "out.jsonl").read_text().splitlines()]
+    assert [line["confidence"] for line in lines] == [d.confidence for d in expected]
+    assert sorted(p.name for p in trained.glob("out*")) == ["out.csv", "out.jsonl"]
+    assert "exists already" in refused(PREDICT, capsys)
+
+
+def test_labels_are_not_needed(trained, capsys):
+    texts = [
+        json.loads(line)["prompt"] for line in (trained / "test.jsonl").read_text().splitlines()
+    ]
+    (trained / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    (trained / "b.json").write_text(json.dumps([{"prompt": t} for t in texts], indent=1))
+    (trained / "c.csv").write_text(
+        "id,text\n" + "".join(f"n{i},{t}\n" for i, t in enumerate(texts))
+    )
+    (trained / "d.tsv").write_text("what\tx\n" + "".join(f"{t}\t1\n" for t in texts))
+    ok(PREDICT, capsys)
+    same = [row["confidence"] for row in rows("out.csv")]
+    for name, more in (("a.jsonl", ""), ("b.json", ""), ("c.csv", ""),
+                       ("d.tsv", "--text-column what")):  # fmt: skip
+        out = f"{name}.csv"
+        ok(f"predict --run run --samples 3 --data {name} --out {out} {more}", capsys)
+        assert [row["confidence"] for row in rows(out)] == same
+    assert rows("c.csv.csv")[3]["id"] == "n3"
+
+
+class Stop(BaseException):
+    """In place of kill -9."""
+
+
+@pytest.mark.parametrize("out", ["out.csv", "out.jsonl"])
+def test_an_interrupted_file_goes_on(trained, capsys, monkeypatch, out):
+    """To the same bytes, wherever it was stopped; also where a line was written in part."""
+    monkeypatch.setattr(stream, "CHUNK", 4)
+    command = f"predict --run run --samples 3 --data fit.jsonl --probs --out {out}"
+    ok(command, capsys)
+    whole = (trained / out).read_bytes()
+    (trained / out).unlink()
+    real, calls = classifier.Classifier.decisions, []
+
+    def counted(self, examples, title=""):
+        calls.append(len(examples))
+        if len(calls) == 6:
+            raise Stop
+        return real(self, examples, title)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(classifier.Classifier, "decisions", counted)
+        with pytest.raises(Stop):
+            cli.main(command.split())
+    partial = trained / f"{out}.partial"
+    assert not (trained / out).exists() and whole.startswith(partial.read_bytes())
+    with partial.open("ab") as file:
+        file.write(b"17,no 0,0.4")
+    for other in ("--samples 4", "--seed 1", "--batch 2", "--limit 30"):
+        said = refused(f"{command} {other}", capsys)
+        assert f"{out}.partial: was begun with another" in said and f"rm {out}.partial" in said
+    code, said, _ = run(command, capsys)
+    assert code == 0 and "going on after 20 of 60 rows" in said
+    assert (trained / out).read_bytes() == whole
+    assert [p.name for p in trained.glob("*.partial*")] == []
+
+
+def test_a_bad_row_stops_it_before_it_starts(trained, capsys):
+    lines = (trained / "test.jsonl").read_text().splitlines()
+    for bad, message in (
+        ('{"prompt": ""}', "line 4: 'prompt' is empty"),
+        ("not json", "line 4: not JSON"),
+        ('{"prompt": 5}', "line 4: 'prompt' must be a text"),
+        (json.dumps({"prompt": "x" * 300}), "line 4: example 0 (id 3): its prompt has"),
+        (json.dumps({"prompt": "x", "choices": list("abcd")}), "line 4: run: can answer 3 choices"),
+    ):
+        (trained / "bad.jsonl").write_text("\n".join([*lines[:3], bad, *lines[3:]]) + "\n")
+        said = refused("predict --run run --data bad.jsonl --out out.csv", capsys)
+        assert f"bad.jsonl, {message}" in said, said
+        assert not (trained / "out.csv").exists()
+    for command, message in (
+        ("predict --run run", "give --prompt TEXT, or --data FILE"),
+        ("predict --run run --data test.jsonl", "belong together"),
+        (PREDICT.replace("out.csv", "out.txt"), "must end in .csv or .jsonl"),
+        (f"{PREDICT} --prompt x", "give --prompt TEXT, or --data FILE"),
+        (f"{PREDICT} --batch 0", "batch must be at least 1"),
+    ):
+        assert message in refused(command, capsys)
+
+
+def test_memory_does_not_grow_with_the_rows(trained, capsys, monkeypatch):
+    """No more than a chunk of rows is asked at once, and the file is read line by line."""
+    monkeypatch.setattr(stream, "CHUNK", 8)
+    seen = []
+    real = classifier.Classifier.decisions
+
+    def counted(self, examples, title=""):
+        seen.append(len(examples))
+        return real(self, examples, title)
+
+    monkeypatch.setattr(classifier.Classifier, "decisions", counted)
+    ok(PREDICT.replace("test.jsonl", "choose.jsonl"), capsys)
+    assert max(seen) == 8 and sum(seen) == 90
