@@ -151,8 +151,8 @@ def ruled(clf: Classifier, rule: Rule | None, own_wording: bool = True) -> Class
             for key in ("samples", "seed", "design")
             if theirs[key] != ours[key]
         )
-        raise InputError(f"{clf.run}: its {parts} is of other draws: give {given}, or --raw to "
-                         f"answer without it, or {again}")  # fmt: skip
+        raise InputError(f"{clf.run}: its {parts} is of other draws: give {given}, or {again}; "
+                         "with --raw, predict and evaluate answer without it")  # fmt: skip
     return dataclasses.replace(
         clf,
         temperature=rule.get("temperature", {}).get("value"),

@@ -21,10 +21,9 @@ of at most 1 - level. Rows between the candidate and t* do not help it, if A fal
 confidence that is worth having makes it. If it does not, (a) holds to the error of one step of the
 candidates; tests/evaluation/test_threshold.py measures it there as well.
 
-A union bound over the candidates would need fewer assumptions and more rows: of 500 rows with 99 %
-right at the top and 60 % at the end, it answers .37 of them where the sequence answers .45. The
-strictest candidate is not smaller than 25 % because a sequence that starts with few rows ends at
-their first error.
+A union bound over the candidates would need fewer assumptions and more rows. The strictest
+candidate is not smaller than 25 % because a sequence that starts with few rows ends at their
+first error.
 
 Sources: Clopper and Pearson 1934; Angelopoulos et al. 2021 (arXiv:2110.01052), Learn then Test;
 Geifman and El-Yaniv 2017 (arXiv:1705.08500), which takes the union bound.
