@@ -114,8 +114,8 @@ def test_a_new_temperature_removes_the_threshold(trained, capsys):
 def test_a_rule_is_of_its_draws_and_weights(trained, capsys):
     ok("calibrate --run run --data fit.jsonl --samples 3", capsys)
     for option, message in (
-        ("--samples 4", "give --samples 3, or --raw"),
-        ("--seed 1", "give --seed 0, or --raw"),
+        ("--samples 4", "give --samples 3, or fit again"),
+        ("--seed 1", "give --seed 0, or fit again"),
         ("--max-length 100", "of the run's own prompts: leave their options out"),
     ):
         said = refused(f"predict --run run --prompt hello {option}", capsys)

@@ -109,9 +109,10 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
         assert code == 2 and said.count("\n") == 1, (room, said)
         assert said.startswith("error: ") and message in said, (room, said)
         new = contents(work).keys() - before.keys()
-        assert {Path(path).name for path in new} <= {"train.jsonl"}, (room, new)
+        assert {Path(path).name for path in new} <= {"train.jsonl", "command.txt"}, (room, new)
         assert {path: data for path, data in contents(work).items() if path in before} == before
-        (work / "next" / "train.jsonl").unlink(missing_ok=True)
+        for path in new:
+            Path(path).unlink()
 
 
 ALLOCATOR = (
