@@ -28,6 +28,7 @@ from ..model.llama import Llama
 from ..support.errors import InputError
 from ..support.progress import progress_bar
 from ..training import ranks as distributed
+from .decisions import most_probable
 from .predict import Draws, pass_log_probs, predict
 from .quadrature import predict_exact
 from .sequential import Auto, predict_auto
@@ -202,9 +203,8 @@ def chosen(answers: Answers) -> tuple[Tensor, Tensor]:
     probs = answers.prediction.probs
     counts = torch.tensor([len(example.choices) for example in answers.examples])
     own = probs.masked_fill(torch.arange(probs.shape[1]) >= counts[:, None], -1.0)
-    # A stable sort, because argmax leaves open which of several equal classes it names.
-    confidence, order = own.sort(dim=1, descending=True, stable=True)
-    return order[:, 0], confidence[:, 0]
+    confidence, place = most_probable(own)
+    return place, confidence
 
 
 # Of a batch: its predictions, and `counts` of `answer_encoded`, where rows differ in them.

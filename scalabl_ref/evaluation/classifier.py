@@ -28,7 +28,7 @@ from ..support.hub import model_folder
 from ..training.runs import RunFacts, base_of, load_run, run_facts
 from . import metrics
 from .answering import Answers, Samples, answer_encoded, chosen, encode_for
-from .rule import Rule, decided, read_rule_if_any, ruled, samples_of
+from .rule import Rule, decided, read_rule, ruled, samples_of
 
 
 class Opened(NamedTuple):
@@ -268,7 +268,7 @@ def load(
         clf("Where is my parcel?")            # Decision(answer='delivery', confidence=0.93, ...)
         clf.predict_proba(["Hello", "..."])   # (2, C), columns as clf.classes_
     """
-    theirs = {} if raw else read_rule_if_any(run).get("how", {})
+    theirs = {} if raw else read_rule(run).get("how", {})
     seed = theirs.get("seed", 0) if seed is None else seed
     design = design or theirs.get("design", "independent")
     opened = open_run(run, model and model_folder(model), device)
@@ -289,7 +289,7 @@ def classifier(
     """`load` of a run that is open. wording, rule: in place of the run's."""
     model, tokenizer, facts, posterior = opened
     if rule is None:
-        rule = {} if raw else read_rule_if_any(run)
+        rule = {} if raw else read_rule(run)
     own = Wording.of_run(facts)
     clf = Classifier(
         model, tokenizer, facts, posterior, wording or own, draws_of(facts, rule, samples), seed,

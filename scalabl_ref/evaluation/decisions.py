@@ -37,8 +37,9 @@ class ClassScores(NamedTuple):
     f1: Tensor
 
 
-def answers(probs: Tensor) -> tuple[Tensor, Tensor]:
+def most_probable(probs: Tensor) -> tuple[Tensor, Tensor]:
     """The largest probability of each row and its class, the first of several: both (N,)."""
+    # A stable sort, because argmax leaves open which of several equal classes it names.
     ordered, classes = probs.sort(dim=1, descending=True, stable=True)
     return ordered[:, 0], classes[:, 0]
 
@@ -57,7 +58,7 @@ def answered_at(probs: Tensor, labels: Tensor, accuracy: float) -> Answered | No
     Answered(confidence=0.7, rows=3, right=3)
     """
     metrics.accuracy(probs, labels)  # checks both
-    confidence, chosen = answers(probs)
+    confidence, chosen = most_probable(probs)
     levels, level, rows = torch.unique(confidence, return_inverse=True, return_counts=True)
     right = level[chosen == labels].bincount(minlength=len(levels))
     rows, right = (counts.flip(0).cumsum(0).flip(0) for counts in (rows, right))  # at least so sure
@@ -70,14 +71,16 @@ def answered_at(probs: Tensor, labels: Tensor, accuracy: float) -> Answered | No
 
 def wrong_and_sure(probs: Tensor, labels: Tensor, sure: float = SURE) -> int:
     """The number of rows that are answered wrongly with a confidence of at least `sure`."""
-    confidence, chosen = answers(probs)
+    confidence, chosen = most_probable(probs)
     return int(((chosen != labels) & (confidence >= sure)).sum())
 
 
 def confusion(probs: Tensor, labels: Tensor) -> Tensor:
     """(C, C) int64: how many rows of a label (first index) get which answer (second index)."""
     count = probs.shape[1]
-    return (labels * count + answers(probs)[1]).bincount(minlength=count**2).view(count, count)
+    return (
+        (labels * count + most_probable(probs)[1]).bincount(minlength=count**2).view(count, count)
+    )
 
 
 def class_scores(table: Tensor) -> ClassScores:
@@ -88,6 +91,6 @@ def class_scores(table: Tensor) -> ClassScores:
 
 def worst_errors(probs: Tensor, labels: Tensor, most: int = 10) -> list[int]:
     """The rows with wrong answers, the most confident first, of equal ones in their order."""
-    confidence, chosen = answers(probs)
+    confidence, chosen = most_probable(probs)
     order = confidence.sort(descending=True, stable=True).indices
     return order[(chosen != labels)[order]][:most].tolist()

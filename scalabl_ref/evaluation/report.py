@@ -268,7 +268,7 @@ def _class_table(counts: Tensor, names: Sequence[str]) -> Table:
 
 
 def _error_table(probs: Tensor, labels: Tensor, rows: Mapping[str, Sequence]) -> Table:
-    confidence, chosen = decisions.answers(probs)
+    confidence, chosen = decisions.most_probable(probs)
     lines = []
     for i in decisions.worst_errors(probs, labels):
         choices = rows["choices"][i]

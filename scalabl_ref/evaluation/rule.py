@@ -44,11 +44,11 @@ _PARTS: dict[str, dict[str, Any]] = {
 Rule = dict[str, Any]  # "how", and "temperature" and "threshold", each absent or as in _PARTS
 
 
-def read_rule(run: Path | str) -> Rule | None:
-    """What RUN/rule.json says; None without one. Raises InputError if it is broken."""
+def read_rule(run: Path | str) -> Rule:
+    """What RUN/rule.json says; {} without one. Raises InputError if it is broken."""
     path = Path(run) / FILE
     if not path.exists():
-        return None
+        return {}
     rule = read_json(path)
     try:
         check(rule, {"how": dict[str, Any], **dict.fromkeys(_PARTS, dict[str, Any])})
@@ -61,11 +61,6 @@ def read_rule(run: Path | str) -> Rule | None:
         raise InputError(f"{path}: {error}: remove it with `scalabl calibrate --run {run} "
                          "--clear`") from None  # fmt: skip
     return rule
-
-
-def read_rule_if_any(run: Path | str) -> Rule:
-    """As `read_rule`, and {} without one."""
-    return read_rule(run) or {}
 
 
 def check_rates(accuracy: float, level: float) -> None:
@@ -87,7 +82,7 @@ def clear_rule(run: Path | str, part: str | None = None) -> bool:
         return False
     rule: Rule = {}
     if part == "threshold":
-        rule = read_rule(run) or {}
+        rule = read_rule(run)
         if rule.pop(part, None) is None:
             return False
     if rule.get("temperature"):

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> Result:
     examples, facts = labelled(args, clf)
     answers = clf.ask(examples, "calibrate")
     fit = {**rule.calibrated(answers), **facts}
-    before = rule.read_rule_if_any(args.run)
+    before = rule.read_rule(args.run)
     rule.write_rule(args.run, {"how": rule.how(clf), "temperature": fit})
     say(args, f"temperature {fit['value']:.4f}, fitted on {fit['n']} rows of {fit['data']}")
     for name in ("nll", "ece"):

@@ -15,7 +15,7 @@ from ...evaluation.answering import Answers, Samples, encode_for
 from ...evaluation.classifier import Classifier, classifier, draws_of
 from ...evaluation.evaluate import BASE, check_results, results_folder, score
 from ...evaluation.metrics import checked_bins
-from ...evaluation.rule import read_rule_if_any
+from ...evaluation.rule import read_rule
 from ...model.llama import Llama
 from ...support.errors import InputError
 from ...support.files import sha256
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> Result:
         raise InputError("give --run, or --model to evaluate a model without adapters")
     samples, _ = options.samples(args), checked_bins(args.bins)
     info = run_facts(args.run) if args.run else _base_facts(args)
-    rule = read_rule_if_any(args.run) if args.run and not args.raw else {}
+    rule = read_rule(args.run) if args.run and not args.raw else {}
     if rule.get("temperature") and (args.temperature or args.calibrate):
         raise InputError(f"{args.run}: has a temperature already: leave --temperature and "
                          "--calibrate out, or give --raw")  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 
 from ...data import Encoded
 from ...data.tokenizer import LETTERS, Tokenizer
+from ...evaluation.threshold import binomial_tail
 from ...training.defaults import Default
 from ...training.trainer import Trainer
 from ...training.watch import Watch
@@ -177,13 +178,7 @@ def at_least(right: int, rows: int, chance: float) -> float:
     """The probability of `right` or more successes in `rows` trials, each with `chance`."""
     if right <= 0 or chance >= 1:
         return 1.0
-    log, other = math.log(chance), math.log1p(-chance)
-    whole = math.lgamma(rows + 1)
-    terms = (
-        whole - math.lgamma(k + 1) - math.lgamma(rows - k + 1) + k * log + (rows - k) * other
-        for k in range(right, rows + 1)
-    )
-    return min(1.0, math.fsum(map(math.exp, terms)))
+    return binomial_tail(rows, rows - right, 1 - chance)  # so few are wrong
 
 
 def _sentence(found: dict[str, Any]) -> str:

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> Result:
         return {"cleared": cleared}
     rule.check_rates(args.accuracy, args.confidence)
     opened = runs.open_run(args)
-    before = rule.read_rule_if_any(args.run)
+    before = rule.read_rule(args.run)
     kept = {"how": before["how"], "temperature": before["temperature"]} if (
         before.get("temperature")) else {}  # fmt: skip
     samples = options.samples(args)
