@@ -200,6 +200,14 @@ METHODS: dict[str, Method] = {
     "ensemble of subspace": Method(
         MLE, like="subspace", members=3, after=_ensemble_of_subspace, draws=DRAWS, ours=True
     ),
+    "ensemble of subspace of dropout": Method(
+        MASKS,
+        like="subspace of dropout",
+        members=3,
+        after=_ensemble_of_subspace,
+        draws=DRAWS,
+        ours=True,
+    ),
 }
 
 
