@@ -121,6 +121,11 @@ def test_a_template_that_fails_is_one_line(source, message):
     assert "\n" not in said and len(said) <= 200
 
 
+def test_values_that_json_has_not():
+    with pytest.raises(InputError, match="f: its chat template fails: it is given a value that"):
+        ChatTemplate("x", "f").render([], tools={1, 2})
+
+
 # --- where templates are -----------------------------------------------------------------------
 
 
@@ -166,6 +171,7 @@ def test_a_template_comes_with_the_tokenizer(tmp_path):
     "name, content, message",
     [
         ("tokenizer_config.json", "{", "not JSON"),
+        ("tokenizer_config.json", "[" * 100_000, "not JSON"),
         ("tokenizer_config.json", "[]", "expected a chat_template that is a text"),
         ("tokenizer_config.json", '{"chat_template": 3}', "expected a chat_template that is a te"),
         ("tokenizer_config.json", '{"chat_template": []}', "expected a chat_template that is a te"),
