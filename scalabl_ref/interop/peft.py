@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..model.llama import Llama
 from ..support.errors import InputError
 from ..support.files import atomic_write_text, read_json
 from ..support.folders import hf_to_ours, ours_to_hf
+from ..support.limited import Failed, match
 from ..support.tensors import Stored, open_tensors, write_tensors
 from .layers import THEIRS, Lora, Readers, read_theirs
 
@@ -114,7 +114,7 @@ def _is_chosen(path: Path, values: dict[str, Any], layer: str) -> bool:
 
     def is_of(names: Any) -> bool:
         if isinstance(names, str):
-            return re.fullmatch(names, name) is not None
+            return match(names, name, whole=True) is not None
         return any(name == end or name.endswith(f".{end}") for end in names)
 
     patterns = values.get("layers_pattern") or [r"[^.]*"]
@@ -128,10 +128,10 @@ def _is_chosen(path: Path, values: dict[str, Any], layer: str) -> bool:
             return False
         if isinstance(targets, str) or name in targets or indices in (None, []):
             return True  # indices choose among layers that are found by the end of their names
-        matches = (re.match(rf"(?:^|.*?\.)(?:{p})\.(\d+)\.", name) for p in patterns)
-        index = next((int(match[1]) for match in matches if match), None)
+        matches = (match(rf"(?:^|.*?\.)(?:{p})\.(\d+)\.", name) for p in patterns)
+        index = next((int(found[1]) for found in matches if found), None)
         return index in (indices if isinstance(indices, list) else [indices])
-    except (re.error, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise InputError(f"{path}: PEFT could not choose layers by this: {error}") from None
 
 
@@ -154,10 +154,10 @@ def _by_pattern(path: Path, values: dict[str, Any], key: str, layer: str, defaul
     if not isinstance(patterns, dict):
         raise InputError(f"{path}: expected an object under {key!r}")
     try:
-        found = (v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", layer))
+        found = (v for k, v in patterns.items() if match(rf"(.*\.)?({k})$", layer))
         return next(found, default)
-    except re.error as error:
-        raise InputError(f"{path}: {key}: not a regular expression: {error}") from None
+    except Failed as error:
+        raise InputError(f"{path}: {key}: not a regular expression that works: {error}") from None
 
 
 def _check_the_rest(file: Path, tensors: Readers, model: Llama) -> None:

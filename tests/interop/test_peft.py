@@ -331,6 +331,14 @@ HOSTILE = {
         _config(layers_to_transform=[1]),
         r"has an adapter of layers\.0\.\S+, which adapter_config.json does not choose",
     ),
+    "a slow pattern": (_config(rank_pattern={"(.+)+!": 1}), "rank_pattern: .* too long"),
+    "a slow choice": (_config(target_modules="(.?){50}!"), "PEFT could not .* for too long"),
+    "a slow layer": (
+        _config(layers_pattern="(.|..)+!", layers_to_transform=[0]), "PEFT could not .* too long"
+    ),
+    "a layer without a number": (
+        _config(layers_pattern="(.+)", layers_to_transform=[0]), "PEFT could not choose layers by"
+    ),
     "a bad choice": (_config(target_modules="("), "PEFT could not choose layers by this"),
     "a choice of no names": (_config(target_modules=3), "PEFT could not choose layers by this"),
     "lora_bias": (_config(lora_bias=True), "lora_bias is set"),
