@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import string
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -93,7 +95,7 @@ class Tokenizer(ABC):
         ids: list[int] = []
         for letter in classes:
             tokens = self.encode(context + letter)
-            if tokens[:-1] != before:
+            if not tokens or tokens[:-1] != before:
                 raise InputError(f"choice {letter!r} is not a single token after {context[-20:]!r}")
             if tokens[-1] in ids:
                 other = classes[ids.index(tokens[-1])]
@@ -231,13 +233,18 @@ class _HuggingFace(Tokenizer):
     """A tokenizer.json, and what a folder's other files add to it."""
 
     def __init__(self, path: Path, settings: _Settings) -> None:
+        self._path = path
+        with _named_failures(path, "not a tokenizer.json"):
+            self._read(settings)
+
+    def _read(self, settings: _Settings) -> None:
         import tokenizers
 
-        try:
-            self._model = tokenizers.Tokenizer.from_str(_read(path).decode("utf-8"))
-        except Exception as error:  # the package raises nothing narrower
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{path}: not a tokenizer.json: {reason}") from None
+        self._model = tokenizers.Tokenizer.from_str(_read(self._path).decode("utf-8"))
+        for part in (self._model.normalizer, self._model.decoder):
+            if part and (grown := _growth(json.loads(part.__getstate__()))) > _MOST_GROWTH:
+                raise InputError(f"{self._path}: could make a text {grown:.0f} times as long: "
+                                 f"expected at most {_MOST_GROWTH}")  # fmt: skip
         self._model.no_truncation()  # both can be stored in the file
         self._model.no_padding()
         known = {token.content for token in self._model.get_added_tokens_decoder().values()}
@@ -262,10 +269,45 @@ class _HuggingFace(Tokenizer):
         return self._model.token_to_id(piece)
 
     def _encode(self, text: str) -> list[int]:
-        return self._model.encode(text, add_special_tokens=False).ids
+        with _named_failures(self._path, "cannot encode a text"):
+            return self._model.encode(text, add_special_tokens=False).ids
 
     def _decode(self, ids: list[int]) -> str:
-        return self._model.decode(ids)
+        with _named_failures(self._path, "cannot decode ids"):
+            return self._model.decode(ids)
+
+
+_MOST_GROWTH = 100  # by all replacements of a tokenizer.json, one after another
+
+
+def _growth(part: Any) -> float:
+    """How many times as long a text can become by a normalizer or a decoder, as JSON."""
+    if isinstance(part, list):
+        return math.prod(map(_growth, part))
+    if not isinstance(part, dict):
+        return 1
+    own = 1.0
+    if part.get("type") == "Replace":
+        replaced = part["pattern"].get("String", "")
+        own = len(part["content"]) / len(replaced) if replaced else len(part["content"]) + 1
+    return max(1, own) * math.prod(_growth(value) for value in part.values())
+
+
+@contextmanager
+def _named_failures(path: Path, what: str) -> Iterator[None]:
+    """Within the block any failure of the package `tokenizers` becomes an InputError.
+
+    It raises nothing narrower than Exception, and if it panics not even that.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: {what}: {reason}") from None
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:
@@ -358,6 +400,8 @@ def _read_settings(folder: Path) -> _Settings:
     if isinstance(extra, dict):
         special |= {name: text for name, text in extra.items() if isinstance(text, str)}
         extra = []
+    if not isinstance(extra, list):
+        raise InputError(f"{folder}: additional_special_tokens must be a list of tokens")
     named = [value for name, value in roles.items() if name in special]
     named += [value for value in [*special.values(), *extra] if _text(value) is not None]
     if complete:
@@ -424,7 +468,7 @@ def _json_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(_read(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")

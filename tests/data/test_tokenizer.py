@@ -507,6 +507,21 @@ def test_truncated_sentencepiece(tmp_path, model_file, keep):
         load_tokenizer(tmp_path)
 
 
+# A post-processor with a token that it does not define: Rust panics, which is no Exception.
+PANICS = b"""{"version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": null,
+"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x",
+"type_id": 0}}], "pair": [], "special_tokens": {}}, "decoder": null,
+"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}"""
+
+
+def grows(times, pattern="a", content="aa", part="normalizer"):
+    """A tokenizer.json that makes a text 2 ** times as long: gigabytes, with some more."""
+    kind = "Regex" if pattern == "" else "String"
+    replace = {"type": "Replace", "pattern": {kind: pattern}, "content": content}
+    whole = json.loads(PANICS) | {"post_processor": None}
+    return json.dumps(whole | {part: {"type": "Sequence", f"{part}s": [replace] * times}}).encode()
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -514,6 +529,9 @@ def test_truncated_sentencepiece(tmp_path, model_file, keep):
         ("tokenizer.json", b"[]", r"tokenizer\.json: not a tokenizer\.json"),
         ("tokenizer.json", b'{"model": {"type": "BPE"}}', r"tokenizer\.json: not a tokenizer\.js"),
         ("tokenizer.json", b"\xff\xfe", r"tokenizer\.json: not a tokenizer\.json"),
+        ("tokenizer.json", PANICS, r"tokenizer\.json: not a tokenizer\.json: no entry found"),
+        ("tokenizer.json", grows(8), r"tokenizer\.json: could make a text 256 times as long"),
+        ("tokenizer.json", grows(7, "", "a"), r"tokenizer\.json: could make a text 128 times"),
         ("tokenizer.model", b"IQ== 0\n", r"tokenizer\.model: not a sentencepiece model"),
         ("tokenizer_config.json", b"{", r"no tokenizer: expected tokenizer\.model or"),
     ],
@@ -524,7 +542,7 @@ def test_bad_files(tmp_path, name, content, message):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"[" * 100_000])
 def test_bad_configuration(tmp_path, model_file, content):
     (tmp_path / "tokenizer.model").write_bytes(model_file.read_bytes())
     (tmp_path / "tokenizer_config.json").write_bytes(content)
@@ -554,6 +572,29 @@ def test_bad_added_tokens(tmp_path, model_file, name, value):
 def test_absent(tmp_path, name):
     with pytest.raises(InputError, match=f"{name}: no such file"):
         load_tokenizer(tmp_path / name)
+
+
+def test_a_text_may_become_somewhat_longer(tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(grows(6))
+    assert load_tokenizer(tmp_path).encode("a") == [0]
+    (tmp_path / "tokenizer.json").write_bytes(grows(9, part="decoder"))
+    with pytest.raises(InputError, match="could make a text 512 times as long"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_gives_no_ids(tmp_path):
+    whole = json.loads(PANICS) | {"post_processor": None}
+    whole["model"] = {"type": "BPE", "vocab": {}, "merges": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(InputError, match="choice 'A' is not a single token"):
+        load_tokenizer(tmp_path).class_token_ids(2, "Answer:")
+
+
+@pytest.mark.parametrize("extra", [3, "<x>", True])
+def test_additional_tokens_that_are_no_list(tmp_path, extra):
+    folder(tmp_path, byte_level(), additional_special_tokens=extra)
+    with pytest.raises(InputError, match="additional_special_tokens must be a list"):
+        load_tokenizer(tmp_path)
 
 
 def test_file_of_another_kind(tmp_path):
