@@ -29,6 +29,7 @@ COMMANDS = {
     "predict": "answer one question, or a file of texts, with probabilities and an uncertainty",
     "calibrate": "fit a temperature on labelled questions, and keep it in the run",
     "threshold": "choose the confidence above which no human needs to look",
+    "serve": "answer texts over HTTP, with the run's temperature and threshold",
     "generate": "continue a text, with the uncertainty of each new token",
     "export": "write a run as a PEFT adapter or as a merged model",
     "import": "make a run from a PEFT adapter or from weights of the official code",
