@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ from scalabl_ref.app import cli, plan
 from scalabl_ref.app.plan import product_rate
 from scalabl_ref.app.study import Study, cost, run_study
 from scalabl_ref.app.study.sets import encoded_sets
+from scalabl_ref.support.progress import duration
 
 from ...models import questions_file
 from ...tolerances import rounding
@@ -99,15 +100,19 @@ def test_a_busy_core_changes_the_rate_by_less_than_half():
     assert any(1 / 1.5 < ratio < 1.5 for ratio in ratios), ratios
 
 
-def test_a_cost_is_told_in_words(tmp_path, capsys):
+def test_a_cost_is_told_in_words(tmp_path, capsys, monkeypatch):
+    """At a rate of 1e6 FLOP/s for each job, whatever else this machine does."""
+    monkeypatch.setattr(importlib.import_module("scalabl_ref.app.cli.study"), "product_rate",
+                        lambda *job: 1e6)  # fmt: skip
     path = config(tmp_path, methods=["mle"], seeds=[0])
     command = ["study", str(path), "--out", str(tmp_path / "out"), "--cost"]
-    assert cli.main([*command, "--jobs", "2"]) == 0
-    said = capsys.readouterr().out
-    assert re.search(r": about [\d.]+ seconds? or more, at the speed", said), said
     assert cli.main([*command, "--json"]) == 0
     about = json.loads(capsys.readouterr().out)["cost"][str(tmp_path / "out")]
-    assert 0 < about["hours"] < 0.01
+    assert about["hours"] == about["flop"] / 1e6 / 3600
+    jobs = min(2, os.cpu_count() or 1)
+    assert cli.main([*command, "--jobs", "2"]) == 0
+    said = capsys.readouterr().out
+    assert f": about {duration(about['flop'] / 1e6 / jobs)} or more, at the speed" in said
 
 
 def test_sets_are_held_against_the_model_before_any_training(tmp_path):
