@@ -36,7 +36,7 @@ HEADERS = {"Content-Type": "application/json"}
 
 @dataclass
 class Seen:
-    """What the clients have seen: the seconds of each answer, by its status; and what ended them."""
+    """What the clients have seen: seconds of each answer, their statuses, and the clients' ends."""
 
     seconds: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
@@ -107,8 +107,8 @@ def main() -> int:
               f"| {cuts[98] * 1e3:.1f} |")  # fmt: skip
     answers = sum((warm.statuses, one.statuses, many.statuses, last.statuses), Counter())
     ends = ", ".join(f"{count} {name}" for name, count in last.ends.items())
-    print(f"\nSIGTERM under load: {told['accepted']} accepted, {told['answered']} answered, answers "
-          f"that clients have by status: {dict(answers)}; clients ended by: {ends}")  # fmt: skip
+    print(f"\nSIGTERM under load: {told['accepted']} accepted, {told['answered']} answered, "
+          f"answers that clients have, by status: {dict(answers)}; clients ended by: {ends}")  # fmt: skip
     return int(not told["accepted"] == told["answered"] == answers[200] == answers.total())
 
 
