@@ -107,8 +107,8 @@ def main() -> int:
               f"| {cuts[98] * 1e3:.1f} |")  # fmt: skip
     answers = sum((warm.statuses, one.statuses, many.statuses, last.statuses), Counter())
     ends = ", ".join(f"{count} {name}" for name, count in last.ends.items())
-    print(f"\nSIGTERM under load: {told['accepted']} accepted, {told['answered']} answered, "
-          f"answers that clients have, by status: {dict(answers)}; clients ended by: {ends}")  # fmt: skip
+    print(f"\nSIGTERM under load: {told['accepted']} accepted, {told['answered']} answered; "
+          f"answers that clients have, by status: {dict(answers)}; ends: {ends}")  # fmt: skip
     return int(not told["accepted"] == told["answered"] == answers[200] == answers.total())
 
 
