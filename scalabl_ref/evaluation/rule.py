@@ -63,13 +63,6 @@ def read_rule(run: Path | str) -> Rule:
     return rule
 
 
-def check_rates(accuracy: float, level: float) -> None:
-    """Raise InputError unless both are between 0 and 1, before a model is loaded."""
-    for name, value in (("--accuracy", accuracy), ("--confidence", level)):
-        if not 0 < value < 1:
-            raise InputError(f"{name} must be between 0 and 1, and is {value:g}")
-
-
 def write_rule(run: Path | str, rule: Rule) -> None:
     atomic_write_text(Path(run) / FILE, json_text(rule, indent=2) + "\n")
 
@@ -96,7 +89,7 @@ def how(clf: Classifier) -> dict[str, Any]:
     """All that decides a classifier's answers besides its wording, as rule.json keeps it."""
     samples = clf.samples
     return {
-        "weights_sha256": weights_sha256(clf.run),
+        "weights_sha256": clf.weights_sha256 or weights_sha256(clf.run),
         "samples": dataclasses.asdict(samples) if isinstance(samples, Auto) else samples,
         "seed": clf.seed,
         "design": clf.design,
@@ -150,6 +143,7 @@ def ruled(clf: Classifier, rule: Rule | None, own_wording: bool = True) -> Class
                          "with --raw, predict and evaluate answer without it")  # fmt: skip
     return dataclasses.replace(
         clf,
+        weights_sha256=ours["weights_sha256"],
         temperature=rule.get("temperature", {}).get("value"),
         threshold=rule.get("threshold", {}).get("value"),
     )

@@ -116,6 +116,13 @@ def fewest_rows(accuracy: float, level: float) -> int:
     return math.ceil(math.log1p(-level) / math.log(accuracy))
 
 
+def check_rates(accuracy: float, level: float) -> None:
+    """Raise InputError unless both are between 0 and 1."""
+    for name, value in (("accuracy", accuracy), ("confidence", level)):
+        if not 0 < value < 1:
+            raise InputError(f"{name} must be between 0 and 1, and is {value}")
+
+
 def _candidates(
     confidence: Tensor, right: Tensor, accuracy: float, level: float
 ) -> Iterator[tuple[float, int, int]]:
@@ -123,9 +130,7 @@ def _candidates(
 
     Rows of equal confidence are answered together or not at all.
     """
-    for name, value in (("accuracy", accuracy), ("confidence", level)):
-        if not 0 < value < 1:
-            raise InputError(f"{name} must be between 0 and 1, and is {value}")
+    check_rates(accuracy, level)
     if confidence.dim() != 1 or confidence.shape != right.shape:
         raise InputError(
             f"confidence and right must be two equally long vectors, and have the shapes "

@@ -9,7 +9,7 @@ import argparse
 
 from ...evaluation import rule
 from ...evaluation.classifier import classifier
-from ...evaluation.threshold import Threshold
+from ...evaluation.threshold import Threshold, check_rates
 from . import options, runs
 from .calibrate import add_fit, labelled
 from .output import Result, say
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> Result:
         cleared = rule.clear_rule(args.run, "threshold")
         say(args, f"{args.run}: {'cleared' if cleared else 'there is nothing to clear'}")
         return {"cleared": cleared}
-    rule.check_rates(args.accuracy, args.confidence)
+    check_rates(args.accuracy, args.confidence)
     opened = runs.open_run(args)
     before = rule.read_rule(args.run)
     kept = {"how": before["how"], "temperature": before["temperature"]} if (

@@ -183,6 +183,18 @@ def test_labels_are_not_needed(trained, capsys):
     (trained / "d.tsv").write_text("what\tx\n" + "".join(f"{t}\t1\n" for t in texts))
     ok(PREDICT, capsys)
     same = [row["confidence"] for row in rows("out.csv")]
+def test_weights_are_hashed_once(trained, capsys, monkeypatch):
+    """By `predict --data`, with a rule and without one."""
+    real, hashed = rule.weights_sha256, []
+    monkeypatch.setattr(rule, "weights_sha256", lambda run: hashed.append(run) or real(run))
+    ok(PREDICT, capsys)
+    assert len(hashed) == 1
+    ok("calibrate --run run --data fit.jsonl --samples 3", capsys)
+    hashed.clear()
+    ok(PREDICT.replace("out.csv", "again.csv"), capsys)
+    assert len(hashed) == 1
+
+
     for name, more in (("a.jsonl", ""), ("b.json", ""), ("c.csv", ""),
                        ("d.tsv", "--text-column what")):  # fmt: skip
         out = f"{name}.csv"
