@@ -135,7 +135,7 @@ def score(
     if least is not None:
         result["decision"] = answered(answers, least)
     result["settings"] = settings
-    return Results(answers, result, _report(info, answers, result, models, run), least)
+    return Results(answers, result, _report(info, answers, result, models, run, rule), least)
 
 
 def _report(
@@ -144,6 +144,7 @@ def _report(
     result: Mapping[str, Any],
     models: list[dict[str, Any]],
     run: str | None,
+    rule: Rule,
 ) -> dict[str, Any]:
     """What `document` takes."""
     about = {
@@ -158,7 +159,8 @@ def _report(
         "choices": [example.choices for example in answers.examples],
     }
     title = "Evaluation of a fine-tuned Llama"
-    return {"title": title, "about": about, "models": models, "rows": rows}
+    own = result.get("decision") and {**rule["threshold"], **result["decision"]}
+    return {"title": title, "about": about, "models": models, "rows": rows, "decision": own}
 
 
 def _facts(

@@ -65,6 +65,8 @@ def write_report(path: Path | str, results: Mapping[str, Any]) -> None:
                   empty, the page has only notes, tables and plots
         rows      {ids, texts, choices: lists of N} of the rows that the first model answered: the
                   page then says what to decide with it, see decisions.py (optional)
+        decision  {threshold, answered, right, accuracy, level}: what the run's own threshold does
+                  on these rows, and the accuracy that it promises with that confidence (optional)
         bounds    {label, nll, acc, ...}: the best possible values, where known (optional)
         notes     sentences for the reader (optional)
         spread    meaning of the intervals, in words (optional: bootstrap intervals without it)
@@ -94,7 +96,7 @@ def document(results: Mapping[str, Any]) -> str:
         "plots": [_plot(f"plot-{i}", plot, numbers) for i, plot in enumerate(plots)],
     }
     if models:
-        page["decisions"] = _decisions(models, rows) if rows else None
+        page["decisions"] = _decisions(models, rows, results.get("decision")) if rows else None
         page["scores"] = _scores(models, results.get("bounds", {}), results.get("spread"))
         page["calibration"] = _calibration(models, int(about.get("bins", 15)))
         page["risk"] = {"names": [m["name"] for m in models], "chart": risk_chart(models)}
@@ -175,14 +177,20 @@ def _bin_table(name: str, bins: Sequence[Bin]) -> Table:
 # Sections ----------------------------------------------------------------------------------------
 
 
-def _decisions(models: Sequence[Mapping], rows: Mapping[str, Sequence]) -> dict[str, Any]:
-    """What to decide with the first model, which gave these rows their answers."""
+def _decisions(
+    models: Sequence[Mapping], rows: Mapping[str, Sequence], own: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What to decide with the first model, which gave these rows their answers.
+
+    own: "decision" of `write_report`.
+    """
     probs, labels = models[0]["probs"], models[0]["labels"]
     shared = len(set(map(tuple, rows["choices"]))) == 1
     names = [_cut(name, _NAME) for name in rows["choices"][0]] if shared else []
     page: dict[str, Any] = {
-        "sentences": _sentences(models[0]),
-        "thresholds": [_threshold_table(m["name"], m["probs"], m["labels"]) for m in models],
+        "sentences": [*([_kept(own, len(labels))] if own else ()), *_sentences(models[0])],
+        "thresholds": [_threshold_table(m, None if i else own) for i, m in enumerate(models)],
+        "own": bool(own),
         "sure": decisions.SURE,
         "errors": _error_table(probs, labels, rows),
     }
@@ -192,6 +200,22 @@ def _decisions(models: Sequence[Mapping], rows: Mapping[str, Sequence]) -> dict[
             page["confusion"] = _confusion_table(counts, names)
         page["classes"] = _class_table(counts, names)
     return page
+
+
+def _kept(own: Mapping[str, Any], total: int) -> str:
+    """What the threshold that the run keeps does on these rows, and what it promised."""
+    answered = own["answered"]
+    right = f", {100 * own['right'] / answered:.1f} % of them right" if answered else ""
+    return (
+        f"The run's threshold, a confidence of {_floored(own['threshold'])}, answers {answered} of "
+        f"the {rows_of(total)} ({100 * answered / total:.0f} %){right}; the others go to a human. "
+        f"It was chosen for {100 * own['accuracy']:.6g} % right, with "
+        f"{100 * own['level']:.6g} % confidence."
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.6g}{_NBSP}%"
 
 
 def _sentences(model: Mapping[str, Any]) -> list[str]:
@@ -227,19 +251,27 @@ def _foreign(model: Mapping[str, Any]) -> str:
     )
 
 
-def _threshold_table(name: str, probs: Tensor, labels: Tensor) -> Table:
+def _threshold_table(model: Mapping[str, Any], own: Mapping[str, Any] | None) -> Table:
+    """Read off these rows; first the run's own threshold, if there is one."""
+    probs, labels = model["probs"], model["labels"]
     heads = ("Accuracy wanted", "Confidence from", "Answered", "Coverage", "Right", "Wrong")
+    asked: list[tuple[str, decisions.Answered | None]] = [
+        (_percent(target), decisions.answered_at(probs, labels, target))
+        for target in (0.9, 0.95, 0.99)
+    ]
+    if own:
+        kept = decisions.Answered(own["threshold"], own["answered"], own["right"])
+        asked.insert(0, (f"{_percent(own['accuracy'])}, kept in the run", kept))
     lines = []
-    for target in (0.9, 0.95, 0.99):
-        found = decisions.answered_at(probs, labels, target)
+    for name, found in asked:
         cells = ["not reached", "0", f"0.0{_NBSP}%", "–", "–"]
         if found:
             share = f"{100 * found.rows / len(labels):.1f}{_NBSP}%"
-            right = f"{100 * found.accuracy:.1f}{_NBSP}%"
+            right = f"{100 * found.accuracy:.1f}{_NBSP}%" if found.rows else "–"
             wrong = str(found.rows - found.right)
             cells = [_floored(found.confidence), str(found.rows), share, right, wrong]
-        lines.append(Row(f"{100 * target:.0f}{_NBSP}%", list(map(Cell, cells))))
-    return Table(f"Thresholds of {name}", list(map(Cell, heads)), lines)
+        lines.append(Row(name, list(map(Cell, cells))))
+    return Table(f"Thresholds of {model['name']}", list(map(Cell, heads)), lines)
 
 
 def _confusion_table(counts: Tensor, names: Sequence[str]) -> Table:

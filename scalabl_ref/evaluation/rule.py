@@ -224,7 +224,8 @@ def answered(answers: Answers, least: float) -> dict[str, Any]:
         "threshold": least,
         "coverage": count / len(right),
         "answered": count,
-        "acc": float(right[kept].double().mean()) if count else None,
+        "right": hits,
+        "acc": hits / count if count else None,
     }
 
 

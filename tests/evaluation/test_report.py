@@ -253,16 +253,19 @@ def rows(labels: torch.Tensor, names: tuple[str, ...], text: str = "question") -
 NAMES = ("red", "green", "blue", "black")
 
 
-def test_a_report_says_first_what_to_decide(render):
-    """Of 10 rows, confidence .99 down to .45: two are wrong, one of them is sure."""
+def ten_rows() -> dict:
+    """Confidence .99 down to .45: two are wrong, one of them is sure."""
     confidence = torch.tensor(
         [0.99, 0.97, 0.95, 0.94, 0.9, 0.85, 0.8, 0.7, 0.6, 0.45], dtype=torch.float64
     )
     labels = torch.tensor([0, 0, 0, 0, 1, 0, 0, 0, 0, 2])
     probs = torch.stack([confidence, *[(1 - confidence) / 3] * 3], 1)
     one = {"name": "m", "probs": probs, "labels": labels, "metrics": {"acc": 0.8}}
-    results = {"title": "t", "models": [one], "rows": rows(labels, NAMES)}
-    text = render(results)
+    return {"title": "t", "models": [one], "rows": rows(labels, NAMES)}
+
+
+def test_a_report_says_first_what_to_decide(render):
+    text = render(ten_rows())
     page = check(text)
     sentences = [words for tag, words in page.words if tag == "p"][:3]
     assert sentences == [
@@ -283,6 +286,27 @@ def test_a_report_says_first_what_to_decide(render):
     assert errors[5:15] == ["id4", "question 4", "green", "red", "0.900",
                             "id9", "question 9", "blue", "red", "0.450"]  # fmt: skip
     assert text.index("At 95 % accuracy") < text.index("<h2>Scores")
+
+
+def test_the_threshold_of_the_run_comes_first(render):
+    decision = {"threshold": 0.7, "answered": 8, "right": 7, "accuracy": 0.875, "level": 0.95}
+    page = check(render({**ten_rows(), "decision": decision}))
+    sentences = [words for tag, words in page.words if tag == "p"]
+    assert sentences[0] == (
+        "The run's threshold, a confidence of 0.700, answers 8 of the 10 rows (80 %), 87.5 % of "
+        "them right; the others go to a human. It was chosen for 87.5 % right, with 95 % "
+        "confidence."
+    )
+    assert sentences[1].startswith("At 95 % accuracy it can answer 4 of the 10 rows")
+    cells = [words.replace("\xa0", " ") for tag, words in page.words if tag in ("td", "th")]
+    start = cells.index("Accuracy wanted") + 6
+    own = ["87.5 %, kept in the run", "0.700", "8", "80.0 %", "87.5 %", "1"]
+    assert cells[start : start + 7] == [*own, "90 %"]
+    assert "The first threshold is the one that the run keeps." in page.text("p")
+    none = {**decision, "threshold": 0.995, "answered": 0, "right": 0}
+    page = check(render({**ten_rows(), "decision": none}))
+    assert "answers 0 of the 10 rows (0 %); the others go to a human" in page.text("p")
+    assert "kept in the run" not in check(render(ten_rows())).text("th", "p")
 
 
 def test_the_foreign_sentence_says_what_was_measured(render):

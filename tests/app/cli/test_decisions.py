@@ -84,6 +84,10 @@ def test_a_threshold_is_kept_and_decides(trained, capsys):
     none = ok("threshold --run run --data choose.jsonl --accuracy 0.999", capsys)
     assert none["threshold"] is None and scalabl_ref.load("run").threshold is None
     assert not (trained / "run" / rule.FILE).exists()
+    report = (trained / "run/report.html").read_text()
+    assert f"answers {sum(answered)} of the 90 rows" in report
+    assert f"{100 * scores['right'] / scores['answered']:.1f} % of them right" in report
+    assert "It was chosen for 10 % right, with 95 % confidence." in report
 
 
 def test_draws_are_as_many_as_by_default_or_as_the_rule_has(trained, capsys):
