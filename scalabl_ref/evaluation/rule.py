@@ -34,7 +34,7 @@ ANSWER, HUMAN = "answer", "human"
 FEW = 50  # rows, fewer than which are worth a warning
 USUAL = (0.9, 0.95, 0.99)  # accuracies of which `threshold` tells as well
 _HOW: dict[str, Any] = {"weights_sha256": str, "samples": Any, "seed": int, "design": str}
-_FIT = {"n": int, "data": str, "data_sha256": str, "rows_sha256": str}
+_FIT = {"n": int, "data": str, "data_sha256": str, "rows": str}  # rows: `row_digests` of them
 _PARTS: dict[str, dict[str, Any]] = {
     "temperature": {**_FIT, "value": float, "nll": list[float], "ece": list[float]},
     "threshold": {**_FIT, "value": float, "accuracy": float, "level": float, "coverage": float,
@@ -158,10 +158,19 @@ def _option(value: Any) -> str:
 # --- fits -----------------------------------------------------------------------------------------
 
 
-def rows_sha256(examples: Sequence[Example]) -> str:
-    """Of the questions, choices and labels, in any order."""
-    rows = sorted(json.dumps([e.question, e.choices, e.label]) for e in examples)
-    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+def row_digests(examples: Sequence[Example]) -> str:
+    """Of each row the first 8 bytes of a SHA-256, in hexadecimal, with spaces between them.
+
+    A row is its question and its choices in any order, whatever its label.
+    """
+    rows = (json.dumps([e.question or e.prompt, *sorted(e.choices)]).encode() for e in examples)
+    return " ".join(hashlib.sha256(row).hexdigest()[:16] for row in rows)
+
+
+def seen_in(digests: str, others: str) -> int:
+    """How many of the rows are among `others`; both as `row_digests` gives them."""
+    known = set(others.split())
+    return sum(row in known for row in digests.split())
 
 
 def calibrated(answers: Answers, bins: int = 15) -> Rule:
@@ -219,7 +228,7 @@ def answered(answers: Answers, least: float) -> dict[str, Any]:
     """What the threshold does on labelled rows: coverage, and the accuracy among the answered."""
     confidence, right = outcomes(answers)
     kept = confidence >= least
-    count = int(kept.sum())
+    count, hits = int(kept.sum()), int(right[kept].sum())
     return {
         "threshold": least,
         "coverage": count / len(right),
@@ -227,9 +236,3 @@ def answered(answers: Answers, least: float) -> dict[str, Any]:
         "right": hits,
         "acc": hits / count if count else None,
     }
-
-
-def seen_in(examples: Sequence[Example], others: Sequence[Example]) -> int:
-    """How many of the examples are questions of `others` as well."""
-    known = {example.question for example in others}
-    return sum(example.question in known for example in examples)

@@ -52,39 +52,38 @@ def run(args: argparse.Namespace) -> Result:
     if before.get("threshold"):
         say(args, "the threshold is removed: choose one again with `scalabl threshold --run "
             f"{args.run} --data FILE`")  # fmt: skip
-    return {"temperature": fit}
+    return {"temperature": without_rows(fit)}
 
 
-def labelled(args: argparse.Namespace, clf: Classifier) -> tuple[list[Example], Result]:
-    """The questions of --data, or those held out, and what a rule keeps of them; with warnings."""
-    info = clf.facts
-    data = args.data
-    if data:
-        examples = runs.examples_like(args, info)
-    elif info["holdout"]:
-        data = info["data"]
-        examples = runs.own_data(args.run, info, "--data")[1]
-    else:
+def without_rows(fit: Result) -> Result:
+    """A part of a rule without its digests of rows, which tell a reader nothing."""
+    return {key: value for key, value in fit.items() if key != "rows"}
+
+
+def labelled(
+    args: argparse.Namespace, clf: Classifier, needs: str = "give others"
+) -> tuple[list[Example], Result]:
+    """The questions of --data, or those held out, and what a rule keeps of them; with warnings.
+
+    needs: what to say where the training saw some of them.
+    """
+    info, trained = clf.facts, None
+    if not args.data and not info["holdout"]:
         raise InputError(f"{args.run}: was trained without --holdout: give --data")
+    try:
+        trained, examples = runs.own_data(args.run, info, "--data")
+    except InputError:
+        if not args.data:
+            raise
+        say(args, "note: the training data cannot be read or has changed: whether it has some of "
+            "these rows is not known")  # fmt: skip
+    if args.data:
+        examples = runs.examples_like(args, info)
     if len(examples) < rule.FEW:
         say(args, f"warning: {len(examples)} rows are few: {rule.FEW} or more make a better fit")
-    if args.data:
-        _warn_of_training_rows(args, clf, examples)
-    return examples, {
-        "data": str(data),
-        "data_sha256": sha256(data),
-        "rows_sha256": rule.rows_sha256(examples),
-    }
-
-
-def _warn_of_training_rows(
-    args: argparse.Namespace, clf: Classifier, examples: list[Example]
-) -> None:
-    try:
-        trained, _ = runs.own_data(args.run, clf.facts, "--data")
-    except InputError:  # the training file is unknown, has changed, or is not there
-        return
-    seen = rule.seen_in(examples, trained)
+    digests, data = rule.row_digests(examples), args.data or info["data"]
+    seen = rule.seen_in(digests, rule.row_digests(trained or ()))
     if seen:
         say(args, f"warning: {seen} of {len(examples)} rows were trained on: their answers look "
-            "better than those to new texts: give others")  # fmt: skip
+            f"better than those to new texts: {needs}")  # fmt: skip
+    return examples, {"data": str(data), "data_sha256": sha256(data), "rows": digests}

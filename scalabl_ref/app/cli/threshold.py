@@ -11,7 +11,7 @@ from ...evaluation import rule
 from ...evaluation.classifier import classifier
 from ...evaluation.threshold import Threshold, check_rates
 from . import options, runs
-from .calibrate import add_fit, labelled
+from .calibrate import add_fit, labelled, without_rows
 from .output import Result, say
 
 
@@ -35,14 +35,16 @@ def run(args: argparse.Namespace) -> Result:
         before.get("temperature")) else {}  # fmt: skip
     samples = options.samples(args)
     clf = classifier(opened, args.run, samples, args.seed, args.design, args.batch, rule=kept)
-    examples, facts = labelled(args, clf)
-    if kept and kept["temperature"]["rows_sha256"] == facts["rows_sha256"]:
-        say(args, "warning: the temperature was fitted on these rows as well: the promise needs "
-            "others")  # fmt: skip
+    needs = "the promise needs rows that neither the training nor `calibrate` saw"
+    examples, facts = labelled(args, clf, needs)
+    shared = rule.seen_in(facts["rows"], kept["temperature"]["rows"]) if kept else 0
+    if shared:
+        say(args, f"warning: the temperature was fitted on {shared} of {len(examples)} rows: "
+            f"{needs}")  # fmt: skip
     answers = clf.ask(examples, "threshold")
     found = rule.thresholded(answers, args.accuracy, args.confidence)
     table = rule.promises(answers, args.accuracy, args.confidence)
-    new = {"threshold": {**found, **facts}} if found else {}
+    new: rule.Rule = {"threshold": {**found, **facts}} if found else {}
     if new or kept:
         rule.write_rule(args.run, {"how": rule.how(clf), **kept, **new})
     else:
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> Result:
     for line in _lines(args, table):
         say(args, line)
     return {
-        "threshold": new.get("threshold"),
+        "threshold": without_rows(new["threshold"]) if new else None,
         "table": [
             {"accuracy": target, **(one._asdict() if one else {"rows_needed": needed})}
             for target, one, needed in table

@@ -10,7 +10,7 @@ import pytest
 
 import scalabl_ref
 from scalabl_ref.app import cli
-from scalabl_ref.data import load
+from scalabl_ref.data import load, split
 from scalabl_ref.evaluation import classifier, metrics, rule, stream
 from scalabl_ref.evaluation.sequential import Auto
 
@@ -35,6 +35,10 @@ def rows(path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+def fits(part: str) -> dict:
+    return rule.read_rule("run")[part]
+
+
 # --- calibrate and threshold ----------------------------------------------------------------------
 
 
@@ -44,7 +48,8 @@ def test_a_temperature_is_kept_and_applied(trained, capsys):
     answers = plain.ask(load("fit.jsonl", "jsonl"))
     fitted = metrics.fit_temperature(answers.prediction.probs.log(), answers.labels)
     assert abs(told["value"] - fitted) < 1e-4 and told["n"] == 60  # batches of 32 and of 1
-    assert told["nll"][1] <= told["nll"][0] and len(told["rows_sha256"]) == 64
+    assert told["nll"][1] <= told["nll"][0]
+    assert "rows" not in told and len(fits("temperature")["rows"].split()) == 60
     clf = scalabl_ref.load("run")
     assert (clf.samples, clf.temperature, clf.threshold) == (3, told["value"], None)
     before = plain.predict_proba(["5 x"])
@@ -79,15 +84,15 @@ def test_a_threshold_is_kept_and_decides(trained, capsys):
     scores = ok("evaluate --run run --data choose.jsonl --batch 1", capsys)["decision"]
     assert scores["answered"] == sum(answered)
     assert scores["coverage"] == sum(answered) / 90
+    report = (trained / "run/report.html").read_text()
+    assert f"answers {sum(answered)} of the 90 rows" in report
+    assert f"{100 * scores['right'] / scores['answered']:.1f} % of them right" in report
+    assert "It was chosen for 10 % right, with 95 % confidence." in report
     lines = (trained / "run/predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["decision"] == "answer" for line in lines] == answered
     none = ok("threshold --run run --data choose.jsonl --accuracy 0.999", capsys)
     assert none["threshold"] is None and scalabl_ref.load("run").threshold is None
     assert not (trained / "run" / rule.FILE).exists()
-    report = (trained / "run/report.html").read_text()
-    assert f"answers {sum(answered)} of the 90 rows" in report
-    assert f"{100 * scores['right'] / scores['answered']:.1f} % of them right" in report
-    assert "It was chosen for 10 % right, with 95 % confidence." in report
 
 
 def test_draws_are_as_many_as_by_default_or_as_the_rule_has(trained, capsys):
@@ -142,7 +147,31 @@ def test_rows_that_are_not_fit_for_it_are_told(trained, capsys):
     _, out, _ = run("calibrate --run run --samples 2", capsys)  # those held out
     assert "fitted on 6 rows" in out and "were trained on" not in out
     _, out, _ = run("threshold --run run --samples 2", capsys)
-    assert "the temperature was fitted on these rows as well" in out
+    assert "warning: the temperature was fitted on 6 of 6 rows: the promise needs rows that" in out
+
+
+def test_rows_that_the_promise_cannot_use_are_counted(trained, capsys):
+    """Some of the training's, some of the calibration's: whatever their order and their labels."""
+    own = [json.loads(line) for line in (trained / "train.jsonl").read_text().splitlines()]
+    left, held = split(own, 0.25, 0)
+    more = [{**row, "prompt": f"new {row['prompt']}"} for row in left]
+    other = {**more[7], "label": (more[7]["label"] + 1) % 3, "id": "x"}
+    for name, chosen in (("fit", [*held, *more[:9]]), ("choose", [*left[:5], *more[10:], other,
+                                                                  more[0], held[1]]),
+                         ("new", more[10:])):  # fmt: skip
+        (trained / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in chosen))
+    _, out, _ = run("calibrate --run run --data fit.jsonl --samples 2", capsys)
+    assert "fitted on 15 rows" in out and "were trained on" not in out
+    _, out, _ = run("threshold --run run --data choose.jsonl --samples 2", capsys)
+    promise = "the promise needs rows that neither the training nor `calibrate` saw"
+    assert "warning: 5 of 16 rows were trained on: " in out and out.count(promise) == 2
+    assert f"warning: the temperature was fitted on 3 of 16 rows: {promise}" in out
+    _, out, _ = run("threshold --run run --data new.jsonl --samples 2", capsys)
+    assert "trained on" not in out and "was fitted on" not in out
+    (trained / "train.jsonl").unlink()
+    _, out, _ = run("threshold --run run --data choose.jsonl --samples 2", capsys)
+    assert "note: the training data cannot be read or has changed: whether it has some of" in out
+    assert "was fitted on 3 of 16 rows" in out and "were trained on" not in out
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"how": 3}', '{"how": {"seed": "a"}}',
@@ -152,6 +181,18 @@ def test_a_broken_rule_is_named(trained, capsys, text):
     assert "run/rule.json: " in refused("predict --run run --prompt hello", capsys)
     assert ok("calibrate --run run --clear", capsys) == {"cleared": True}
     ok("predict --run run --prompt hello", capsys)
+
+
+def test_weights_are_hashed_once(trained, capsys, monkeypatch):
+    """By `predict --data`, with a rule and without one."""
+    real, hashed = rule.weights_sha256, []
+    monkeypatch.setattr(rule, "weights_sha256", lambda run: hashed.append(run) or real(run))
+    ok(PREDICT, capsys)
+    assert len(hashed) == 1
+    ok("calibrate --run run --data fit.jsonl --samples 3", capsys)
+    hashed.clear()
+    ok(PREDICT.replace("out.csv", "again.csv"), capsys)
+    assert len(hashed) == 1
 
 
 # --- a file of texts ------------------------------------------------------------------------------
@@ -187,18 +228,6 @@ def test_labels_are_not_needed(trained, capsys):
     (trained / "d.tsv").write_text("what\tx\n" + "".join(f"{t}\t1\n" for t in texts))
     ok(PREDICT, capsys)
     same = [row["confidence"] for row in rows("out.csv")]
-def test_weights_are_hashed_once(trained, capsys, monkeypatch):
-    """By `predict --data`, with a rule and without one."""
-    real, hashed = rule.weights_sha256, []
-    monkeypatch.setattr(rule, "weights_sha256", lambda run: hashed.append(run) or real(run))
-    ok(PREDICT, capsys)
-    assert len(hashed) == 1
-    ok("calibrate --run run --data fit.jsonl --samples 3", capsys)
-    hashed.clear()
-    ok(PREDICT.replace("out.csv", "again.csv"), capsys)
-    assert len(hashed) == 1
-
-
     for name, more in (("a.jsonl", ""), ("b.json", ""), ("c.csv", ""),
                        ("d.tsv", "--text-column what")):  # fmt: skip
         out = f"{name}.csv"
