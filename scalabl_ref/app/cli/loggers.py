@@ -29,12 +29,10 @@ def _needed(name: str, extra: str) -> Any:
 def _tensorboard(run: Path, settings: Mapping[str, Any], done: int) -> Iterator[Send]:
     """Event files in RUN/tensorboard; those of steps that are done again are hidden."""
     module = _needed("torch.utils.tensorboard", "tensorboard")
-    writer = module.SummaryWriter(str(run / "tensorboard"), purge_step=done + 1 if done else None)
-    try:
+    again = done + 1 if done else None
+    with module.SummaryWriter(str(run / "tensorboard"), purge_step=again) as writer:
         writer.add_text("settings", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
         yield lambda values, step: [writer.add_scalar(k, v, step) for k, v in values.items()]
-    finally:
-        writer.close()
 
 
 @contextmanager
@@ -42,11 +40,8 @@ def _wandb(run: Path, settings: Mapping[str, Any], done: int) -> Iterator[Send]:
     """A run of the project "scalabl"; WANDB_PROJECT and WANDB_MODE=offline are wandb's own."""
     module = _needed("wandb", "wandb")
     project = os.environ.get("WANDB_PROJECT", PROJECT)
-    one = module.init(project=project, name=run.name, dir=str(run), config=dict(settings))
-    try:
+    with module.init(project=project, name=run.name, dir=str(run), config=dict(settings)) as one:
         yield lambda values, step: one.log(values, step=step)
-    finally:
-        one.finish()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import math
 import sys
 from fractions import Fraction
 from math import comb
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 
@@ -171,34 +171,36 @@ def fake_modules(monkeypatch) -> list:
     """Stand-ins of the three packages, and the list of what they are told."""
     told: list = []
 
-    class SummaryWriter:
-        def __init__(self, folder, purge_step=None):
-            told.append(("tensorboard", folder, purge_step))
+    class Logger:
+        """Ended by the end of its block, as those of all three packages are."""
 
-        def add_text(self, name, text):
-            assert "rank: 2" in text
+        def __init__(self, package, /, **start):
+            self.name = package
+            told.append((f"{package} starts", start))
 
-        def add_scalar(self, name, value, step):
-            told.append(("tensorboard", name, value, step))
-
-        def close(self):
-            told.append("closed")
-
-    class Run:
         def __enter__(self):
             return self
 
-        def __exit__(self, *error):
-            told.append("ended")
+        def __exit__(self, kind, *error):
+            told.append((f"{self.name} ends", kind))
 
-    one = SimpleNamespace(log=lambda values, step: told.append(("wandb", values, step)),
-                          finish=lambda: told.append("finished"))  # fmt: skip
+        def log(self, values, step):
+            told.append((self.name, values, step))
+
+        def add_text(self, name, text):
+            told.append((name, text))
+
+        def add_scalar(self, name, value, step):
+            self.log({name: value}, step)
+
     parts = {
-        "torch.utils.tensorboard": {"SummaryWriter": SummaryWriter},
-        "wandb": {"init": lambda **k: told.append(("wandb", k["name"], k["project"])) or one},
+        "torch.utils.tensorboard": {
+            "SummaryWriter": lambda folder, **start: Logger("tensorboard", folder=folder, **start)
+        },
+        "wandb": {"init": lambda **start: Logger("wandb", **start)},
         "mlflow": {
-            "start_run": lambda run_name: told.append(("mlflow", run_name)) or Run(),
-            "log_params": lambda params: None,
+            "start_run": lambda **start: Logger("mlflow", **start),
+            "log_params": lambda params: told.append(("mlflow params", params)),
             "log_metrics": lambda values, step: told.append(("mlflow", values, step)),
         },
     }
@@ -210,27 +212,67 @@ def fake_modules(monkeypatch) -> list:
 
 
 def test_loggers_get_each_record(work, capsys, monkeypatch):
+    """And the settings; those that are ours have the run's name."""
     told = fake_modules(monkeypatch)
     ok(f"{TRAIN} --log tensorboard wandb mlflow", capsys)
     records = [json.loads(line) for line in (work / "run" / "train.jsonl").read_text().splitlines()]
+    expected = [({k: v for k, v in r.items() if k != "step"}, i + 1) for i, r in enumerate(records)]
     for name in ("wandb", "mlflow"):
-        sent = [entry for entry in told if entry[0] == name and len(entry) == 3][-6:]
-        expected = [{k: v for k, v in r.items() if k != "step"} for r in records]
-        assert [entry[1] for entry in sent] == expected
-        assert [entry[2] for entry in sent] == [1, 2, 3, 4, 5, 6]
-    nll = [entry[2:] for entry in told if entry[:2] == ("tensorboard", "nll")]
-    assert nll == [(r["nll"], i + 1) for i, r in enumerate(records)]
-    assert ("tensorboard", "run/tensorboard", None) in told and ("mlflow", "run") in told
-    assert told[-3:] == ["ended", "finished", "closed"]
+        assert [entry[1:] for entry in told if entry[0] == name] == expected
+    sent = [entry[1:] for entry in told if entry[0] == "tensorboard"]
+    assert sent == [({k: v}, step) for values, step in expected for k, v in values.items()]
+    started = {entry[0].split()[0]: entry[1] for entry in told if entry[0].endswith(" starts")}
+    settings = started["wandb"].pop("config")
+    assert (settings["rank"], settings["steps"], settings["method"]) == (2, 6, "scalabl")
+    assert started == {
+        "tensorboard": {"folder": "run/tensorboard", "purge_step": None},
+        "wandb": {"project": "scalabl", "name": "run", "dir": "run"},
+        "mlflow": {"run_name": "run"},
+    }
+    texts = dict(entry for entry in told if entry[0] in ("settings", "mlflow params"))
+    assert texts["mlflow params"] == settings and "    rank: 2\n" in texts["settings"]
+    assert told[-3:] == [(f"{name} ends", None) for name in ("mlflow", "wandb", "tensorboard")]
 
 
-def test_a_logger_goes_on_behind_the_steps_that_are_done(work, monkeypatch):
+def test_a_logger_goes_on_behind_the_steps_that_are_done(work, capsys, monkeypatch):
     told = fake_modules(monkeypatch)
-    with pytest.raises(MemoryError), loggers.logging(["tensorboard"], work, {"rank": 2}, 7) as hook:
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    names = ["tensorboard", "wandb"]
+    with pytest.raises(MemoryError), loggers.logging(names, work, {}, 7) as hook:
         hook({"step": 7, "nll": 1.0, "loss": math.inf})
         raise MemoryError
-    assert told == [("tensorboard", f"{work}/tensorboard", 8), ("tensorboard", "nll", 1.0, 8),
-                    "closed"]  # fmt: skip
+    start = {"project": "mine", "name": work.name, "dir": str(work), "config": {}}
+    assert told == [
+        ("tensorboard starts", {"folder": f"{work}/tensorboard", "purge_step": 8}),
+        ("settings", ""),
+        ("wandb starts", start),
+        ("tensorboard", {"nll": 1.0}, 8),
+        ("wandb", {"nll": 1.0}, 8),
+        ("wandb ends", MemoryError),
+        ("tensorboard ends", MemoryError),
+    ]
+
+
+def test_a_training_that_goes_on_tells_its_logger(work, capsys, monkeypatch):
+    """And does not tell its data again once it has no step to do."""
+    told = fake_modules(monkeypatch)
+    real = talk.Talk.on_step
+
+    def stopped(self, record):
+        if record["step"] == 5:
+            raise MemoryError
+        real(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(talk.Talk, "on_step", stopped)
+        run(f"{TRAIN} --checkpoint-every 2 --log tensorboard", capsys)
+    assert told[-1] == ("tensorboard ends", MemoryError)
+    told.clear()
+    code, out, _ = run(f"{TRAIN} --checkpoint-every 2 --resume --log tensorboard", capsys)
+    assert code == 0 and told[0][1]["purge_step"] == 5 and "24 rows" in out
+    (work / "run/run.json").unlink()
+    code, out, _ = run(f"{TRAIN} --checkpoint-every 2 --resume", capsys)
+    assert code == 0 and "24 rows" not in out and "next: scalabl evaluate" in out
 
 
 def test_a_logger_that_cannot_start_is_one_line(work, capsys, monkeypatch):
