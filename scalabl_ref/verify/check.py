@@ -25,7 +25,8 @@ class Check(NamedTuple):
 class Result(NamedTuple):
     """worst: the largest error over its bound (above 1: failed); cases: number of comparisons.
 
-    note: the message of an exception, if one ended the check.
+    note: where the largest error of a failed check is; or the message of an exception, if one ended
+    the check; or why the check is left out, which has no comparisons.
     """
 
     name: str
@@ -40,20 +41,46 @@ class Result(NamedTuple):
         return self.worst <= 1.0
 
 
-def ratio(got: Tensor, expected: Tensor, size: Tensor, eps: float) -> float:
-    """Largest error over `eps` times the size; an error where the size is 0 counts as infinite."""
+class Error(float):
+    """The largest error of a comparison over its bound. place: where it is, in words."""
+
+    place: str
+
+    def __new__(cls, value: float, place: str = "") -> Error:
+        error = super().__new__(cls, value)
+        error.place = place
+        return error
+
+
+class LeftOut(Exception):
+    """A check does not apply to this op; the message says why."""
+
+
+def ratio(got: Tensor, expected: Tensor, size: Tensor, eps: float, case: object = "") -> Error:
+    """Largest error over `eps` times the size; an error where the size is 0 counts as infinite.
+
+    case: what is compared, for the words on the place.
+    """
     if got.shape != expected.shape:
-        raise ValueError(f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
+        raise ValueError(
+            f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}{case and f', for {case}'}"
+        )
     error, bound = (got.double() - expected.double()).abs(), eps * size
     if not error.numel():
-        return 0.0
-    worst = torch.where(error == 0, 0.0, error / bound)
-    return math.inf if not worst.isfinite().all() else float(worst.max())
+        return Error(0.0)
+    worst = torch.where(error == 0, 0.0, error / bound).nan_to_num(math.inf, math.inf)
+    at = int(worst.argmax())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), worst.shape))
+    element = f"element {index}: " if index else ""
+    place = (
+        f"{element}got {float(got.flatten()[at]):.9g}, expected {float(expected.flatten()[at]):.9g}"
+    )
+    return Error(float(worst.flatten()[at]), f"{case}: {place}" if case else place)
 
 
-def exact(right: bool) -> float:
-    """The error of a claim that has no bound but holds or fails."""
-    return 0.0 if right else math.inf
+def exact(right: bool, place: str = "") -> Error:
+    """The error of a claim that has no bound but holds or fails; place: what fails, and where."""
+    return Error(0.0 if right else math.inf, place)
 
 
 def normal_limit(rate: float) -> float:

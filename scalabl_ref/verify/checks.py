@@ -39,7 +39,18 @@ from ..model.inputs import KVCache
 from ..model.llama import Llama
 from ..support.errors import InputError
 from . import reference
-from .check import FALSE_FAILURE, Check, Errors, Op, Result, exact, normal_limit, ratio
+from .check import (
+    FALSE_FAILURE,
+    Check,
+    Error,
+    Errors,
+    LeftOut,
+    Op,
+    Result,
+    exact,
+    normal_limit,
+    ratio,
+)
 from .known_answers import box_muller_answers, philox_answers
 from .method_checks import EPS, METHOD_CHECKS, NETWORK, fill
 
@@ -64,6 +75,14 @@ class Case:
     layer: int
     sampling: Sampling
     groups: Tensor | None
+
+    def __str__(self) -> str:
+        dtype, noise = str(self.x.dtype).removeprefix("torch."), self.noise
+        return (
+            f"{dtype} x {tuple(self.x.shape)}, d_out {len(self.weight)}, rank {len(self.s)}, "
+            f"sampling {self.sampling}{'' if self.groups is None else ' with groups'}, layer "
+            f"{self.layer}, {f'draw {noise.draw}' if noise else 'no noise'}"
+        )
 
     def call(self, op: Op, **changes: Any) -> Tensor:
         return op(**{**vars(self), **changes})
@@ -148,7 +167,7 @@ def compare(
         a, b = pair(op, case)
         # Both sides round; sums of up to four results of the op are three times as large.
         eps = 8 * terms(case) * torch.finfo(case.x.dtype).eps
-        yield ratio(a, b, sizes(case, direction(case))["y"], eps)
+        yield ratio(a, b, sizes(case, direction(case))["y"], eps, case)
 
 
 # --- Checks of the op -------------------------------------------------------------------------
@@ -160,22 +179,34 @@ def forward(op: Op, device: torch.device) -> Errors:
             expected = case.call(reference.subspace_lora_linear).to(device)
             eps = 2 * terms(case) * torch.finfo(case.x.dtype).eps
             size = sizes(case, direction(case))["y"]
-            yield ratio(case.call(op), expected, size, eps)
+            yield ratio(case.call(op), expected, size, eps, case)
 
 
 def gradient(name: str) -> Callable[[Op, torch.device], Errors]:
-    """The op's own gradient of one argument against the derivation by hand."""
+    """The op's own gradient of one argument against the derivation by hand.
+
+    An op whose weight and bias are frozen gives no gradient of them: the check is left out.
+    """
 
     def run(op: Op, device: torch.device) -> Errors:
+        given = 0
         for case in cases(device):
             value = getattr(case, name)
             if value is None:
                 continue
             leaf, grad_y = value.detach().clone().requires_grad_(), direction(case)
-            (got,) = torch.autograd.grad(case.call(op, **{name: leaf}), leaf, grad_y)
+            y = case.call(op, **{name: leaf})
+            got = None
+            if y.requires_grad:
+                (got,) = torch.autograd.grad(y, leaf, grad_y, allow_unused=True)
+            if got is None and not given and name in ("weight", "bias"):
+                raise LeftOut(f"{name} is frozen: the op gives no gradient of it")
+            if got is None:
+                raise ValueError(f"no gradient of {name} in {case}")
+            given += 1
             expected = reference.subspace_lora_linear_gradients(grad_y, **vars(case))[name]
             eps = 2 * terms(case) * torch.finfo(case.x.dtype).eps
-            yield ratio(got, expected.to(device), sizes(case, grad_y)[name], eps)
+            yield ratio(got, expected.to(device), sizes(case, grad_y)[name], eps, case)
 
     return run
 
@@ -247,19 +278,21 @@ def adjoint(op: Op, device: torch.device) -> Errors:
         left, right = (u * pushed).double().sum(), (pulled * case.x).double().sum()
         size = (u.double().abs() * sizes(case, u)["y"]).sum()
         eps = 4 * terms(case) * torch.finfo(case.x.dtype).eps
-        yield ratio(left, right, size, eps)
+        yield ratio(left, right, size, eps, case)
 
 
 def a_draw_is_a_function(op: Op, device: torch.device) -> Errors:
     """The same coordinates give the same bits; any other seed, draw or layer gives others."""
     for case in cases(device):
         out = case.call(op)
-        yield exact(torch.equal(out, case.call(op)))
+        yield exact(torch.equal(out, case.call(op)), f"{case}: two calls differ")
         assert case.noise is not None
         seed, draw = case.noise.seed, case.noise.draw
-        for change in ({"noise": Noise(seed - 1, draw)}, {"noise": Noise(seed, draw - 1)},
-                       {"layer": case.layer + 1}):  # fmt: skip
-            yield exact(not torch.equal(out, case.call(op, **change)))
+        for name, change in (("seed", {"noise": Noise(seed - 1, draw)}),
+                             ("draw", {"noise": Noise(seed, draw - 1)}),
+                             ("layer", {"layer": case.layer + 1})):  # fmt: skip
+            differs = not torch.equal(out, case.call(op, **change))
+            yield exact(differs, f"{case}: another {name} gives the same bits")
 
 
 def pair(
@@ -523,7 +556,7 @@ def verify(op: Op | None = None, device: torch.device | str = "cpu") -> list[Res
     """Run every check of `op`; without one, check ours, the rest and the other methods.
 
     op: a function with the signature of `subspace_lora_linear`. If it raises an exception, the
-    check has failed.
+    check has failed. Gradients of weight and bias are left out if it gives none.
     """
     checks = OP_CHECKS + (OWN_CHECKS + METHOD_CHECKS if op is None else [])
     return [run(check, op or SubspaceAdapter.op, torch.device(device)) for check in checks]
@@ -534,11 +567,14 @@ def run(check: Check, op: Op, device: torch.device) -> Result:
     try:
         errors = list(check.run(op, device))
         # No NaN is the largest of others, and no comparison is no success.
-        worst = max((math.inf if math.isnan(e) else e for e in errors), default=math.inf)
+        worst = max((Error(math.inf) if math.isnan(e) else e for e in errors), default=math.inf)
+        note = getattr(worst, "place", "") if worst > 1 else ""
+    except LeftOut as reason:
+        worst, note = 0.0, f"left out: {reason}"
     except Exception as error:  # somebody else's function may raise anything
         worst, note = math.inf, f"{type(error).__name__}: {error}"
     seconds = time.perf_counter() - start
-    return Result(check.name, check.equation, worst, len(errors), seconds, note)
+    return Result(check.name, check.equation, float(worst), len(errors), seconds, note)
 
 
 def load_op(name: str) -> Op:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import re
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,6 +148,60 @@ FAULTS = {
     "nonlinear in x": (faulty(after=torch.tanh), "linear in B"),
     "wrong shape": (faulty(after=lambda y: y[..., :-1]), "forward"),
 }  # fmt: skip
+
+
+def test_the_worst_element_is_named():
+    """A failed check says the case, the element, what it got and what is right."""
+
+    def op(x, *arguments, **named):
+        y = subspace_lora_linear(x, *arguments, **named)
+        if y.shape == (2, 3, 9):
+            y = y + 5.0 * F.one_hot(torch.tensor(4), 9) * F.one_hot(torch.tensor(1), 3)[:, None]
+        return y
+
+    (forward,) = (result for result in verify(op) if result.name == "forward")
+    found = re.fullmatch(
+        r"float(32|64) x \(2, 3, 16\), d_out 9, rank 8, sampling \w+ with groups, layer 17, "
+        r".*: element \([01], 1, 4\): got (\S+), expected (\S+)",
+        forward.note,
+    )
+    assert found, forward.note
+    assert float(found[2]) - float(found[3]) == pytest.approx(5.0, abs=1e-4)
+
+
+def test_a_frozen_weight_needs_no_gradient():
+    """Of weight and bias alone; and not if other cases have a gradient."""
+
+    def frozen(*names, but=None):
+        signature = inspect.signature(subspace_lora_linear)
+
+        def op(*arguments, **named):
+            a = signature.bind(*arguments, **named).arguments
+            if len(a["x"]) != but:
+                a.update({name: a[name].detach() for name in names if a[name] is not None})
+            return subspace_lora_linear(**a)
+
+        return verify(op)
+
+    results = frozen("weight", "bias")
+    assert failed(results) == set()
+    left = {result.name for result in results if not result.cases}
+    assert left == {"gradient of weight", "gradient of bias"}
+    assert failed(frozen("weight", but=4)) == {"gradient of weight"}
+    assert failed(frozen("s")) == {"gradient of s", "unbiased"}
+
+
+def test_the_example_of_the_help_passes(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    with pytest.raises(SystemExit):
+        cli.main(["verify", "--help"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
+    start, end = (next(i for i, line in enumerate(lines) if line.startswith(f"    {word}"))
+                  for word in ("from", "scalabl"))  # fmt: skip
+    Path("mine.py").write_text(textwrap.dedent("\n".join(lines[start:end])))
+    assert cli.main(["verify", "--against", "mine:op"]) == 0
+    assert "all 19 checks passed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -76,7 +76,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Prints an option's default unless it is None, False or empty, which tell a reader nothing."""
+    """Prints an option's default unless it is None, False or empty, which tell a reader nothing.
+
+    Keeps a description's paragraphs, and the lines of those that are indented.
+    """
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = text.strip("\n").split("\n\n")
+        return "\n\n".join(
+            part if part.startswith("    ") else super(_Help, self)._fill_text(part, width, indent)
+            for part in parts
+        )
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return super()._get_help_string(action) if action.default else action.help
