@@ -194,7 +194,8 @@ class _SentencePiece(Tokenizer):
 
     def _piece(self, piece: str) -> int | None:
         i = self._model.piece_to_id(piece)  # an unknown piece's is that of <unk>
-        return i if self._model.id_to_piece(i) == piece else None
+        known = 0 <= i < self._model.vocab_size() and self._model.id_to_piece(i) == piece
+        return i if known else None
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []

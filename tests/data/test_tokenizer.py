@@ -582,6 +582,14 @@ def test_a_text_may_become_somewhat_longer(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_a_model_without_a_piece_for_the_unknown(tmp_path, model_file):
+    unknown = b"<unk>\x15\x00\x00\x00\x00\x18\x02"  # the last byte is the piece's type
+    data = model_file.read_bytes()
+    assert unknown in data
+    (tmp_path / "tokenizer.model").write_bytes(data.replace(unknown, unknown[:-1] + b"\x00"))
+    assert load_tokenizer(tmp_path / "tokenizer.model").token_id("no such piece") is None
+
+
 def test_a_tokenizer_that_gives_no_ids(tmp_path):
     whole = json.loads(PANICS) | {"post_processor": None}
     whole["model"] = {"type": "BPE", "vocab": {}, "merges": []}
