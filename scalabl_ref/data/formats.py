@@ -258,6 +258,7 @@ def _names(path: Path, rows: Rows, key: str, format: str) -> Sequence[str] | Non
     return names
 
 
+_LONGEST_LABEL = 1000  # characters: each row's prompt lists all labels
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", re.ASCII)
 
 
@@ -266,7 +267,12 @@ def _name(row: Any, key: str, format: str) -> str:
     value = _get(row, key, None, "--label-column" if format == "jsonl" else "")
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
-    return checked_text(value, repr(key)).strip()
+    name = checked_text(value, repr(key)).strip()
+    if len(name) > _LONGEST_LABEL:
+        raise InputError(
+            f"{key!r} has {len(name):,} characters: expected a label of at most {_LONGEST_LABEL:,}"
+        )
+    return name
 
 
 def _csv(row: dict[str, Any], keys: tuple[str, str], names: Sequence[str]) -> Parsed:

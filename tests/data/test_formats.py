@@ -742,3 +742,23 @@ def test_texts_are_read_as_they_are_asked_for(tmp_path):
     path.write_text("\n")
     with pytest.raises(InputError, match="holds no texts"):
         list(texts(path, "jsonl", names=("x", "y")))
+
+
+@pytest.mark.parametrize("format", ["csv", "jsonl"])
+def test_a_label_is_no_text_of_pages(tmp_path, format):
+    """Each row's prompt lists all labels: a long one would be there as often as there are rows."""
+    rows = [("a", "x"), ("b", "y" * 1000)]
+
+    def write(extra):
+        named = [(text, label + extra * (text == "b")) for text, label in rows]
+        if format == "csv":
+            return "text,label\n" + "".join(f"{text},{label}\n" for text, label in named)
+        return "".join(json.dumps({"prompt": t, "label": label}) + "\n" for t, label in named)
+
+    path = tmp_path / "rows"
+    path.write_text(write(""))
+    assert len(load(path, format)) == 2
+    path.write_text(write("y"))
+    line = 3 if format == "csv" else 2
+    with pytest.raises(InputError, match=f"line {line}: 'label' has 1,001 characters"):
+        load(path, format)
