@@ -108,26 +108,14 @@ def _markdown(results: Mapping[str, Any], lines: Sequence[tuple]) -> str:
 
 def _latex(results: Mapping[str, Any], lines: Sequence[tuple]) -> str:
     rows = [
-        " & ".join([latex(name), *(_number(v, sd) for v, sd in pairs), _latex_verdict(verdict)])
+        [latex(name), *(_number(v, sd) for v, sd in pairs), _latex_verdict(verdict)]
         for name, pairs, verdict in lines
     ]
-    return "\n".join(
-        [
-            "% needs \\usepackage{booktabs}",
-            "\\begin{table}",
-            "\\centering",
-            f"\\caption{{{latex(_caption(results))}}}",
-            "\\begin{tabular}{lccccl}",
-            "\\toprule",
-            " & ".join(map(latex, HEADS)) + r" \\",
-            "\\midrule",
-            *(row + r" \\" for row in rows),
-            "\\bottomrule",
-            "\\end{tabular}",
-            "\\end{table}",
-            "",
-        ]
-    )
+    head, *body = (" & ".join(row) + r" \\" for row in [[*map(latex, HEADS)], *rows])
+    start = ["% needs \\usepackage{booktabs}", r"\begin{table}", r"\centering"]
+    caption = f"\\caption{{{latex(_caption(results))}}}"
+    table = [r"\begin{tabular}{lccccl}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
+    return "\n".join([*start, caption, *table, r"\end{tabular}", r"\end{table}", ""])
 
 
 def _latex_verdict(verdict: Row | str | None) -> str:
