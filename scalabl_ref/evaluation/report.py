@@ -32,6 +32,7 @@ from .charts import (
     rows_of,
     series_chart,
 )
+from .threshold import USUAL
 
 # key, heading, unit or direction
 _COLUMNS = (
@@ -256,8 +257,7 @@ def _threshold_table(model: Mapping[str, Any], own: Mapping[str, Any] | None) ->
     probs, labels = model["probs"], model["labels"]
     heads = ("Accuracy wanted", "Confidence from", "Answered", "Coverage", "Right", "Wrong")
     asked: list[tuple[str, decisions.Answered | None]] = [
-        (_percent(target), decisions.answered_at(probs, labels, target))
-        for target in (0.9, 0.95, 0.99)
+        (_percent(target), decisions.answered_at(probs, labels, target)) for target in USUAL
     ]
     if own:
         kept = decisions.Answered(own["threshold"], own["answered"], own["right"])

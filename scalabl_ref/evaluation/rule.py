@@ -24,7 +24,7 @@ from ..support.files import atomic_write_text, read_json, sha256
 from . import metrics
 from .answering import Answers, Samples, chosen
 from .sequential import Auto
-from .threshold import Threshold, rows_needed, threshold
+from .threshold import USUAL, Threshold, rows_needed, threshold
 
 if TYPE_CHECKING:
     from .classifier import Classifier
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 FILE = "rule.json"
 ANSWER, HUMAN = "answer", "human"
 FEW = 50  # rows, fewer than which are worth a warning
-USUAL = (0.9, 0.95, 0.99)  # accuracies of which `threshold` tells as well
 _HOW: dict[str, Any] = {"weights_sha256": str, "samples": Any, "seed": int, "design": str}
 _FIT = {"n": int, "data": str, "data_sha256": str, "rows": str}  # rows: `row_digests` of them
 _PARTS: dict[str, dict[str, Any]] = {

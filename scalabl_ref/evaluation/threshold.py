@@ -42,6 +42,7 @@ from torch import Tensor
 from ..support.errors import InputError
 
 COVERAGES = tuple(percent / 100 for percent in range(25, 101, 5))
+USUAL = (0.9, 0.95, 0.99)  # accuracies of which reports and `scalabl threshold` tell
 MOST_ROWS = 10_000_000  # that `rows_needed` proposes
 
 
