@@ -15,7 +15,6 @@ import io
 import json
 import os
 import pickletools
-import random
 import resource
 import shutil
 import signal
@@ -26,96 +25,34 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
 
 from scalabl_ref import InputError
-from scalabl_ref.data import FORMATS, load
+from scalabl_ref.data import FORMATS, load, texts
+from scalabl_ref.support import limited_process
 from scalabl_ref.support.tensors import buffer, load_pickle, load_tensors, save_tensors
+
+from .damage import INTEGERS, damaged_bytes, damaged_value, written
+from .fuzz_models import (
+    make_chat,
+    make_peft,
+    make_sentencepiece,
+    make_tokenizer,
+    read_chat,
+    read_peft_folder,
+    read_tokenizer,
+)
 
 SECONDS = 10.0
 SLACK = 24 << 20  # bytes: what an allocator and an import may take by themselves
 # How much memory a file may take, in units of its size. Examples become Python objects, some twenty
 # for a short row: no attack, but more than their text.
-RATIO = {"examples": 16}
+RATIO = {"examples": 16, "rows": 16}
 WARM = 20  # inputs before the first that is judged: what readers import takes memory too
 SPACE = 3 << 30  # bytes of address space beyond what is there before the first input
-
-INTEGERS = (0, 1, -1, 2, 3, 7, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, -(2**31), 2**32, 2**53 + 1,
-            2**63 - 1, 2**63, -(2**63), 2**64, 10**30)  # fmt: skip
-TEXTS = ("", "a", "F32", "I64", "../../escape", "/etc/passwd", "\x00", "\ud800", "é" * 50,
-         "9" * 400, "x" * 5000, "nan", "True", "null", "__metadata__", "os.system")  # fmt: skip
-
-Random = random.Random
-
-
-# --- Damage ---------------------------------------------------------------------------------------
-
-
-def damaged_bytes(rng: Random, data: bytes) -> bytes:
-    """One to four cuts, repeats, overwritings or flips, anywhere."""
-    out = bytearray(data)
-    for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(len(out) + 1)
-        end = min(len(out), at + rng.choice((1, 2, 4, 8, 64, 1024)))
-        kind = rng.randrange(7)
-        if kind == 0:
-            del out[at:]
-        elif kind == 1:
-            del out[at:end]
-        elif kind == 2:
-            out[at:at] = out[at:end]
-        elif kind == 3:
-            out[at:at] = rng.randbytes(rng.choice((1, 8, 100)))
-        elif kind == 4:
-            out[at:end] = bytes([rng.choice((0, 255, 128, 10, 34, 46, 123))]) * (end - at)
-        elif kind == 5:
-            number = rng.choice(INTEGERS) % 2**64
-            out[at : at + 8] = struct.pack("<Q", number)
-        else:
-            for i in range(at, end):
-                out[i] ^= 1 << rng.randrange(8)
-    return bytes(out)
-
-
-def damaged_value(rng: Random, value: Any) -> Any:
-    """A JSON value with one node of it replaced, renamed, removed, doubled or buried."""
-    if isinstance(value, dict) and value and rng.random() < 0.85:
-        key = rng.choice(sorted(value))
-        rest = {k: v for k, v in value.items() if k != key}
-        kind = rng.random()
-        if kind < 0.1:
-            return rest
-        if kind < 0.2:
-            return {**rest, rng.choice(TEXTS): value[key]}
-        return {**value, key: damaged_value(rng, value[key])}
-    if isinstance(value, list) and value and rng.random() < 0.85:
-        at = rng.randrange(len(value))
-        kind = rng.random()
-        if kind < 0.1:
-            return value[:at] + value[at + 1 :]
-        if kind < 0.2:
-            return value + value[at:]
-        return [*value[:at], damaged_value(rng, value[at]), *value[at + 1 :]]
-    if isinstance(value, int) and rng.random() < 0.3:
-        return value + rng.choice((-1, 1, 4, -4, 8))
-    new = (rng.choice(INTEGERS), rng.choice(TEXTS), None, True, 0.5, float("nan"), float("inf"),
-           1e308, [], {}, [value], {"a": value}, [[0]] * 100)  # fmt: skip
-    return rng.choice(new)
-
-
-def written(rng: Random, value: Any) -> bytes:
-    """The value as JSON, now and then with a doubled key, a deep nest or bytes that are no text."""
-    text = json.dumps(value)
-    kind = rng.random()
-    if kind < 0.03:
-        text = text.replace(text[1 : len(text) // 2], text[1 : len(text) // 2] * 2, 1)
-    elif kind < 0.06:
-        depth = rng.choice((50, 5000, 100_000))
-        text = "[" * depth + text + "]" * depth
-    data = text.encode("utf-8", "surrogatepass")
-    return data + rng.choice((b"\xff", b"\x00", b"\xed\xa0\x80")) if kind > 0.97 else data
 
 
 # --- Kinds of file: how one is made and damaged, and what reads it --------------------------------
@@ -313,6 +250,58 @@ def read_examples(path: Path) -> None:
     load(path, (path.parent / "format").read_text())
 
 
+_SENTENCES = ("The crab was near the boat, and slept.", "We saw the cow by the barn; it ate hay.")
+_ENCODINGS = ("utf-16", "utf-32", "utf-8-sig", "latin-1", "cp1252", "utf-7", "utf-16-le")
+_CELLS = ("", " ", '"', '""', '"a', 'a"b', "a,b", "a\tb", "a;b", "a\rb", "a\nb", "\x00", "\ufeff",
+          "\u2028", "\x85", "x" * 140_000, "é漢🙂", "nan", "-inf", "1e999", "9" * 5000, "[" * 9999,
+          "{'a': 1}", "array(['x'])", "=1+1", "\ud800", "\\", "'")  # fmt: skip
+
+
+def make_rows(rng: Random, large: bool, folder: Path) -> bytes:
+    """A table or JSON lines with a text and a label in each row, or texts alone."""
+    format = rng.choice(("csv", "jsonl"))
+    (folder / "format").write_text(format)
+    cells = [[rng.choice(_SENTENCES), rng.choice(("x", "y"))] for _ in range(rng.randint(2, 5))]
+    cells += [list(rng.choice(cells)) for _ in range(20_000 if large else 0)]
+    for _ in range(rng.randint(0, 2)):
+        rng.choice(cells)[rng.randrange(2)] = rng.choice(_CELLS)
+    if format == "jsonl":
+        lines = [json.dumps({"prompt": text, "label": label}) for text, label in cells]
+        if rng.random() < 0.6:
+            row = rng.choice((_ROWS["jsonl"][0], {"prompt": "a", "label": "x", "id": 3}))
+            bad = written(rng, damaged_value(rng, row)).decode("utf-8", "surrogateescape")
+            lines[rng.randrange(len(lines))] = rng.choice((bad, '{"prompt": "a", "prompt": NaN}'))
+    else:
+        mark = rng.choice(",\t;")
+        quoted = rng.random() < 0.7
+        rows = [["text", "label"], *cells]
+        lines = [mark.join(f'"{c}"' if quoted else c for c in row) for row in rows]
+    text = rng.choice(("\n", "\n", "\r\n", "\r", "\n\n", "\x00\n")).join(lines)
+    if rng.random() < 0.2:
+        return text.encode(rng.choice(_ENCODINGS), "ignore")
+    data = text.encode("utf-8", "surrogatepass" if rng.random() < 0.1 else "replace")
+    return damaged_bytes(rng, data) if rng.random() < 0.3 else data
+
+
+def _read_texts(path: Path, format: str) -> None:
+    for _ in texts(path, format, names=("x", "y")):
+        pass
+
+
+def read_rows(path: Path) -> None:
+    """With labels, and as texts alone, which are read line by line. Either may refuse it."""
+    format, refusals = (path.parent / "format").read_text(), []
+    for read in (load, _read_texts):
+        try:
+            read(path, format)
+        except InputError as error:
+            refusals.append(error)
+            if "\n" in str(error) or str(path) not in str(error):
+                raise
+    if len(refusals) == 2:
+        raise refusals[0]
+
+
 def make_gguf(rng: Random, large: bool, folder: Path) -> bytes:
     """Damage to a file that tests/peer/test_gguf.py writes: counts, kinds and lengths, or bytes."""
     whole = (folder / "base.gguf").read_bytes()
@@ -339,6 +328,16 @@ KINDS: dict[str, tuple[Callable[[Random, bool, Path], bytes], Callable[[Path], N
     "llama2c": (make_llama2c, read_llama2c),
     "examples": (make_examples, read_examples),
     "gguf": (make_gguf, read_gguf),
+    "rows": (make_rows, read_rows),
+    "tokenizer": (make_tokenizer, read_tokenizer),
+    "sentencepiece": (make_sentencepiece, read_tokenizer),
+    "peft": (make_peft, read_peft_folder),
+    "chat": (make_chat, read_chat),
+}
+NAMES = {  # of the file that is read
+    "tokenizer": "tokenizer.json",
+    "sentencepiece": "tokenizer.model",
+    "peft": "adapter_config.json",
 }
 
 
@@ -361,6 +360,8 @@ class Watch:
     def _event(self, name: str, arguments: tuple) -> None:
         if not self.on:
             return
+        if name == "subprocess.Popen" and limited_process.__file__ in arguments[1]:
+            return  # templates and patterns run there, with limits of the system
         if name in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "socket.connect"):
             self.seen.append(name)
         changes = name in ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.symlink")
@@ -403,7 +404,9 @@ def attempt(
             verdict, words = "fault", f"not one line that names the file: {words!r}"
     except TooLong:
         verdict, words = "fault", f"took more than {SECONDS} s"
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic of Rust's is no Exception
         verdict, words = "fault", f"{type(error).__name__}: {error}"
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -432,7 +435,7 @@ def fuzz(kind: str, count: int, seed: int, folder: Path) -> dict[str, Any]:
     counts = {"accepted": 0, "refused": 0, "fault": 0}
     said: set[str] = set()
     faults: list[str] = []
-    path = folder / "input"
+    path = folder / NAMES.get(kind, "input")
     for i in range(-WARM, count):
         name = f"{kind}-{seed}-{i}"
         path.write_bytes(make(Random(name), i % 100 == 99, folder))

@@ -21,7 +21,10 @@ from scalabl_ref.support.tensors import load_tensors
 from . import fuzz
 from .conftest import ROOT
 
-KINDS = ("safetensors", "pth", "llama2c", "examples")  # gguf: tests/peer/test_gguf.py
+KINDS = {  # the inputs of a long run; gguf: tests/peer/test_gguf.py
+    **dict.fromkeys(("safetensors", "pth", "llama2c", "examples", "sentencepiece"), 5000),
+    **dict.fromkeys(("rows", "tokenizer", "peft", "chat"), 20_000),
+}
 
 
 def outcome(kind: str, count: int, seed: int, folder) -> dict:
@@ -46,13 +49,14 @@ def check(result: dict, count: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_few_damaged_files(kind, tmp_path):
-    check(outcome(kind, 100, 1, tmp_path), 100)
+    count = KINDS[kind] // 50  # 100, and 400 of the kinds that have more
+    check(outcome(kind, count, 1, tmp_path), count)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_many_damaged_files(kind, tmp_path):
-    check(outcome(kind, 5000, 0, tmp_path), 5000)
+@pytest.mark.parametrize("kind, count", KINDS.items())
+def test_many_damaged_files(kind, count, tmp_path):
+    check(outcome(kind, count, 0, tmp_path), count)
 
 
 # --- What the fuzzer would notice -----------------------------------------------------------------
@@ -111,6 +115,14 @@ def leaks_an_exception(path):
     raise ValueError("index 3")
 
 
+class Panic(BaseException):
+    """As of a library in Rust."""
+
+
+def panics(path):
+    raise Panic("no entry found for key")
+
+
 def explains_nothing(path):
     raise InputError("something is wrong")
 
@@ -129,6 +141,7 @@ def explains_too_much(path):
         (removes, "did os.remove"),
         (runs, "did os.system"),
         (leaks_an_exception, "ValueError: index 3"),
+        (panics, "Panic: no entry found"),
         (explains_nothing, "not one line that names the file"),
         (explains_too_much, "not one line that names the file"),
     ],
