@@ -72,10 +72,26 @@ def test_smooth_functions_pass_and_their_faults_do_not(function):
     assert right.passed and not wrong.passed and wrong.element == (4,)
 
 
+def test_a_steep_function_passes_by_the_bound_on_truncation():
+    x = torch.linspace(0.5, 3, 11, dtype=torch.float64)
+    (check,) = check_grads(lambda x: torch.sin(40 * x), {"x": x})
+    assert 0.1 < check.worst <= 1  # the bound is twice the error's estimate
+
+
 def test_no_number_is_no_success():
+    """In the gradient, or in a value on the way of some directions alone."""
     x = torch.ones(3, dtype=torch.float64)
     (check,) = check_grads(lambda x: Wrong.apply(x, (1,), math.nan) * 2, {"x": x})
     assert not check.passed
+
+    def broken(x, far):
+        return torch.where((x - 1).sum().abs() > far, torch.nan, x)
+
+    def passes(far, directions):
+        return check_grads(broken, {"x": x, "far": far}, directions=directions)[0].passed
+
+    # Three directions do not come as far as .014, the fourth does.
+    assert passes(1.0, 4) and passes(0.014, 3) and not passes(0.014, 4) and not passes(0.002, 4)
 
 
 def test_what_cannot_be_checked_is_refused():
