@@ -61,7 +61,8 @@ def test_a_run_is_told_from_its_data_to_the_next_command(work, capsys):
 
 def test_the_longest_of_the_rows_is_counted_and_a_cut_prompt_is_shown_cut(work, capsys):
     long = {"prompt": "x" * 90, "choices": ["a", "b"], "label": 1}
-    (work / "train.jsonl").write_text(2 * (json.dumps(long) + "\n"))
+    rows = (long, {**long, "label": 0})
+    (work / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, out, _ = run(f"{TRAIN} --max-length 50", capsys)
     assert out.startswith("2 rows, 2 labels, 50 tokens at most; ")
     first = out.splitlines()[1]
