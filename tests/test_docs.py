@@ -17,6 +17,7 @@ from scalabl_ref.app import cli
 from scalabl_ref.app.study import Study
 from scalabl_ref.core.objective import complexity
 from scalabl_ref.data import TEMPLATES
+from scalabl_ref.evaluation.threshold import fewest_rows
 from scalabl_ref.fast import HOOKS
 from scalabl_ref.verify.vectors import vectors
 
@@ -158,6 +159,13 @@ def test_the_plots_of_scaling_have_the_figures_of_its_table():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 700
+
+
+def test_the_fewest_rows_of_a_threshold_are_those_of_the_code():
+    text = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    ((rates, rows),) = re.findall(r"for (90, 95 and 99) %, [^.]+: at least ([^.]+), if", text)
+    accuracies = [int(rate) / 100 for rate in re.findall(r"\d+", rates)]
+    assert [int(n) for n in re.findall(r"\d+", rows)] == [fewest_rows(a, 0.95) for a in accuracies]
 
 
 def figures(text: str) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import re
@@ -84,6 +85,24 @@ def test_the_page_keeps_the_rules_of_adapters_and_posteriors(tmp_path, plugin):
     one, other = jitter.draw(Noise(0, 1)), again.draw(Noise(0, 1))
     assert all(torch.equal(one[name], other[name]) for name in ("a", "b"))
     assert not torch.equal(one["a"], jitter.draw(Noise(0, 2))["a"])
+
+
+def test_the_study_of_the_page_is_one(tmp_path, plugin):
+    """Its JSON, and the fields of its table."""
+    text = (ROOT / "docs" / "own_method.md").read_text(encoding="utf-8")
+    path = tmp_path / "study.json"
+    path.write_text(re.findall(r"```json\n(.+?)```", text, re.DOTALL)[0])
+    assert "gaussian dropout" in Study.read(path, [plugin]).methods
+    rows = re.findall(r"^\| (`.+?`) \| .+ \| (.+) \|$", text, re.MULTILINE)
+    defaults = {field.name: field.default for field in dataclasses.fields(Study)}
+    for names, default in rows:
+        for name in re.findall(r"`(\w+)`", names):
+            if re.match(r"\d", default):
+                value = defaults[name]
+                value = value if isinstance(value, tuple) else (value,)
+                assert default == ", ".join(map(str, value)), name
+            assert name in defaults
+    assert len(rows) >= 10
 
 
 def test_a_plugin_changes_the_names_of_what_it_defines_alone(tmp_path, plugin):
