@@ -1,6 +1,7 @@
-"""Fit a temperature on labelled questions and keep it in the run (RUN/rule.json): predict,
-evaluate and scalabl_ref.load then apply it. The questions must be others than those of the
-training. A threshold of the run is removed, because it is of other confidences."""
+"""Fit a temperature on labelled questions and keep it in the run (RUN/rule.json). It corrects
+confidences that are too high or too low: evaluate, predict, serve and scalabl_ref.load then apply
+it. The questions must be others than those of the training. A threshold of the run is removed,
+because it is for confidences without this temperature."""
 
 from __future__ import annotations
 
@@ -17,15 +18,15 @@ from .output import Result, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_fit(parser, "remove the temperature and the threshold of the run")
+    add_fit(parser, "remove the temperature and the threshold of the run", ruled=False)
 
 
-def add_fit(parser: argparse.ArgumentParser, clear: str) -> None:
-    """The options of `calibrate` and `threshold`."""
+def add_fit(parser: argparse.ArgumentParser, clear: str, ruled: bool) -> None:
+    """The options of `calibrate` and `threshold`. ruled: as in `options.add_samples`."""
     add = parser.add_argument
     options.add_run(parser)
     options.add_data(parser, "those that `train --holdout` left out")
-    options.add_samples(parser)
+    options.add_samples(parser, ruled)
     add("--batch", type=int, default=32, help="questions per forward pass")
     add("--clear", action="store_true", help=clear)
 

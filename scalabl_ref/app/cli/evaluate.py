@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_data(parser)
     add("--ood", type=Path, metavar="FILE",
-        help="questions out of distribution: also measure how well the uncertainty separates them "
-        "from --data")  # fmt: skip
+        help="questions of another kind (out of distribution): also measure how well the "
+        "uncertainty separates them from --data")  # fmt: skip
     options.add_format(parser, "ood")
     options.add_samples(parser)
     options.add_raw(parser)
@@ -41,8 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bins of the expected calibration error, at most 10,000")  # fmt: skip
     add("--batch", type=int, default=32, help="questions per forward pass")
     add("--temperature", action="store_true",
-        help="also fit a temperature, on --calibrate or on the questions that `train --holdout` "
-        "left out")  # fmt: skip
+        help="also score with a temperature, fitted on --calibrate or on the questions that `train "
+        "--holdout` left out, and not kept; not for a run with a temperature of `calibrate`, "
+        "unless --raw")  # fmt: skip
     add("--calibrate", type=Path, metavar="FILE",
         help="held-out questions in --format to fit a temperature on; implies "
         "--temperature")  # fmt: skip

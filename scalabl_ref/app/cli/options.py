@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ...core.config import ADAPTERS, COVARIANCES, TARGETS, AdapterConfig
 from ...data import FORMATS, STYLES, Columns, Wording, format_of, read_template
+from ...data.formats import LABEL_COLUMNS, TEXT_COLUMNS
 from ...evaluation.answering import Samples
 from ...evaluation.predict import DESIGNS, check_samples
 from ...evaluation.sequential import Auto
@@ -88,10 +89,17 @@ def add_data(parser: Parser, instead: str = "") -> None:
     add("--data", type=Path, required=not instead, metavar="FILE",
         help=f"file of questions with their answers{default}")  # fmt: skip
     add_format(parser, "data")
-    for name in ("text", "label"):
-        add(f"--{name}-column", metavar="NAME",
-            help=f"csv column or jsonl key of the {name} (default: see docs/data.md)")  # fmt: skip
+    add_column(parser, "text", TEXT_COLUMNS, "prompt")
+    add_column(parser, "label", LABEL_COLUMNS, "label")
     add("--limit", type=int, metavar="ROWS", help="use only the first ROWS questions")
+
+
+def add_column(parser: Parser, name: str, usual: tuple[str, ...], key: str) -> None:
+    """--text-column or --label-column. usual, key: names in csv and in jsonl without the option."""
+    one = f"{', '.join(usual[:-1])} or {usual[-1]}"
+    parser.add_argument(f"--{name}-column", metavar="NAME",
+        help=f"csv column or jsonl key of the {name} (default: the run's; for a new run or another "
+        f"format the csv column called {one}, and in jsonl {key})")  # fmt: skip
 
 
 def add_format(parser: Parser, of: str) -> None:
@@ -119,7 +127,8 @@ def add_prompts(parser: Parser, default: str) -> None:
     """How prompts are made. default: how the help words a default; {} is a new run's."""
     add = parser.add_argument
     add("--prompt-template", type=Path, metavar="FILE",
-        help="text file that makes the prompt, with {question} and, if wanted, {choices} "
+        help="text file from which prompts are made, with {question} and, if wanted, {choices} in "
+        "it "
         f"(default: {default.format('the template of --format')})")  # fmt: skip
     add("--prompt-style", choices=STYLES,
         help="plain: the prompt alone; chat: the prompt in the model's chat template "
@@ -184,7 +193,8 @@ def add_adapter(parser: Parser, method: str = "{}") -> None:
     }
     add_fields(parser, AdapterConfig, helps, method, {"method": trained})
     helps = {
-        "sampling": "draw noise once for each batch, example or token (token is another model)",
+        "sampling": "draw noise once for each batch, example or token (with token the loss gives "
+        "no evidence lower bound)",
         "covariance": "covariance of the distribution over the scales (scalabl)",
         "prior": "a fixed prior, or one fitted for each layer or each scale (scalabl)",
         "dropout": "dropout rate of the adapters' input (dropout)",
@@ -201,7 +211,7 @@ def add_dtype(parser: Parser, of: str) -> None:
 def add_ranks(parser: Parser) -> None:
     add = parser.add_argument
     add("--shard", action="store_true",
-        help="under torchrun: split the base model over the ranks")  # fmt: skip
+        help="under torchrun: split the base model over the processes")  # fmt: skip
     add("--offload-weights", action="store_true",
         help="as --shard, and keep the parts in CPU memory")  # fmt: skip
     add_timeout(parser)
@@ -209,20 +219,22 @@ def add_ranks(parser: Parser) -> None:
 
 def add_timeout(parser: Parser) -> None:
     parser.add_argument("--timeout", type=float, default=TIMEOUT, metavar="SECONDS",
-        help="under torchrun: how long a rank waits for the others")  # fmt: skip
+        help="under torchrun: how long a process waits for the others")  # fmt: skip
 
 
-def add_samples(parser: Parser) -> None:
-    add = parser.add_argument
+def add_samples(parser: Parser, ruled: bool = True) -> None:
+    """How many draws. ruled: whether the run's temperature and threshold decide the default."""
+    add, rule = parser.add_argument, "those of the run's temperature and threshold; without them "
     add("--samples", metavar="N",
-        help="posterior draws for each question, at most 100,000 (default: 10, or 1000 for a "
-        "Laplace or linear subspace posterior, whose draws cost no pass; an ensemble rounds up to "
-        "a multiple of its members); 0: use the mean model; auto: draw until the answer is "
-        "settled, see --tolerance and --most; exact: integrate (only for scalabl on lm_head alone, "
-        "or a linear posterior subspace, and with at most 4 answers or 3 scales)")  # fmt: skip
+        help="posterior draws for each question, at most 100,000; an ensemble rounds up to a "
+        "multiple of its members; 0: use the mean model; auto: draw until the answer is settled, "
+        "see --tolerance and --most; exact: integrate (only for scalabl on lm_head alone, or a "
+        "linear posterior subspace, and with at most 4 answers or 3 scales) (default: "
+        f"{rule if ruled else ''}10, or 1000 for a Laplace or linear subspace posterior, whose "
+        "draws need no forward pass)")  # fmt: skip
     helps = {
-        "tolerance": "--samples auto: stop once a test with an error of 5 %% says that no other "
-        "answer is more than this much more probable",
+        "tolerance": "--samples auto: stop when a test at 5 %% shows that no other answer is more "
+        "probable by more than this",
         "most": "--samples auto: stop after this many draws, at most 100,000",
     }
     add_fields(parser, Auto, helps)
@@ -233,7 +245,7 @@ def add_samples(parser: Parser) -> None:
 
 def add_raw(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw", action="store_true",
-        help="without the temperature and the threshold that `calibrate` and `threshold` kept in "
+        help="ignore the temperature and the threshold that `calibrate` and `threshold` kept in "
         "the run")  # fmt: skip
 
 

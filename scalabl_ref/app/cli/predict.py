@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from ...data import Columns, Wording, format_of
+from ...data.formats import TEXT_COLUMNS
 from ...evaluation.answering import Answers, chosen
 from ...evaluation.classifier import Classifier, classifier
 from ...evaluation.rule import decided
@@ -27,17 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt", metavar="TEXT", help="question to answer")
     add("--data", type=Path, metavar="FILE", help="file of texts to answer, with or without labels")
     options.add_format(parser, "data")
-    add("--text-column", metavar="NAME",
-        help="csv column or jsonl key of the text (default: see docs/data.md)")  # fmt: skip
+    options.add_column(parser, "text", TEXT_COLUMNS, "prompt or text")
     add("--limit", type=int, metavar="ROWS", help="answer only the first ROWS texts")
     add("--out", type=Path, metavar="FILE", help="file of answers to --data: .csv or .jsonl")
     add("--probs", action="store_true", help="in --out, also the probability of each choice")
     add("--batch", type=int, default=1,
-        help="texts of --data per forward pass; with 1 an answer is the same to the bit whatever "
-        "is beside it, and more are faster, above all on a GPU")  # fmt: skip
+        help="texts of --data per forward pass; more are faster, above all on a GPU; with 1 an "
+        "answer does not depend on the other texts, to the bit")  # fmt: skip
     add("--choices", nargs="+", metavar="TEXT",
-        help="answers to choose from (default: those of the training data, if all its rows have "
-        "the same)")  # fmt: skip
+        help="answers to choose from; needed if the rows of the training data had different ones "
+        "(default: those of the training data)")  # fmt: skip
     options.add_samples(parser)
     options.add_raw(parser)
     options.add_wording(parser, "the run's")

@@ -24,13 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     options.add_run(parser)
     add("--host", default="127.0.0.1",
-        help="address to listen at (default: this machine alone); 0.0.0.0: all")  # fmt: skip
+        help="address to listen at: 127.0.0.1 is for this machine alone, 0.0.0.0 for "
+        "others as well")  # fmt: skip
     add("--port", type=int, default=8000, help="port to listen at; 0: any that is free")
     add("--batch", type=int, default=8,
-        help="texts that go through the model at once, if so many wait; with 1 an answer is the "
-        "same to the bit whatever is beside it")  # fmt: skip
+        help="texts that go through the model at once, if so many wait; with 1 an answer does not "
+        "depend on the other texts, to the bit")  # fmt: skip
     add("--max-waiting", type=int, default=256, metavar="TEXTS",
-        help="texts that may wait; more are refused with status 503")  # fmt: skip
+        help="texts that may wait, of all requests; more are refused with status 503")  # fmt: skip
     add("--max-characters", type=int, default=20_000, metavar="N",
         help="longest text; a longer one is refused with status 413")  # fmt: skip
     options.add_samples(parser)

@@ -1,5 +1,6 @@
-"""Compare methods on one task: tune each with equally many trials on a validation split, then train
-the best trial with every seed and test it. A study that was stopped continues."""
+"""Compare methods on one task: tune each with equally many trials on a validation set, then train
+the best trial with every seed and test it. The same command continues a study that was stopped.
+With --table or --figures alone, write the results of a finished study for a paper."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ from .output import Result, say
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("config", metavar="FILE", nargs="?",
-        help="JSON file with the fields of scalabl_ref.app.study.Study; or the word paper for the "
-        "published comparison; --table and --figures need none")  # fmt: skip
+        help="JSON file of the study, see docs/own_method.md; or the word paper for the published "
+        "comparison; --table and --figures need none")  # fmt: skip
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder for runs and results")
     add("--jobs", type=int, default=1, metavar="N", help="train N runs at a time, one thread each")
     add("--cost", action="store_true", help="print the cost of the study, and stop")
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--figures", type=Path, metavar="FOLDER",
         help="of a finished study, run nothing and write its reliability diagrams and the NLL by "
         "method as .svg")  # fmt: skip
-    add("--pdf", action="store_true", help="--figures: also as .pdf, by scalabl_ref[figures]")
+    add("--pdf", action="store_true", help="--figures: also as .pdf; needs scalabl_ref[figures]")
     add("--model", type=Path, help="paper: folder of the base model")
     add("--data", type=Path, metavar="FOLDER", help="paper: folder of the published data sets")
     add("--tasks", nargs="+", choices=tuple(paper.TASKS), metavar="TASK",

@@ -1,7 +1,9 @@
 """Choose, on labelled questions, the least confidence at which answers are right at a promised
-rate, and keep it in the run (RUN/rule.json): predict and evaluate then say "answer" or "human". The
-promise holds for new questions like these with the given confidence. The questions must be others
-than those of the training and of the calibration."""
+rate, and keep it in the run (RUN/rule.json): evaluate, predict and serve then say "answer" or
+"human". The promise holds for new questions like these, with the probability --confidence. The
+questions must be others than those of the training and of `calibrate`: if `calibrate` used those of
+`train --holdout`, give --data here. Run `calibrate` first, as a new temperature removes the
+threshold."""
 
 from __future__ import annotations
 
@@ -17,10 +19,11 @@ from .output import Result, say
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add_fit(parser, "remove the threshold of the run")
+    add_fit(parser, "remove the threshold of the run", ruled=True)
     add("--accuracy", type=float, default=0.95, help="promised share of right answers")
     add("--confidence", type=float, default=0.95,
-        help="probability that the promise is kept, over the choice of the questions")  # fmt: skip
+        help="probability that the promise is kept, over the random choice of the "
+        "questions")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> Result:

@@ -49,9 +49,9 @@ OPTIMISER = {
     "swag": "fit a Gaussian to the weights over this last fraction of the steps, at constant "
     "rates, for `posterior swag` (mle, map)",
     "swag_lr": "AdamW learning rate of A and B in the steps of --swag",
-    "kl_lr": "SGD learning rate of the KL (objective official)",
-    "kl_gamma": "the KL's weights repeat after 100 N^(pi / kl_gamma) / batch steps (objective "
-    "official)",
+    "kl_lr": "--objective official: SGD learning rate of the KL",
+    "kl_gamma": "--objective official: the KL's weights repeat after 100 N^(pi / kl_gamma) / batch "
+    "steps",
 }
 MEMORY = {
     "checkpoint_every": "steps between checkpoints",
@@ -67,8 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_base(group)
     options.add_data(group)
     group.add_argument("--holdout", type=float, default=0.0, metavar="FRACTION",
-        help="fraction of the questions to leave out of training: their NLL is shown on the way; "
-        "for --keep best, `evaluate --temperature` and `posterior subspace --precision validation` "
+        help="fraction of the questions to leave out of training, such as 0.2: their NLL is shown "
+        "on the way. `calibrate` or `threshold` without --data, --keep best, `evaluate "
+        "--temperature` and `posterior subspace --precision validation` use them "
         "(default: 0)")  # fmt: skip
     group.add_argument("--keep", choices=("last", "best"), default="last",
         help="adapters to keep: of the last step, or of the step with the lowest NLL on the "
@@ -92,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--epochs", type=float, metavar="N",
         help="passes over the questions, in place of --steps")  # fmt: skip
     options.add_fields(group, TrainConfig, OPTIMISER)
-    group = parser.add_argument_group("memory, checkpoints and ranks")
+    group = parser.add_argument_group("memory, checkpoints and processes")
     options.add_fields(group, TrainConfig, MEMORY)
     group.add_argument("--checkpoints-beside", action="store_true",
         help="write checkpoints in the background while training continues")  # fmt: skip

@@ -68,7 +68,7 @@ def test_the_options_of_train_are_in_groups(capsys):
         "prompts and answers",
         "method and adapters",
         "optimiser",
-        "memory, checkpoints and ranks",
+        "memory, checkpoints and processes",
     ]
     first = out.partition("model, data and run:")[0]
     assert len(re.findall(r"^  -", first, re.M)) == 4, "help, json, seed and device stand alone"
