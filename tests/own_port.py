@@ -1,9 +1,8 @@
 """Results for the conformance kit's cases, by two ports: the package itself, and the page.
 
-`port` calls the functions that users call. The kit expects values of `reference`, of closed forms
-and of float64 models for all levels but two: its schedules and metrics are the package's.
-`port_of_the_page` therefore computes these two, the noise, and all of the level subspace but its
-model, from docs/conformance.md alone: in integers, fractions and 50 decimal digits or more.
+`port` calls the functions that users call. `port_of_the_page` computes schedules, metrics, the
+noise, and all of the level subspace but its model, from docs/conformance.md alone: in integers,
+fractions and 50 decimal digits or more.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ from scalabl_ref import (
     philox4x32,
 )
 from scalabl_ref.core.adapter import SubspaceAdapter, initial_matrix, initial_values
-from scalabl_ref.core.objective import Batch
+from scalabl_ref.core.objective import Batch, class_logits
 from scalabl_ref.core.philox import box_muller
-from scalabl_ref.core.predictive import predictive
+from scalabl_ref.core.predictive import plain_predict, predictive
 from scalabl_ref.data import Encoded
 from scalabl_ref.evaluation import metrics
 from scalabl_ref.fast.rows import PackedAttention, Rows, packed_context
@@ -100,7 +99,7 @@ def port(folder, dtype, bug=lambda call: {}, levels=None):
             result = {"kl": function(t["s"].to(dtype), t["sigma"].to(dtype), p["prior_std"])}
         elif level == "ELBO":
             result = objective(p, t, dtype)
-        elif case["id"] == "warmup":
+        elif case["id"].startswith("warmup"):
             values = [warmup_linear(i, p["steps"], p["warmup"]) for i in t["step"].tolist()]
             result = {"factor": torch.tensor(values, dtype=torch.float64)}
         elif level == "schedules":
@@ -117,10 +116,14 @@ def port(folder, dtype, bug=lambda call: {}, levels=None):
         elif level == "metrics":
             functions = {"acc": metrics.accuracy, "nll": metrics.nll, "brier": metrics.brier}
             result = {n: double(f(t["probs"], t["labels"])) for n, f in functions.items()}
+        elif case["id"].startswith("svd"):
+            result = svd(t)
         elif level == "initialisation":
             result = initialisation(p, t)
         elif level == "training step":
             result = training_step(p, t, dtype)
+        elif level == "prediction":
+            result = prediction(p, t, dtype)
         elif level == "subspace":
             result = SUBSPACE[case["id"].split("-")[0]](p, t, dtype)
         else:
@@ -150,6 +153,13 @@ def initialisation(p, t):
                       int(p["seed"]), torch.device("cpu"))  # fmt: skip
     values = initial_values(t["singular"], t["Vh"], uniform, p["init_sigma"])
     return {"kaiming": matrix, "B": adapter.B, **values}
+
+
+def svd(t):
+    _, singular, A = torch.linalg.svd(t["kaiming"], full_matrices=False)
+    values = initial_values(singular, A, torch.full((len(A),), 0.5), 1.0)
+    A, s = values["A"], values["log_s"].exp()
+    return {"identity": A @ A.T, "gram": (A.T * s**2) @ A}
 
 
 def rope_of(p):
@@ -190,19 +200,23 @@ def load(module, t):
         parameter.data = t[name].to(parameter.dtype)
 
 
-def training_step(p, t, dtype):
-    """The trainer itself, given a data set in which the batch's examples have their ids."""
+def adapted_model(p, t, dtype):
+    """A model with the case's adapters, and their parameters by the page's names."""
     shape = {k: p[k] for k in vars(LlamaConfig(20, 8, 12, 2, 4, 2, 2)) if k in p}
-    classes = list(range(len(t["lm_head.weight"])))
-    model = Llama(LlamaConfig(**shape)).init_random_().trim_head(classes)
-    add_adapters(model, AdapterConfig(rank=p["rank"], alpha=p["scaling"] * p["rank"],
-                                      prior_std=p["prior_std"]))  # fmt: skip
-    model.to(dtype)
-    own = {f"{n}.{k}": v for n, a in adapters(model).items() for k, v in a.named_parameters()}
-    layers = {n: a.layer for n, a in adapters(model).items()}
-    assert layers == p["layers"]
+    model = Llama(LlamaConfig(**shape)).init_random_().trim_head([*range(len(t["lm_head.weight"]))])
+    config = AdapterConfig(rank=p["rank"], alpha=p["scaling"] * p["rank"],
+                           prior_std=p.get("prior_std", 1.0))  # fmt: skip
+    add_adapters(model, config).to(dtype)
+    assert {n: a.layer for n, a in adapters(model).items()} == p["layers"]
     for name, parameter in model.named_parameters():
         parameter.data = t[name.replace(".adapter.", ".")].to(dtype)
+    own = {f"{n}.{k}": v for n, a in adapters(model).items() for k, v in a.named_parameters()}
+    return model, own
+
+
+def training_step(p, t, dtype):
+    """The trainer itself, given a data set in which the batch's examples have their ids."""
+    model, own = adapted_model(p, t, dtype)
     tokens, labels = [[0]] * p["num_examples"], [0] * p["num_examples"]
     for row, id in enumerate(t["ids"].tolist()):
         tokens[id] = t["tokens"][row, : t["lengths"][row]].tolist()
@@ -212,19 +226,38 @@ def training_step(p, t, dtype):
                              "objective", "kl", "beta", "kl_lr")},
         batch=len(t["ids"]), seed=int(p["seed"]),
     )  # fmt: skip
+    classes = list(range(len(t["lm_head.weight"])))
     trainer = Trainer(model, Encoded(tokens, labels, classes), config, done=p["step"])
     trainer.order.indices = lambda step: t["ids"].tolist()
+    state = trainer.optimizer.state
+    for group in trainer.optimizer.param_groups:
+        group["betas"] = (p["beta1"], p["beta2"])
     for name, parameter in own.items():
-        trainer.optimizer.state[parameter] = {
+        state[parameter] = {
             "step": torch.tensor(float(p["step"])),
             "exp_avg": t[f"exp_avg.{name}"].to(dtype),
             "exp_avg_sq": t[f"exp_avg_sq.{name}"].to(dtype),
         }
-    record = trainer.step()
+    for _ in range(p["repeat"]):
+        record = trainer.step()
     out = {name: double(record[name]) for name in ("loss", "nll", "kl")}
     for name, parameter in own.items():
         out[f"gradient.{name}"], out[f"after.{name}"] = parameter.grad, parameter
+        for moment in ("exp_avg", "exp_avg_sq"):
+            out[f"after.{moment}.{name}"] = state[parameter][moment]
     return out
+
+
+def prediction(p, t, dtype):
+    """Draws through the whole model, and the average that `predict` gives its users."""
+    model, _ = adapted_model(p, t, dtype)
+    classes = torch.arange(len(t["lm_head.weight"]))
+    batch = Batch(t["tokens"], t["lengths"], 0 * t["ids"], t["ids"], classes)
+    draws = [Noise(int(p["seed"]), i) for i in range(p["samples"])] or [None]
+    with torch.no_grad():
+        logits = torch.stack([class_logits(model, batch, noise) for noise in draws])
+    found = plain_predict(model, batch, p["samples"], int(p["seed"]))
+    return {"logits": logits, **found._asdict()}
 
 
 def scales(p, t, dtype):

@@ -11,6 +11,7 @@ import itertools
 import math
 import struct
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -291,6 +292,80 @@ def predictive(logits: Tensor) -> dict[str, list]:
         out["expected_entropy"].append(expected)
         out["mutual_information"].append(max(0.0, _entropy(mixture) - expected))
     return out
+
+
+# --- Start, schedules, metrics ----------------------------------------------------------------
+
+
+def uniforms(seed: int, layer: int, count: int) -> list[float]:
+    """The numbers u_i in (0, 1) behind a layer's start: words of stream 2^62 + layer."""
+    stream, words = 2**62 + layer, list[int]()
+    for j in range(-(-count // 4)):
+        counter = [j, stream % 2**32, 2**32 - 1, stream // 2**32]
+        words += philox4x32(counter, [seed % 2**32, seed // 2**32])
+    return [(word + 0.5) / 2**32 for word in words[:count]]
+
+
+def kaiming(uniform: Sequence[float], rank: int, d_in: int) -> list[list[float]]:
+    """The matrix (r, d_in) whose SVD starts an adapter."""
+    flat = [(2 * u - 1) / math.sqrt(d_in) for u in uniform[: rank * d_in]]
+    return [flat[k * d_in : (k + 1) * d_in] for k in range(rank)]
+
+
+def initial_log_sigma(uniform: Sequence[float], init_sigma: float) -> list[float]:
+    """log sigma (r,), sigma uniform between init_sigma / sqrt 2 and init_sigma."""
+    low = init_sigma / math.sqrt(2)
+    return [math.log(low + (init_sigma - low) * u) for u in uniform]
+
+
+def warmup(step: int, steps: int, share: float) -> float:
+    """The share of a rate at this step: a rise over floor(share * steps) steps, then a fall."""
+    rise = math.floor(share * steps)
+    return step / rise if step < rise else (steps - step) / (steps - rise)
+
+
+def kl_period(num_examples: int, batch: int) -> int:
+    """M of (7)."""
+    return max(1, math.floor(100 * num_examples ** (math.pi / 8) / batch))
+
+
+def kl_weight(step: int, period: int) -> float:
+    """pi_i of (7), from exact integers."""
+    return float(Fraction(2 ** (step % period + 1), 2 ** (period + 1) - 1))
+
+
+def answer(row: list[float]) -> int:
+    """The first of the largest."""
+    return row.index(max(row))
+
+
+def bin_of(confidence: float, bins: int) -> int:
+    return min(math.floor(confidence * bins), bins - 1)
+
+
+def ece(probs: Tensor, labels: Tensor, bins: int) -> float:
+    """The sum over bins of |right answers - sum of confidences| / N."""
+    gaps = [0.0] * (bins + 1)
+    for row, label in zip(probs.tolist(), labels.tolist(), strict=True):
+        gaps[bin_of(max(row), bins)] += (answer(row) == label) - max(row)
+    return sum(map(abs, gaps)) / len(labels)
+
+
+def scores(probs: Tensor, labels: Tensor) -> dict[str, float]:
+    """acc, nll, brier: means over the rows."""
+    out = {"acc": 0.0, "nll": 0.0, "brier": 0.0}
+    for row, label in zip(probs.tolist(), labels.tolist(), strict=True):
+        out["acc"] += (answer(row) == label) / len(labels)
+        out["nll"] -= math.log(row[label]) / len(labels)
+        out["brier"] += sum((p - (c == label)) ** 2 for c, p in enumerate(row)) / len(labels)
+    return out
+
+
+def auroc(scores: Tensor, positive: Tensor) -> float:
+    """The share of pairs (a positive, another) that the scores order rightly; a tie is half."""
+    rows = list(zip(scores.tolist(), positive.tolist(), strict=True))
+    pairs = [(a, b) for a, one in rows if one for b, other in rows if not other]
+    return sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs)
 
 
 def _entropy(probs: list[float]) -> float:

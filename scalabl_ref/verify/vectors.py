@@ -18,17 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.adapter import INIT_STREAM, MIN_LOG_SIGMA
 from ..core.layer import SAMPLING
 from ..core.noise import FIRST_TRAINING_DRAW, Noise
-from ..evaluation import metrics
 from ..methods.laplace import LOGITS_LAYER
 from ..methods.subspace import SCALES_LAYER
 from ..model.config import LlamaConfig, RopeConfig
 from ..model.llama import Llama
-from ..training.schedule import kl_period, kl_weight, warmup_linear
-from . import reference
+from . import formulas, reference
 from .checks import Case, sizes, terms
+from .formulas import Weights
 from .known_answers import philox_answers
 
 
@@ -74,7 +72,8 @@ def _double(values: Any) -> Tensor:
 def _philox() -> Iterator[Vector]:
     for rounds in (7, 10):
         answers = [answer for answer in philox_answers() if answer.rounds == rounds]
-        counters, keys, words = ([a[i] for a in answers] for i in (1, 2, 3))
+        counters, keys = [a.counter for a in answers], [a.key for a in answers]
+        words = [reference.philox4x32(c, k, rounds) for c, k in zip(counters, keys, strict=True)]
         yield Vector(
             f"philox-{rounds}", "philox", "docs/conformance.md, step 1",
             ["key schedule", "order of words", "number of rounds", "signed multiplication"],
@@ -120,13 +119,19 @@ OP_SHAPES = [
 ]
 
 
-def _op() -> Iterator[Vector]:
-    """Forward and backward of the layer, for every sampling, with groups, and the mean model."""
+def _op(only: str = "") -> Iterator[Vector]:
+    """Forward and backward of the layer, for every sampling, with groups, and the mean model.
+
+    only: one case's id. Layer and draw differ, so that they cannot be exchanged.
+    """
     kinds = [(sampling, True, grouped) for grouped in (False, True) for sampling in SAMPLING]
     number = 0
     for lead, d_in, d_out, rank, scaling, biased in OP_SHAPES:
         for sampling, noisy, grouped in [*kinds, ("example", False, False)]:
             number += 1
+            kind = f"{sampling if noisy else 'mean'}{'-groups' if grouped else ''}-{number}"
+            if only not in ("", f"op-forward-{kind}", f"op-backward-{kind}"):
+                continue
             case = Case(
                 x=_random(number, *lead, d_in),
                 weight=_random(number + 100, d_out, d_in),
@@ -137,7 +142,7 @@ def _op() -> Iterator[Vector]:
                 sigma=_single(_random(number + 700, rank).exp() / 2),
                 scaling=scaling,
                 noise=Noise(2**63 + number, number) if noisy else None,
-                layer=number,
+                layer=number + 40,
                 sampling=sampling,
                 groups=torch.tensor([7, 2**32 - 1, 0, 3][: lead[0]]) if grouped else None,
             )
@@ -152,7 +157,6 @@ def _op() -> Iterator[Vector]:
             inputs = {name: t for name, t in vars(case).items() if isinstance(t, Tensor)}
             size, roundings = sizes(case, grad_y), 2 * terms(case)
             y = case.call(reference.subspace_lora_linear)
-            kind = f"{sampling if noisy else 'mean'}{'-groups' if grouped else ''}-{number}"
             yield Vector(
                 f"op-forward-{kind}", "op forward", "(1a)",
                 ["variance for standard deviation", "scaling left out or squared", "bias left out",
@@ -195,40 +199,51 @@ def _kl() -> Iterator[Vector]:
             )  # fmt: skip
 
 
+FAR = [1000.0, 0.0, -1000.0, 30.0]  # logits: a softmax needs its maximum, and has zeros
+
+
 def _objective() -> Iterator[Vector]:
-    logits, labels = _random(900, 6, 4, times=3), torch.tensor([0, 3, 1, 2, 2, 0])
+    cases = {"": (_random(900, 6, 4, times=3), torch.tensor([0, 3, 1, 2, 2, 0])),
+             "-far": (_double([FAR, FAR[::-1]]), torch.tensor([1, 3]))}  # fmt: skip
     s, sigma = (
         _double([[0.5, 1.25], [2.0, 0.75]]),
         torch.tensor([[0.0625, 0.5], [0.25, 1.0]]),
     )
-    for kl in ("forward", "official"):
-        pairs = list(zip(s, sigma.double(), strict=True))
+    for kl, far in (("forward", ""), ("official", ""), ("forward", "-far")):
+        (logits, labels), pairs = cases[far], list(zip(s, sigma.double(), strict=True))
         loss, nll, divergence = reference.elbo(logits, labels, pairs, 1.0, 0.5, 40, kl)
         outputs = {"loss": loss, "nll": nll, "kl": divergence}
         yield Vector(
-            f"objective-{kl}", "ELBO", "(4)",
-            ["KL not divided by N", "beta left out", "sum for mean", "KL of one layer only"],
+            f"objective-{kl}{far}", "ELBO", "(4)",
+            ["-ln of a softmax that is 0",
+             "KL not divided by N", "beta left out", "sum for mean", "KL of one layer only"],
             {"beta": 0.5, "num_examples": 40, "prior_std": 1.0, "kl": kl},
             {"logits": logits, "labels": labels, "s": s, "sigma": sigma.double()},
             {n: Output(_double(v), 64, abs(v) + 10) for n, v in outputs.items()},
         )  # fmt: skip
 
 
+# A rise of 3 steps; of 3.5 in binary64; of 28.99... in binary64 and 29 in binary32; of none.
+WARMUPS = {"warmup": (50, 0.06), "warmup-part": (50, 0.07), "warmup-below": (100, 0.29),
+           "warmup-none": (20, 0.0)}  # fmt: skip
+
+
 def _schedules() -> Iterator[Vector]:
-    steps = list(range(50))
-    factor = _double([warmup_linear(i, 50, 0.06) for i in steps])
-    yield Vector(
-        "warmup", "schedules", "linear warm-up and fall", ["off by one", "warm-up left out"],
-        {"steps": 50, "warmup": 0.06}, {"step": torch.tensor(steps)},
-        {"factor": Output(factor, 4, 1.0)},
-    )  # fmt: skip
-    for examples, batch in ((640, 4), (640, 1), (20, 16)):
-        period = kl_period(examples, batch)
+    for id, (steps, share) in WARMUPS.items():
+        factor = _double([reference.warmup(i, steps, share) for i in range(steps)])
+        yield Vector(
+            id, "schedules", "linear warm-up and fall",
+            ["off by one", "warm-up left out", "rounded to the nearest step", "binary32"],
+            {"steps": steps, "warmup": share}, {"step": torch.arange(steps)},
+            {"factor": Output(factor, 4, 1.0)},
+        )  # fmt: skip
+    for examples, batch in ((640, 4), (640, 1), (20, 16), (1, 200)):
+        period = reference.kl_period(examples, batch)
         at = list(range(0, 3 * period, max(1, period // 7)))
-        weight = _double([kl_weight(i, period) for i in at])
+        weight = _double([reference.kl_weight(i, period) for i in at])
         yield Vector(
             f"kl-weight-{examples}-{batch}", "schedules", "(7)",
-            ["off by one in i", "period", "overflow"],
+            ["off by one in i", "period", "overflow", "period 0", "2^(M + 1) for 2^(M + 1) - 1"],
             {"num_examples": examples, "batch": batch}, {"step": torch.tensor(at)},
             {"period": Output(torch.tensor(period)),
              "weight": Output(weight, 8, weight.clamp(min=1e-30))},
@@ -236,12 +251,15 @@ def _schedules() -> Iterator[Vector]:
 
 
 def _predictive() -> Iterator[Vector]:
-    for draws in (1, 7):
-        logits = _random(800 + draws, draws, 5, 3, times=4)
+    cases = {str(draws): _random(800 + draws, draws, 5, 3, times=4) for draws in (1, 7)}
+    far = _double([FAR[:3], FAR[1:]])
+    cases["far"] = torch.stack((far, far[[1, 0]], far.flip(1)))
+    for name, logits in cases.items():
         expected = {n: _double(v) for n, v in reference.predictive(logits).items()}
         yield Vector(
-            f"predictive-{draws}", "predictive", "(8), (9)",
-            ["logits averaged", "log-probabilities averaged", "entropies exchanged"],
+            f"predictive-{name}", "predictive", "(8), (9)",
+            ["0 ln 0", "softmax without its maximum", "logits averaged",
+             "log-probabilities averaged", "entropies exchanged"],
             {}, {"logits": logits}, {n: Output(v, 64, 1.0) for n, v in expected.items()},
         )  # fmt: skip
 
@@ -257,7 +275,7 @@ def _metrics() -> Iterator[Vector]:
             f"ece-{bins}", "metrics", "Prediction: ECE, top-1, equal widths [lo, hi), last closed",
             ["confidence 1 dropped", "edges in the lower bin", "empty bins counted"],
             {"bins": bins}, {"probs": probs, "labels": labels},
-            {"ece": Output(_double(metrics.ece(probs, labels, bins)), 16, 1.0)},
+            {"ece": Output(_double(reference.ece(probs, labels, bins)), 16, 1.0)},
         )  # fmt: skip
     logits = _random(950, 60, 4, times=2)
     many, picked = _single(logits.softmax(-1)), (logits + _random(951, 60, 4)).argmax(-1)
@@ -265,98 +283,42 @@ def _metrics() -> Iterator[Vector]:
         "ece-many", "metrics", "Prediction: ECE",
         ["bins weighted alike", "confidence of the label's class"],
         {"bins": 10}, {"probs": many, "labels": picked},
-        {"ece": Output(_double(metrics.ece(many, picked, 10)), 64, 1.0)},
+        {"ece": Output(_double(reference.ece(many, picked, 10)), 64, 1.0)},
+    )  # fmt: skip
+    # .7 and .9 in binary32 lie below their edges, and their products with 10 round to 7 and 9.
+    first = _single(_double([0.7, 0.7, 0.75, 0.9, 0.9, 0.95, 0.65, 0.85]))
+    probs, answers = torch.stack((first, 1 - first), 1), torch.tensor([0, 0, 1, 0, 0, 1, 0, 0])
+    yield Vector(
+        "ece-edges", "metrics", "Prediction: ECE", ["bins in binary32", "edges in binary32"],
+        {"bins": 10}, {"probs": probs, "labels": answers},
+        {"ece": Output(_double(reference.ece(probs, answers, 10)), 16, 1.0)},
     )  # fmt: skip
     scores, positive = _double([0.5, 0.5, 0.25, 0.75, 1.0, 0.25]), torch.tensor([1, 0, 0, 1, 0, 1])
     yield Vector(
         "auroc", "metrics", "area under the ROC curve, ties count half", ["ties", "reversed"],
         {}, {"scores": scores, "positive": positive},
-        {"auroc": Output(_double(metrics.auroc(scores, positive)), 16, 1.0)},
+        {"auroc": Output(_double(reference.auroc(scores, positive)), 16, 1.0)},
     )  # fmt: skip
-    values = {"acc": metrics.accuracy(safe, labels), "nll": metrics.nll(safe, labels),
-              "brier": metrics.brier(safe, labels)}  # fmt: skip
     yield Vector(
         "scores", "metrics", "Prediction: accuracy, NLL, Brier summed over classes",
         ["Brier averaged over classes", "sum for mean", "ties to the last class"],
         {}, {"probs": safe, "labels": labels},
-        {n: Output(_double(v), 32, 1.0) for n, v in values.items()},
+        {n: Output(_double(v), 32, 1.0) for n, v in reference.scores(safe, labels).items()},
     )  # fmt: skip
 
 
-# A Llama in plain formulas: the expected outputs of the model do not come from llama.py.
-
-Weights = dict[str, Tensor]
-
-
-def _linear(w: Weights, name: str, x: Tensor) -> Tensor:
-    bias = w.get(f"{name}.bias")
-    return x @ w[f"{name}.weight"].T + (0.0 if bias is None else bias)
-
-
-def _norm(w: Weights, name: str, x: Tensor, eps: float) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w[f"{name}.weight"]
-
-
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, frequencies: Tensor
-) -> Tensor:  # (B, T, H, h), (B, T, K, h) twice, (h / 2,) -> (B, T, H h)
-    """Rotation as multiplication of complex numbers, head by head and query by query."""
-    B, T, heads, size = q.shape
-    angles = torch.arange(T)[:, None] * frequencies.double()
-    turn = torch.polar(torch.ones_like(angles), angles)[:, None]  # (T, 1, h / 2)
-
-    def rotated(x: Tensor) -> Tensor:
-        z = torch.complex(x[..., : size // 2], x[..., size // 2 :]) * turn
-        return torch.cat((z.real, z.imag), -1)
-
-    q, k, shared = rotated(q), rotated(k), heads // k.shape[2]
-    rows = []
-    for t in range(T):
-        for head in range(heads):
-            keys, values = (x[:, : t + 1, head // shared] for x in (k, v))  # (B, t + 1, h)
-            scores = (keys @ q[:, t, head, :, None])[..., 0] / math.sqrt(size)
-            rows.append((scores.softmax(-1)[:, None] @ values)[:, 0])
-    return torch.stack(rows, 1).reshape(B, T, heads * size)
-
-
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return gate / (1 + (-gate).exp()) * up
-
-
-def _plain_llama(
-    w: Weights,
-    config: LlamaConfig,
-    tokens: Tensor,
-    linear: Callable[[Weights, str, Tensor], Tensor] = _linear,
-) -> Tensor:
-    """tokens (B, T) -> normed hidden states (B, T, D). linear: the function of a layer."""
-    frequencies, eps = config.rope.inverse_frequencies(config.head_dim), config.rms_norm_eps
-    x = w["embed_tokens.weight"][tokens]
-    for i in range(config.num_hidden_layers):
-        attn, mlp = f"layers.{i}.attn", f"layers.{i}.mlp"
-        normed = _norm(w, f"{attn}_norm", x, eps)
-        q, k, v = (
-            linear(w, f"{attn}.{part}_proj", normed).unflatten(-1, (-1, config.head_dim))
-            for part in "qkv"
-        )
-        if config.qk_norm:
-            q, k = _norm(w, f"{attn}.q_norm", q, eps), _norm(w, f"{attn}.k_norm", k, eps)
-        x = x + linear(w, f"{attn}.o_proj", _attention(q, k, v, frequencies))
-        normed = _norm(w, f"{mlp}_norm", x, eps)
-        inner = _swiglu(*(linear(w, f"{mlp}.{part}_proj", normed) for part in ("gate", "up")))
-        x = x + linear(w, f"{mlp}.down_proj", inner)
-    return _norm(w, "norm", x, eps)
+# --- The model --------------------------------------------------------------------------------
 
 
 def _llama() -> Iterator[Vector]:
     x, weight = _random(1000, 2, 5, 16), _random(1001, 16)
-    y = _norm({"norm.weight": weight}, "norm", x, 1e-5)
+    y = formulas.norm({"norm.weight": weight}, "norm", x, 1e-5)
     yield Vector(
         "rmsnorm", "llama", "RMSNorm", ["mean subtracted", "eps outside the root"],
         {"eps": 1e-5}, {"x": x, "weight": weight}, {"y": Output(y, 64, y.abs() + 1e-3)},
     )  # fmt: skip
     small = x / 256
-    y = _norm({"norm.weight": weight}, "norm", small, 1e-3)
+    y = formulas.norm({"norm.weight": weight}, "norm", small, 1e-3)
     yield Vector(
         "rmsnorm-small", "llama", "RMSNorm where eps counts", ["eps outside the root", "eps"],
         {"eps": 1e-3}, {"x": small, "weight": weight}, {"y": Output(y, 64, y.abs() + 1e-3)},
@@ -364,9 +326,10 @@ def _llama() -> Iterator[Vector]:
     ropes = {
         "default": RopeConfig(), "linear": RopeConfig("linear", factor=4.0),
         "llama3": RopeConfig("llama3", 500000.0, 8.0, 1.0, 4.0, 64),
+        "llama3-other": RopeConfig("llama3", 10000.0, 4.0, 2.0, 16.0, 256),
     }  # fmt: skip
     for name, rope in ropes.items():
-        frequencies = _frequencies(16, rope)
+        frequencies = formulas.frequencies(16, rope)
         yield Vector(
             f"rope-{name}", "llama", "RoPE's frequencies", ["base", "scaling left out"],
             {"head_dim": 16, **vars(rope)}, {},
@@ -375,9 +338,9 @@ def _llama() -> Iterator[Vector]:
         w = {f"{part}_proj.weight": _random(1100 + index, *shape) / 4
              for index, (part, shape) in enumerate(
                  {"q": (16, 16), "k": (8, 16), "v": (8, 16), "o": (16, 16)}.items())}  # fmt: skip
-        q, k, v = (_linear(w, f"{part}_proj", x).unflatten(-1, (-1, 4)) for part in "qkv")
+        q, k, v = (formulas.linear(w, f"{part}_proj", x).unflatten(-1, (-1, 4)) for part in "qkv")
         frequencies = rope.inverse_frequencies(4).double()
-        y = _linear(w, "o_proj", _attention(q, k, v, frequencies))
+        y = formulas.linear(w, "o_proj", formulas.attention(q, k, v, frequencies))
         yield Vector(
             f"attention-{name}", "llama", "causal attention, grouped queries, RoPE half-split",
             ["interleaved pairs", "kv heads repeated in the wrong order", "mask", "no 1/sqrt(h)"],
@@ -388,36 +351,20 @@ def _llama() -> Iterator[Vector]:
     w = {f"{part}_proj.weight": _random(1200 + index, *shape) / 4
          for index, (part, shape) in enumerate(
              {"gate": (24, 16), "up": (24, 16), "down": (16, 24)}.items())}  # fmt: skip
-    y = _linear(w, "down_proj", _swiglu(*(_linear(w, f"{p}_proj", x) for p in ("gate", "up"))))
+    y = formulas.linear(
+        w,
+        "down_proj",
+        formulas.swiglu(*(formulas.linear(w, f"{p}_proj", x) for p in ("gate", "up"))),
+    )
     yield Vector(
         "swiglu", "llama", "down(silu(gate x) * up x)", ["gate and up exchanged", "gelu for silu"],
         {}, {"x": x, **w}, {"y": Output(y, 256, float(y.abs().max()))},
     )  # fmt: skip
 
 
-def _frequencies(head_dim: int, rope: RopeConfig) -> Tensor:
-    """The angle per token of each pair, (head_dim / 2,), pair by pair."""
-    out = []
-    for pair in range(head_dim // 2):
-        frequency = rope.theta ** (-2 * pair / head_dim)
-        if rope.kind == "linear":
-            frequency /= rope.factor
-        elif rope.kind == "llama3":
-            turns = rope.original_max_position_embeddings * frequency / (2 * math.pi)
-            if turns < rope.low_freq_factor:
-                frequency /= rope.factor
-            elif turns < rope.high_freq_factor:
-                keep = (turns - rope.low_freq_factor) / (
-                    rope.high_freq_factor - rope.low_freq_factor
-                )
-                frequency = keep * frequency + (1 - keep) * frequency / rope.factor
-        out.append(frequency)
-    return _double(out)
-
-
 def _tiny_weights(seed: int, **options: Any) -> tuple[LlamaConfig, Weights]:
     """A configuration, and weights that float32 holds exactly; all norms differ."""
-    config = LlamaConfig(20, 8, 12, 2, 4, 2, 4, rms_norm_eps=1e-5, **options)
+    config = LlamaConfig(20, 8, 12, 2, 4, 2, 4, **{"rms_norm_eps": 1e-5, **options})
     weights = {}
     for index, (name, shape) in enumerate(
         (n, p.shape) for n, p in Llama(config, device="meta").named_parameters()
@@ -436,13 +383,14 @@ def _model() -> Iterator[Vector]:
     """A whole tiny model, weights and all: both kinds of head, Qwen2's biases, Qwen3's norms."""
     kinds: dict[str, dict[str, Any]] = {
         "untied": {}, "tied": {"tie_word_embeddings": True},
-        "biases": {"qkv_bias": True}, "head-norms": {"qk_norm": True},
+        "biases": {"qkv_bias": True},
+        "head-norms": {"qk_norm": True, "rms_norm_eps": 0.05},
     }  # fmt: skip
     for name, options in kinds.items():
         config, w = _tiny_weights(1300, **options)
         tokens = torch.tensor([[1, 5, 19, 7, 2]])
         head = w["embed_tokens.weight"] if config.tie_word_embeddings else w["lm_head.weight"]
-        logits = _plain_llama(w, config, tokens) @ head.T
+        logits = formulas.llama(w, config, tokens) @ head.T
         yield Vector(
             f"model-{name}", "llama", "logits of a whole model",
             ["norms exchanged", "residual left out", "head not tied", "final norm left out"],
@@ -456,22 +404,15 @@ def _model() -> Iterator[Vector]:
 def _initialisation() -> Iterator[Vector]:
     """From words to the matrix, and from its SVD, which is given, to the adapter."""
     for layer, rank, d_in, width in ((2, 3, 5, 0.05), (87, 4, 9, 0.5)):
-        seed, stream = 2**63 + layer, INIT_STREAM + layer
-        words: list[int] = []
-        for j in range(-(-(rank * d_in + rank) // 4)):
-            counter = [j, stream % 2**32, 2**32 - 1, stream // 2**32]
-            words += reference.philox4x32(counter, [seed % 2**32, seed // 2**32])
-        uniform = [(word + 0.5) / 2**32 for word in words[: rank * d_in + rank]]
-        kaiming = _double([(2 * u - 1) / math.sqrt(d_in) for u in uniform[: rank * d_in]])
-        kaiming = kaiming.reshape(rank, d_in)
+        seed = 2**63 + layer
+        uniform = reference.uniforms(seed, layer, rank * d_in + rank)
+        kaiming = _double(reference.kaiming(uniform, rank, d_in))
         U, singular, Vh = torch.linalg.svd(kaiming, full_matrices=False)
         U, singular, Vh = (_single(part) for part in (U, singular, Vh))
-        low = width / math.sqrt(2)
-        sigma = [low + (width - low) * u for u in uniform[rank * d_in :]]
         outputs = {
             "kaiming": (kaiming, 1.0), "A": (Vh, 1.0), "B": (torch.zeros(6, rank).double(), 1.0),
-            "log_s": (_double([math.log(v) for v in singular.tolist()]), 4.0),
-            "log_sigma": (_double([math.log(v) for v in sigma]), 4.0),
+            "log_s": (singular.log(), 4.0),
+            "log_sigma": (_double(reference.initial_log_sigma(uniform[rank * d_in :], width)), 4.0),
         }  # fmt: skip
         yield Vector(
             f"initialisation-{layer}", "initialisation", "(2), (3), start",
@@ -481,6 +422,15 @@ def _initialisation() -> Iterator[Vector]:
              "init_sigma": width},
             {"U": U, "singular": singular, "Vh": Vh},
             {name: Output(value, 8, size) for name, (value, size) in outputs.items()},
+        )  # fmt: skip
+        matrix = _single(kaiming)
+        A, s = formulas.thin_svd(matrix)
+        yield Vector(
+            f"svd-{layer}", "initialisation", "(2), start",
+            ["U for V", "singular values in another order than A's rows", "squared", "not thin"],
+            {}, {"kaiming": matrix},
+            {"identity": Output(A @ A.T, 64, 1.0),
+             "gram": Output((A.T * s**2) @ A, 64, float(s.max()) ** 2)},
         )  # fmt: skip
 
 
@@ -498,59 +448,88 @@ STEP_LAYERS = {
 }  # fmt: skip
 STEP_SEED = 2**40 + 5
 STEP_SETTINGS: dict[str, Any] = {
-    "seed": str(STEP_SEED), "warmup": 0.1, "num_examples": 12, "lr": 0.01,
-    "variational_lr": 0.05, "adam_eps": 1e-6, "beta1": 0.9, "beta2": 0.999,
-    "weight_decay": 0.1, "beta": 0.5, "prior_std": 1.5,
-    "kl_lr": 0.002, "rank": 2, "scaling": 1.5,
+    "seed": str(STEP_SEED), "step": 2, "steps": 50, "repeat": 1, "objective": "elbo",
+    "kl": "forward", "warmup": 0.1, "num_examples": 12, "lr": 0.01, "variational_lr": 0.05,
+    "adam_eps": 1e-6, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "beta": 0.5,
+    "prior_std": 1.5, "kl_lr": 0.002, "rank": 2, "scaling": 1.5,
 }  # fmt: skip
-# Name, objective, direction of the KL, step, steps, options of the model. The official weight of
-# the KL, pi, is 2^-M at the start of a round, so its case is near the end of one: M = 88.
-STEP_KINDS: tuple[tuple[str, str, str, int, int, dict[str, Any]], ...] = (
-    ("elbo-forward", "elbo", "forward", 2, 50, {}),
-    ("elbo-official", "elbo", "official", 2, 50, {}),
-    ("official", "official", "official", 86, 100, {}),
-    ("qwen", "elbo", "forward", 2, 50, {"qkv_bias": True, "qk_norm": True}),
-)
+# Other settings than these, for a constant in their place to show.
+STEP_OTHERS: dict[str, Any] = {
+    "adam_eps": 0.01, "beta1": 0.8, "beta2": 0.95, "weight_decay": 0.03, "warmup": 0.07,
+}  # fmt: skip
+# Name, settings that differ, options of the model. The official weight of the KL, pi, is 2^-M at
+# the start of a round, so its cases are near the end of one: M = 88.
+STEP_KINDS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+    ("elbo-forward", {}, {}),
+    ("elbo-official", {"kl": "official", **STEP_OTHERS}, {}),
+    ("official", {"objective": "official", "kl": "official", "step": 86, "steps": 100}, {}),
+    ("official-forward",
+     {"objective": "official", "step": 86, "steps": 100, **STEP_OTHERS, "kl_lr": 0.25}, {}),
+    ("qwen", {"adam_eps": 0.01}, {"qkv_bias": True, "qk_norm": True, "rms_norm_eps": 0.05}),
+    ("three", {"repeat": 3, **STEP_OTHERS}, {}),
+)  # fmt: skip
 
 
-def _training_step() -> Iterator[Vector]:
-    """One step of a run, both objectives: gradients, then AdamW by its formula."""
-    for id, objective, kl, step, steps, options in STEP_KINDS:
-        p = {**STEP_SETTINGS, "step": step, "steps": steps, "draw": FIRST_TRAINING_DRAW + step}
+def _training_step(only: str = "") -> Iterator[Vector]:
+    """One step of a run, or three: gradients, then AdamW by its formula. only: one case's id."""
+    for id, changes, options in STEP_KINDS:
+        if only not in ("", f"step-{id}"):
+            continue
         config, w = _tiny_weights(1500, **options)
         w["lm_head.weight"] = w["lm_head.weight"][STEP_CLASSES]
-        trained = _adapter_values(w, kl)
+        p = {**STEP_SETTINGS, **changes, "layers": STEP_LAYERS}
+        p["draw"] = FIRST_TRAINING_DRAW + p["step"]
+        trained = _adapter_values(w, p["kl"])
         moments = _adam_moments(trained)
-        nll, gradients, logits_size = _nll_and_gradients(config, w, trained, p)
-        divergence = _divergence(trained, kl, p["prior_std"])
-        share = p["beta"] / p["num_examples"] if objective == "elbo" else 0.0
-        if objective == "elbo":
-            for name, value in _kl_gradients(trained, kl, p["prior_std"]).items():
-                gradients[name] = gradients[name] + share * value
-        after, scale = _adamw(trained, moments, gradients, p)
-        if objective == "official":
-            _sgd_on_the_kl(after, scale, kl, p)
-        for name in after:
-            if name.endswith("log_sigma"):
-                after[name] = after[name].clamp(min=MIN_LOG_SIGMA)
-        outputs = {
-            "nll": Output(nll, 512, logits_size),
-            "kl": Output(_double(divergence), 64, float(divergence)),
-            "loss": Output(nll + share * divergence, 512, 1 + share * divergence),
-        }
-        for name, g in gradients.items():
-            outputs[f"gradient.{name}"] = Output(g, 512, _largest(gradients))
-            outputs[f"after.{name}"] = Output(after[name], 512, scale[name])
         yield Vector(
             f"step-{id}", "training step", "(1) to (7), AdamW",
             ["bias correction off by one", "decay coupled to the gradient", "KL / N left out",
              "the draw follows the row and not the example", "last token of the padding",
              "dropped Jacobian of exp", "one rate for all", "log sigma not bounded"],
-            {**p, "objective": objective, "kl": kl, "layers": STEP_LAYERS, **_shape(config)},
+            {**p, **_shape(config)},
             {**STEP_BATCH,
              "inverse_frequencies": config.rope.inverse_frequencies(config.head_dim).double(),
              **w, **trained, **moments},
-            outputs,
+            _after_steps(config, w, {**trained, **moments}, p),
+        )  # fmt: skip
+
+
+def _after_steps(
+    config: LlamaConfig, w: Weights, state: Weights, p: dict[str, Any]
+) -> dict[str, Output]:
+    """Outputs of the last of the steps. What is passed on has the magnitudes of all steps."""
+    size: dict[str, Any] = {}
+    for _ in range(p["repeat"]):
+        found, state = formulas.training_step(config, w, STEP_BATCH, state, p)
+        passed = {n: size.get(n, 0.0) if n.startswith("after.") else 0.0 for n in found}
+        size = {name: passed[name] + part for name, (_, part) in found.items()}
+        p = formulas.next_step(p)
+    return {n: Output(v, 64 if n == "kl" else 512, size[n]) for n, (v, _) in found.items()}
+
+
+def _prediction(only: str = "") -> Iterator[Vector]:
+    """From tokens to the averaged probabilities: S draws of a model with adapters, and its mean."""
+    config, w = _tiny_weights(1550)
+    w["lm_head.weight"] = w["lm_head.weight"][SCALES_CLASSES]
+    values = _adapter_values(w, "official")
+    for name, samples in (("draws", 4), ("mean", 0)):
+        if only not in ("", f"prediction-{name}"):
+            continue
+        p = {"seed": str(STEP_SEED), "samples": samples, "rank": 2, "scaling": 1.5,
+             "layers": STEP_LAYERS}  # fmt: skip
+        logits = torch.stack(formulas.predicted_logits(config, w, STEP_BATCH, values, p))
+        expected = {n: _double(v) for n, v in reference.predictive(logits).items()}
+        size = float(logits.abs().max())
+        yield Vector(
+            f"prediction-{name}", "prediction", "(1), (8), (9)",
+            ["draws counted from 1", "the draws of training", "one draw for all examples",
+             "sigma in the mean model", "logits averaged"],
+            {**p, **_shape(config)},
+            {**{n: STEP_BATCH[n] for n in ("tokens", "lengths", "ids")},
+             "inverse_frequencies": config.rope.inverse_frequencies(config.head_dim).double(),
+             **w, **values},
+            {"logits": Output(logits, 512, size),
+             **{n: Output(v, 512, max(1.0, size)) for n, v in expected.items()}},
         )  # fmt: skip
 
 
@@ -564,8 +543,9 @@ def _adapter_values(w: Weights, kl: str) -> Weights:
         shape = {"A": (2, d_in), "B": (d_out, 2)}.get(part, (2,))
         mean = -1.5 if part == "log_sigma" else 0.0
         values[f"{name}.{part}"] = _random(1600 + index, *shape, times=0.5, plus=mean)
-    if kl == "forward":  # one width below its bound, which the step brings back to it
+    if kl == "forward":  # widths below their bound, and less below it than a KL step may bring
         values["lm_head.log_sigma"][0] = -20.5
+        values["layers.1.attn.v_proj.log_sigma"][1] = _single(torch.tensor(-20.0 - 1 / 256))
     return values
 
 
@@ -577,104 +557,6 @@ def _adam_moments(values: Weights) -> Weights:
         second = _random(1800 + index, *value.shape).square() / 64
         moments[f"exp_avg_sq.{name}"] = _single(second)
     return moments
-
-
-def _nll_and_gradients(
-    config: LlamaConfig, w: Weights, trained: Weights, p: dict[str, Any]
-) -> tuple[Tensor, Weights, float]:
-    """The mean NLL of the batch, its gradient by every value, and the largest logit."""
-    labels, ids = STEP_BATCH["labels"], STEP_BATCH["ids"]
-    leaves = {name: value.clone().requires_grad_() for name, value in trained.items()}
-    noise = Noise(STEP_SEED, p["draw"])
-    scales = {}
-    for name, layer in STEP_LAYERS.items():
-        eps = _double([reference.eps_of_group(noise, layer, id, 2) for id in ids.tolist()])
-        scales[name] = leaves[f"{name}.log_s"].exp() + leaves[f"{name}.log_sigma"].exp() * eps
-    logits = _class_logits(w, config, leaves, scales, p["scaling"])
-    nll = -torch.log_softmax(logits, -1)[torch.arange(3), labels].mean()
-    gradients = torch.autograd.grad(nll, list(leaves.values()))
-    size = float(logits.detach().abs().max())
-    return nll.detach(), dict(zip(trained, gradients, strict=True)), size
-
-
-def _divergence(values: Weights, kl: str, prior_std: float) -> float:
-    slow = {"forward": reference.kl_forward, "official": reference.kl_official}[kl]
-    return sum(
-        slow(values[f"{n}.log_s"].exp(), values[f"{n}.log_sigma"].exp(), prior_std)
-        for n in STEP_LAYERS
-    )
-
-
-def _largest(gradients: Weights) -> float:
-    """Of all gradients: a small one that cancels, as q's in an even softmax, rounds as much."""
-    return max(float(g.abs().max()) for g in gradients.values())
-
-
-def _warmed_up(step: int, steps: int) -> float:
-    """The share of a rate at this step: a rise over a tenth of the steps, then a fall to 0."""
-    rise = steps // 10
-    return step / rise if step < rise else (steps - step) / (steps - rise)
-
-
-def _adamw(
-    values: Weights, moments: Weights, gradients: Weights, p: dict[str, Any]
-) -> tuple[Weights, Weights]:
-    """The values after AdamW's step, and the magnitudes behind them."""
-    after, scale, step = {}, {}, p["step"]
-    factor, largest = _warmed_up(step, p["steps"]), _largest(gradients)
-    for name, g in gradients.items():
-        rate = factor * (p["variational_lr"] if ".log_" in name else p["lr"])
-        m = 0.9 * moments[f"exp_avg.{name}"] + 0.1 * g
-        v = 0.999 * moments[f"exp_avg_sq.{name}"] + 0.001 * g**2
-        denominator = (v / (1 - 0.999 ** (step + 1))).sqrt() + p["adam_eps"]
-        shrunk = values[name] * (1 - rate * p["weight_decay"])
-        after[name] = shrunk - rate * (m / (1 - 0.9 ** (step + 1))) / denominator
-        scale[name] = after[name].abs() / 64 + rate * largest / denominator
-    return after, scale
-
-
-def _sgd_on_the_kl(after: Weights, scale: Weights, kl: str, p: dict[str, Any]) -> None:
-    """The official objective's second step, in place."""
-    step, factor = p["step"], _warmed_up(p["step"], p["steps"])
-    period = kl_period(p["num_examples"], len(STEP_BATCH["ids"]))
-    rate = factor * p["kl_lr"] * 2.0 ** (step % period + 1) / (2.0 ** (period + 1) - 1)
-    for name, value in _kl_gradients(after, kl, p["prior_std"]).items():
-        after[name] = after[name] - rate * value
-        scale[name] = scale[name] + rate * value.abs()
-
-
-def _class_logits(
-    w: Weights, config: LlamaConfig, leaves: Weights, scales: Weights, scaling: float
-) -> Tensor:
-    """Logits (B, C) of `STEP_BATCH`; (1) for the layers that `scales` has, s~ (B, r) by rows.
-
-    The matrix of each row of the batch is written out.
-    """
-
-    def linear(w: Weights, name: str, x: Tensor) -> Tensor:
-        y = _linear(w, name, x)
-        if name not in scales:
-            return y
-        A, B = leaves[f"{name}.A"], leaves[f"{name}.B"]
-        return y + torch.stack(
-            [x[b] @ (scaling * B @ torch.diag(scales[name][b]) @ A).T for b in range(len(x))]
-        )
-
-    hidden = _plain_llama(w, config, STEP_BATCH["tokens"], linear)
-    last = torch.stack([hidden[b, n - 1] for b, n in enumerate(STEP_BATCH["lengths"].tolist())])
-    return linear(w, "lm_head", last[:, None])[:, 0]
-
-
-def _kl_gradients(values: dict[str, Tensor], kl: str, prior_std: float) -> dict[str, Tensor]:
-    """Derivatives of (5) or (6) by log_s and log_sigma, adapter by adapter, in closed form."""
-    out, p2 = {}, prior_std**2
-    for name in values:
-        if name.endswith(".log_s"):
-            width = name.replace("log_s", "log_sigma")
-            s2, v2 = ((2 * values[n]).exp() for n in (name, width))
-            out[name] = s2 / p2 if kl == "forward" else s2 / v2
-            out[width] = v2 / p2 - 1 if kl == "forward" else 1 - (p2 + s2) / v2
-    return out
 
 
 # Laplace in the subspace, (24) to (27), in dense algebra: inverses, determinants, eigenvectors.
@@ -713,7 +595,7 @@ def _scales() -> Iterator[Vector]:
 
     def logits_of(scales: Tensor) -> Tensor:  # (B, r layers) -> (B, C)
         by_layer = dict(zip(STEP_LAYERS, scales.split(2, 1), strict=True))
-        return _class_logits(w, config, values, by_layer, scaling)
+        return formulas.class_logits(w, config, STEP_BATCH, values, by_layer, scaling)
 
     logits = logits_of(s.expand(3, -1))
     J = torch.autograd.functional.jacobian(lambda s: logits_of(s.expand(3, -1)), s)[..., kept]
@@ -845,26 +727,31 @@ def _gaussian() -> Iterator[Vector]:
         )  # fmt: skip
 
 
-LEVELS = (
-    _philox,
-    _normals,
-    _op,
-    _kl,
-    _objective,
-    _initialisation,
-    _schedules,
-    _predictive,
-    _metrics,
-    _llama,
-    _model,
-    _training_step,
-    _scales,
-    _curvature,
-    _evidence,
-    _gaussian,
-)
+LEVELS: dict[str, tuple[Callable[..., Iterator[Vector]], ...]] = {
+    "philox": (_philox,),
+    "normals": (_normals,),
+    "op": (_op,),  # op forward and op backward
+    "KL": (_kl,),
+    "ELBO": (_objective,),
+    "initialisation": (_initialisation,),
+    "schedules": (_schedules,),
+    "predictive": (_predictive,),
+    "metrics": (_metrics,),
+    "llama": (_llama, _model),
+    "training step": (_training_step,),
+    "prediction": (_prediction,),
+    "subspace": (_scales, _curvature, _evidence, _gaussian),
+}
+SLOW = (_op, _training_step, _prediction)  # they can make one case alone
 
 
 def vectors() -> list[Vector]:
     """All cases, the same on every machine."""
-    return [vector for level in LEVELS for vector in level()]
+    return [vector for level in LEVELS.values() for make in level for vector in make()]
+
+
+def one(level: str, id: str) -> Vector:
+    """The case of this id."""
+    makers = LEVELS[level.split()[0] if level.startswith("op") else level]
+    cases = (v for make in makers for v in (make(id) if make in SLOW else make()))
+    return next(vector for vector in cases if vector.id == id)

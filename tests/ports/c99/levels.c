@@ -193,6 +193,30 @@ static void run_elbo(const struct kit_case *c)
     store_scalar(c, "loss", nll + number(c, "beta") * kl / number(c, "num_examples"));    /* (4) */
 }
 
+/* A A^T and A^T diag(s)^2 A of the matrix's own SVD. */
+static void run_svd(const struct kit_case *c)
+{
+    const struct tensor *matrix = shaped(c, "kaiming", 2);
+    size_t r = matrix->shape[0], n = matrix->shape[1], i, j, k;
+    double *A = pool_copy(c->pool, reals(c, "kaiming", matrix->count), matrix->count);
+    double *singular = pool_doubles(c->pool, r);
+    double *identity = pool_doubles(c->pool, product(r, r)), *gram = pool_doubles(c->pool, product(n, n));
+
+    thin_svd(r, n, A, singular);
+    for (k = 0; k < r; k++) {
+        for (i = 0; i < n; i++) {
+            for (j = 0; j < r; j++) {
+                identity[k * r + j] += A[k * n + i] * A[j * n + i];
+            }
+            for (j = 0; j < n; j++) {
+                gram[i * n + j] += A[k * n + i] * singular[k] * singular[k] * A[k * n + j];
+            }
+        }
+    }
+    store2(c, "identity", r, r, identity);
+    store2(c, "gram", n, n, gram);
+}
+
 static void run_initialisation(const struct kit_case *c)
 {
     size_t r = whole(c, "rank", 1), d_in = whole(c, "d_in", 1), d_out = whole(c, "d_out", 1), k;
@@ -212,6 +236,15 @@ static void run_initialisation(const struct kit_case *c)
     store2(c, "B", d_out, r, pool_doubles(c->pool, product(d_out, r)));
     store1(c, "log_s", r, log_s);
     store1(c, "log_sigma", r, log_sigma);
+}
+
+static void run_start(const struct kit_case *c)
+{
+    if (has_output(c, "gram")) {
+        run_svd(c);
+    } else {
+        run_initialisation(c);
+    }
 }
 
 /* ---- schedules ---- */
@@ -236,9 +269,6 @@ static void run_kl_weight(const struct kit_case *c)
     const size_t *step = indices(c, "step", n, 0, SIZE_MAX);
     double *weight = pool_doubles(c->pool, n);
 
-    if (period == 0) {
-        fail("%s: the batch is too large for a period", c->id);
-    }
     for (i = 0; i < n; i++) {
         weight[i] = kl_weight(period, step[i]);
     }
@@ -257,19 +287,25 @@ static void run_schedules(const struct kit_case *c)
 
 /* ---- prediction and metrics ---- */
 
-static void run_predictive(const struct kit_case *c)
+void store_predictive(const struct kit_case *c, size_t draws, size_t rows, size_t classes,
+                      const double *logits)
 {
-    const struct tensor *logits = shaped(c, "logits", 3);
-    size_t draws = logits->shape[0], rows = logits->shape[1], classes = logits->shape[2];
     double *probs = pool_doubles(c->pool, product(rows, classes));
     double *entropies = pool_doubles(c->pool, rows), *expected = pool_doubles(c->pool, rows);
     double *mutual = pool_doubles(c->pool, rows);
 
-    predictive(draws, rows, classes, reals(c, "logits", logits->count), probs, entropies, expected, mutual);
+    predictive(draws, rows, classes, logits, probs, entropies, expected, mutual);
     store2(c, "probs", rows, classes, probs);
     store1(c, "entropy", rows, entropies);
     store1(c, "expected_entropy", rows, expected);
     store1(c, "mutual_information", rows, mutual);
+}
+
+static void run_predictive(const struct kit_case *c)
+{
+    const struct tensor *logits = shaped(c, "logits", 3);
+
+    store_predictive(c, logits->shape[0], logits->shape[1], logits->shape[2], reals(c, "logits", logits->count));
 }
 
 static void run_auroc(const struct kit_case *c)
@@ -316,12 +352,13 @@ int run_case(const struct kit_case *c)
         {"op backward", run_op_backward},
         {"KL", run_kl},
         {"ELBO", run_elbo},
-        {"initialisation", run_initialisation},
+        {"initialisation", run_start},
         {"schedules", run_schedules},
         {"predictive", run_predictive},
         {"metrics", run_metrics},
         {"llama", run_llama},
         {"training step", run_training_step},
+        {"prediction", run_prediction},
     };
     size_t i;
 

@@ -9,6 +9,11 @@ int run_case(const struct kit_case *c);
 
 /* Of a model: in levels_model.c. */
 void run_llama(const struct kit_case *c);
+/* (8) and (9) of logits (draws, rows, classes). */
+void store_predictive(const struct kit_case *c, size_t draws, size_t rows, size_t classes,
+                      const double *logits);
+
 void run_training_step(const struct kit_case *c);
+void run_prediction(const struct kit_case *c);
 
 #endif

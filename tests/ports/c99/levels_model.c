@@ -250,9 +250,11 @@ static struct parameter parameter_of(const struct kit_case *c, const char *name,
 
     p.count = count;
     p.value = pool_copy(c->pool, reals(c, name, count), count);
-    p.gradient = pool_doubles(c->pool, count);
-    p.m = pool_copy(c->pool, reals(c, joined(c, "exp_avg.", name), count), count);
-    p.v = pool_copy(c->pool, reals(c, joined(c, "exp_avg_sq.", name), count), count);
+    p.gradient = p.m = p.v = NULL;
+    if (has_input(c, joined(c, "exp_avg.", name))) {
+        p.m = pool_copy(c->pool, reals(c, joined(c, "exp_avg.", name), count), count);
+        p.v = pool_copy(c->pool, reals(c, joined(c, "exp_avg_sq.", name), count), count);
+    }
     return p;
 }
 
@@ -279,6 +281,7 @@ static void fill_adapters(const struct kit_case *c, struct training *training)
     size_t i;
 
     training->rank = whole(c, "rank", 1);
+    training->scaling = number(c, "scaling");
     training->adapter_count = layers->count;
     training->adapters = pool_take(c->pool, layers->count, sizeof *training->adapters);
     for (i = 0; i < layers->count; i++) {
@@ -297,7 +300,6 @@ static void fill_settings(const struct kit_case *c, struct training *training)
 
     training->objective = (enum objective)choice(c, "objective", objectives, 2);
     training->kl_direction = (enum direction)choice(c, "kl", directions, 2);
-    training->scaling = number(c, "scaling");
     training->prior_std = number(c, "prior_std");
     training->beta = number(c, "beta");
     training->num_examples = (double)whole(c, "num_examples", 1);
@@ -321,15 +323,10 @@ static void fill_batch(const struct kit_case *c, struct training *training)
 
     training->tokens = tokens_of(c, model);
     training->lengths = indices(c, "lengths", model->batch, 1, model->length);
-    training->labels = indices(c, "labels", model->batch, 0, model->lm_head.op.d_out - 1);
     training->ids = words_of(c, "ids", model->batch);
-    if (training->objective == OBJECTIVE_OFFICIAL
-        && kl_period(training->num_examples, (double)model->batch) == 0) {
-        fail("%s: the batch is too large for a period", c->id);
-    }
 }
 
-/* gradient.NAME.A, after.NAME.A and so on of every adapted layer. */
+/* gradient.NAME.A, after.NAME.A, its moments and so on of every adapted layer. */
 static void store_trained(const struct kit_case *c, const struct adapter *adapter, const char *name)
 {
     size_t i;
@@ -337,9 +334,11 @@ static void store_trained(const struct kit_case *c, const struct adapter *adapte
     for (i = 0; i < PARAMETERS; i++) {
         const char *parameter = joined(c, name, PARAMETER_NAMES[i]);
         const struct tensor *like = shaped(c, parameter, 0);
-        store(c, joined(c, "gradient.", parameter), like->dimensions, like->shape,
-              adapter->parameters[i].gradient);
-        store(c, joined(c, "after.", parameter), like->dimensions, like->shape, adapter->parameters[i].value);
+        const struct parameter *p = &adapter->parameters[i];
+        store(c, joined(c, "gradient.", parameter), like->dimensions, like->shape, p->gradient);
+        store(c, joined(c, "after.", parameter), like->dimensions, like->shape, p->value);
+        store(c, joined(c, "after.exp_avg.", parameter), like->dimensions, like->shape, p->m);
+        store(c, joined(c, "after.exp_avg_sq.", parameter), like->dimensions, like->shape, p->v);
     }
 }
 
@@ -347,17 +346,47 @@ void run_training_step(const struct kit_case *c)
 {
     struct model model = model_of(c);
     struct training training = {0};
-    size_t i;
+    size_t repeat = whole(c, "repeat", 1), i;
 
     training.model = &model;
     fill_adapters(c, &training);
     fill_settings(c, &training);
     fill_batch(c, &training);
-    training_step(c->pool, &training);
+    training.labels = indices(c, "labels", model.batch, 0, model.lm_head.op.d_out - 1);
+    for (i = 0; i < repeat; i++) {
+        training_step(c->pool, &training);
+    }
     store_scalar(c, "nll", training.nll);
     store_scalar(c, "kl", training.kl);
     store_scalar(c, "loss", training.loss);
     for (i = 0; i < training.adapter_count; i++) {
         store_trained(c, &training.adapters[i], json_find(c->parameters, "layers")->keys[i]);
     }
+}
+
+/* ---- level prediction ---- */
+
+/* Draws 0 to S - 1 through the model; for S = 0 the mean model. */
+void run_prediction(const struct kit_case *c)
+{
+    struct model model = model_of(c);
+    struct training training = {0};
+    size_t samples = whole(c, "samples", 0), draws = samples > 0 ? samples : 1, i, shape[3];
+    size_t rows = model.batch, classes = model.lm_head.op.d_out;
+    double *logits = pool_doubles(c->pool, product(draws, product(rows, classes)));
+
+    training.model = &model;
+    fill_adapters(c, &training);
+    fill_batch(c, &training);
+    training.noise.seed = seed_of(c);
+    training.without_noise = samples == 0;
+    for (i = 0; i < draws; i++) {
+        training.noise.draw = (uint32_t)i;
+        memcpy(logits + i * rows * classes, class_logits(c->pool, &training), rows * classes * sizeof *logits);
+    }
+    shape[0] = draws;
+    shape[1] = rows;
+    shape[2] = classes;
+    store(c, "logits", 3, shape, logits);
+    store_predictive(c, draws, rows, classes, logits);
 }

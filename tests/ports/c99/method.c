@@ -279,6 +279,50 @@ void initial_log_sigma(uint64_t seed, uint32_t layer, size_t r, size_t d_in, dou
     }
 }
 
+/* Turns the rows p and q in their plane until they are orthogonal; returns how far they were from it. */
+static double orthogonal(size_t n, double *p, double *q)
+{
+    double pp = dot(n, p, p), qq = dot(n, q, q), pq = dot(n, p, q), ratio, t, cosine, sine;
+    size_t j;
+
+    if (pq == 0) {
+        return 0;
+    }
+    ratio = (qq - pp) / (2 * pq);
+    t = (ratio < 0 ? -1 : 1) / (fabs(ratio) + sqrt(1 + square(ratio)));
+    cosine = 1 / sqrt(1 + square(t));
+    sine = cosine * t;
+    for (j = 0; j < n; j++) {
+        double a = p[j], b = q[j];
+        p[j] = cosine * a - sine * b;
+        q[j] = sine * a + cosine * b;
+    }
+    return fabs(pq) / sqrt(pp * qq);
+}
+
+/* Hestenes: orthogonal rows U^T M = diag(S) V^T, so that their lengths are S. */
+void thin_svd(size_t r, size_t d_in, double *matrix, double *singular)
+{
+    double worst = 1;
+    size_t i, k, j, sweep;
+
+    for (sweep = 0; sweep < 60 && worst > 1e-16; sweep++) {
+        worst = 0;
+        for (i = 0; i < r; i++) {
+            for (k = i + 1; k < r; k++) {
+                worst = fmax(worst, orthogonal(d_in, matrix + i * d_in, matrix + k * d_in));
+            }
+        }
+    }
+    for (k = 0; k < r; k++) {
+        double *row = matrix + k * d_in;
+        singular[k] = sqrt(dot(d_in, row, row));
+        for (j = 0; j < d_in; j++) {
+            row[j] /= singular[k];
+        }
+    }
+}
+
 /* ---- schedules ---- */
 
 double warmup_factor(double warmup, double steps, double step)
@@ -293,7 +337,7 @@ uint64_t kl_period(double num_examples, double batch)
 {
     const double pi = 3.141592653589793;
 
-    return (uint64_t)floor(100 * pow(num_examples, pi / 8) / batch);
+    return (uint64_t)fmax(1, floor(100 * pow(num_examples, pi / 8) / batch));
 }
 
 /* (7) pi_i = 2^i / (2^(M+1) - 1), both divided by 2^(M+1), which overflows; M from 1. */

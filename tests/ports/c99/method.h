@@ -60,6 +60,9 @@ void mean_nll_gradient(size_t rows, size_t classes, const double *logits, const 
 /* ---- the start ---- */
 
 void kaiming(uint64_t seed, uint32_t layer, size_t r, size_t d_in, double *matrix);
+
+/* Leaves V^T in the matrix (r, d_in), r <= d_in; singular values in any order. */
+void thin_svd(size_t r, size_t d_in, double *matrix, double *singular);
 void initial_log_sigma(uint64_t seed, uint32_t layer, size_t r, size_t d_in, double init_sigma,
                        double *log_sigma);
 

@@ -44,7 +44,9 @@ static void attach(struct pool *pool, const struct training *training, struct ad
     op->B = adapter->parameters[B_MATRIX].value;
     op->s = adapter->s;
     op->sigma = adapter->sigma;
-    op->eps = draw_eps(pool, training, adapter->layer, is_head ? 1 : training->model->length);
+    op->eps = training->without_noise
+        ? NULL
+        : draw_eps(pool, training, adapter->layer, is_head ? 1 : training->model->length);
     gradients->A = adapter->parameters[A_MATRIX].gradient;
     gradients->B = adapter->parameters[B_MATRIX].gradient;
     gradients->s = adapter->parameters[LOG_S].gradient;
@@ -156,14 +158,36 @@ static void keep_above(struct parameter *parameter, double lowest)
     }
 }
 
+/* Gradients are added up, so they begin at 0. */
+static void begin(struct pool *pool, struct training *training)
+{
+    size_t i, j;
+
+    for (i = 0; i < training->adapter_count; i++) {
+        struct adapter *adapter = &training->adapters[i];
+        for (j = 0; j < PARAMETERS; j++) {
+            adapter->parameters[j].gradient = pool_doubles(pool, adapter->parameters[j].count);
+        }
+        attach(pool, training, adapter);
+    }
+}
+
+double *class_logits(struct pool *pool, struct training *training)
+{
+    struct model *model = training->model;
+    double *last = pool_doubles(pool, product(model->batch, model->width));
+
+    begin(pool, training);
+    last_rows(training, last, model_forward(pool, model, training->tokens), 1);
+    return head_forward(pool, model, model->batch, last);
+}
+
 void training_step(struct pool *pool, struct training *training)
 {
     double warmup = warmup_factor(training->warmup, training->steps, (double)training->step);
     size_t i;
 
-    for (i = 0; i < training->adapter_count; i++) {
-        attach(pool, training, &training->adapters[i]);
-    }
+    begin(pool, training);
     nll_and_gradients(pool, training);
     for (i = 0; i < training->adapter_count; i++) {
         through_exp(&training->adapters[i]);
@@ -176,4 +200,6 @@ void training_step(struct pool *pool, struct training *training)
         }
         keep_above(&training->adapters[i].parameters[LOG_SIGMA], -20);
     }
+    training->step++;
+    training->noise.draw++;
 }

@@ -33,6 +33,7 @@ struct training {
     enum direction kl_direction;
     double scaling, prior_std, beta, num_examples;
     struct noise noise;
+    int without_noise;                       /* the mean model */
     uint64_t step;
     double steps, warmup, lr, variational_lr, kl_lr;
     struct adamw adamw;
@@ -45,6 +46,10 @@ struct training {
     double nll, kl, loss;
 };
 
+/* One step. The next one begins where it ends: step and draw are one larger. */
 void training_step(struct pool *pool, struct training *training);
+
+/* The class logits (batch, C) under the noise of `training`. */
+double *class_logits(struct pool *pool, struct training *training);
 
 #endif

@@ -169,6 +169,12 @@ def initialisation(p, t):
     }
 
 
+def svd(t):
+    """A A^T, and A^T diag(s)^2 A."""
+    _, singular, A = jnp.linalg.svd(t["kaiming"], full_matrices=False)
+    return {"identity": A @ A.T, "gram": (A.T * singular**2) @ A}
+
+
 def warmup_factor(step, steps, warmup):
     rise = math.floor(warmup * steps)
     return jnp.where(step < rise, step / max(rise, 1), (steps - step) / (steps - rise))
@@ -176,7 +182,7 @@ def warmup_factor(step, steps, warmup):
 
 def kl_schedule(step, num_examples, batch):
     """Equation (7), numerator and denominator divided by 2^(M + 1), which would overflow."""
-    period = math.floor(100 * num_examples ** (math.pi / 8) / batch)
+    period = max(1, math.floor(100 * num_examples ** (math.pi / 8) / batch))
     weight = jnp.ldexp(1.0, step % period - period) / (1 - 2.0 ** -(period + 1))
     return {"period": jnp.int64(period), "weight": weight}
 
@@ -200,7 +206,7 @@ def predictive(logits):
 
 def ece(probs, labels, bins):
     confidence, right = probs.max(1), probs.argmax(1) == labels
-    bin_of = jnp.minimum(jnp.floor(confidence * bins).astype(int), bins - 1)
+    bin_of = jnp.minimum(jnp.floor(confidence.astype(jnp.float64) * bins).astype(int), bins - 1)
     gaps = jax.ops.segment_sum(right - confidence, bin_of, bins)  # rows * (accuracy - confidence)
     return jnp.abs(gaps).sum() / len(probs)
 
@@ -284,16 +290,36 @@ def llama(p, t):
 
 
 # ------------------------------------------------------------------------------- training step
-def training_step(p, t):
-    layers = p["layers"]
-    trained = {name: v for name, v in t.items() if f"exp_avg.{name}" in t}
-    fixed = {f"{name}.scaling": p["scaling"] for name in layers}
-    groups = row_groups("example", t["tokens"].shape, t["ids"])
-    for name, number in layers.items():
-        fixed[f"{name}.eps"] = normal(p["seed"], p["draw"], number, groups, p["rank"])
+def with_scales(w):
+    return w | {k.replace(".log_", "."): jnp.exp(v) for k, v in w.items() if ".log_" in k}
 
-    def with_scales(w):
-        return w | {k.replace(".log_", "."): jnp.exp(v) for k, v in w.items() if ".log_" in k}
+
+def adapted(p, t, draw):
+    """What the adapted layers need besides their tensors; no noise if draw is None."""
+    fixed = {f"{name}.scaling": p["scaling"] for name in p["layers"]}
+    groups = row_groups("example", t["tokens"].shape, t["ids"])
+    for name, number in p["layers"].items():
+        eps = 0.0 if draw is None else normal(p["seed"], draw, number, groups, p["rank"])
+        fixed[f"{name}.eps"] = eps
+    return fixed
+
+
+def last_logits(p, t):
+    logits = llama(p, t)
+    return logits[jnp.arange(len(logits)), t["lengths"] - 1]
+
+
+def training_step(p, t):
+    trained = {name: v for name, v in t.items() if f"exp_avg.{name}" in t}
+    moments = {name: v for name, v in t.items() if name.startswith("exp_avg")}
+    for number in range(p["repeat"]):
+        now = p | {"step": p["step"] + number, "draw": p["draw"] + number}
+        results, trained, moments = one_step(now, t, trained, moments)
+    return results | {f"after.{name}": w for name, w in (trained | moments).items()}
+
+
+def one_step(p, t, trained, moments):
+    layers, fixed = p["layers"], adapted(p, t, p["draw"])
 
     def total_kl(w):
         w = with_scales(w)
@@ -301,9 +327,8 @@ def training_step(p, t):
         return sum(kl(w[f"{name}.s"], w[f"{name}.sigma"]) for name in layers)
 
     def objective(w):
-        logits = llama(p, t | with_scales(w) | fixed)
-        last = logits[jnp.arange(len(logits)), t["lengths"] - 1]
-        nll, kl = mean_nll(last, t["labels"]), total_kl(w)
+        nll = mean_nll(last_logits(p, t | with_scales(w) | fixed), t["labels"])
+        kl = total_kl(w)
         loss = nll + p["beta"] * kl / p["num_examples"] if p["objective"] == "elbo" else nll
         return loss, {"nll": nll, "kl": kl, "loss": loss}
 
@@ -311,20 +336,28 @@ def training_step(p, t):
 
     count, beta1, beta2 = p["step"] + 1, p["beta1"], p["beta2"]
     factor = float(warmup_factor(p["step"], p["steps"], p["warmup"]))
-    after = {}
+    after, moved = {}, {}
     for name, g in gradient.items():
         rate = factor * (p["variational_lr"] if ".log_" in name else p["lr"])
-        m = (beta1 * t[f"exp_avg.{name}"] + (1 - beta1) * g) / (1 - beta1**count)
-        v = (beta2 * t[f"exp_avg_sq.{name}"] + (1 - beta2) * g**2) / (1 - beta2**count)
-        decayed = trained[name] * (1 - rate * p["weight_decay"])
-        after[name] = decayed - rate * m / (jnp.sqrt(v) + p["adam_eps"])
+        m = beta1 * moments[f"exp_avg.{name}"] + (1 - beta1) * g
+        v = beta2 * moments[f"exp_avg_sq.{name}"] + (1 - beta2) * g**2
+        moved |= {f"exp_avg.{name}": m, f"exp_avg_sq.{name}": v}
+        update = m / (1 - beta1**count) / (jnp.sqrt(v / (1 - beta2**count)) + p["adam_eps"])
+        after[name] = trained[name] * (1 - rate * p["weight_decay"]) - rate * update
     if p["objective"] == "official":
         pi = kl_schedule(p["step"], p["num_examples"], len(t["tokens"]))["weight"]
         rate = p["kl_lr"] * factor * float(pi)
         after = jax.tree.map(lambda w, g: w - rate * g, after, jax.grad(total_kl)(after))
     after |= {k: jnp.maximum(w, -20) for k, w in after.items() if k.endswith(".log_sigma")}
-    results |= {f"gradient.{name}": g for name, g in gradient.items()}
-    return results | {f"after.{name}": w for name, w in after.items()}
+    return results | {f"gradient.{name}": g for name, g in gradient.items()}, after, moved
+
+
+# ---------------------------------------------------------------------------------- prediction
+def prediction(p, t):
+    weights = with_scales({k: v for k, v in t.items() if ".log_" in k}) | t
+    draws = range(p["samples"]) if p["samples"] else [None]
+    logits = jnp.stack([last_logits(p, weights | adapted(p, t, draw)) for draw in draws])
+    return {"logits": logits} | predictive(logits)
 
 
 # ------------------------------------------------------------------------------------ subspace
@@ -431,6 +464,7 @@ CASES = {
     "kl": lambda p, t: {"kl": complexity(t["s"], t["sigma"], p["prior_std"], p["kl"])},
     "objective": elbo,
     "initialisation": initialisation,
+    "svd": lambda p, t: svd(t),
     "warmup": lambda p, t: {"factor": warmup_factor(t["step"], p["steps"], p["warmup"])},
     "kl-weight": lambda p, t: kl_schedule(t["step"], p["num_examples"], p["batch"]),
     "predictive": lambda p, t: predictive(t["logits"]),
@@ -445,6 +479,7 @@ CASES = {
     "swiglu": lambda p, t: {"y": swiglu(t["x"], t)},
     "model": lambda p, t: {"logits": llama(p, t)},
     "step": training_step,
+    "prediction": prediction,
     "scales": scales,
     "curvature": curvature,
     "evidence": evidence,
