@@ -1,6 +1,6 @@
 """One side of a model benchmark: `bench.py` starts two of these and lets them work in turn.
 
-    python tools/bench_worker.py {ours,peer} FOLDER [--official DIR] [--threads N]
+    python tools/bench_worker.py {ours,peer} FOLDER [--official DIR] [--threads N] [--dtype D]
 
 The first line on standard output says what this side is. Then every line of JSON on standard input
 is a task, {"do": name, ...}, answered by one line: {"seconds": ..., "bytes": ..., "value": ...}.
@@ -52,13 +52,14 @@ def timed(step: Callable[[], Any]) -> dict[str, Any]:
 
 
 class Ours:
-    def __init__(self, folder: Path, official: Path | None) -> None:
+    def __init__(self, folder: Path, official: Path | None, dtype: str) -> None:
         import scalabl_ref
 
         # isort: split
         import torch
 
         self.torch, self.lib, self.folder = torch, scalabl_ref, folder
+        self.dtype = getattr(torch, dtype)
         self.models: dict[str, Any] = {}
 
     def versions(self) -> dict[str, Any]:
@@ -73,7 +74,7 @@ class Ours:
         key = f"{kind} {classes} {layers} {rank}"
         if key not in self.models:
             self.models.clear()
-            model = self.lib.Llama.from_pretrained(self.folder)
+            model = self.lib.Llama.from_pretrained(self.folder, self.dtype)
             if layers is not None:
                 model.layers = model.layers[:layers]
             if classes:
@@ -139,14 +140,14 @@ class Ours:
 
 
 class Peer:
-    def __init__(self, folder: Path, official: Path | None) -> None:
+    def __init__(self, folder: Path, official: Path | None, dtype: str) -> None:
         import peft
         import torch
         import transformers
 
         transformers.logging.set_verbosity_error()
         self.torch, self.peft, self.transformers = torch, peft, transformers
-        self.folder, self.official = folder, official
+        self.folder, self.official, self.dtype = folder, official, getattr(torch, dtype)
         self.models: dict[str, Any] = {}
 
     def versions(self) -> dict[str, Any]:
@@ -169,10 +170,11 @@ class Peer:
         self.models.clear()
         torch = self.torch
         model = self.transformers.AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype=torch.float32, attn_implementation="sdpa"
+            self.folder, dtype=self.dtype, attn_implementation="sdpa"
         ).eval()
         if classes:  # as the official code does it
-            head = torch.nn.Linear(model.config.hidden_size, len(classes), bias=False)
+            size = model.config.hidden_size
+            head = torch.nn.Linear(size, len(classes), bias=False, dtype=self.dtype)
             head.weight.data = model.lm_head.weight.detach()[classes].clone()
             model.config.tie_word_embeddings = False
             model.lm_head = head
@@ -272,8 +274,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--official", type=Path)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
-    side = {"ours": Ours, "peer": Peer}[args.side](args.folder, args.official)
+    side = {"ours": Ours, "peer": Peer}[args.side](args.folder, args.official, args.dtype)
     side.torch.set_num_threads(args.threads)
     print(json.dumps(side.versions()), flush=True)
     for line in sys.stdin:
