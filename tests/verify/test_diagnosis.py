@@ -82,6 +82,20 @@ def test_what_is_not_in_the_catalogue_has_no_name(tmp_path):
     assert found == {} and len(summary(KIT, grades, found)) == 1
 
 
+def test_a_result_that_is_hardly_wrong_has_no_name(tmp_path):
+    """Faults that do not change a case are not behind an error of its size of rounding."""
+    _, outputs = diagnosed(tmp_path, Fault("none", (), {}), ["KL"], "float64")
+    tensors, _ = load_tensors(outputs)
+    (case,) = (case for case in CASES if case["id"] == "kl-forward-prior")
+    output = case["outputs"]["kl"]
+    size = load_tensors(KIT / "vectors.safetensors")[0][output["size"]]
+    tensors[output["tensor"]] += 1.5 * output["terms"] * 2.0**-52 * size
+    save_tensors(outputs, tensors.items())
+    grades, _ = check(KIT, outputs, "float64")
+    assert [grade.id for grade in grades if not grade.passed] == ["kl-forward-prior"]
+    assert alike(KIT, outputs, grades, "float64") == {}
+
+
 def test_levels_left_out_and_shapes(tmp_path, capsys):
     _, outputs = diagnosed(tmp_path, Fault("none", (), {}), ["KL"], "float32")
     command = ["conformance", "check", str(KIT), str(outputs)]
