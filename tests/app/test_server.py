@@ -19,7 +19,7 @@ from scalabl_ref import InputError
 from scalabl_ref.app.server import Limits, application
 from scalabl_ref.evaluation.classifier import Classifier
 
-from ..fuzz import TEXTS, damaged_bytes, damaged_value, written
+from ..damage import TEXTS, damaged_bytes, damaged_value, written
 from ..tolerances import rounding
 from .commands import ok
 

@@ -18,7 +18,7 @@ from scalabl_ref.fast.rows import PackedAttention, PackedContext, Rows, SwiGLU
 from scalabl_ref.model.config import RopeConfig
 from scalabl_ref.model.inputs import KVCache
 from scalabl_ref.model.llama import Attention, Context, RMSNorm, rotate
-from scalabl_ref.verify import vectors
+from scalabl_ref.verify import formulas, vectors
 
 from ..models import CLASSES, TINY, tiny_batch, tiny_model
 from ..tolerances import rounding
@@ -160,7 +160,7 @@ def test_the_model_equals_its_formulas(options):
     model = Llama(config).double()
     model.load_state_dict(weights)
     tokens = random_tokens(2, 6) % config.vocab_size
-    expected = vectors._plain_llama(weights, config, tokens) @ weights["lm_head.weight"].T
+    expected = formulas.llama(weights, config, tokens) @ weights["lm_head.weight"].T
     assert (model(tokens) - expected).abs().max() <= rounding(torch.float64, 256)
 
 

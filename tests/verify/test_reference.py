@@ -93,8 +93,8 @@ def test_the_reference_owes_the_package_nothing():
     modules = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
     modules |= {name.name for node in tree.body if isinstance(node, ast.Import)
                 for name in node.names}  # fmt: skip
-    assert modules == {"__future__", "itertools", "math", "struct", "collections.abc", "typing",
-                       "torch"}  # fmt: skip
+    assert modules == {"__future__", "itertools", "math", "struct", "fractions", "collections.abc",
+                       "typing", "torch"}  # fmt: skip
 
 
 # --- the layer and the prediction ----------------------------------------------------------------

@@ -182,8 +182,8 @@ MISTAKES = [
     # options
     ("evalute --run run", "no command 'evalute': did you mean evaluate?"),
     ("lora",
-     "no command 'lora': expected demo, train, posterior, evaluate, predict, calibrate, threshold, "
-     "generate, export, import, count, plan, verify, ..."),
+     "no command 'lora': expected demo, train, evaluate, calibrate, threshold, predict, serve, "
+     "posterior, generate, export, import, count, plan, ..."),
     ("train ... --num-epochs 3",
      "scalabl train has no option --num-epochs: did you mean --epochs? " + USAGE["train"]),
     ("train ... --learning-rate 1e-3",
