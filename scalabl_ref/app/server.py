@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -111,12 +111,10 @@ def application(clf: Classifier, limits: Limits | None = None) -> Starlette:
 
     async def predict(request: Request) -> Response:
         asked = _asked(await _body(request, limits), limits)
-        texts, choices = asked.get("texts", [asked.get("text")]), asked.get("choices")
-        examples = clf.examples(texts, choices)
+        examples = clf.examples(asked.texts, asked.choices)
         decisions = await queue.answer(examples)
-        names = clf.choices(choices)
-        found = [_told(names, decision) for decision in decisions]
-        return JSONResponse({"answers": found} if "texts" in asked else found[0])
+        found = [_told(examples[0].choices, decision) for decision in decisions]
+        return JSONResponse({"answers": found} if asked.many else found[0])
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok", "waiting": queue.waiting})
@@ -160,8 +158,16 @@ async def _body(request: Request, limits: Limits) -> bytes:
     return bytes(body)
 
 
-def _asked(body: bytes, limits: Limits) -> dict[str, Any]:
-    """The fields of a request: text or texts, and perhaps choices."""
+class _Asked(NamedTuple):
+    """A request. many: whether it is a list of texts, which gets a list of answers."""
+
+    texts: list[str]
+    choices: list[str] | None
+    many: bool
+
+
+def _asked(body: bytes, limits: Limits) -> _Asked:
+    """The request in a body, which has text or texts, and perhaps choices."""
     try:
         asked = json.loads(body)
     except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON, or too deep
@@ -181,7 +187,7 @@ def _asked(body: bytes, limits: Limits) -> dict[str, Any]:
         raise HTTPException(413 if texts else 400, f"expected 1 to {limits.waiting} texts")
     if max(map(len, [*texts, *(choices or [])])) > limits.characters:
         raise HTTPException(413, f"a text has more than {limits.characters:,} characters")
-    return asked
+    return _Asked(texts, choices, "texts" in asked)
 
 
 def _told(choices: Sequence[str], decision: Decision) -> dict[str, Any]:

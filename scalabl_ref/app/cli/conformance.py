@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> Result:
         raise InputError("conformance check needs a file of OUTPUTS")
     grades, left_out = check(args.folder, args.outputs, args.precision)
     failed = [grade for grade in grades if not grade.passed]
-    found = alike(args.folder, args.outputs, grades, args.precision)
+    found = alike(args.folder, args.outputs, grades, args.precision) if failed else {}
     for line in summary(args.folder, grades, found):
         say(args, line)
     say(args, f"{'case':32} error / bound, 1 is the limit")

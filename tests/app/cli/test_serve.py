@@ -148,7 +148,7 @@ def test_malformed_requests_are_refused(trained):
     assert set(seen) == {b"400", b"404", b"405", b"415", b"422"}, seen
 
 
-def test_the_runs_threshold_decides(trained, capsys):
+def test_the_runs_temperature_is_applied(trained, capsys):
     """And --raw leaves it out."""
     ok("calibrate --run run --data others.jsonl --samples 2", capsys)
     for options, key in ((("--samples", "2"), True), (("--samples", "2", "--raw"), False)):
