@@ -1,8 +1,10 @@
 """A Llama, a training step and a prediction in plain formulas: float64 and autograd, no more.
 
 The expected values of the conformance kit's larger levels come from here. It shares no line with
-the model and the trainer of the package. `faults` puts a wrong function in the place of a right
-one, so the functions here call each other by their names in this module and in `reference`.
+the model and the trainer of the package, but for the RoPE's angles: they are the config's, in
+float32, and an input of these levels. `frequencies` computes them for the level of RoPE. `faults`
+puts a wrong function in the place of a right one, so the functions here call each other by their
+names in this module and in `reference`.
 """
 
 from __future__ import annotations
