@@ -136,8 +136,9 @@ STUDIES = sorted((ROOT / "docs" / "studies").glob("*.json"))
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda path: path.name)
-def test_the_studies_can_be_read_and_are_reported(file):
+def test_the_studies_can_be_read_and_are_reported(file, monkeypatch):
     """Each is a valid study, and docs/results.md names it beside its figures."""
+    monkeypatch.chdir(file.parent)
     study = Study.read(file)
     assert all(study.tried(arm) for arm in study.arms)
     assert f"studies/{file.name}" in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
