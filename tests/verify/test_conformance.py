@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -117,6 +118,20 @@ def test_the_manifest_follows_its_schema(kit):
         assert case["catches"] and all(isinstance(c, str) for c in case["catches"])
         for output in case["outputs"].values():
             assert set(output) == {"tensor", "terms", "size"} and output["terms"] >= 0
+
+
+def test_the_quick_start_counts_the_cases(kit):
+    """docs/conformance.md: the levels that each goal needs, and how many cases they have."""
+    page = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^|]+ \| (philox[^|]+|the same[^|]+) \| (\d+) \|$", page, re.M)
+    levels = [case["level"] for case, _ in cases(kit)]
+    wanted: set[str] = set()
+    for names, count in rows:
+        listed = names.split(", ")
+        wanted = wanted if listed[0] == "the same" else set()
+        wanted = wanted | set(listed) - {"the same"}
+        assert sum(level in wanted for level in levels) == int(count), names
+    assert len(rows) == 5 and wanted == set(levels)
 
 
 def test_every_output_is_graded(kit, tmp_path):
