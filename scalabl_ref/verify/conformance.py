@@ -1,6 +1,6 @@
 """Test vectors for ports: written once, in files that any language reads, and graded here.
 
-    scalabl conformance export DIR          vectors.safetensors, manifest.json, schema.json
+    scalabl conformance export DIR          the kit: see `export`
     scalabl conformance check DIR OUTPUTS   OUTPUTS: a safetensors file with a port's results
 
 The cases are those of `vectors`. A port stores its results under the names of the expected values,
@@ -10,6 +10,7 @@ The cases are those of `vectors`. A port stores its results under the names of t
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -20,12 +21,15 @@ from torch import Tensor
 
 from ..core.noise import NOISE_VERSION
 from ..support.errors import InputError
-from ..support.files import atomic_write_text, new_folder, read_json
+from ..support.files import atomic_write_text, copy_file, new_folder, read_json
 from ..support.tensors import load_tensors, save_tensors
+from .constants import constants
 from .vectors import vectors
 
 FORMAT = "scalabl-conformance"
-VERSION = 1
+VERSION = 1  # of the files' format
+KIT_VERSION = 4  # of the cases: docs/conformance.md, "Changes of the kit"
+PAGE = Path(__file__).with_name("conformance.md")  # docs/conformance.md
 PRECISIONS = {"float32": 2.0**-23, "float64": 2.0**-52}
 
 
@@ -35,10 +39,11 @@ SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": "Conformance vectors of ScalaBL",
     "type": "object",
-    "required": ["format", "version", "noise_version", "cases"],
+    "required": ["format", "version", "kit_version", "noise_version", "cases"],
     "properties": {
         "format": {"const": FORMAT},
-        "version": {"const": VERSION},
+        "version": {"const": VERSION, "description": "of the files' format"},
+        "kit_version": {"type": "integer", "description": "of the cases"},
         "noise_version": {"type": "integer"},
         "cases": {
             "type": "array",
@@ -75,10 +80,11 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-def export(folder: Path | str) -> int:
-    """Write the vectors to a new folder; returns the number of cases.
+def export(folder: Path | str, page: bool = False) -> int:
+    """Write the kit to a new folder; returns the number of cases.
 
-    Raises InputError if `folder` exists.
+    Files: manifest.json, vectors.safetensors, SHA256 (of both, see `identity`), schema.json and
+    constants.json. page: conformance.md too. Raises InputError if `folder` exists.
     """
     tensors: dict[str, Tensor] = {}
     cases = []
@@ -103,14 +109,47 @@ def export(folder: Path | str) -> int:
     manifest = {
         "format": FORMAT,
         "version": VERSION,
+        "kit_version": KIT_VERSION,
         "noise_version": NOISE_VERSION,
         "cases": cases,
     }
     with new_folder(folder) as temporary:
         save_tensors(temporary / "vectors.safetensors", tensors.items())
-        for name, value in (("manifest.json", manifest), ("schema.json", SCHEMA)):
-            atomic_write_text(temporary / name, json.dumps(value, indent=1) + "\n")
+        texts = {"manifest": manifest, "schema": SCHEMA, "constants": constants()}
+        for name, value in texts.items():
+            atomic_write_text(temporary / f"{name}.json", json.dumps(value, indent=1) + "\n")
+        atomic_write_text(temporary / "SHA256", _sha256(temporary) + "\n")
+        if page:
+            copy_file(PAGE, temporary / PAGE.name)
     return len(cases)
+
+
+def identity(folder: Path | str) -> tuple[int, str]:
+    """The version of a kit and its SHA-256, that of manifest.json followed by vectors.safetensors.
+
+    Raises InputError if the folder has no kit of this format, or if the kit was changed after its
+    export: its SHA-256 is not the one in the file SHA256.
+    """
+    manifest = read_json(Path(folder) / "manifest.json")
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise InputError(f"{folder}: expected vectors of {FORMAT}, version {VERSION}")
+    try:
+        expected = (Path(folder) / "SHA256").read_text(encoding="ascii").strip()
+        found = _sha256(Path(folder))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{folder}: not a whole kit, export it again: {reason}") from None
+    if found != expected:
+        raise InputError(
+            f"{folder}: the kit was changed after its export: the SHA-256 of manifest.json and "
+            f"vectors.safetensors is {found}, expected {expected or 'none'}"
+        )
+    return manifest.get("kit_version", 0), found
+
+
+def _sha256(folder: Path) -> str:
+    parts = (folder / "manifest.json", folder / "vectors.safetensors")
+    return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
 
 
 # --- Grading ----------------------------------------------------------------------------------
@@ -144,13 +183,13 @@ def check(
     outputs: a safetensors file with "<case>/<output>" for the cases that the port computes. A case
     without any result is left out. precision: of the port's arithmetic, float32 or float64.
 
-    Raises InputError for files of another format, or if there is no result for any case.
+    Raises InputError for files of another format, for a kit that was changed (`identity`), or if
+    there is no result for any case.
     """
     if precision not in PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+    identity(folder)
     manifest = read_json(Path(folder) / "manifest.json")
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        raise InputError(f"{folder}: expected vectors of {FORMAT}, version {VERSION}")
     truth, _ = load_tensors(Path(folder) / "vectors.safetensors")
     theirs, _ = load_tensors(Path(outputs))
     known = {name for case in manifest["cases"] for name in _results(case)}

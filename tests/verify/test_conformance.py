@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
+import shutil
+from fractions import Fraction
 
 import pytest
 import torch
 
 from scalabl_ref import InputError, Noise
 from scalabl_ref.app import cli
+from scalabl_ref.core import philox
+from scalabl_ref.core.noise import NOISE_VERSION
 from scalabl_ref.support.tensors import load_tensors, save_tensors
-from scalabl_ref.verify.conformance import check, export, grade_case
+from scalabl_ref.verify.conformance import KIT_VERSION, check, export, grade_case, identity
+from scalabl_ref.verify.known_answers import PhiloxAnswer, box_muller_answers, philox_answers
 
 from ..conftest import ROOT
 from ..own_port import cases, port, port_of_the_page
@@ -88,7 +94,9 @@ def test_a_bug_in_a_port_is_seen(kit, tmp_path, name):
 def test_the_vectors_in_the_repository_are_these(kit):
     """To the last bit but one: logarithms and exponentials are the machine's."""
     kept = ROOT / "tests" / "vectors"
-    assert (kept / "schema.json").read_text() == (kit / "schema.json").read_text()
+    assert {file.name for file in kept.iterdir()} == {file.name for file in kit.iterdir()}
+    for name in ("schema.json", "constants.json"):
+        assert (kept / name).read_text() == (kit / name).read_text()
     identity = [
         [(c["id"], c["parameters"], sorted(c["outputs"])) for c, _ in cases(f)] for f in (kit, kept)
     ]
@@ -101,8 +109,67 @@ def test_the_vectors_in_the_repository_are_these(kit):
         else:
             size = value.abs().max().clamp(min=1e-300)
             assert (value - theirs[name]).abs().max() <= rounding(torch.float64, 64) * size, name
-    written = [f.stat().st_size for f in kept.iterdir()]
-    assert len(written) == 3 and sum(written) < 3_000_000
+    assert sum(f.stat().st_size for f in kept.iterdir()) < 3_000_000
+
+
+def test_the_page_lists_the_kit_in_the_repository():
+    """A change of the cases needs a row of its own under "Changes of the kit"."""
+    version, sha256 = identity(ROOT / "tests" / "vectors")
+    page = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| 2\S+ \| (\d+) \| ([0-9a-f]{16}) \|", page, re.M)
+    assert [int(row[0]) for row in rows] == list(range(1, KIT_VERSION + 1))
+    total = sum(1 for _ in cases(ROOT / "tests" / "vectors"))
+    assert rows[-1] == (str(version), str(total), sha256[:16])
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "vectors.safetensors"])
+def test_a_changed_kit_is_refused(kit, tmp_path, name):
+    changed = shutil.copytree(kit, tmp_path / "changed")
+    assert identity(changed) == identity(kit)
+    hashed = hashlib.sha256()
+    for file in ("manifest.json", "vectors.safetensors"):
+        hashed.update((kit / file).read_bytes())
+    assert identity(kit) == (KIT_VERSION, hashed.hexdigest())
+    with open(changed / name, "r+b") as file:
+        data = file.read()
+        at = data.rindex(b"0.1" if name.endswith("json") else bytes(4))
+        file.seek(at)
+        file.write(b"0.2" if name.endswith("json") else bytes([0, 0, 0, 1]))
+    with pytest.raises(InputError, match="the kit was changed after its export: the SHA-256 of"):
+        check(changed, tmp_path / "none.safetensors")
+    (changed / "SHA256").unlink()
+    with pytest.raises(InputError, match="not a whole kit, export it again: No such file"):
+        check(changed, tmp_path / "none.safetensors")
+
+
+def test_the_constants_are_those_of_the_code(kit):
+    """And of their definitions: each text reads back to the same number."""
+    found = json.loads((kit / "constants.json").read_text())
+
+    def doubles(entries):
+        assert all(float(e["decimal"]) == float.fromhex(e["hex"]) for e in entries)
+        return tuple(float.fromhex(e["hex"]) for e in entries)
+
+    assert found["noise_version"] == NOISE_VERSION
+    assert found["philox"] == {
+        "multipliers": [0xD2511F53, 0xCD9E8D57], "key_steps": [0x9E3779B9, 0xBB67AE85], "rounds": 10
+    }  # fmt: skip
+    assert found["reserved_layer"] == 2**32 - 1 and found["first_training_draw"] == 2**31
+    singles = doubles([found[name] for name in ("sqrt_half", "ln_2", "turn")])
+    assert singles == (math.sqrt(0.5), math.log(2), 2 * math.pi / 2**32)
+    assert singles == (philox.SQRT_HALF, philox.LN_2, philox.TURN)
+    series = [doubles(found[letter]) for letter in "LCS"]
+    assert series == [philox.ATANH, philox.COS, philox.SIN]
+    assert series[0] == tuple(float(Fraction(1, 2 * k + 1)) for k in range(11))
+    assert series[1] == tuple(float(Fraction((-1) ** k, math.factorial(2 * k))) for k in range(9))
+    odd = (float(Fraction((-1) ** k, math.factorial(2 * k + 1))) for k in range(9))
+    assert series[2] == tuple(odd)
+    answers = found["known_answers"]
+    assert [PhiloxAnswer(a["rounds"], *(tuple(a[n]) for n in ("counter", "key", "words")))
+            for a in answers["philox4x32"]] == philox_answers()  # fmt: skip
+    assert [(tuple(a["words"]), doubles(a["normals"])) for a in answers["box_muller"]] == [
+        tuple(answer) for answer in box_muller_answers()
+    ]
 
 
 def test_the_manifest_follows_its_schema(kit):
@@ -194,14 +261,17 @@ def test_a_failure_says_where_and_how_much(kit, tmp_path):
 
 def test_command(kit, tmp_path, capsys):
     assert cli.main(["conformance", "export", str(tmp_path / "v"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["cases"] >= 60
-    for file in ("manifest.json", "schema.json", "vectors.safetensors"):
-        assert (tmp_path / "v" / file).read_bytes() == (kit / file).read_bytes()
+    report = json.loads(capsys.readouterr().out)
+    assert report["cases"] >= 60 and (report["kit"], report["sha256"]) == identity(kit)
+    for file in kit.iterdir():
+        assert (tmp_path / "v" / file.name).read_bytes() == file.read_bytes()
+    page = (tmp_path / "v" / "conformance.md").read_text(encoding="utf-8")
+    assert page == (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
     results = port(kit, torch.float32, levels={"KL"})
     save_tensors(tmp_path / "o.safetensors", results.items())
     assert cli.main(["conformance", "check", str(kit), str(tmp_path / "o.safetensors")]) == 0
     total = sum(1 for _ in cases(kit))
-    expected = f"6 of 6 cases passed, float32; {total - 6} not attempted"
+    expected = f"6 of 6 cases passed, float32; {total - 6} not attempted; kit {KIT_VERSION}, SHA"
     assert expected in capsys.readouterr().out
     swapped = {k: results[k.replace("forward", "official")] for k in results if "forward" in k}
     save_tensors(tmp_path / "o.safetensors", swapped.items())

@@ -1,5 +1,6 @@
 """Test vectors for an implementation in another framework or language (docs/conformance.md).
-`export DIR` writes them; `check DIR OUTPUTS` grades a port's results and names likely faults."""
+`export DIR` writes them and that page; `check DIR OUTPUTS` grades a port's results and names likely
+faults."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from ...support.errors import InputError
-from ...verify.conformance import Grade, check, export
+from ...verify.conformance import Grade, check, export, identity
 from ...verify.diagnosis import alike, any_of, summary
 from .output import Result, say
 
@@ -27,9 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     if args.action == "export":
-        count = export(args.folder)
-        say(args, f"written: {count} cases to {args.folder}")
-        return {"cases": count, "folder": str(args.folder)}
+        count = export(args.folder, page=True)
+        version, sha256 = identity(args.folder)
+        say(args, f"written: {count} cases to {args.folder}; kit {version}, SHA-256 {sha256}")
+        return {"cases": count, "folder": str(args.folder), "kit": version, "sha256": sha256}
     if args.outputs is None:
         raise InputError("conformance check needs a file of OUTPUTS")
     grades, left_out = check(args.folder, args.outputs, args.precision)
@@ -41,15 +43,15 @@ def run(args: argparse.Namespace) -> Result:
     for grade in failed[:1] if args.first else grades:
         _say(args, grade, found.get(grade.id, {}))
     missing = f"; {len(left_out)} not attempted" if left_out else ""
-    say(
-        args,
-        f"{len(grades) - len(failed)} of {len(grades)} cases passed, {args.precision}{missing}",
-    )
+    version, sha256 = identity(args.folder)
+    passed = f"{len(grades) - len(failed)} of {len(grades)} cases passed, {args.precision}"
+    say(args, f"{passed}{missing}; kit {version}, SHA-256 {sha256}")
     if args.all and left_out:
         say(args, f"not attempted, a failure with --all: {', '.join(left_out)}")
     cases = [{**grade._asdict(), "passed": grade.passed, "alike": found.get(grade.id, {})}
              for grade in grades]  # fmt: skip
-    return {"cases": cases, "not_attempted": left_out, "failed": len(failed),
+    return {"kit": version, "sha256": sha256, "cases": cases, "not_attempted": left_out,
+            "failed": len(failed),
             "exit_code": int(bool(failed or (args.all and left_out)))}  # fmt: skip
 
 
