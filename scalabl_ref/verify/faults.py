@@ -20,9 +20,10 @@ from ..core.noise import FIRST_TRAINING_DRAW, Noise
 from . import formulas, reference
 
 WORD = 2**32
-NOISE = ("normals", "op forward", "op backward", "training step", "prediction")
+NOISE = ("normals", "op forward", "op backward", "training step", "prediction", "subspace")
 OP = ("op forward", "op backward")
 STEP = ("training step",)
+SUBSPACE = ("subspace",)
 
 
 class Fault(NamedTuple):
@@ -423,7 +424,7 @@ def _predictive(
 
 
 def _predictive_faults() -> Iterator[Fault]:
-    levels = ("predictive", "prediction")
+    levels = ("predictive", "prediction", "subspace")
     yield Fault("logits averaged", levels,
                 _predictive(lambda z: _log_softmax(z.mean(0, keepdim=True))))  # fmt: skip
     means: dict[str, Callable[[Tensor], Tensor]] = {
@@ -653,6 +654,19 @@ def _step_faults() -> Iterator[Fault]:
         "bounded": lambda values, p: {
             n: v.clamp(min=-20 if n.endswith("log_sigma") else 0) if ".log_" in n else v
             for n, v in values.items()}})  # fmt: skip
+    found = formulas.nll_and_gradients
+
+    def zeroed(part: str) -> Callable[..., Any]:
+        def wrong(*given: Any) -> Any:
+            nll, gradients, *sizes = found(*given)
+            left = {n: 0 * g if n.endswith(part) else g for n, g in gradients.items()}
+            return nll, left, *sizes
+
+        return wrong
+
+    for part in (".A", ".B", ".log_s", ".log_sigma"):
+        yield Fault(f"step: no gradient of the NLL by {part[1:]}", STEP,
+                    {"nll_and_gradients": zeroed(part)})  # fmt: skip
     yield Fault("dropped Jacobian of exp", STEP, {
         "positive": lambda v: v + (v.exp() - v).detach(),
         "kl_gradients": lambda values, kl, prior: {
@@ -661,12 +675,13 @@ def _step_faults() -> Iterator[Fault]:
 
 def _draw_faults() -> Iterator[Fault]:
     both = (*STEP, "prediction")
-    yield Fault("the draw follows the row, not the example", both,
+    each = (*both, *SUBSPACE)
+    yield Fault("the draw follows the row, not the example", each,
                 {"group_ids": lambda batch: list(range(len(batch["ids"])))})  # fmt: skip
-    yield Fault("the last column, though it is padding", both, {
+    yield Fault("the last column, though it is padding", each, {
         "last_places": lambda batch: [batch["tokens"].shape[1] - 1] * len(batch["lengths"])
     })  # fmt: skip
-    yield Fault("the token before the last", both, {
+    yield Fault("the token before the last", each, {
         "last_places": lambda batch: [max(0, n - 2) for n in batch["lengths"].tolist()]
     })  # fmt: skip
     yield Fault("log s for s", both, {"positive": lambda v: v})
@@ -685,8 +700,177 @@ def _draw_faults() -> Iterator[Fault]:
                 {"draws_of": lambda p: right({**p, "samples": max(1, p["samples"])})})  # fmt: skip
 
 
+# --- The subspace -----------------------------------------------------------------------------
+
+
+def _scale_faults() -> Iterator[Fault]:
+    """Derivatives by the scales, and the model with drawn scales."""
+    jacobian, logits_under = formulas.jacobian, formulas.logits_under
+
+    def derivatives(change: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
+        return {"jacobian": lambda logits_of, s, rows: change(jacobian(logits_of, s, rows), s)}
+
+    yield Fault("subspace: derivative by log s", SUBSPACE, derivatives(lambda J, s: J * s))
+    yield Fault("subspace: one Jacobian for the whole batch", SUBSPACE,
+                derivatives(lambda J, s: J.sum(0, keepdim=True).expand_as(J)))  # fmt: skip
+    yield Fault("subspace: derivative of the log-softmax", SUBSPACE, {
+        "jacobian": lambda logits_of, s, rows: (
+            jacobian(lambda s: logits_of(s).log_softmax(-1), s, rows)),
+        "centred": lambda J: J})  # fmt: skip
+    yield Fault("subspace: class mean left in J", SUBSPACE, {"centred": lambda J: J})
+    yield Fault("subspace: J less that of the first class", SUBSPACE,
+                {"centred": lambda J: J - J[:, :1]})  # fmt: skip
+    yield Fault("subspace: scaling left out", SUBSPACE, {
+        "logits_under": lambda s, c, w, batch, values, p: (
+            logits_under(s, c, w, batch, values, {**p, "scaling": 1.0}))})  # fmt: skip
+    yield Fault("subspace: drawn scales not below 0", SUBSPACE,
+                {"moved_scales": lambda s, offset: (s + offset).clamp(min=0)})  # fmt: skip
+    yield Fault("subspace: draws multiply the scales", SUBSPACE,
+                {"moved_scales": lambda s, offset: s * (1 + offset)})  # fmt: skip
+
+
+def _curvature_faults() -> Iterator[Fault]:
+    right, curvature_of = formulas.curvature, formulas.curvature_of
+
+    def empirical(logits: Tensor, J: Tensor, labels: Tensor) -> Tensor:
+        error = logits.softmax(-1) - torch.nn.functional.one_hot(labels, logits.shape[1])
+        slopes = torch.einsum("nc,ncd->nd", error, J)
+        return slopes.T @ slopes
+
+    changes: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        "mean for sum": lambda z, J, labels: right(z, J, labels) / len(z),
+        "its diagonal alone": lambda z, J, labels: right(z, J, labels).diagonal().diag(),
+        "the labels' gradients squared": empirical,
+        "2 times too large": lambda z, J, labels: 2 * right(z, J, labels),
+        "the first example alone": lambda z, J, labels: right(z[:1], J[:1], labels[:1]),
+    }
+    for name, change in changes.items():
+        yield Fault(f"subspace: H, {name}", SUBSPACE, {"curvature": change})
+    weights: dict[str, Callable[[Tensor], Tensor]] = {
+        "p p^T left out": torch.diag_embed,
+        "classes weighted alike": lambda p: curvature_of(torch.full_like(p, 1 / p.shape[1])),
+        "classes apart": lambda p: torch.diag_embed(p * (1 - p)),
+        "p left out": lambda p: torch.eye(p.shape[1]).double().expand(len(p), -1, -1),
+    }
+    for name, weigh in weights.items():
+        yield Fault(f"subspace: H, {name}", SUBSPACE, {"curvature_of": weigh})
+    fit = formulas.log_likelihood
+    yield Fault("subspace: log-likelihood averaged", SUBSPACE,
+                {"log_likelihood": lambda z, labels: fit(z, labels) / len(z)})  # fmt: skip
+    yield Fault("subspace: log-likelihood with the other sign", SUBSPACE,
+                {"log_likelihood": lambda z, labels: -fit(z, labels)})  # fmt: skip
+
+
+def _evidence_faults() -> Iterator[Fault]:
+    penalty, volume, best = formulas.penalty, formulas.volume, formulas.best_precision
+    free = formulas.free_shares
+    penalties: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "penalty left out": lambda s, precision: 0 * penalty(s, precision),
+        "half of the penalty left out": lambda s, precision: 2 * penalty(s, precision),
+        "penalty of the scales' distance from 1": lambda s, precision: penalty(s - 1, precision),
+        "penalty divided by lambda": lambda s, precision: penalty(s, 1 / precision),
+    }
+    for name, wrong in penalties.items():
+        yield Fault(f"subspace: evidence, {name}", SUBSPACE, {"penalty": wrong})
+    volumes: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "determinant left out": lambda H, precision: 0 * volume(H, precision),
+        "half of the determinant left out": lambda H, precision: 2 * volume(H, precision),
+        "determinant of the covariance": lambda H, precision: -volume(H, precision),
+        "the prior's determinant left out": lambda H, precision: (
+            torch.logdet(torch.diag(precision) + H)),
+        "the diagonal of H alone": lambda H, precision: volume(H.diagonal().diag(), precision),
+        "one lambda for all": lambda H, precision: volume(H, precision[:1].expand_as(precision)),
+    }  # fmt: skip
+    for name, change in volumes.items():
+        yield Fault(f"subspace: evidence, {name}", SUBSPACE, {"volume": change})
+    shares: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "1 - M for M in the number of scales": lambda H, a: torch.eye(len(H)) - free(H, a),
+        "the diagonal of H alone": lambda H, a: free(H.diagonal().diag(), a),
+        "every scale counted": lambda H, a: 0 * free(H, a),
+    }
+    for name, share in shares.items():
+        yield Fault(f"subspace: best lambda, {name}", SUBSPACE, {"free_shares": share})
+    yield Fault("subspace: best lambda, one for all", SUBSPACE, {
+        "best_precision": lambda H, s, of: (
+            best(H, s, of.sum(1, keepdim=True)).expand(of.shape[1]))})  # fmt: skip
+    yield Fault("subspace: best lambda, one step of the iteration", SUBSPACE, {
+        "best_precision": lambda H, s, of: (
+            (1 - free(H, torch.ones(len(s)).double()).diagonal()) @ of / (s.square() @ of))
+    })  # fmt: skip
+
+
+def _posterior_faults() -> Iterator[Fault]:
+    std, whitened, root = formulas.prior_std, formulas.whitened, formulas.posterior_root
+    yield Fault("subspace: lambda taken for a standard deviation", SUBSPACE,
+                {"prior_std": lambda precision: precision})  # fmt: skip
+    yield Fault("subspace: lambda taken for a variance", SUBSPACE,
+                {"prior_std": lambda precision: precision.sqrt()})  # fmt: skip
+    yield Fault("subspace: lambda taken for the root of a precision", SUBSPACE,
+                {"prior_std": lambda precision: std(precision**2)})  # fmt: skip
+    yield Fault("subspace: posterior without the data", SUBSPACE,
+                {"whitened": lambda H, precision: whitened(0 * H, precision)})  # fmt: skip
+    yield Fault("subspace: posterior of the diagonal of H", SUBSPACE, {
+        "whitened": lambda H, precision: whitened(H.diagonal().diag(), precision)})  # fmt: skip
+    yield Fault("subspace: Sigma for its root", SUBSPACE, {
+        "posterior_root": lambda H, a: root(H, a) @ root(H, a).T})  # fmt: skip
+    yield Fault("subspace: root of Sigma transposed", SUBSPACE,
+                {"posterior_root": lambda H, a: root(H, a).T})  # fmt: skip
+    yield Fault("subspace: Cholesky's root of Sigma", SUBSPACE, {
+        "posterior_root": lambda H, a: torch.linalg.cholesky(root(H, a) @ root(H, a).T)
+    })  # fmt: skip
+
+
+def _covariance_faults() -> Iterator[Fault]:
+    std, whitened, covariance = formulas.prior_std, formulas.whitened, formulas.logit_covariance
+
+    def without_rest(H: Tensor, precision: Tensor, J: Tensor, directions: int) -> Tensor:
+        values, U = whitened(H, precision)
+        Q = J * std(precision) @ U[:, -directions:]
+        return Q / (1 + values[-directions:]) @ Q.mT
+
+    def smallest(H: Tensor, precision: Tensor, J: Tensor, directions: int) -> Tensor:
+        values, U = whitened(H, precision)
+        Q, P = J * std(precision) @ U[:, :directions], J * std(precision) @ U[:, directions:]
+        return Q / (1 + values[:directions]) @ Q.mT + P @ P.mT
+
+    covariances: dict[str, Callable[..., Tensor]] = {
+        "other directions get no variance": without_rest,
+        "smallest directions kept": smallest,
+        "all directions kept": lambda H, a, J, k: covariance(H, a, J, len(H)),
+        "correlations of logits left out": lambda H, a, J, k: torch.diag_embed(
+            covariance(H, a, J, k).diagonal(dim1=1, dim2=2)),
+        "J centred": lambda H, a, J, k: covariance(H, a, formulas.centred(J), k),
+        "noise of the labels added": lambda H, a, J, k: (
+            covariance(H, a, J, k) + torch.eye(J.shape[1])),
+    }  # fmt: skip
+    for name, wrong in covariances.items():
+        yield Fault(f"subspace: {name}", SUBSPACE, {"logit_covariance": wrong})
+
+
+def _draw_of_logits_faults() -> Iterator[Fault]:
+    normals, drawn = formulas.normals, formulas.drawn_logits
+    roots: dict[str, Callable[[Tensor], Tensor]] = {
+        "Cholesky's root of the logits' covariance": torch.linalg.cholesky,
+        "the logits' covariance for its root": lambda c: c,
+        "the logits' covariances ignored": lambda c: torch.diag_embed(
+            c.diagonal(dim1=1, dim2=2).sqrt()),
+    }  # fmt: skip
+    for name, other in roots.items():
+        yield Fault(f"subspace: {name}", SUBSPACE, {"symmetric_root": other})
+    yield Fault("subspace: noise left out", SUBSPACE,
+                {"normals": lambda p, ids, width: 0 * normals(p, ids, width)})  # fmt: skip
+    yield Fault("subspace: one draw for all examples", SUBSPACE, {
+        "normals": lambda p, ids, width: normals(p, [ids[0]] * len(ids), width)})  # fmt: skip
+    yield Fault("subspace: draws counted from 1", SUBSPACE, {
+        "normals": lambda p, ids, width: (
+            normals({**p, "samples": p["samples"] + 1}, ids, width)[1:])})  # fmt: skip
+    yield Fault("subspace: noise without the mean", SUBSPACE, {
+        "drawn_logits": lambda mean, c, eps: drawn(0 * mean, c, eps)})  # fmt: skip
+
+
 FAULTS = (
     *_noise_faults(), *_op_faults(), *_kl_faults(), *_objective_faults(), *_start_faults(),
     *_schedule_faults(), *_predictive_faults(), *_metric_faults(), *_model_faults(),
-    *_step_faults(), *_draw_faults(),
+    *_step_faults(), *_draw_faults(), *_scale_faults(), *_curvature_faults(),
+    *_evidence_faults(), *_posterior_faults(), *_covariance_faults(), *_draw_of_logits_faults(),
 )  # fmt: skip

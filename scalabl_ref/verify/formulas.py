@@ -342,3 +342,128 @@ def predicted_logits(
         scales = drawn_scales(values, batch, noise, p)
         found.append(class_logits(w, config, batch, values, scales, p["scaling"]))
     return found
+
+
+# --- Laplace in the subspace, (24) to (27), in dense algebra ----------------------------------
+
+
+def kept_scales(values: Weights, layers: list[str] | Parameters) -> Tensor:
+    """Which scales have an effect, in the order of the layers: their column of B is not 0."""
+    return torch.cat([(values[f"{name}.B"] != 0).any(0) for name in layers])
+
+
+def logits_under(
+    scales: Tensor, config: LlamaConfig, w: Weights, batch: Weights, values: Weights, p: Parameters
+) -> Tensor:
+    """Class logits (B, C) with these scales of each example, (B, r layers)."""
+    by_layer = dict(zip(p["layers"], scales.split(p["rank"], 1), strict=True))
+    return class_logits(w, config, batch, values, by_layer, p["scaling"])
+
+
+def jacobian(logits_of: Callable[[Tensor], Tensor], s: Tensor, rows: int) -> Tensor:
+    """(B, C, r layers): derivatives of each example's logits by the scales."""
+    found = torch.autograd.functional.jacobian(lambda s: logits_of(s.expand(rows, -1)), s)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def centred(J: Tensor) -> Tensor:
+    """Without the mean over the classes."""
+    return J - J.mean(1, keepdim=True)
+
+
+def prior_std(precision: Tensor) -> Tensor:
+    return precision.rsqrt()
+
+
+def whitened(H: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (D,) and eigenvectors (D, D) of Lambda^-1/2 H Lambda^-1/2, smallest first."""
+    std = prior_std(precision)
+    values, vectors = torch.linalg.eigh(std[:, None] * H * std)
+    return values.clamp(min=0), vectors
+
+
+def posterior_root(H: Tensor, precision: Tensor) -> Tensor:
+    """R of (25): Lambda^-1/2 (I + Lambda^-1/2 H Lambda^-1/2)^-1/2, (D, D)."""
+    found, U = whitened(H, precision)
+    return prior_std(precision)[:, None] * ((U / (1 + found).sqrt()) @ U.T)
+
+
+def normals(p: Parameters, ids: list[int], width: int) -> Tensor:
+    """(S, B, width), of the groups `ids` in the layer of the parameters."""
+    noises = [Noise(int(p["seed"]), draw) for draw in range(p["samples"])]
+    return tensor(
+        [[reference.eps_of_group(n, p["layer"], id, width) for id in ids] for n in noises]
+    )
+
+
+def moved_scales(s: Tensor, offset: Tensor) -> Tensor:
+    """Drawn scales. They may be negative."""
+    return s + offset
+
+
+def curvature_of(probs: Tensor) -> Tensor:
+    """(N, C, C): minus the second derivatives of the log-likelihood by the logits."""
+    return torch.diag_embed(probs) - probs[:, :, None] * probs[:, None]
+
+
+def curvature(logits: Tensor, J: Tensor, labels: Tensor) -> Tensor:
+    """H (D, D) of (24). The labels have no use in it."""
+    return torch.einsum("nci,nck,nkj->ij", J, curvature_of(logits.softmax(-1)), J)
+
+
+def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.log_softmax(-1)[torch.arange(len(labels)), labels].sum()
+
+
+def penalty(scales: Tensor, precision: Tensor) -> Tensor:
+    """What the prior takes off the log evidence, twice."""
+    return (precision * scales.square()).sum()
+
+
+def volume(H: Tensor, precision: Tensor) -> Tensor:
+    """ln det(I + Lambda^-1/2 H Lambda^-1/2)."""
+    return torch.logdet(torch.diag(precision) + H) - precision.log().sum()
+
+
+def log_evidence(fit: float, H: Tensor, scales: Tensor, precision: Tensor) -> Tensor:
+    """(26)."""
+    return fit - (penalty(scales, precision) + volume(H, precision)) / 2
+
+
+def free_shares(H: Tensor, precision: Tensor) -> Tensor:
+    """(D, D): (I + Lambda^-1 H)^-1. Its diagonal has the share of a scale that data leave free."""
+    return torch.linalg.inv(torch.eye(len(H)) + H / precision)
+
+
+def best_precision(H: Tensor, scales: Tensor, one_hot: Tensor) -> Tensor:
+    """lambda (G,) where the evidence is largest. one_hot (D, G): the group of each scale.
+
+    MacKay's fixed point: lambda |s|^2 is the number of scales of the group that data determine.
+    """
+    squares, best = scales.square() @ one_hot, torch.ones(one_hot.shape[1]).double()
+    for _ in range(10_000):
+        found = (1 - free_shares(H, one_hot @ best).diagonal()) @ one_hot / squares
+        moved, best = (found / best - 1).abs().max(), found
+        if moved <= 4 * torch.finfo(torch.float64).eps:
+            break
+    return best
+
+
+def logit_covariance(H: Tensor, precision: Tensor, J: Tensor, directions: int) -> Tensor:
+    """J Sigma J^T (B, C, C), with the leading directions of H; the others have the prior's."""
+    values, U = whitened(H, precision)
+    values, U = values[-directions:], U[:, -directions:]
+    inner = torch.eye(len(H)).double() - (U * (values / (1 + values))) @ U.T
+    std = prior_std(precision)
+    return J @ (std[:, None] * inner * std) @ J.mT
+
+
+def symmetric_root(covariance: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.sqrt()[:, None]) @ vectors.mT
+
+
+def drawn_logits(mean: Tensor, covariance: Tensor, eps: Tensor) -> Tensor:
+    """(S, B, C): draws of the Gaussian logits."""
+    return mean + torch.einsum("bcd,sbd->sbc", symmetric_root(covariance), eps)

@@ -559,7 +559,7 @@ def _adam_moments(values: Weights) -> Weights:
     return moments
 
 
-# Laplace in the subspace, (24) to (27), in dense algebra: inverses, determinants, eigenvectors.
+# Laplace in the subspace, (24) to (27).
 
 SUBSPACE_SEED = 2**33 + 17
 SCALES_CLASSES = torch.tensor([5, 12, 17])
@@ -569,13 +569,6 @@ def _gram(seed: int, rows: int, D: int) -> Tensor:
     """A matrix (D, D) of this rank at most, with eigenvalues >= 0, that float32 holds exactly."""
     factor = (2 * _random(seed, rows, D)).round() / 2
     return factor.T @ factor
-
-
-def _whitened(H: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (D,) and eigenvectors (D, D) of Lambda^-1/2 H Lambda^-1/2, smallest first."""
-    root = precision.rsqrt()
-    values, vectors = torch.linalg.eigh(root[:, None] * H * root)
-    return values.clamp(min=0), vectors
 
 
 def _scales() -> Iterator[Vector]:
@@ -589,35 +582,28 @@ def _scales() -> Iterator[Vector]:
         values[f"{name}.B"] = _random(2001 + 3 * index, d_out, 2, times=0.5)
         values[f"{name}.s"] = _single(_random(2002 + 3 * index, 2, times=0.5).exp())
     values["layers.1.attn.v_proj.B"][:, 0] = 0
-    kept = torch.cat([(values[f"{name}.B"] != 0).any(0) for name in STEP_LAYERS])
+    p = {"seed": str(SUBSPACE_SEED), "layer": SCALES_LAYER, "samples": 2, "rank": 2,
+         "scaling": 1.5, "layers": STEP_LAYERS}  # fmt: skip
+    kept = formulas.kept_scales(values, STEP_LAYERS)
     s = torch.cat([values[f"{name}.s"] for name in STEP_LAYERS])
-    D, ids, scaling = int(kept.sum()), STEP_BATCH["ids"], 1.5
+    D, ids = int(kept.sum()), formulas.group_ids(STEP_BATCH)
 
     def logits_of(scales: Tensor) -> Tensor:  # (B, r layers) -> (B, C)
-        by_layer = dict(zip(STEP_LAYERS, scales.split(2, 1), strict=True))
-        return formulas.class_logits(w, config, STEP_BATCH, values, by_layer, scaling)
+        return formulas.logits_under(scales, config, w, STEP_BATCH, values, p)
 
     logits = logits_of(s.expand(3, -1))
-    J = torch.autograd.functional.jacobian(lambda s: logits_of(s.expand(3, -1)), s)[..., kept]
-    J = J - J.mean(1, keepdim=True)
+    J = formulas.centred(formulas.jacobian(logits_of, s, 3)[..., kept])
     H, precision = _gram(2100, 4, D), _single(_random(2101, D, times=0.5).exp())
-    found, U = _whitened(H, precision)
-    root = precision.rsqrt()[:, None] * ((U / (1 + found).sqrt()) @ U.T)
-    drawn = []
-    for draw in range(2):
-        noise = Noise(SUBSPACE_SEED, draw)
-        eps = [reference.eps_of_group(noise, SCALES_LAYER, id, D) for id in ids.tolist()]
-        offset = torch.zeros(3, len(s)).double()
-        offset[:, kept] = _double(eps) @ root.T
-        drawn.append(logits_of(s + offset).log_softmax(-1))
-    log_probs = torch.stack(drawn)
+    offsets = torch.zeros(2, 3, len(s)).double()
+    offsets[..., kept] = formulas.normals(p, ids, D) @ formulas.posterior_root(H, precision).T
+    drawn = [logits_of(formulas.moved_scales(s, offset)) for offset in offsets]
+    log_probs = torch.stack(drawn).log_softmax(-1)
     yield Vector(
         "scales-model", "subspace", "(25), (27)",
         ["derivative by log s", "one Jacobian for the whole batch", "class mean left in J",
          "scales without effect kept", "one draw for all examples", "transposed or other root",
          "variance of the prior in the directions of H", "last token of the padding"],
-        {"seed": str(SUBSPACE_SEED), "layer": SCALES_LAYER, "samples": 2, "rank": 2,
-         "scaling": scaling, "layers": STEP_LAYERS, **_shape(config)},
+        {**p, **_shape(config)},
         {**STEP_BATCH,
          "inverse_frequencies": config.rope.inverse_frequencies(config.head_dim).double(),
          **w, **values, "H": H, "precision": precision},
@@ -632,17 +618,16 @@ def _curvature() -> Iterator[Vector]:
         logits, J = _random(2200 + C, N, C, times=2), _random(2210 + C, N, C, D)
         labels = torch.arange(N) * 3 % C
         p = logits.softmax(-1)
-        H = torch.einsum("nci,nck,nkj->ij", J, torch.diag_embed(p) - p[:, :, None] * p[:, None], J)
         size = torch.einsum(
             "nci,nck,nkj->ij", J.abs(), torch.diag_embed(p) + p[:, :, None] * p[:, None], J.abs()
         )
-        fit = logits.log_softmax(-1)[torch.arange(N), labels].sum()
         yield Vector(
             f"curvature-{name}", "subspace", "(24)",
             ["p p^T left out", "mean for sum", "blocks or the diagonal of H alone",
              "classes weighted alike"],
             {}, {"logits": logits, "J": J, "labels": labels},
-            {"H": Output(H, 64, size), "log_likelihood": Output(fit, 64, 4.0 * N)},
+            {"H": Output(formulas.curvature(logits, J, labels), 64, size),
+             "log_likelihood": Output(formulas.log_likelihood(logits, labels), 64, 4.0 * N)},
         )  # fmt: skip
 
 
@@ -655,39 +640,32 @@ def _evidence() -> Iterator[Vector]:
         some = (
             _double([0.0625, 1.0, 24.0])[:, None] * torch.tensor([1.0, 0.5, 4.0])[: max(group) + 1]
         )
-        volume = torch.stack([torch.logdet(torch.diag(precision) + H) - precision.log().sum()
-                              for precision in some[:, of]])  # fmt: skip
-        penalty = (some[:, of] * scales.square()).sum(1)
-        best, slack = _best(H, scales, of)
+        one_hot = torch.nn.functional.one_hot(of).double()
+        found = torch.stack([formulas.log_evidence(-9.5, H, scales, row[of]) for row in some])
+        size = torch.stack(
+            [D + formulas.penalty(scales, row[of]) + formulas.volume(H, row[of]) for row in some]
+        )
+        best = formulas.best_precision(H, scales, one_hot)
         yield Vector(
             f"evidence-{name}", "subspace", "(26)",
             ["half left out", "determinant of the covariance", "the prior's determinant left out",
              "penalty left out", "one lambda for all", "1 - M for M in the number of scales"],
             {"log_likelihood": -9.5},
             {"H": H, "scales": scales, "group": of, "precision": some},
-            {"log_evidence": Output(-9.5 - (penalty + volume) / 2, 64, D + penalty + volume),
-             "best": Output(best, 256, slack)},
+            {"log_evidence": Output(found, 64, size),
+             "best": Output(best, 256, _slack(H, scales, one_hot, best))},
         )  # fmt: skip
 
 
-def _best(H: Tensor, scales: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """lambda (G,) where the evidence is largest, and how far rounding moves it.
+def _slack(H: Tensor, scales: Tensor, one_hot: Tensor, best: Tensor) -> Tensor:
+    """How far rounding moves the best lambda (G,).
 
-    MacKay's fixed point: lambda |s|^2 is the number of scales of the group that data determine.
+    The evidence's second derivatives by log lambda, times -2. M is good to eps times the largest
+    eigenvalue of Lambda^-1/2 H Lambda^-1/2, below 256 in these cases.
     """
-    one_hot = torch.nn.functional.one_hot(group).double()
-    squares, best = scales.square() @ one_hot, torch.ones(one_hot.shape[1]).double()
-    for _ in range(10_000):
-        M = torch.linalg.inv(torch.eye(len(H)) + H / best[group])  # of Lambda^-1 H, not symmetric
-        found = (1 - M.diagonal()) @ one_hot / squares
-        moved, best = (found / best - 1).abs().max(), found
-        if moved <= 4 * torch.finfo(torch.float64).eps:
-            break
-    # The evidence's second derivatives by log lambda, times -2. M is good to eps times the largest
-    # eigenvalue of Lambda^-1/2 H Lambda^-1/2, below 256 in these cases.
+    M, squares = formulas.free_shares(H, one_hot @ best), scales.square() @ one_hot
     curved = torch.diag(M.diagonal() @ one_hot + best * squares) - one_hot.T @ (M * M.T) @ one_hot
-    size = torch.linalg.inv(curved).abs().sum(1) * (len(H) + best * squares).sum()
-    return best, best * size
+    return best * torch.linalg.inv(curved).abs().sum(1) * (len(H) + best * squares).sum()
 
 
 def _gaussian() -> Iterator[Vector]:
@@ -697,30 +675,24 @@ def _gaussian() -> Iterator[Vector]:
         ("two-classes", 2, 4, 4, 3),
         ("leading", 4, 7, 2, 4),
     ):
+        p = {"seed": str(SUBSPACE_SEED), "layer": LOGITS_LAYER, "samples": S, "directions": K}
         ids = torch.tensor([0, 2**32 - 1, 17, 4])
         H, precision = _gram(2400 + C, D - 1, D), _single(_random(2410 + C, D, times=0.5).exp())
         mean, J = _random(2420 + C, 4, C, times=2), _random(2430 + C, 4, C, D)
-        values, U = _whitened(H, precision)
-        values, U = values[-K:], U[:, -K:]
-        inner = torch.eye(D).double() - (U * (values / (1 + values))) @ U.T
-        covariance = J @ (precision.rsqrt()[:, None] * inner * precision.rsqrt()) @ J.mT
+        covariance = formulas.logit_covariance(H, precision, J, K)
         size = (J.abs() @ (J.abs() / precision).mT).amax((1, 2))
-        v, W = torch.linalg.eigh(covariance)
-        root = (W * v.sqrt()[:, None]) @ W.mT
-        eps = []
-        for draw in range(S):
-            noise = Noise(SUBSPACE_SEED, draw)
-            eps.append([reference.eps_of_group(noise, LOGITS_LAYER, id, C) for id in ids.tolist()])
-        logits = mean + torch.einsum("bcd,sbd->sbc", root, _double(eps))
+        eps = formulas.normals(p, formulas.group_ids({"ids": ids}), C)
+        logits = formulas.drawn_logits(mean, covariance, eps)
         expected = {n: _double(x) for n, x in reference.predictive(logits).items()}
-        rounded = float(logits.abs().max() + (size / v[:, 0].sqrt()).max())
+        smallest = torch.linalg.eigvalsh(covariance)[:, 0]
+        rounded = float(logits.abs().max() + (size / smallest.sqrt()).max())
         outputs = {"log_probs": logits.log_softmax(-1), **expected}
         yield Vector(
             f"gaussian-{name}", "subspace", "(25), (27), (8), (9)",
             ["standard deviation for variance", "correlations of logits left out",
              "Cholesky's root for the symmetric one", "smallest directions kept",
              "directions that are not kept get no variance", "one draw for all examples"],
-            {"seed": str(SUBSPACE_SEED), "layer": LOGITS_LAYER, "samples": S, "directions": K},
+            p,
             {"H": H, "precision": precision, "mean": mean, "J": J, "ids": ids},
             {"covariance": Output(covariance, 64, size[:, None, None]),
              **{n: Output(x, 64, rounded) for n, x in outputs.items()}},
@@ -753,5 +725,6 @@ def vectors() -> list[Vector]:
 def one(level: str, id: str) -> Vector:
     """The case of this id."""
     makers = LEVELS[level.split()[0] if level.startswith("op") else level]
+    makers = tuple(m for m in makers if id.startswith(m.__name__[1:])) or makers
     cases = (v for make in makers for v in (make(id) if make in SLOW else make()))
     return next(vector for vector in cases if vector.id == id)

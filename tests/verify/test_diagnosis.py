@@ -38,6 +38,9 @@ NAMED = [
     ("q_norm and k_norm: eps left out", "llama"), ("AdamW: eps 1e-5", "training step"),
     ("bound on log sigma before the official step", "training step"),
     ("test-time draws counted from 1", "prediction"),
+    ("subspace: derivative by log s", "subspace"),
+    ("subspace: evidence, half of the determinant left out", "subspace"),
+    ("subspace: lambda taken for a standard deviation", "subspace"),
 ]  # fmt: skip
 
 
