@@ -654,6 +654,13 @@ def _step_faults() -> Iterator[Fault]:
         "bounded": lambda values, p: {
             n: v.clamp(min=-20 if n.endswith("log_sigma") else 0) if ".log_" in n else v
             for n, v in values.items()}})  # fmt: skip
+    yield Fault("dropped Jacobian of exp", STEP, {
+        "positive": lambda v: v + (v.exp() - v).detach(),
+        "kl_gradients": lambda values, kl, prior: {
+            n: g / values[n].exp() for n, g in gradients(values, kl, prior).items()}})  # fmt: skip
+
+
+def _gradient_faults() -> Iterator[Fault]:
     found = formulas.nll_and_gradients
 
     def zeroed(part: str) -> Callable[..., Any]:
@@ -667,10 +674,6 @@ def _step_faults() -> Iterator[Fault]:
     for part in (".A", ".B", ".log_s", ".log_sigma"):
         yield Fault(f"step: no gradient of the NLL by {part[1:]}", STEP,
                     {"nll_and_gradients": zeroed(part)})  # fmt: skip
-    yield Fault("dropped Jacobian of exp", STEP, {
-        "positive": lambda v: v + (v.exp() - v).detach(),
-        "kl_gradients": lambda values, kl, prior: {
-            n: g / values[n].exp() for n, g in gradients(values, kl, prior).items()}})  # fmt: skip
 
 
 def _draw_faults() -> Iterator[Fault]:
@@ -871,6 +874,6 @@ def _draw_of_logits_faults() -> Iterator[Fault]:
 FAULTS = (
     *_noise_faults(), *_op_faults(), *_kl_faults(), *_objective_faults(), *_start_faults(),
     *_schedule_faults(), *_predictive_faults(), *_metric_faults(), *_model_faults(),
-    *_step_faults(), *_draw_faults(), *_scale_faults(), *_curvature_faults(),
+    *_step_faults(), *_gradient_faults(), *_draw_faults(), *_scale_faults(), *_curvature_faults(),
     *_evidence_faults(), *_posterior_faults(), *_covariance_faults(), *_draw_of_logits_faults(),
 )  # fmt: skip
