@@ -20,7 +20,7 @@ from hypothesis import Phase, settings
 
 from scalabl_ref import fast
 
-from . import models
+from . import models, pretend
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,11 +34,17 @@ settings.load_profile("suite")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="device of the tests that can use one")
+    parser.addoption(
+        "--device",
+        default="cpu",
+        help="device of the tests that can use one; pretend: see pretend.py",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     models.DEVICE = config.getoption("--device")
+    if models.DEVICE == "pretend":
+        pretend.enter()
 
 
 @pytest.fixture(params=["fast", "plain"])

@@ -48,6 +48,7 @@ from scalabl_ref.support.tensors import load_tensors
 from scalabl_ref.training.schedule import kl_period, kl_weight, warmup_linear
 from scalabl_ref.training.trainer import TrainConfig, Trainer
 
+from . import models
 from .exact import PI, exact_normals
 
 TENSORS = ("x", "weight", "bias", "A", "B", "s", "sigma")
@@ -77,10 +78,12 @@ def op(case, t, dtype, bug):
 
 
 def port(folder, dtype, bug=lambda call: {}, levels=None):
-    """Results of the package's own functions."""
+    """Results of the package's own functions, on the device of --device."""
     out = {}
     for case, t in cases(folder):
         p, level = case["parameters"], case["level"]
+        if level != "subspace":  # whose curvature stays on the CPU
+            t = {name: value.to(models.DEVICE) for name, value in t.items()}
         if levels and level not in levels:
             continue
         if level == "philox":
@@ -130,7 +133,7 @@ def port(folder, dtype, bug=lambda call: {}, levels=None):
             assert level == "llama", level
             result = llama(case["id"], p, {n: v.to(dtype) if v.is_floating_point() else v
                                            for n, v in t.items()})  # fmt: skip
-        out.update({f"{case['id']}/{n}": v.detach().contiguous() for n, v in result.items()})
+        out.update({f"{case['id']}/{n}": v.detach().cpu().contiguous() for n, v in result.items()})
     return out
 
 
@@ -139,7 +142,8 @@ def objective(p, t, dtype):
     rank = t["s"].shape[1]
     model = torch.nn.ModuleDict({"q_proj": Linear(rank, rank), "v_proj": Linear(rank, rank)})
     config = AdapterConfig(rank=rank, targets=("q_proj", "v_proj"), prior_std=p["prior_std"])
-    for index, adapter in enumerate(adapters(add_adapters(model, config)).values()):
+    add_adapters(model, config).to(models.DEVICE)
+    for index, adapter in enumerate(adapters(model).values()):
         adapter.log_s.data = t["s"][index].log().to(dtype)
         adapter.log_sigma.data = t["sigma"][index].log().to(dtype)
     logits, batch = t["logits"].to(dtype), SimpleNamespace(labels=t["labels"])
@@ -150,7 +154,7 @@ def objective(p, t, dtype):
 def initialisation(p, t):
     matrix, uniform = initial_matrix(int(p["seed"]), p["layer"], p["rank"], p["d_in"])
     adapter = SubspaceAdapter(p["d_in"], p["d_out"], AdapterConfig(rank=p["rank"]), p["layer"],
-                      int(p["seed"]), torch.device("cpu"))  # fmt: skip
+                      int(p["seed"]), torch.device(models.DEVICE))  # fmt: skip
     values = initial_values(t["singular"], t["Vh"], uniform, p["init_sigma"])
     return {"kaiming": matrix, "B": adapter.B, **values}
 
@@ -168,27 +172,27 @@ def rope_of(p):
 
 def llama(id, p, t):
     if id.startswith("rmsnorm"):
-        norm = RMSNorm(16, p["eps"])
+        norm = RMSNorm(16, p["eps"], device=models.DEVICE)
         norm.weight.data = t["weight"]
         return {"y": norm(t["x"])}
     if id.startswith("rope"):
-        return {"inverse_frequencies": rope_of(p).inverse_frequencies(p["head_dim"])}
+        return {"inverse_frequencies": rope_of(p).inverse_frequencies(p["head_dim"], models.DEVICE)}
     if id.startswith("attention"):
         config = LlamaConfig(40, 16, 24, 1, p["heads"], p["kv_heads"], p["head_dim"],
                              rope=rope_of(p))  # fmt: skip
-        model = Llama(config).to(t["x"].dtype)
+        model = Llama(config).to(t["x"])
         layer = model.layers[0].attn
         load(layer, t)
         B, T = t["x"].shape[:2]
-        inputs = Inputs(torch.zeros(B, T, dtype=torch.int64))
+        inputs = Inputs(torch.zeros(B, T, dtype=torch.int64, device=models.DEVICE))
         if isinstance(layer, PackedAttention):
             return {"y": layer(t["x"], packed_context(model, inputs, Rows(B, T)))}
         return {"y": layer(t["x"], model.context(inputs, None))}
     if id == "swiglu":
-        mlp = MLP(LlamaConfig(40, 16, 24, 1, 4, 2, 4)).to(t["x"].dtype)
+        mlp = MLP(LlamaConfig(40, 16, 24, 1, 4, 2, 4)).to(t["x"])
         load(mlp, t)
         return {"y": mlp(t["x"], Context(t["x"], t["x"], None, None))}
-    model = Llama(LlamaConfig(**p)).to(t["norm.weight"].dtype)
+    model = Llama(LlamaConfig(**p)).to(t["norm.weight"])
     load(model, t)
     return {"logits": model(t["tokens"])}
 
@@ -197,7 +201,7 @@ def load(module, t):
     """The tensors that are the module's parameters, every one of them."""
     parameters = dict(module.named_parameters())
     for name, parameter in parameters.items():
-        parameter.data = t[name].to(parameter.dtype)
+        parameter.data = t[name].to(parameter)
 
 
 def adapted_model(p, t, dtype):
@@ -206,7 +210,7 @@ def adapted_model(p, t, dtype):
     model = Llama(LlamaConfig(**shape)).init_random_().trim_head([*range(len(t["lm_head.weight"]))])
     config = AdapterConfig(rank=p["rank"], alpha=p["scaling"] * p["rank"],
                            prior_std=p.get("prior_std", 1.0))  # fmt: skip
-    add_adapters(model, config).to(dtype)
+    add_adapters(model, config).to(models.DEVICE, dtype)
     assert {n: a.layer for n, a in adapters(model).items()} == p["layers"]
     for name, parameter in model.named_parameters():
         parameter.data = t[name.replace(".adapter.", ".")].to(dtype)
@@ -251,7 +255,7 @@ def training_step(p, t, dtype):
 def prediction(p, t, dtype):
     """Draws through the whole model, and the average that `predict` gives its users."""
     model, _ = adapted_model(p, t, dtype)
-    classes = torch.arange(len(t["lm_head.weight"]))
+    classes = torch.arange(len(t["lm_head.weight"]), device=models.DEVICE)
     batch = Batch(t["tokens"], t["lengths"], 0 * t["ids"], t["ids"], classes)
     draws = [Noise(int(p["seed"]), i) for i in range(p["samples"])] or [None]
     with torch.no_grad():
@@ -267,12 +271,12 @@ def scales(p, t, dtype):
     model = Llama(LlamaConfig(**shape)).init_random_().trim_head(classes.tolist())
     add_adapters(model, AdapterConfig(rank=p["rank"], alpha=p["scaling"] * p["rank"],
                                       method="point"))  # fmt: skip
-    model.to(dtype)
+    model.to(models.DEVICE, dtype)
     names = [name for name, _ in model.named_parameters()]
     load(model, {n: t[n.replace("log_s", "s").replace(".adapter.", ".")] for n in names})
     for adapter in adapters(model).values():
         adapter.log_s.data.log_()
-    batch = Batch(t["tokens"], t["lengths"], t["labels"], t["ids"], classes)
+    batch = Batch(t["tokens"], t["lengths"], t["labels"], t["ids"], classes).to(models.DEVICE)
     logits, J = subspace.jacobians(model, batch)
     sizes, values = subspace.layout(model)
     curvature = subspace.Curvature(sizes, values, t["H"], 0.0)
