@@ -128,20 +128,39 @@ def cases(device: torch.device, noisy: bool = True) -> Iterator[Case]:
 
 def sizes(case: Case, grad_y: Tensor) -> dict[str, Tensor]:
     """Sums of the magnitudes of the terms of y and of every gradient, float64."""
+    return op_steps(case, case.eps(), grad_y, magnitudes=True)
+
+
+def op_steps(
+    case: Case, eps: Tensor, grad_y: Tensor | None, magnitudes: bool = False
+) -> dict[str, Tensor]:
+    """(1a) to (1e) in float64, by their letters: those of a row (rows, r), then the gradients.
+
+    eps: (rows, r). grad_y: None is the forward pass alone. magnitudes: of all numbers, so that
+    nothing cancels.
+    """
+
+    def wide(t: Tensor) -> Tensor:
+        return t.double().abs() if magnitudes else t.double()
+
     names = ("x", "A", "B", "weight", "s", "sigma")
-    x, A, B, W, s, sigma = (getattr(case, name).double().abs() for name in names)
-    x, g = x.reshape(-1, x.shape[-1]), grad_y.double().abs().reshape(-1, len(W))
-    eps = case.eps().abs()
-    factor = case.scaling * (s + sigma * eps)
-    h, d = x @ A.T, g @ B
-    y = x @ W.T + h * factor @ B.T
+    x, A, B, W, s, sigma = (wide(getattr(case, name)) for name in names)
+    x, eps = x.reshape(-1, x.shape[-1]), wide(eps)
+    f, h = case.scaling * (s + sigma * eps), x @ A.T
+    y = x @ W.T + h * f @ B.T
     if case.bias is not None:
-        y = y + case.bias.double().abs()
-    return {
-        "y": y.reshape(*case.x.shape[:-1], -1), "x": (g @ W + d * factor @ A).reshape(case.x.shape),
-        "weight": g.T @ x, "bias": g.sum(0), "A": (d * factor).T @ x, "B": g.T @ (h * factor),
-        "s": case.scaling * (h * d).sum(0), "sigma": case.scaling * (h * d * eps).sum(0),
-    }  # fmt: skip
+        y = y + wide(case.bias)
+    out = {"h": h, "f": f, "u": h * f, "y": y.reshape(*case.x.shape[:-1], -1)}
+    if grad_y is not None:
+        g = wide(grad_y).reshape(-1, len(W))
+        d = g @ B
+        out |= {
+            "d": d, "dh": d * f, "ds": case.scaling * h * d,
+            "x": (g @ W + d * f @ A).reshape(case.x.shape),
+            "weight": g.T @ x, "bias": g.sum(0), "A": (d * f).T @ x, "B": g.T @ (h * f),
+            "s": case.scaling * (h * d).sum(0), "sigma": case.scaling * (h * d * eps).sum(0),
+        }  # fmt: skip
+    return out
 
 
 def terms(case: Case) -> int:

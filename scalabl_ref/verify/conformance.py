@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,16 +196,19 @@ def check(
     known = {name for case in manifest["cases"] for name in _results(case)}
     for name in theirs:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, 1)
-            hint = (
-                f": did you mean {nearest[0]}?" if nearest else " (results are named CASE/OUTPUT)"
-            )
-            raise InputError(f"{outputs}: no case has a result named {name}{hint}")
+            hint = " (results are named CASE/OUTPUT)"
+            raise unknown_name(f"{outputs}: no case has a result named {name}", name, known, hint)
     attempted = [c for c in manifest["cases"] if any(n in theirs for n in _results(c))]
     if not attempted:
         raise InputError(f"{outputs}: has no result for any case")
     left_out = [case["id"] for case in manifest["cases"] if case not in attempted]
     return [grade_case(case, truth, theirs, precision) for case in attempted], left_out
+
+
+def unknown_name(text: str, name: str, known: Iterable[str], hint: str = "") -> InputError:
+    """An error about a name, with the known name nearest to it, else with `hint`."""
+    nearest = difflib.get_close_matches(name, known, 1)
+    return InputError(text + (f": did you mean {nearest[0]}?" if nearest else hint))
 
 
 def _results(case: dict[str, Any]) -> list[str]:
@@ -222,21 +226,30 @@ def grade_case(
             problems.append(f"{name} is missing")
             continue
         got, expected = theirs[output["tensor"]], truth[output["tensor"]]
-        if got.shape != expected.shape:
-            shapes = f"{tuple(got.shape)}, expected {tuple(expected.shape)}"
-            problems.append(f"{name} has shape {shapes}")
-            continue
         size = truth[output["size"]] if isinstance(output["size"], str) else output["size"]
-        bound = torch.as_tensor(size).double() * output["terms"] * PRECISIONS[precision]
-        share = _share(got, expected, bound.expand(expected.shape))
-        largest = float(share.max()) if share.numel() else 0.0
-        worst = max(worst, largest)
-        if largest <= 1:
-            right.append(name)
+        error, problem = grade_output(got, expected, output["terms"], size, precision)
+        worst = max(worst, error)
+        if problem:
+            problems.append(f"{name}{problem}")
         else:
-            problems.append(f"{name}: {_report(got, expected, share, bound, precision)}")
+            right.append(name)
     about = (case["id"], case["level"], case["covers"], case["catches"])
     return Grade(*about, worst, problems, right)
+
+
+def grade_output(
+    got: Tensor, expected: Tensor, terms: int, size: Tensor | float, precision: str
+) -> tuple[float, str]:
+    """The largest error as a share of its bound, and the problem, to follow the name; or nothing.
+
+    The error is 0 where the shapes differ.
+    """
+    if got.shape != expected.shape:
+        return 0.0, f" has shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    bound = torch.as_tensor(size).double() * terms * PRECISIONS[precision]
+    share = _share(got, expected, bound.expand(expected.shape))
+    error = float(share.max()) if share.numel() else 0.0
+    return error, "" if error <= 1 else f": {_report(got, expected, share, bound, precision)}"
 
 
 def _share(got: Tensor, expected: Tensor, bound: Tensor) -> Tensor:

@@ -150,20 +150,23 @@ def class_logits(
     scales: Weights,
     scaling: float,
     partial: bool = False,
+    seen: dict[str, tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """Logits (B, C) of a batch; (1) for the layers that `scales` has, s~ (B, r) by rows.
 
-    The matrix of each row of the batch is written out.
+    The matrix of each row of the batch is written out. seen: gets x and y of every linear layer.
     """
 
     def adapted(w: Weights, name: str, x: Tensor) -> Tensor:
         y = linear(w, name, x)
-        if name not in scales:
-            return y
-        A, B = leaves[f"{name}.A"], leaves[f"{name}.B"]
-        return y + torch.stack(
-            [x[b] @ (scaling * B @ torch.diag(scales[name][b]) @ A).T for b in range(len(x))]
-        )
+        if name in scales:
+            A, B = leaves[f"{name}.A"], leaves[f"{name}.B"]
+            y = y + torch.stack(
+                [x[b] @ (scaling * B @ torch.diag(scales[name][b]) @ A).T for b in range(len(x))]
+            )
+        if seen is not None:
+            seen[name] = x, y
+        return y
 
     hidden = llama(w, config, batch["tokens"], adapted, partial)
     last = torch.stack([hidden[b, n] for b, n in enumerate(last_places(batch))])

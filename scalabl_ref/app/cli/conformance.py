@@ -1,6 +1,6 @@
 """Test vectors for an implementation in another framework or language (docs/conformance.md).
 `export DIR` writes them and that page; `check DIR OUTPUTS` grades a port's results and names likely
-faults."""
+faults; `compare CASE VALUES` says which intermediate value of a case is the first that is wrong."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from pathlib import Path
 from ...support.errors import InputError
 from ...verify.conformance import Grade, check, export, identity
 from ...verify.diagnosis import alike, any_of, summary
+from ...verify.intermediates import compare
 from .output import Result, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("action", choices=("export", "check"),
-        help="export: write the vectors to DIR; check: grade OUTPUTS by those in DIR")  # fmt: skip
-    add("folder", type=Path, metavar="DIR", help="folder of the vectors")
+    add("action", choices=("export", "check", "compare"),
+        help="export: write the vectors to DIR; check: grade OUTPUTS by those in DIR; compare: "
+        "grade the intermediate values of one case")  # fmt: skip
+    add("folder", type=Path, metavar="DIR",
+        help="folder of the vectors; compare: a case: op-forward-*, op-backward-*, step-*"
+    )  # fmt: skip
     add("outputs", type=Path, nargs="?", metavar="OUTPUTS",
-        help="check: the port's results, safetensors with tensors named CASE/OUTPUT")  # fmt: skip
+        help="check: the port's results, safetensors with tensors named CASE/OUTPUT; compare: its "
+        "intermediate values, named as in docs/conformance.md")  # fmt: skip
     add("--precision", choices=("float32", "float64"), default="float32",
-        help="check: the port's precision, whose eps (2^-23, 2^-52) sets the bounds")  # fmt: skip
+        help="the port's precision, whose eps (2^-23, 2^-52) sets the bounds")  # fmt: skip
     add("--first", action="store_true", help="check: print the first case that fails, and no other")
     add("--all", action="store_true", help="check: a case without any result is a failure")
 
@@ -33,7 +38,9 @@ def run(args: argparse.Namespace) -> Result:
         say(args, f"written: {count} cases to {args.folder}; kit {version}, SHA-256 {sha256}")
         return {"cases": count, "folder": str(args.folder), "kit": version, "sha256": sha256}
     if args.outputs is None:
-        raise InputError("conformance check needs a file of OUTPUTS")
+        raise InputError(f"conformance {args.action} needs a file of OUTPUTS")
+    if args.action == "compare":
+        return _compare(args)
     grades, left_out = check(args.folder, args.outputs, args.precision)
     failed = [grade for grade in grades if not grade.passed]
     found = alike(args.folder, args.outputs, grades, args.precision) if failed else {}
@@ -53,6 +60,22 @@ def run(args: argparse.Namespace) -> Result:
     return {"kit": version, "sha256": sha256, "cases": cases, "not_attempted": left_out,
             "failed": len(failed),
             "exit_code": int(bool(failed or (args.all and left_out)))}  # fmt: skip
+
+
+def _compare(args: argparse.Namespace) -> Result:
+    """The values of one case in the order of computation, and the first that is wrong."""
+    values = compare(str(args.folder), args.outputs, args.precision)
+    say(args, f"{'value':44} error / bound, 1 is the limit")
+    for name, error, problem in values:
+        shown = f"{'-':>10}" if error is None else f"{error:10.2g}"
+        say(args, f"{name:44} {shown}  {'WRONG' if problem else '' if error is None else 'ok'}")
+    wrong = [value for value in values if value.problem]
+    given = sum(value.error is not None for value in values)
+    right = f"all {given} values given are right, {len(values) - given} are not given"
+    say(args, f"first wrong: {wrong[0].name}{wrong[0].problem}" if wrong else right)
+    return {"values": [value._asdict() for value in values],
+            "first_wrong": wrong[0].name if wrong else None,
+            "exit_code": int(bool(wrong))}  # fmt: skip
 
 
 def _say(args: argparse.Namespace, grade: Grade, faults: dict[str, list[str]]) -> None:
