@@ -1,8 +1,9 @@
 """Measurements: ours beside what people would use instead, interleaved, in one run.
 
     python tools/bench.py {op,overhead} [--threads N] [--rounds N] [--json]
+        op: [--device cuda] [--dtype float32|bfloat16] [--shape ROWS D_IN D_OUT]
     python tools/bench.py {forward,train-step,predict,generate,memory} --model DIR
-        [--dtype float32|bfloat16] [--data FILE --format F] [--official CHECKOUT]
+        [--device cuda] [--dtype float32|bfloat16] [--data FILE --format F] [--official CHECKOUT]
         [--peer-python PYTHON]
     python tools/bench.py scaling --model DIR [--page FILE.html]
     python tools/bench.py roofline --model DIR
@@ -14,7 +15,7 @@ sets, the threads, and the cores that others took meanwhile: other processes, or
 the same processor. If they took more than OTHERS of a core, there are no figures but an error,
 unless --busy is given.
 
-The peer of the model benchmarks is transformers with peft, and, for `scalabl`, the wrapper of a
+The peer of the model benchmarks is transformers with peft, and, with --official, the wrapper of a
 checkout of SRI-CSL/BayesAdapt; weights, token ids, dtype and threads are the same. It lives in an
 environment of its own, made for the run unless --peer-python names one. --data gives the prompts
 of a real data set, by default lengths are drawn. A folder in our own layout is written in Hugging
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=sorted({**BENCHMARKS, **OWN, **MODEL_BENCHMARKS}))
+    parser.add_argument("what", choices=sorted({**OWN, **MODEL_BENCHMARKS}))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--model", type=Path, help="folder of a model")
@@ -79,16 +80,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--official", type=Path, help="checkout of SRI-CSL/BayesAdapt")
     parser.add_argument("--peer-python", type=Path, help="of an environment with the peers")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--shape", type=int, nargs=3, action="append", help="of op, repeatable")
     parser.add_argument("--busy", action="store_true", help="print figures of a busy machine too")
     parser.add_argument("--page", type=Path, help="HTML page of scaling's plots to write")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     others = Others()
-    if args.what in BENCHMARKS:
-        report = {"machine": machine(), "rows": BENCHMARKS[args.what](args.rounds)}
-    elif args.what in OWN:
-        report = {"machine": machine(), "rows": OWN[args.what](args)}
+    if args.what in OWN:
+        report = {"machine": machine(args.device), "rows": OWN[args.what](args)}
     else:
         if args.model is None:
             parser.error(f"{args.what} needs --model")
@@ -138,7 +139,7 @@ class Others:
         return max(0.0, (after - before) / (end - begin))
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     """What the figures depend on."""
     model, flags = platform.processor() or platform.machine(), set()
     info = Path("/proc/cpuinfo")
@@ -157,6 +158,7 @@ def machine() -> dict[str, Any]:
         "instruction sets": " ".join(name for name in ISA if name in flags) or "unknown",
         "threads": torch.get_num_threads(),
         "native core": status["isa"] if status["used"] else status["reason"],
+        **({} if device == "cpu" else {"device": torch.cuda.get_device_name(device)}),
     }
 
 
@@ -168,16 +170,23 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def interleaved(steps: dict[str, Step], rounds: int, inner: int = 1) -> dict[str, float]:
-    """Median seconds of one call of each step, over `rounds` rounds of `inner` calls of each."""
+def interleaved(
+    steps: dict[str, Step], rounds: int, inner: int = 1, wait: Step = lambda: None
+) -> dict[str, float]:
+    """Median seconds of one call of each step, over `rounds` rounds of `inner` calls of each.
+
+    wait: returns when the device has done all that it was told.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()  # first touches, caches, lazy initialisation
+        wait()
     for _ in range(rounds):
         for name, step in steps.items():
             start = time.perf_counter()
             for _ in range(inner):
                 step()
+            wait()
             times[name].append((time.perf_counter() - start) / inner)
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -221,22 +230,25 @@ def autograd(x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: Tensor, sigma: Tenso
     return F.linear(x, W) + F.linear(F.linear(x, A) * (s + sigma * eps), B) * SCALING
 
 
-def op(rounds: int) -> list[dict[str, Any]]:
+def op(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Forward and backward against the bare frozen linear layer (its forward and grad_x)."""
-    return [one_shape(rounds, *shape) for shape in SHAPES]
+    return [one_shape(args, *shape) for shape in args.shape or SHAPES]
 
 
-def one_shape(rounds: int, count: int, d_in: int, d_out: int) -> dict[str, Any]:
-    x = torch.randn(EXAMPLES, count // EXAMPLES, d_in, requires_grad=True)
-    W, g = torch.randn(d_out, d_in), torch.randn(EXAMPLES, count // EXAMPLES, d_out)
+def one_shape(args: argparse.Namespace, count: int, d_in: int, d_out: int) -> dict[str, Any]:
+    base: dict[str, Any] = {"device": args.device, "dtype": getattr(torch, args.dtype)}
+    x = torch.randn(EXAMPLES, count // EXAMPLES, d_in, requires_grad=True, **base)
+    W = torch.randn(d_out, d_in, **base)
+    g = torch.randn(EXAMPLES, count // EXAMPLES, d_out, **base)
     A, B = torch.randn(RANK, d_in) / d_in**0.5, torch.randn(d_out, RANK)
-    own = [t.requires_grad_() for t in (A, B, torch.rand(RANK), torch.rand(RANK))]
-    eps = Noise(0, 0).normal(0, EXAMPLES, RANK)
+    own = [t.to(args.device).requires_grad_() for t in (A, B, torch.rand(RANK), torch.rand(RANK))]
+    theirs = [t.detach().to(x).requires_grad_() for t in own]  # no float32 beside bfloat16
+    eps = Noise(0, 0).normal(0, EXAMPLES, RANK).to(x)
 
     def both_ways(forward: Callable[[], Tensor]) -> Step:
         def step() -> None:
             forward().backward(g)
-            for t in (x, *own):
+            for t in (x, *own, *theirs):
                 t.grad = None
 
         return step
@@ -245,17 +257,19 @@ def one_shape(rounds: int, count: int, d_in: int, d_out: int) -> dict[str, Any]:
     steps = {
         "bare": lambda: F.linear(x, W),
         "ours": lambda: subspace_lora_linear(x, W, None, *own, SCALING, noise),
-        "composition": lambda: Composition.apply(x, W, *own, eps),
-        "autograd": lambda: autograd(x, W, *own),
+        "composition": lambda: Composition.apply(x, W, *theirs, eps),
+        "autograd": lambda: autograd(x, W, *theirs),
     }
-    seconds = interleaved({name: both_ways(step) for name, step in steps.items()}, rounds)
+    both = {name: both_ways(step) for name, step in steps.items()}
+    wait = torch.cuda.synchronize if args.device != "cpu" else lambda: None
+    seconds = interleaved(both, args.rounds, wait=wait)
     bare = seconds.pop("bare")
     ratios = {f"{name} / bare": value / bare for name, value in seconds.items()}
     return {"rows, d_in, d_out": f"{count}, {d_in}, {d_out}", "bare ms": 1e3 * bare, **ratios}
 
 
 @torch.no_grad()
-def overhead(rounds: int) -> list[dict[str, Any]]:
+def overhead(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Microseconds of one eager call at (1, 64, 64), without gradient."""
     x, W, A, B = (torch.randn(n, m) for n, m in ((1, 64), (64, 64), (8, 64), (64, 8)))
     s, noise = torch.rand(8), Noise(0, 0)
@@ -265,7 +279,7 @@ def overhead(rounds: int) -> list[dict[str, Any]]:
             "mean": lambda: subspace_lora_linear(x, W, None, A, B, s, s, SCALING, None),
             "sampled": lambda: subspace_lora_linear(x, W, None, A, B, s, s, SCALING, noise),
         },
-        20 * rounds,
+        20 * args.rounds,
         inner=200,
     )
     base = seconds["F.linear"]
@@ -273,9 +287,6 @@ def overhead(rounds: int) -> list[dict[str, Any]]:
         {"call": name, "us": 1e6 * value, "us above F.linear": 1e6 * (value - base)}
         for name, value in seconds.items()
     ]
-
-
-BENCHMARKS: dict[str, Callable[[int], list[dict[str, Any]]]] = {"op": op, "overhead": overhead}
 
 
 # --- Our model alone --------------------------------------------------------------------------
@@ -424,6 +435,8 @@ def parts_of(model: scalabl_ref.Llama, count: int, length: int) -> dict[str, Par
 
 
 OWN: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
+    "op": op,
+    "overhead": overhead,
     "draws": draws,
     "roofline": roofline,
 }
@@ -441,7 +454,7 @@ class Side:
 
     def __init__(self, name: str, python: Path, args: argparse.Namespace) -> None:
         command = [python, Path(__file__).with_name("bench_worker.py"), name, args.model]
-        command += ["--threads", args.threads, "--dtype", args.dtype]
+        command += ["--threads", args.threads, "--dtype", args.dtype, "--device", args.device]
         if args.official:
             command += ["--official", args.official]
         self.process = subprocess.Popen(
@@ -585,7 +598,8 @@ def steps(args: argparse.Namespace, both: dict[str, Side], what: str) -> list[di
 
 def prediction(args: argparse.Namespace, both: dict[str, Side]) -> list[dict[str, Any]]:
     """Ten draws; the last column is ours for ten over ours for one."""
-    base = {"do": "predict", "classes": list(range(300, 300 + CLASSES))}
+    method = "scalabl" if args.official else "lora"  # of the peer
+    base = {"do": "predict", "method": method, "classes": list(range(300, 300 + CLASSES))}
     as_they_come = [{**base, "rows": t["rows"]} for t in train_tasks(args, "scalabl")]
     cases = {
         "1 x 8": [{**base, "rows": [list(range(100, 108))]}],
@@ -598,7 +612,12 @@ def prediction(args: argparse.Namespace, both: dict[str, Side]) -> list[dict[str
         one = {"ours": both["ours"], "peer": both["ours"]}
         alone = compare(one, args.rounds, [{**t, "samples": 1} for t in tasks])
         rows.append(
-            {"ten draws, rows x tokens": name, **ten, "ten / one": ten["ours"] / alone["ours"]}
+            {
+                "ten draws, rows x tokens": name,
+                "against": method,
+                **ten,
+                "ten / one": ten["ours"] / alone["ours"],
+            }
         )
     return rows
 

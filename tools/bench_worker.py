@@ -1,12 +1,14 @@
 """One side of a model benchmark: `bench.py` starts two of these and lets them work in turn.
 
     python tools/bench_worker.py {ours,peer} FOLDER [--official DIR] [--threads N] [--dtype D]
+        [--device cuda]
 
 The first line on standard output says what this side is. Then every line of JSON on standard input
 is a task, {"do": name, ...}, answered by one line: {"seconds": ..., "bytes": ..., "value": ...}.
-bytes is the growth of the peak of resident memory while the task ran. `peer` is transformers with
-peft, and with the official wrapper from a checkout of SRI-CSL/BayesAdapt if DIR is given; it needs
-an environment of its own, with NumPy, and knows nothing of this package.
+bytes is the growth of the peak of resident memory while the task ran, on a GPU that of PyTorch's
+memory. Every task ends with a number on the CPU, and so waits for the GPU. `peer` is transformers
+with peft, and with the official wrapper from a checkout of SRI-CSL/BayesAdapt if DIR is given; it
+needs an environment of its own, with NumPy, and knows nothing of this package.
 """
 
 from __future__ import annotations
@@ -36,7 +38,15 @@ def memory(key: str) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key)), 0)
 
 
-def timed(step: Callable[[], Any]) -> dict[str, Any]:
+def timed(torch: Any, device: str, step: Callable[[], Any]) -> dict[str, Any]:
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held, start = torch.cuda.memory_allocated(), time.perf_counter()
+        value = step()
+        seconds = time.perf_counter() - start
+        grown = torch.cuda.max_memory_allocated() - held
+        return {"seconds": seconds, "bytes": grown, "value": value}
     reset = Path("/proc/self/clear_refs")
     if reset.exists():
         reset.write_text("5")  # the peak starts anew
@@ -52,20 +62,23 @@ def timed(step: Callable[[], Any]) -> dict[str, Any]:
 
 
 class Ours:
-    def __init__(self, folder: Path, official: Path | None, dtype: str) -> None:
+    def __init__(self, folder: Path, official: Path | None, dtype: str, device: str) -> None:
         import scalabl_ref
 
         # isort: split
         import torch
 
         self.torch, self.lib, self.folder = torch, scalabl_ref, folder
-        self.dtype = getattr(torch, dtype)
+        self.dtype, self.device = getattr(torch, dtype), device
         self.models: dict[str, Any] = {}
 
     def versions(self) -> dict[str, Any]:
         from bench import machine
 
-        return machine()
+        return machine(self.device)
+
+    def timed(self, step: Callable[[], Any]) -> dict[str, Any]:
+        return timed(self.torch, self.device, step)
 
     def model(
         self, kind: str, classes: list[int] | None, layers: int | None = None, rank: int = RANK
@@ -74,7 +87,7 @@ class Ours:
         key = f"{kind} {classes} {layers} {rank}"
         if key not in self.models:
             self.models.clear()
-            model = self.lib.Llama.from_pretrained(self.folder, self.dtype)
+            model = self.lib.Llama.from_pretrained(self.folder, self.dtype, self.device)
             if layers is not None:
                 model.layers = model.layers[:layers]
             if classes:
@@ -100,18 +113,20 @@ class Ours:
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = torch.tensor(row)
         labels = torch.arange(len(rows)) % len(classes)
-        return Batch(tokens, lengths, labels, torch.arange(len(rows)), torch.tensor(classes))
+        batch = Batch(tokens, lengths, labels, torch.arange(len(rows)), torch.tensor(classes))
+        return batch.to(self.device)
 
     def forward(self, task: Task) -> dict[str, Any]:
-        model, tokens = self.model("plain", None), self.torch.tensor(task["rows"])
+        model = self.model("plain", None)
+        tokens = self.torch.tensor(task["rows"], device=self.device)
         with self.torch.no_grad():
-            return timed(lambda: float(model(tokens).abs().max()))
+            return self.timed(lambda: float(model(tokens).abs().max()))
 
     def generate(self, task: Task) -> dict[str, Any]:
         from scalabl_ref.evaluation.generate import generate
 
         model = self.model("plain", None)
-        return timed(lambda: [t.id for t in generate(model, task["rows"][0], task["count"])])
+        return self.timed(lambda: [t.id for t in generate(model, task["rows"][0], task["count"])])
 
     def train(self, task: Task) -> dict[str, Any]:
         """One step of what `task["method"]` names, on the batch."""
@@ -128,31 +143,37 @@ class Ours:
             model.optimiser.zero_grad()
             return result.loss.item()
 
-        return timed(step)
+        return self.timed(step)
 
     def predict(self, task: Task) -> dict[str, Any]:
         model = self.model("scalabl", task["classes"], task.get("layers"), task.get("rank", RANK))
         batch = self.batch(task["rows"], task["classes"])
-        return timed(lambda: self.lib.predict(model, batch, task["samples"]).probs.sum().item())
+        return self.timed(
+            lambda: self.lib.predict(model, batch, task["samples"]).probs.sum().item()
+        )
 
 
 # --- What people would use instead ----------------------------------------------------------------
 
 
 class Peer:
-    def __init__(self, folder: Path, official: Path | None, dtype: str) -> None:
+    def __init__(self, folder: Path, official: Path | None, dtype: str, device: str) -> None:
         import peft
         import torch
         import transformers
 
         transformers.logging.set_verbosity_error()
         self.torch, self.peft, self.transformers = torch, peft, transformers
-        self.folder, self.official, self.dtype = folder, official, getattr(torch, dtype)
+        self.folder, self.official = folder, official
+        self.dtype, self.device = getattr(torch, dtype), device
         self.models: dict[str, Any] = {}
 
     def versions(self) -> dict[str, Any]:
         found = {m.__name__: m.__version__ for m in (self.torch, self.transformers, self.peft)}
         return {**found, "threads": self.torch.get_num_threads()}
+
+    def timed(self, step: Callable[[], Any]) -> dict[str, Any]:
+        return timed(self.torch, self.device, step)
 
     def wrappers(self) -> Any:
         """The official wrappers' modules, without what the rest of their package imports."""
@@ -192,6 +213,7 @@ class Peer:
                 if isinstance(module, self.peft.tuners.lora.LoraLayer):
                     parent, _, child = name.rpartition(".")
                     setattr(model.get_submodule(parent), child, wrapper(module))
+        model.to(self.device)
         if kind != "plain":
             own = [p for p in model.parameters() if p.requires_grad]
             model.optimiser = torch.optim.AdamW(own, lr=LR)
@@ -204,7 +226,8 @@ class Peer:
         width = max(map(len, rows))
         tokens = [[0] * (width - len(row)) + row for row in rows]
         mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-        return {"input_ids": self.torch.tensor(tokens), "attention_mask": self.torch.tensor(mask)}
+        found = {"input_ids": self.torch.tensor(tokens), "attention_mask": self.torch.tensor(mask)}
+        return {name: value.to(self.device) for name, value in found.items()}
 
     def logits(self, model: Any, inputs: dict[str, Any]) -> Any:
         """Of the classes at the last token: body, then head, as the official trainer does it."""
@@ -213,12 +236,14 @@ class Peer:
         return causal.lm_head(hidden)
 
     def forward(self, task: Task) -> dict[str, Any]:
-        model, tokens = self.model("plain", None), self.torch.tensor(task["rows"])
+        model = self.model("plain", None)
+        tokens = self.torch.tensor(task["rows"], device=self.device)
         with self.torch.no_grad():
-            return timed(lambda: float(model(tokens, use_cache=False).logits.abs().max()))
+            return self.timed(lambda: float(model(tokens, use_cache=False).logits.abs().max()))
 
     def generate(self, task: Task) -> dict[str, Any]:
-        model, tokens = self.model("plain", None), self.torch.tensor(task["rows"])
+        model = self.model("plain", None)
+        tokens = self.torch.tensor(task["rows"], device=self.device)
         count = task["count"]
         model.generation_config.eos_token_id = None  # it may write it, and goes on
 
@@ -229,12 +254,12 @@ class Peer:
             )  # fmt: skip
             return out[0, tokens.shape[1] :].tolist()
 
-        return timed(step)
+        return self.timed(step)
 
     def train(self, task: Task) -> dict[str, Any]:
         torch, classes = self.torch, task["classes"]
         model, inputs = self.model(task["method"], classes), self.inputs(task["rows"])
-        labels = torch.arange(len(task["rows"])) % len(classes)
+        labels = torch.arange(len(task["rows"]), device=self.device) % len(classes)
 
         def step() -> float:
             model.optimiser.zero_grad()
@@ -252,12 +277,12 @@ class Peer:
                 model.kl_optimiser.step()
             return loss.item()
 
-        return timed(step)
+        return self.timed(step)
 
     def predict(self, task: Task) -> dict[str, Any]:
-        """So many passes; the wrapper draws in each."""
+        """So many passes; the official wrapper draws in each, plain LoRA of peft repeats itself."""
         torch = self.torch
-        model, inputs = self.model("scalabl", task["classes"]), self.inputs(task["rows"])
+        model, inputs = self.model(task["method"], task["classes"]), self.inputs(task["rows"])
         model.eval()
 
         def step() -> float:
@@ -265,7 +290,7 @@ class Peer:
                 each = [self.logits(model, inputs) for _ in range(task["samples"])]
                 return torch.stack(each).softmax(-1).mean(0).sum().item()
 
-        return timed(step)
+        return self.timed(step)
 
 
 def main() -> None:
@@ -275,8 +300,11 @@ def main() -> None:
     parser.add_argument("--official", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    side = {"ours": Ours, "peer": Peer}[args.side](args.folder, args.official, args.dtype)
+    side = {"ours": Ours, "peer": Peer}[args.side](
+        args.folder, args.official, args.dtype, args.device
+    )
     side.torch.set_num_threads(args.threads)
     print(json.dumps(side.versions()), flush=True)
     for line in sys.stdin:
