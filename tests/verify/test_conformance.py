@@ -201,6 +201,18 @@ def test_the_quick_start_counts_the_cases(kit):
     assert len(rows) == 5 and wanted == set(levels)
 
 
+def test_results_are_written_as_interop_says(kit, tmp_path, monkeypatch):
+    """Its example runs; its zeros are no normals, but check can read them."""
+    page = (ROOT / "docs" / "interop.md").read_text(encoding="utf-8")
+    section = page.split("\n## Tensors from PyTorch, without NumPy\n")[1]
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(re.search(r"```python\n(.+?)```", section, re.S)[1], found)
+    assert torch.equal(found["tensors"]["noise-0/eps"], torch.zeros(4, 10))
+    (result,), _ = check(kit, tmp_path / "results.safetensors")
+    assert result.problems[0].startswith("eps: 40 of 40 elements beyond the bound")
+
+
 def test_every_output_is_graded(kit, tmp_path):
     """A thousandth more in any one output fails its case, and names the output."""
     right = port(kit, torch.float32)
