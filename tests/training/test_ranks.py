@@ -100,8 +100,9 @@ def assert_replicas(folder: Path, ranks: int) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "micro_batch", "objective"),
-    [(1, None, "elbo"), (2, 1, "elbo"), (2, None, "official"), (4, None, "elbo")],
-)
+    [(1, None, "elbo"), (1, 3, "elbo"), (2, 1, "elbo"), (2, None, "official"), (3, 1, "elbo"),
+     (4, None, "elbo")],
+)  # fmt: skip
 def test_the_curve_does_not_depend_on_the_ranks(tmp_path, ranks, micro_batch, objective):
     """Nor on what is accumulated on each; and the ranks' adapters are the same to the bit."""
     config = {"micro_batch": micro_batch, "objective": objective}

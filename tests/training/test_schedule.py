@@ -50,6 +50,9 @@ def test_warmup_rises_then_falls_to_zero():
     assert all(a < b for a, b in zip(factors[:6], factors[1:7], strict=True))
     assert all(a > b for a, b in zip(factors[6:-1], factors[7:], strict=True))
     assert warmup_linear(0, 10, 0.0) == 1.0
+    # Steps of warm-up that are not whole: 3.5 is 3, and .29 * 100 is below 29 in binary64.
+    assert warmup_linear(2, 50, 0.07) == 2 / 3 and warmup_linear(3, 50, 0.07) == 1.0
+    assert warmup_linear(27, 100, 0.29) == 27 / 28 and warmup_linear(28, 100, 0.29) == 1.0
 
 
 @pytest.mark.parametrize(

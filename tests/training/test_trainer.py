@@ -19,8 +19,10 @@ from ..models import fill, tiny_data, tiny_model, trainer
 from ..tolerances import rounding
 
 
-def test_gradient_accumulation_does_not_change_the_gradient():
-    whole, pieces = trainer(), trainer(micro_batch=1)
+@pytest.mark.parametrize("micro_batch", [1, 3])  # 3: the last of a batch of 4 is shorter
+def test_gradient_accumulation_does_not_change_the_gradient(micro_batch):
+    whole, pieces = trainer(), trainer(micro_batch=micro_batch)
+    assert whole.config.batch == 4
     for t in (whole, pieces):
         t.step()
         t.step()
@@ -225,6 +227,20 @@ def test_a_step_keeps_sigma_above_its_bound(objective):
             adapter.log_sigma.fill_(MIN_LOG_SIGMA - 5)
     t.step()
     assert all((adapter.log_sigma >= MIN_LOG_SIGMA).all() for adapter in own)
+
+
+@pytest.mark.parametrize("objective", ["elbo", "official"])
+def test_a_step_leaves_sigma_alone_above_its_bound(objective):
+    """With rates of 0 no step moves it: it has no bound from above, and s has none."""
+    t = trainer(objective=objective, lr=0.0, variational_lr=0.0, kl_lr=0.0)
+    own = adapters(t.model).values()
+    with torch.no_grad():
+        for adapter in own:
+            adapter.log_sigma.fill_(1.0)
+            adapter.log_s.fill_(MIN_LOG_SIGMA - 5)
+    t.step()
+    for adapter in own:
+        assert (adapter.log_sigma == 1.0).all() and (adapter.log_s == MIN_LOG_SIGMA - 5).all()
 
 
 def test_noise_of_a_step_is_its_own():
