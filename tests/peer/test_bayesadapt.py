@@ -537,7 +537,7 @@ def test_schedules(release):
 
 
 def test_answers_of_confidence_one_count(release):
-    """12 of them, 4 wrong: torchmetrics has them in its last bin."""
+    """12 of them, 4 wrong."""
     labels = torch.arange(12) % 3 // 2
     _, ece = release.evaluate(torch.tensor([[200.0, 0.0]] * 12), labels)
     assert ece == pytest.approx(1 / 3, rel=4 * torch.finfo(torch.float32).eps)
