@@ -31,22 +31,16 @@ from scalabl_ref import (
     philox4x32,
 )
 from scalabl_ref.core.adapter import SubspaceAdapter, initial_matrix, initial_values
-from scalabl_ref.core.objective import Batch, class_logits
+from scalabl_ref.core.objective import Batch
 from scalabl_ref.core.philox import box_muller
-from scalabl_ref.core.predictive import plain_predict, predictive
-from scalabl_ref.data import Encoded
-from scalabl_ref.evaluation import metrics
-from scalabl_ref.fast.rows import PackedAttention, Rows, packed_context
+from scalabl_ref.core.predictive import predictive
 from scalabl_ref.methods import subspace
 from scalabl_ref.methods.evidence import best_precision
 from scalabl_ref.methods.laplace import LOGITS_LAYER
 from scalabl_ref.model.attach import Linear
-from scalabl_ref.model.config import RopeConfig
-from scalabl_ref.model.inputs import Inputs
-from scalabl_ref.model.llama import MLP, Context, RMSNorm
 from scalabl_ref.support.tensors import load_tensors
-from scalabl_ref.training.schedule import kl_period, kl_weight, warmup_linear
-from scalabl_ref.training.trainer import TrainConfig, Trainer
+from scalabl_ref.verify import level_checks
+from scalabl_ref.verify.level_checks import double, load
 
 from . import models
 from .exact import PI, exact_normals
@@ -102,37 +96,18 @@ def port(folder, dtype, bug=lambda call: {}, levels=None):
             result = {"kl": function(t["s"].to(dtype), t["sigma"].to(dtype), p["prior_std"])}
         elif level == "ELBO":
             result = objective(p, t, dtype)
-        elif case["id"].startswith("warmup"):
-            values = [warmup_linear(i, p["steps"], p["warmup"]) for i in t["step"].tolist()]
-            result = {"factor": torch.tensor(values, dtype=torch.float64)}
-        elif level == "schedules":
-            period = kl_period(p["num_examples"], p["batch"])
-            weights = [kl_weight(i, period) for i in t["step"].tolist()]
-            result = {"period": torch.tensor(period),
-                      "weight": torch.tensor(weights, dtype=torch.float64)}  # fmt: skip
-        elif level == "predictive":
-            result = predictive(torch.log_softmax(t["logits"].to(dtype), -1))._asdict()
-        elif case["id"].startswith("ece"):
-            result = {"ece": double(metrics.ece(t["probs"], t["labels"], p["bins"]))}
-        elif case["id"] == "auroc":
-            result = {"auroc": double(metrics.auroc(t["scores"], t["positive"]))}
-        elif level == "metrics":
-            functions = {"acc": metrics.accuracy, "nll": metrics.nll, "brier": metrics.brier}
-            result = {n: double(f(t["probs"], t["labels"])) for n, f in functions.items()}
+        elif level in SAME:
+            result = SAME[level](case["id"], p, t)
+        elif level in OWN:
+            result = OWN[level](case["id"], p, {n: v.to(dtype) if v.is_floating_point() else v
+                                                for n, v in t.items()})  # fmt: skip
         elif case["id"].startswith("svd"):
             result = svd(t)
         elif level == "initialisation":
             result = initialisation(p, t)
-        elif level == "training step":
-            result = training_step(p, t, dtype)
-        elif level == "prediction":
-            result = prediction(p, t, dtype)
-        elif level == "subspace":
-            result = SUBSPACE[case["id"].split("-")[0]](p, t, dtype)
         else:
-            assert level == "llama", level
-            result = llama(case["id"], p, {n: v.to(dtype) if v.is_floating_point() else v
-                                           for n, v in t.items()})  # fmt: skip
+            assert level == "subspace", level
+            result = SUBSPACE[case["id"].split("-")[0]](p, t, dtype)
         out.update({f"{case['id']}/{n}": v.detach().cpu().contiguous() for n, v in result.items()})
     return out
 
@@ -166,102 +141,12 @@ def svd(t):
     return {"identity": A @ A.T, "gram": (A.T * s**2) @ A}
 
 
-def rope_of(p):
-    return RopeConfig(**{name: p[name] for name in vars(RopeConfig())})
-
-
-def llama(id, p, t):
-    if id.startswith("rmsnorm"):
-        norm = RMSNorm(16, p["eps"], device=models.DEVICE)
-        norm.weight.data = t["weight"]
-        return {"y": norm(t["x"])}
-    if id.startswith("rope"):
-        return {"inverse_frequencies": rope_of(p).inverse_frequencies(p["head_dim"], models.DEVICE)}
-    if id.startswith("attention"):
-        config = LlamaConfig(40, 16, 24, 1, p["heads"], p["kv_heads"], p["head_dim"],
-                             rope=rope_of(p))  # fmt: skip
-        model = Llama(config).to(t["x"])
-        layer = model.layers[0].attn
-        load(layer, t)
-        B, T = t["x"].shape[:2]
-        inputs = Inputs(torch.zeros(B, T, dtype=torch.int64, device=models.DEVICE))
-        if isinstance(layer, PackedAttention):
-            return {"y": layer(t["x"], packed_context(model, inputs, Rows(B, T)))}
-        return {"y": layer(t["x"], model.context(inputs, None))}
-    if id == "swiglu":
-        mlp = MLP(LlamaConfig(40, 16, 24, 1, 4, 2, 4)).to(t["x"])
-        load(mlp, t)
-        return {"y": mlp(t["x"], Context(t["x"], t["x"], None, None))}
-    model = Llama(LlamaConfig(**p)).to(t["norm.weight"])
-    load(model, t)
-    return {"logits": model(t["tokens"])}
-
-
-def load(module, t):
-    """The tensors that are the module's parameters, every one of them."""
-    parameters = dict(module.named_parameters())
-    for name, parameter in parameters.items():
-        parameter.data = t[name].to(parameter)
-
-
-def adapted_model(p, t, dtype):
-    """A model with the case's adapters, and their parameters by the page's names."""
-    shape = {k: p[k] for k in vars(LlamaConfig(20, 8, 12, 2, 4, 2, 2)) if k in p}
-    model = Llama(LlamaConfig(**shape)).init_random_().trim_head([*range(len(t["lm_head.weight"]))])
-    config = AdapterConfig(rank=p["rank"], alpha=p["scaling"] * p["rank"],
-                           prior_std=p.get("prior_std", 1.0))  # fmt: skip
-    add_adapters(model, config).to(models.DEVICE, dtype)
-    assert {n: a.layer for n, a in adapters(model).items()} == p["layers"]
-    for name, parameter in model.named_parameters():
-        parameter.data = t[name.replace(".adapter.", ".")].to(dtype)
-    own = {f"{n}.{k}": v for n, a in adapters(model).items() for k, v in a.named_parameters()}
-    return model, own
-
-
-def training_step(p, t, dtype):
-    """The trainer itself, given a data set in which the batch's examples have their ids."""
-    model, own = adapted_model(p, t, dtype)
-    tokens, labels = [[0]] * p["num_examples"], [0] * p["num_examples"]
-    for row, id in enumerate(t["ids"].tolist()):
-        tokens[id] = t["tokens"][row, : t["lengths"][row]].tolist()
-        labels[id] = int(t["labels"][row])
-    config = TrainConfig(
-        **{k: p[k] for k in ("steps", "lr", "variational_lr", "warmup", "adam_eps", "weight_decay",
-                             "objective", "kl", "beta", "kl_lr")},
-        batch=len(t["ids"]), seed=int(p["seed"]),
-    )  # fmt: skip
-    classes = list(range(len(t["lm_head.weight"])))
-    trainer = Trainer(model, Encoded(tokens, labels, classes), config, done=p["step"])
-    trainer.order.indices = lambda step: t["ids"].tolist()
-    state = trainer.optimizer.state
-    for group in trainer.optimizer.param_groups:
-        group["betas"] = (p["beta1"], p["beta2"])
-    for name, parameter in own.items():
-        state[parameter] = {
-            "step": torch.tensor(float(p["step"])),
-            "exp_avg": t[f"exp_avg.{name}"].to(dtype),
-            "exp_avg_sq": t[f"exp_avg_sq.{name}"].to(dtype),
-        }
-    for _ in range(p["repeat"]):
-        record = trainer.step()
-    out = {name: double(record[name]) for name in ("loss", "nll", "kl")}
-    for name, parameter in own.items():
-        out[f"gradient.{name}"], out[f"after.{name}"] = parameter.grad, parameter
-        for moment in ("exp_avg", "exp_avg_sq"):
-            out[f"after.{moment}.{name}"] = state[parameter][moment]
-    return out
-
-
-def prediction(p, t, dtype):
-    """Draws through the whole model, and the average that `predict` gives its users."""
-    model, _ = adapted_model(p, t, dtype)
-    classes = torch.arange(len(t["lm_head.weight"]), device=models.DEVICE)
-    batch = Batch(t["tokens"], t["lengths"], 0 * t["ids"], t["ids"], classes)
-    draws = [Noise(int(p["seed"]), i) for i in range(p["samples"])] or [None]
-    with torch.no_grad():
-        logits = torch.stack([class_logits(model, batch, noise) for noise in draws])
-    found = plain_predict(model, batch, p["samples"], int(p["seed"]))
-    return {"logits": logits, **found._asdict()}
+# Schedules and scores are the same in any precision.
+SAME = {"schedules": level_checks.schedule, "metrics": level_checks.scores}
+OWN = {
+    "predictive": level_checks.averages, "llama": level_checks.llama,
+    "training step": level_checks.training_step, "prediction": level_checks.prediction,
+}  # fmt: skip
 
 
 def scales(p, t, dtype):
@@ -329,10 +214,6 @@ def gaussian(p, t, dtype):
 
 
 SUBSPACE = {"scales": scales, "curvature": curvature, "evidence": evidence, "gaussian": gaussian}
-
-
-def double(value):
-    return torch.tensor(value, dtype=torch.float64)
 
 
 # --- the page alone ------------------------------------------------------------------------------

@@ -12,9 +12,7 @@ The checks of the other methods are in `method_checks`.
 
 from __future__ import annotations
 
-import importlib
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -28,7 +26,6 @@ from ..core import philox
 from ..core.adapter import SubspaceAdapter, adapters
 from ..core.config import AdapterConfig
 from ..core.layer import SAMPLING, Sampling
-from ..core.layer import subspace_lora_linear as plain_op
 from ..core.noise import Noise, philox_words
 from ..core.objective import kl_forward, kl_official
 from ..core.predictive import predictive
@@ -37,22 +34,19 @@ from ..model.attach import add_adapters
 from ..model.config import LlamaConfig
 from ..model.inputs import KVCache
 from ..model.llama import Llama
-from ..support.errors import InputError
 from . import reference
 from .check import (
     FALSE_FAILURE,
     Check,
-    Error,
     Errors,
     LeftOut,
     Op,
-    Result,
     exact,
     normal_limit,
     ratio,
 )
 from .known_answers import box_muller_answers, philox_answers
-from .method_checks import EPS, METHOD_CHECKS, NETWORK, fill
+from .method_checks import EPS, NETWORK, fill
 
 T = TypeVar("T")
 
@@ -566,55 +560,3 @@ OWN_CHECKS = [
     Check("fast noise", "noise: the fast bodies have the bits of the plain ones", same_noise),
     Check("fast model", "the model: the fast bodies equal the plain ones", same_model),
 ]
-
-
-# --- All of them ------------------------------------------------------------------------------
-
-
-def verify(op: Op | None = None, device: torch.device | str = "cpu") -> list[Result]:
-    """Run every check of `op`; without one, check ours, the rest and the other methods.
-
-    op: a function with the signature of `subspace_lora_linear`. If it raises an exception, the
-    check has failed. Gradients of weight and bias are left out if it gives none.
-    """
-    checks = OP_CHECKS + (OWN_CHECKS + METHOD_CHECKS if op is None else [])
-    return [run(check, op or SubspaceAdapter.op, torch.device(device)) for check in checks]
-
-
-def run(check: Check, op: Op, device: torch.device) -> Result:
-    start, errors, note = time.perf_counter(), [], ""
-    try:
-        errors = list(check.run(op, device))
-        # No NaN is the largest of others, and no comparison is no success.
-        worst = max((Error(math.inf) if math.isnan(e) else e for e in errors), default=math.inf)
-        note = getattr(worst, "place", "") if worst > 1 else ""
-    except LeftOut as reason:
-        worst, note = 0.0, f"left out: {reason}"
-    except Exception as error:  # somebody else's function may raise anything
-        worst, note = math.inf, f"{type(error).__name__}: {error}"
-    seconds = time.perf_counter() - start
-    return Result(check.name, check.equation, float(worst), len(errors), seconds, note)
-
-
-def load_op(name: str) -> Op:
-    """The function that "module:function" names. Raises InputError if there is none."""
-    module, _, attribute = name.partition(":")
-    if not module or not attribute:
-        raise InputError(f"--against {name}: expected module:function")
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"--against {name}: {error}") from None
-    if not callable(function):
-        raise InputError(f"--against {name}: is not callable")
-    return function
-
-
-def path_of(op: Op | None) -> str:
-    """The body that runs, in words."""
-    if op is not None:
-        return f"{op.__module__}.{getattr(op, '__name__', op)}"
-    if SubspaceAdapter.op is plain_op:
-        return "plain bodies (SCALABL_PLAIN=1)"
-    status = native.native_status()
-    return f"native core, {status['isa']}" if status["used"] else f"PyTorch ({status['reason']})"

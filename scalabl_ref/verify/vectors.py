@@ -719,7 +719,13 @@ SLOW = (_op, _training_step, _prediction)  # they can make one case alone
 
 def vectors() -> list[Vector]:
     """All cases, the same on every machine."""
-    return [vector for level in LEVELS.values() for make in level for vector in make()]
+    return [vector for level in LEVELS for vector in level_of(level)]
+
+
+def level_of(name: str) -> Iterator[Vector]:
+    """The cases of a level of `LEVELS`."""
+    for make in LEVELS[name]:
+        yield from make()
 
 
 def one(level: str, id: str) -> Vector:

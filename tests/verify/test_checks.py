@@ -18,16 +18,14 @@ from scalabl_ref import InputError, Noise, fast, subspace_lora_linear
 from scalabl_ref.app import cli
 from scalabl_ref.fast import native
 from scalabl_ref.fast.rows import PackedBlock
+from scalabl_ref.verify.all_checks import load_op, run, verify
 from scalabl_ref.verify.check import FALSE_FAILURE, Check
 from scalabl_ref.verify.checks import (
     OP_CHECKS,
     OWN_CHECKS,
     gradient_scores,
-    load_op,
     moment_scores,
     moments,
-    run,
-    verify,
 )
 
 from ..stats import ZTest

@@ -15,9 +15,8 @@ from scalabl_ref.support.tensors import save_tensors
 from scalabl_ref.verify.conformance import grade_output
 from scalabl_ref.verify.faults import FAULTS
 from scalabl_ref.verify.intermediates import compare, intermediates
+from scalabl_ref.verify.level_checks import adapted, training_step
 from scalabl_ref.verify.vectors import vectors
-
-from ..own_port import adapted_model, training_step
 
 CASES = {vector.id: vector for vector in vectors()}
 OPS = [id for id in CASES if id.startswith("op-")]
@@ -71,8 +70,9 @@ def test_the_package_on_the_way_through_its_model(name, precision, tmp_path):
     """Inputs and outputs of the package's own layers, and the outputs of its trainer."""
     dtype, values = getattr(torch, precision), {}
     p, t = CASES[name].parameters, CASES[name].inputs
+    t = {n: v.to(dtype) if v.is_floating_point() else v for n, v in t.items()}
     with fast.plain(), torch.no_grad():
-        model, _ = adapted_model(p, t, dtype)
+        model, _ = adapted(p, t)
         for layer, module in model.named_modules():
             if isinstance(module, Linear):
 
@@ -84,7 +84,7 @@ def test_the_package_on_the_way_through_its_model(name, precision, tmp_path):
         batch = Batch(t["tokens"], t["lengths"], t["labels"], t["ids"], classes)
         class_logits(model, batch, Noise(int(p["seed"]), p["draw"]))
     values |= {n: v.reshape(len(t["ids"]), -1) for n, v in values.items() if "lm_head" in n}
-    values |= training_step(p, t, dtype)
+    values |= training_step(name, p, t)
     found = graded(
         name, {n: v.detach().contiguous() for n, v in values.items()}, tmp_path, precision
     )

@@ -17,7 +17,7 @@ from scalabl_ref.core.objective import class_logits, fitted_prior_std
 from scalabl_ref.evaluation import metrics
 from scalabl_ref.methods import blob, ensemble, full, laplace, subspace, swag, tfb
 from scalabl_ref.methods.map import MapAdapter
-from scalabl_ref.verify.checks import run
+from scalabl_ref.verify.all_checks import run
 from scalabl_ref.verify.method_checks import METHOD_CHECKS, distance, golden_section, slopes
 
 normal = Noise.normal
