@@ -400,11 +400,18 @@ def known_answers(_: Op, device: torch.device) -> Errors:
 
 
 def normals_bit_for_bit(_: Op, device: torch.device) -> Errors:
-    """Noise.normal, whichever path runs, against plain Python."""
-    for seed, draw, layer in ((0, 0, 0), (2**64 - 1, 2**32 - 1, 2**32 - 2), (12345, 678, 90)):
-        ids = torch.tensor([0, 1, 2**32 - 1, 77])
-        got = Noise(seed, draw).normal(layer, ids, 9)
-        slow = [philox.normal_row(seed, draw, layer, int(g), 9) for g in ids]
+    """Noise.normal, whichever path runs, against plain Python; also with a draw for each id."""
+    ids, more = torch.tensor([0, 1, 2**32 - 1, 77]), torch.tensor([3, 0, 2**31, 3])
+    for seed, draw, layer, draws in (
+        (0, 0, 0, None),
+        (2**64 - 1, 2**32 - 1, 2**32 - 2, None),
+        (12345, 678, 90, None),
+        (12345, 678, 90, more),
+    ):
+        got = Noise(seed, draw).normal(layer, ids, 9, draws)
+        each = (more if draws is not None else 0 * ids).tolist()
+        slow = [philox.normal_row(seed, draw + d, layer, g, 9)
+                for g, d in zip(ids.tolist(), each, strict=True)]  # fmt: skip
         right = got == torch.tensor(slow, dtype=torch.float64).float()
         yield from map(exact, right.flatten().tolist())
 
