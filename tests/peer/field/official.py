@@ -439,7 +439,7 @@ class Gym(Official):
                    lambda case: True, plain_sum("official")),
         Difference("schedules", AHEAD, kind("warmup"),
                    warmup_by(lambda i, p: reference.warmup(i + 1, p["steps"], p["warmup"]))),
-        NO_PERIOD, LAST_BIN,
+        NO_PERIOD,
         *step_differences(ONE_DRAW, ONE_RATE, AHEAD),
         Difference("prediction", ONE_DRAW, kind("prediction-draws"), one_draw_prediction),
     )  # fmt: skip
