@@ -157,6 +157,19 @@ def test_what_is_narrow_is_widened_first():
     assert class_logits(low.double(), tiny_batch(), None).dtype == torch.float64
 
 
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float16])
+def test_the_loss_of_a_narrow_base_has_no_error_of_its_own(base):
+    """The NLL of its logits is rounded as float32, whose unit is 2^-16 of bfloat16's."""
+    model, batch = tiny_model(), tiny_batch()
+    model.to(base)
+    for adapter in adapters(model).values():
+        adapter.float()
+    logits = class_logits(model, batch, None).detach().double()
+    exact = -logits.log_softmax(-1)[torch.arange(len(batch.labels)), batch.labels].mean()
+    found = elbo(model, batch, None, 0.0, 10)
+    assert abs(found.nll.item() - exact.item()) <= rounding(torch.float32, 16) * logits.abs().max()
+
+
 @pytest.mark.usefixtures("bodies")
 def test_an_answer_is_read_off_the_last_real_token():
     model, batch = tiny_model(), tiny_batch()

@@ -12,7 +12,7 @@ from scalabl_ref.core.predictive import predictive
 from scalabl_ref.data import Example
 from scalabl_ref.evaluation import metrics
 from scalabl_ref.evaluation.answering import Answers
-from scalabl_ref.evaluation.evaluate import score
+from scalabl_ref.evaluation.evaluate import score, summarise
 
 FILES = {"metrics.json", "predictions.jsonl", "report.html"}
 INFO = {
@@ -75,3 +75,19 @@ def test_all_files_are_written_or_none(tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
         results.write(tmp_path / "empty", tmp_path / "missing")
     assert not list((tmp_path / "empty").iterdir())
+
+
+@pytest.mark.parametrize("bins", [1, 4, 10, 15])
+def test_intervals_have_the_bins_that_were_asked_for(bins):
+    generator = torch.Generator().manual_seed(5)
+    probs = torch.randn(301, 3, generator=generator, dtype=torch.float64).softmax(-1)
+    labels = torch.randint(3, (301,), generator=generator)
+
+    def ece(p, y):
+        return metrics.ece(p, y, bins)
+
+    found = summarise(probs, labels, bins)
+    assert found["ece"] == ece(probs, labels)
+    expected = metrics.bootstrap_interval(ece, probs, labels)
+    for a, b in zip(found["intervals"]["ece"], expected, strict=True):
+        assert abs(a - b) <= 1e-12

@@ -225,12 +225,13 @@ def test_sampling_groups_share_what_they_should(body):
     assert [rows(sampling) for sampling in SAMPLING] == [1, 3, 6]
 
 
-def test_adapters_stay_float32_on_a_bfloat16_base():
+@pytest.mark.parametrize("body", BODIES)
+def test_adapters_stay_float32_on_a_bfloat16_base(body):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 16, generator=generator).bfloat16()
     A, B = torch.randn(2, 16, generator=generator), torch.randn(3, 2, generator=generator)
     ones, weight = torch.ones(2), torch.zeros(3, 16, dtype=torch.bfloat16)
-    out = subspace_lora_linear(x, weight, None, A, B, ones, ones, 1.0, None)
+    out = body(x, weight, None, A, B, ones, ones, 1.0, None)
     assert out.dtype == torch.bfloat16
     # W = 0, so the only rounding to bfloat16 is that of the sum: half a unit in the last place.
     exact = x.double() @ A.double().T @ B.double().T
