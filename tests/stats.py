@@ -145,20 +145,24 @@ class KSTest(Assertion):
 
 @dataclass(frozen=True)
 class ChiSquare(Assertion):
-    """Pearson's statistic of n cell numbers against equal probabilities; sample: (count, n) int64.
+    """Pearson's statistic of n cell numbers against their probabilities; sample: (count, n) int64.
 
-    The discrepancy w is the root mean square of the cells' relative errors. The statistic is then
-    chi-square with noncentrality n w^2; a normal of its mean and variance stands in for it, whose
-    lower tail is the heavier one.
+    shares: the probabilities, if they are not equal; each odd cell's is at least that of the even
+    one before it. The discrepancy w is the root mean square of the cells' relative errors. The
+    statistic is then chi-square with noncentrality n w^2; a normal of its mean and variance stands
+    in for it, whose lower tail is the heavier one.
     """
 
     cells: int = 256
+    shares: tuple[float, ...] = ()
 
     def statistic(self, data: Tensor, n: int) -> float:
         rows = data.reshape(self.count, n)
         counts = torch.stack([torch.bincount(row, minlength=self.cells) for row in rows]).double()
         assert counts.shape == (self.count, self.cells)
-        return float((counts - n / self.cells).square().sum(1).max()) * self.cells / n
+        shares = self.shares or [1 / self.cells] * self.cells
+        expected = n * torch.tensor(shares, dtype=torch.float64)
+        return float(((counts - expected).square() / expected).sum(1).max())
 
     def smallest(self, n: int) -> float:
         """With excess = limit - freedom: x - z sqrt(2 freedom + 4 x) = excess, solved for x."""

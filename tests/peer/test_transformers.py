@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from scalabl_ref import Llama, LlamaConfig
@@ -16,7 +16,7 @@ from scalabl_ref.support.folders import ours_to_hf
 from scalabl_ref.support.tensors import save_tensors
 
 from ..model.test_llama import HF, ROPES_IN_FILES
-from ..tolerances import logits_bound
+from ..tolerances import logits_bound, rounding
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("default")]
 transformers = pytest.importorskip("transformers")
@@ -119,6 +119,30 @@ def test_greedy_text_equals_transformers(theirs, seed):
     options = {"attention_mask": everything, "max_new_tokens": 12, "do_sample": False}
     expected = theirs.generate(prompt, **options)[0, 5:].tolist()
     assert [token.id for token in generate(ours, prompt[0].tolist(), 12)] == expected
+
+
+@given(
+    st.lists(st.floats(-8, 8, width=16), min_size=2, max_size=40, unique=True),
+    st.floats(0.2, 3.0), st.floats(0.01, 1.0),
+)  # fmt: skip
+def test_temperature_and_top_p_equal_transformers(values, temperature, top_p):
+    """Their warpers, in their order, on the same logits in float64; no two are equal.
+
+    Where the mass of some first tokens is top_p to rounding, either number of tokens is right.
+    """
+    from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
+
+    from scalabl_ref.evaluation.generate import warped
+
+    logits = torch.tensor(values, dtype=torch.float64)
+    cooler = torch.softmax(logits / temperature, 0).sort(descending=True).values.cumsum(0)
+    assume((cooler - top_p).abs().min() > rounding(torch.float64, 4 * len(values)))
+    scores = TemperatureLogitsWarper(temperature)(None, logits[None])
+    expected = TopPLogitsWarper(top_p)(None, scores)[0].softmax(0)
+    got = warped(logits.softmax(0), temperature, top_p)
+    assert torch.equal(got > 0, expected > 0)
+    # log p is off by the rounding of p, log p and z / T, each relative to numbers up to 100.
+    assert (got - expected).abs().max() <= rounding(torch.float64, 100 * len(values))
 
 
 @pytest.mark.parametrize("change", [change for change, _ in ROPES_IN_FILES])

@@ -4,9 +4,11 @@ full), or with a base model alone."""
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterator
 
 from ...data.tokenizer import load_tokenizer
-from ...evaluation.generate import generate
+from ...evaluation.generate import Token, check_warping, generate, pieces
 from ...support.errors import InputError
 from . import options, runs
 from .output import Result, say
@@ -23,9 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=int, default=100, metavar="N", help="write at most N tokens")
     add("--samples", type=int, default=0, metavar="N",
         help="posterior draws to average over; 0 uses the mean model (default: 0)")  # fmt: skip
+    add("--temperature", type=float, default=0.0, metavar="T",
+        help="draw each token from the probabilities to the power 1/T, a function of --seed; 0 "
+        "takes the most probable token (default: 0)")  # fmt: skip
+    add("--top-p", type=float, default=1.0, metavar="P",
+        help="draw from the most probable tokens alone, whose probabilities together reach P "
+        "(default: 1, all tokens)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> Result:
+    check_warping(args.temperature, args.top_p)
     if args.run:
         model, tokenizer, _, posterior = runs.open_run(args)
         if posterior is not None:
@@ -36,10 +45,21 @@ def run(args: argparse.Namespace) -> Result:
     else:
         raise InputError("give --run or --model")
     prompt = tokenizer.encode(args.prompt)
-    stop = tokenizer.eos_ids
-    tokens = list(generate(model, prompt, args.max_new_tokens, args.samples, args.seed, stop=stop))
+    tokens: list[Token] = []
+
+    def ids() -> Iterator[int]:
+        for token in generate(
+            model, prompt, args.max_new_tokens, args.samples, args.seed, tokenizer.eos_ids,
+            args.temperature, args.top_p,
+        ):  # fmt: skip
+            tokens.append(token)
+            yield token.id
+
+    for piece in pieces(tokenizer, prompt, ids()):
+        if not args.process:
+            print(piece, end="", flush=True, file=sys.stderr if args.json else sys.stdout)
+    say(args, "")
     text = tokenizer.decode(prompt + [token.id for token in tokens])
-    say(args, text)
     if tokens:
         entropy = sum(token.entropy for token in tokens) / len(tokens)
         information = sum(token.mutual_information for token in tokens) / len(tokens)

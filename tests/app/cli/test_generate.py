@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ..commands import TRAIN, ok
+from ..commands import TRAIN, ok, refused, run
 
 
 def test_generation(work, capsys):
@@ -19,3 +19,22 @@ def test_generation(work, capsys):
     stopped = ok("generate --model model --prompt hello --max-new-tokens 5", capsys)
     assert [token["id"] for token in stopped["tokens"]] == ids[: ids.index(ids[-1])]
     assert len(stopped["tokens"]) < 5
+    config["eos_token_id"].append(ids[0])
+    (work / "model" / "generation_config.json").write_text(json.dumps(config))
+    at_once = ok("generate --model model --prompt hello --max-new-tokens 5", capsys)
+    assert at_once["tokens"] == [] and at_once["text"] == "hello"
+
+
+def test_drawn_text_is_a_function_of_the_seed(work, capsys):
+    command = "generate --model model --prompt hello --max-new-tokens 9 --temperature 1.5"
+    texts = [ok(f"{command} {more}", capsys)["text"]
+             for more in ("", "--seed 0", "--seed 1", "--top-p 0.5")]  # fmt: skip
+    assert texts[0] == texts[1] and len(set(texts)) == 3
+    assert "top_p needs a temperature" in refused("generate --model model --top-p 0.5", capsys)
+
+
+def test_text_comes_as_it_is_written(work, capsys):
+    """What is printed is the whole text, each part before the next token is computed."""
+    code, out, err = run("generate --model model --prompt hello --max-new-tokens 5", capsys)
+    whole = ok("generate --model model --prompt hello --max-new-tokens 5", capsys)["text"]
+    assert code == 0 and out.startswith(whole + "\nmean per token: entropy")
