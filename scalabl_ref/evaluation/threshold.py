@@ -43,7 +43,8 @@ from ..support.errors import InputError
 
 COVERAGES = tuple(percent / 100 for percent in range(25, 101, 5))
 USUAL = (0.9, 0.95, 0.99)  # accuracies of which reports and `scalabl threshold` tell
-MOST_ROWS = 10_000_000  # that `rows_needed` proposes
+MOST_ROWS = 1_000_000  # that `rows_needed` proposes
+POWER = 0.8  # probability of a threshold with as many rows as `rows_needed` proposes
 
 
 class Threshold(NamedTuple):
@@ -90,26 +91,57 @@ def threshold(
 def rows_needed(
     confidence: Tensor, right: Tensor, accuracy: float = 0.95, level: float = 0.95
 ) -> int | None:
-    """About how many rows in all would do, if they were like these; None if no number would.
+    """About how many rows in all, more than these, give a threshold with the probability POWER.
 
-    So many that a candidate passes with the accuracy that it has here. Arguments as for
+    It is assumed that the same share of more rows, the most confident first, is right about as
+    often as here, and at least as often as a larger share. One wrong answer is added to each share:
+    among few rows, the share without errors is the one with most luck. The sequence ends at its
+    first failure, so that its first candidate must pass. Returns None if no number would do: no
+    share from the first of COVERAGES on is right more often than `accuracy`. A number above
+    MOST_ROWS means no more than that. A higher accuracy never needs fewer rows. Arguments as for
     `threshold`.
     """
-    found = []
-    for _, answered, correct in _candidates(confidence, right, accuracy, level):
-        wrong = 1 - correct / answered
-        if wrong >= 1 - accuracy:
-            continue
-        count = answered
-        while math.ceil(wrong * count - 1e-9) > most_wrong(count, 1 - accuracy, 1 - level):
-            count = math.ceil(1.05 * count)
-            if count > MOST_ROWS:
-                break
-        else:
-            found.append(math.ceil(count * len(right) / answered))
-    if not found and len(right) < fewest_rows(accuracy, level):
-        return fewest_rows(accuracy, level)
-    return min(found, default=None)
+    _check(confidence, right, accuracy, level)
+    rows, fewest = len(right), fewest_rows(accuracy, level)
+    if right.all():
+        return max(rows + 1, fewest)
+    wrong, least = _wrong(confidence, right), math.ceil(COVERAGES[0] * rows)
+    counts = torch.arange(1, rows + 1)
+    if (wrong / counts)[least - 1 :].min() >= 1 - accuracy:
+        return None
+    rates = ((wrong + 1) / (counts + 1)).flip(0).cummin(0).values.flip(0)
+    for count in _proposals(rows, fewest) if rates[least - 1] < 1 - accuracy else ():
+        first = max(math.ceil(COVERAGES[0] * count), fewest)
+        rate = float(rates[-(-first * rows // count) - 1])  # of the same share of these rows
+        if binomial_tail(first, most_wrong(first, 1 - accuracy, 1 - level), rate) >= POWER:
+            return count
+    return max(rows, MOST_ROWS) + 1
+
+
+def _proposals(rows: int, fewest: int) -> list[int]:
+    """Numbers of rows above `rows`, about 5 % apart, from the fewest on, with that one."""
+    count, found = rows + 1, {max(rows + 1, fewest)}
+    while count <= MOST_ROWS:
+        found.add(max(count, fewest))
+        count = math.ceil(1.05 * count)
+    return sorted(found)
+
+
+def best_share(confidence: Tensor, right: Tensor) -> tuple[int, int]:
+    """The most confident rows that are right most often, at least the first of COVERAGES: how many
+    they are, and how many of them are right. Arguments as for `threshold`."""
+    wrong, least = _wrong(confidence, right), math.ceil(COVERAGES[0] * len(right))
+    rows = least + int((wrong / torch.arange(1, len(right) + 1))[least - 1 :].argmin())
+    return rows, rows - int(wrong[rows - 1])
+
+
+def _wrong(confidence: Tensor, right: Tensor) -> Tensor:
+    """(N,) float64: how many of the k + 1 most confident rows are wrong; infinite for a k that
+    would part rows of equal confidence."""
+    confidence, order = confidence.double().sort(descending=True)
+    wrong = (~right[order]).double().cumsum(0)
+    wrong[:-1][confidence[:-1] == confidence[1:]] = math.inf
+    return wrong
 
 
 def fewest_rows(accuracy: float, level: float) -> int:
@@ -124,6 +156,15 @@ def check_rates(accuracy: float, level: float) -> None:
             raise InputError(f"{name} must be between 0 and 1, and is {value}")
 
 
+def _check(confidence: Tensor, right: Tensor, accuracy: float, level: float) -> None:
+    check_rates(accuracy, level)
+    if confidence.dim() != 1 or confidence.shape != right.shape:
+        raise InputError(
+            f"confidence and right must be two equally long vectors, and have the shapes "
+            f"{tuple(confidence.shape)} and {tuple(right.shape)}"
+        )
+
+
 def _candidates(
     confidence: Tensor, right: Tensor, accuracy: float, level: float
 ) -> Iterator[tuple[float, int, int]]:
@@ -131,12 +172,7 @@ def _candidates(
 
     Rows of equal confidence are answered together or not at all.
     """
-    check_rates(accuracy, level)
-    if confidence.dim() != 1 or confidence.shape != right.shape:
-        raise InputError(
-            f"confidence and right must be two equally long vectors, and have the shapes "
-            f"{tuple(confidence.shape)} and {tuple(right.shape)}"
-        )
+    _check(confidence, right, accuracy, level)
     confidence, order = confidence.double().sort(descending=True)
     correct, rows = right[order].long().cumsum(0), len(right)
     last = None

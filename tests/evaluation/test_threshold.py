@@ -7,10 +7,13 @@ from fractions import Fraction
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from scalabl_ref import InputError
 from scalabl_ref.evaluation import threshold as module
 from scalabl_ref.evaluation.threshold import (
+    best_share,
     binomial_tail,
     fewest_rows,
     lower_bound,
@@ -152,14 +155,70 @@ def test_how_many_rows_would_do():
     few = torch.arange(40, dtype=torch.float64)
     assert threshold(few, few >= 0) is None
     assert rows_needed(few, few >= 0) == 59
-    one = torch.ones(100, dtype=torch.float64)  # one candidate, with 97 % right
-    needed = rows_needed(one, torch.arange(100) > 2)
-    assert threshold(one, torch.arange(100) > 2) is None and 300 < needed < 1500
-    for count, enough in ((needed, True), (needed * 4 // 5, False)):
-        right = torch.arange(count) >= math.ceil(0.03 * count)
-        assert (threshold(torch.ones(count).double(), right) is not None) == enough
-    assert rows_needed(one, torch.arange(100) > 3) > needed
-    assert rows_needed(one, torch.arange(100) > 49) is None
+    sure = torch.arange(100, 0, -1, dtype=torch.float64)
+    right = torch.arange(100) != 7
+    needed = [rows_needed(sure, right, accuracy) for accuracy in (0.9, 0.95, 0.99)]
+    assert needed[0] > 100 and needed == sorted(needed) and needed[0] < needed[2]
+    assert rows_needed(sure, right, 0.995) is None  # of all of them, .99 are right
+    assert rows_needed(sure, torch.arange(100) < 12, 0.5) is None  # of 25, 12 are right
+    assert rows_needed(sure, torch.arange(100) < 13, 0.5) == module.MOST_ROWS + 1
+    assert rows_needed(sure, torch.arange(100) < 0) is None
+    half = torch.arange(100) % 2 == 0
+    assert rows_needed(torch.ones(100).double(), half, 0.49) is not None
+    assert rows_needed(torch.ones(100).double(), half, 0.51) is None  # all of them are tied
+
+
+def test_the_best_share_is_named():
+    sure = torch.arange(100, 0, -1, dtype=torch.float64)
+    assert best_share(sure, torch.arange(100) < 10) == (25, 10)
+    assert best_share(sure, (torch.arange(100) >= 20) & (torch.arange(100) < 60)) == (60, 40)
+    assert best_share(torch.ones(100).double(), torch.arange(100) < 40) == (100, 40)
+
+
+TOLD = {  # the accuracy by confidence, which is uniform; the target
+    "calibrated": (lambda c: 0.5 + c / 2, 0.8),
+    "good half": (lambda c: torch.where(c > 0.5, 0.9, 0.5), 0.8),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_the_rows_that_are_told_keep_a_threshold(name):
+    """In most of 200 repeats: 100 rows that keep none, and then the told number of others.
+
+    False-failure rate 1e-8 at a true rate of .68; a rate of .32 is seen with the same probability.
+    """
+    accuracy, target = TOLD[name]
+    assert stats.binomial_tail(200, 100, 0.68) < 1e-7
+    generator = torch.Generator().manual_seed(5)
+
+    def drawn(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        sure, luck = torch.rand(2, rows, generator=generator, dtype=torch.float64)
+        return sure, luck < accuracy(sure)
+
+    kept = tried = 0
+    while tried < 200:
+        few = drawn(100)
+        if threshold(*few, target) is not None:
+            continue
+        needed = rows_needed(*few, target)
+        tried += 1
+        assert needed is None or needed > 100
+        if needed is not None and needed <= module.MOST_ROWS:
+            kept += threshold(*drawn(needed), target) is not None
+    assert kept > 100
+
+
+@given(
+    wrong=st.lists(st.booleans(), min_size=1, max_size=120),
+    ties=st.integers(1, 5),
+    targets=st.lists(st.floats(0.02, 0.998), min_size=2, max_size=6),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_higher_accuracy_needs_no_fewer_rows(wrong, ties, targets):
+    sure = torch.arange(len(wrong), 0, -1).div(ties, rounding_mode="floor").double()
+    needed = [rows_needed(sure, ~torch.tensor(wrong), target) for target in sorted(targets)]
+    numbers = [math.inf if n is None else n for n in needed]
+    assert numbers == sorted(numbers) and numbers[0] > len(wrong)
 
 
 def test_what_cannot_be_a_threshold_is_refused():
