@@ -101,8 +101,9 @@ class Classifier:
 
     run: its folder, for errors. samples, seed, design: of the draws, as in `predict`. batch: texts
     that go through the model at once. temperature: divides the log of the averaged probabilities;
-    None leaves them. threshold: the least confidence of an answer that no human sees; None decides
-    nothing. weights_sha256: of the run's weights, if `ruled` took it.
+    None leaves them. threshold: the least confidence of an answer that no human sees; infinite if
+    none kept its promise; None decides nothing. weights_sha256: of the run's weights, if `ruled`
+    took it.
 
     Its methods raise InputError for a text that is empty or too long, and for choices that the run
     cannot answer.

@@ -67,7 +67,8 @@ def write_report(path: Path | str, results: Mapping[str, Any]) -> None:
         rows      {ids, texts, choices: lists of N} of the rows that the first model answered: the
                   page then says what to decide with it, see decisions.py (optional)
         decision  {threshold, answered, right, accuracy, level}: what the run's own threshold does
-                  on these rows, and the accuracy that it promises with that confidence (optional)
+                  on these rows, and the accuracy that it promises with that confidence; an
+                  infinite one answers nothing, as none kept the promise (optional)
         bounds    {label, nll, acc, ...}: the best possible values, where known (optional)
         notes     sentences for the reader (optional)
         spread    meaning of the intervals, in words (optional: bootstrap intervals without it)
@@ -188,10 +189,11 @@ def _decisions(
     probs, labels = models[0]["probs"], models[0]["labels"]
     shared = len(set(map(tuple, rows["choices"]))) == 1
     names = [_cut(name, _NAME) for name in rows["choices"][0]] if shared else []
+    kept = own if own and own["threshold"] < math.inf else None
     page: dict[str, Any] = {
         "sentences": [*([_kept(own, len(labels))] if own else ()), *_sentences(models[0])],
-        "thresholds": [_threshold_table(m, None if i else own) for i, m in enumerate(models)],
-        "own": bool(own),
+        "thresholds": [_threshold_table(m, None if i else kept) for i, m in enumerate(models)],
+        "own": bool(kept),
         "sure": decisions.SURE,
         "errors": _error_table(probs, labels, rows),
     }
@@ -205,13 +207,18 @@ def _decisions(
 
 def _kept(own: Mapping[str, Any], total: int) -> str:
     """What the threshold that the run keeps does on these rows, and what it promised."""
+    promise = f"{100 * own['accuracy']:.6g} % right, with {100 * own['level']:.6g} % confidence."
+    if own["threshold"] == math.inf:
+        return (
+            f"The run answers none of the {rows_of(total)}: every row goes to a human, because "
+            f"no threshold kept the promise of {promise}"
+        )
     answered = own["answered"]
     right = f", {100 * own['right'] / answered:.1f} % of them right" if answered else ""
     return (
         f"The run's threshold, a confidence of {_floored(own['threshold'])}, answers {answered} of "
         f"the {rows_of(total)} ({100 * answered / total:.0f} %){right}; the others go to a human. "
-        f"It was chosen for {100 * own['accuracy']:.6g} % right, with "
-        f"{100 * own['level']:.6g} % confidence."
+        f"It was chosen for {promise}"
     )
 
 

@@ -3,7 +3,8 @@
 Both belong to answers that are made in one way: by these weights, with these draws, seed and
 design, and the run's own prompts. `ruled` gives them to a classifier that answers in this way, and
 refuses another one. The temperature is applied to the averaged probabilities; the threshold is of
-the confidence after it. So a new temperature removes the threshold.
+the confidence after it. So a new temperature removes the threshold. Where no threshold keeps the
+promise, it is infinite, null in the file: every answer goes to a human.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +38,8 @@ _HOW: dict[str, Any] = {"weights_sha256": str, "samples": Any, "seed": int, "des
 _FIT = {"n": int, "data": str, "data_sha256": str, "rows": str}  # rows: `row_digests` of them
 _PARTS: dict[str, dict[str, Any]] = {
     "temperature": {**_FIT, "value": float, "nll": list[float], "ece": list[float]},
-    "threshold": {**_FIT, "value": float, "accuracy": float, "level": float, "coverage": float,
-                  "answered": int, "right": int, "bound": float},
+    "threshold": {**_FIT, "value": float | None, "accuracy": float, "level": float,
+                  "coverage": float, "answered": int, "right": int, "bound": float},
 }  # fmt: skip
 
 Rule = dict[str, Any]  # "how", and "temperature" and "threshold", each absent or as in _PARTS
@@ -59,6 +61,8 @@ def read_rule(run: Path | str) -> Rule:
     except InputError as error:
         raise InputError(f"{path}: {error}: remove it with `scalabl calibrate --run {run} "
                          "--clear`") from None  # fmt: skip
+    if rule.get("threshold", {}).get("value", 0) is None:
+        rule["threshold"]["value"] = math.inf
     return rule
 
 
@@ -191,13 +195,11 @@ def outcomes(answers: Answers) -> tuple[Tensor, Tensor]:
     return confidence, place == answers.labels
 
 
-def thresholded(answers: Answers, accuracy: float, level: float) -> Rule | None:
-    """The "threshold" of a rule: the one that `threshold` chooses; None if none does."""
+def thresholded(answers: Answers, accuracy: float, level: float) -> Rule:
+    """The "threshold" of a rule: the one that `threshold` chooses; infinite if it chooses none."""
     confidence, right = outcomes(answers)
     found = threshold(confidence, right, accuracy, level)
-    if found is None:
-        return None
-    value = found._asdict()
+    value = (found or Threshold(math.inf, 0.0, 0, 0, 0.0))._asdict()
     return {
         "value": value.pop("confidence"), **value, "accuracy": accuracy, "level": level,
         "n": len(right),

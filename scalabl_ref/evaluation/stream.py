@@ -12,6 +12,7 @@ import csv
 import fcntl
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def _settings(clf: Classifier, source: Texts, probs: bool) -> dict[str, Any]:
         **how(clf),
         **clf.wording.facts(),
         "temperature": clf.temperature,
-        "threshold": clf.threshold,
+        "threshold": "infinite" if clf.threshold == math.inf else clf.threshold,
         "batch": clf.batch,
         "data_sha256": sha256(source.path),
         "format": source.format,

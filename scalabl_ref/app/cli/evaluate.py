@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,9 @@ def _table(result: Result) -> str:
     if "decision" in result:
         d = result["decision"]
         right = "none" if d["acc"] is None else f"{d['acc']:.4f} right"
-        lines.append(f"At least {d['threshold']:.4f} sure: {d['coverage']:.1%} answered, {right}; "
-                     "the others go to a human.")  # fmt: skip
+        if d["threshold"] == math.inf:
+            lines.append("No threshold kept its promise: every row goes to a human.")
+        else:
+            lines.append(f"At least {d['threshold']:.4f} sure: {d['coverage']:.1%} answered, "
+                         f"{right}; the others go to a human.")  # fmt: skip
     return "\n".join(lines)

@@ -60,8 +60,7 @@ def run(args: argparse.Namespace) -> Result:
     clf = classifier(
         opened, args.run, samples, args.seed, args.design, args.batch, wording, args.raw
     )
-    if clf.temperature is not None:
-        say(args, f"the run's temperature {clf.temperature:.4f} is applied")
+    runs.say_rule(args, clf)
     if args.data:
         return _file(args, clf)
     examples = clf.examples([args.prompt], args.choices)
@@ -83,6 +82,9 @@ def _file(args: argparse.Namespace, clf: Classifier) -> Result:
         print("what is done is kept: the same command goes on", file=sys.stderr)
         raise
     say(args, f"written: {args.out}, {count:,} rows")
+    if clf.threshold is None and not args.raw:
+        say(args, f"the decisions are empty: `scalabl threshold --run {args.run} --data FILE` "
+            "chooses a threshold for them")  # fmt: skip
     return {"out": str(args.out), "rows": count}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,13 +13,14 @@ import torch
 
 from ...data import Columns, Example, format_of, load, split
 from ...evaluation import classifier
-from ...evaluation.classifier import Opened
+from ...evaluation.classifier import Classifier, Opened
+from ...evaluation.rule import read_rule
 from ...model.llama import Llama
 from ...support.errors import InputError
 from ...support.files import sha256
 from ...training import ranks
 from .options import columns
-from .output import Result
+from .output import Result, say
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
@@ -79,6 +81,15 @@ def open_run(args: argparse.Namespace, run: Path | None = None) -> Opened:
     """The model, tokenizer, facts and posterior of `run`, or --run; its base may be in --model."""
     split_base = partial(shard, args) if sharded(args) else None
     return classifier.open_run(run or args.run, args.model, device_of(args), split_base)
+
+
+def say_rule(args: argparse.Namespace, clf: Classifier) -> None:
+    """Tell of a run's temperature, and of a promise that no threshold kept."""
+    if clf.temperature is not None:
+        say(args, f"the run's temperature {clf.temperature:.4f} is applied")
+    if clf.threshold == math.inf:
+        accuracy = read_rule(args.run)["threshold"]["accuracy"]
+        say(args, f"no threshold kept the promise of {accuracy:g}: every row goes to a human")
 
 
 def examples_like(

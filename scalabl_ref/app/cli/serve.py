@@ -11,7 +11,7 @@ import signal
 import socket
 from typing import TYPE_CHECKING
 
-from ...evaluation.classifier import classifier
+from ...evaluation.classifier import Classifier, classifier
 from ...support.errors import InputError
 from . import options, runs
 from .output import Result, say
@@ -54,13 +54,15 @@ def run(args: argparse.Namespace) -> Result:
             runs.open_run(args), args.run, samples, args.seed, args.design, args.batch, raw=args.raw
         )
         app = application(clf, Limits(characters=args.max_characters, waiting=args.max_waiting))
-        address = _serve(args, app, listening)
+        address = _serve(args, clf, app, listening)
     queue = app.state.queue
     say(args, f"ended: {queue.accepted:,} requests accepted, {queue.answered:,} answered")
     return {"address": address, "accepted": queue.accepted, "answered": queue.answered}
 
 
-def _serve(args: argparse.Namespace, app: Starlette, listening: socket.socket) -> str:
+def _serve(
+    args: argparse.Namespace, clf: Classifier, app: Starlette, listening: socket.socket
+) -> str:
     """Serve until SIGTERM or ctrl-C; returns the address."""
     import uvicorn
 
@@ -74,6 +76,7 @@ def _serve(args: argparse.Namespace, app: Starlette, listening: socket.socket) -
     say(args, f"{args.run} answers at http://{address}/predict; ctrl-C ends it")
     # uvicorn ends gracefully and then raises the signal again, which would end us with its code.
     before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGINT, signal.SIGTERM)}
+    runs.say_rule(args, clf)
     try:
         uvicorn.Server(config).run(sockets=[listening])
     finally:

@@ -3,7 +3,7 @@ rate, and keep it in the run (RUN/rule.json): evaluate, predict and serve then s
 "human". The promise holds for new questions like these, with the probability --confidence. The
 questions must be others than those of the training and of `calibrate`: if `calibrate` used those of
 `train --holdout`, give --data here. Run `calibrate` first, as a new temperature removes the
-threshold."""
+threshold. If no threshold keeps the promise, every row goes to a human."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import argparse
 
 from ...evaluation import rule
 from ...evaluation.classifier import classifier
-from ...evaluation.threshold import Threshold, check_rates
+from ...evaluation.threshold import COVERAGES, MOST_ROWS, Threshold, best_share, check_rates
 from . import options, runs
 from .calibrate import add_fit, labelled, without_rows
 from .output import Result, say
@@ -47,15 +47,12 @@ def run(args: argparse.Namespace) -> Result:
     answers = clf.ask(examples, "threshold")
     found = rule.thresholded(answers, args.accuracy, args.confidence)
     table = rule.promises(answers, args.accuracy, args.confidence)
-    new: rule.Rule = {"threshold": {**found, **facts}} if found else {}
-    if new or kept:
-        rule.write_rule(args.run, {"how": rule.how(clf), **kept, **new})
-    else:
-        rule.clear_rule(args.run)
-    for line in _lines(args, table):
+    found |= facts
+    rule.write_rule(args.run, {"how": rule.how(clf), **kept, "threshold": found})
+    for line in _lines(args, table, *best_share(*rule.outcomes(answers))):
         say(args, line)
     return {
-        "threshold": without_rows(new["threshold"]) if new else None,
+        "threshold": without_rows(found) if found["answered"] else None,
         "table": [
             {"accuracy": target, **(one._asdict() if one else {"rows_needed": needed})}
             for target, one, needed in table
@@ -64,25 +61,41 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def _lines(
-    args: argparse.Namespace, table: list[tuple[float, Threshold | None, int | None]]
+    args: argparse.Namespace,
+    table: list[tuple[float, Threshold | None, int | None]],
+    best: int,
+    best_right: int,
 ) -> list[str]:
+    """What is printed. best, best_right: as `best_share` gives them."""
     lines = [f"{'accuracy':>8}  {'least confidence':>16}  {'answered':>8}  right at least"]
     chosen = None
     for target, one, needed in table:
         if one:
             lines.append(f"{target:8.3g}  {one.confidence:16.4f}  {one.coverage:8.1%}  "
                          f"{one.bound:.4f}")  # fmt: skip
-        elif needed:
-            lines.append(f"{target:8.3g}  none: about {needed:,} rows like these would do")
         else:
-            lines.append(f"{target:8.3g}  none: no number of rows like these would do")
+            about = f"about {needed:,}" if needed else "no number of"
+            if needed and needed > MOST_ROWS:
+                about = "only more than a million"
+            lines.append(f"{target:8.3g}  none: {about} rows like these would do")
         if target == args.accuracy:
             chosen = one
+    if any(one is None and needed is None for _, one, needed in table):
+        lines += [
+            f"At best {best_right / best:.1%} are right, among the {best} most confident. More "
+            "rows do not raise that.",
+            f"A threshold answers at least {COVERAGES[0]:.0%} of the rows.",
+        ]
     if chosen:
         lines.append(
             f"kept: {chosen.confidence:.4f}; {chosen.answered} rows are answered, "
             f"{chosen.right} of them right; the promise holds with {args.confidence:.3g} confidence"
         )
+        lines.append(f"predict and serve now say \"{rule.ANSWER}\" from that confidence on, and "
+                     f"\"{rule.HUMAN}\" below it")  # fmt: skip
     else:
-        lines.append(f"no threshold keeps the promise of {args.accuracy:g}: none is kept")
+        lines.append(
+            f"no threshold keeps the promise of {args.accuracy:g}: predict and serve now send "
+            "every row to a human"
+        )
     return lines

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import re
 import shutil
 
 import pytest
@@ -90,9 +92,55 @@ def test_a_threshold_is_kept_and_decides(trained, capsys):
     assert "It was chosen for 10 % right, with 95 % confidence." in report
     lines = (trained / "run/predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["decision"] == "answer" for line in lines] == answered
-    none = ok("threshold --run run --data choose.jsonl --accuracy 0.999", capsys)
-    assert none["threshold"] is None and scalabl_ref.load("run").threshold is None
-    assert not (trained / "run" / rule.FILE).exists()
+
+
+def test_where_no_threshold_keeps_its_promise_all_go_to_a_human(trained, capsys):
+    command = "threshold --run run --data choose.jsonl --samples 3 --accuracy 0.999"
+    assert ok(command, capsys)["threshold"] is None
+    _, out, _ = run(command, capsys)
+    assert "no threshold keeps the promise of 0.999: predict and serve now send every row" in out
+    assert "   0.999  none: no number of rows like these would do" in out
+    assert re.search(r"At best \d\d\.\d% are right, among the \d+ most confident\. More rows", out)
+    assert fits("threshold")["value"] == math.inf
+    clf = scalabl_ref.load("run")
+    assert clf.threshold == math.inf and clf("5 x").decision == "human"
+    _, out, _ = run(PREDICT, capsys)
+    assert "no threshold kept the promise of 0.999: every row goes to a human" in out
+    assert {row["decision"] for row in rows("out.csv")} == {"human"}
+    assert ok("predict --run run --prompt hello", capsys)["decision"] == "human"
+    scores = ok("evaluate --run run --data test.jsonl", capsys)["decision"]
+    assert scores == {"threshold": None, "coverage": 0, "answered": 0, "right": 0, "acc": None}
+    report = (trained / "run/report.html").read_text()
+    first = report.index("The run answers none of the 9 rows: every row goes to a human, because")
+    assert first < report.index("At 95 % accuracy") and "kept in the run" not in report
+    code, out, _ = run("evaluate --run run --data test.jsonl --force", capsys)
+    assert code == 0 and "No threshold kept its promise: every row goes to a human." in out
+    ok("threshold --run run --clear", capsys)
+    assert scalabl_ref.load("run").threshold is None
+    _, out, _ = run(PREDICT.replace("out.csv", "next.csv"), capsys)
+    assert "the decisions are empty: `scalabl threshold --run run --data FILE` chooses" in out
+    assert {row["decision"] for row in rows("next.csv")} == {""}
+
+
+def test_an_interrupted_file_does_not_go_on_without_the_rule(trained, capsys, monkeypatch):
+    """An infinite threshold and no threshold at all are two rules."""
+    ok("threshold --run run --data choose.jsonl --samples 3 --accuracy 0.999", capsys)
+    monkeypatch.setattr(stream, "CHUNK", 4)
+    real, calls = classifier.Classifier.decisions, []
+
+    def counted(self, examples, title=""):
+        calls.append(len(examples))
+        if len(calls) == 2:
+            raise Stop
+        return real(self, examples, title)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(classifier.Classifier, "decisions", counted)
+        with pytest.raises(Stop):
+            cli.main(PREDICT.split())
+    capsys.readouterr()
+    ok("threshold --run run --clear", capsys)
+    assert "was begun with another threshold" in refused(PREDICT, capsys)
 
 
 def test_draws_are_as_many_as_by_default_or_as_the_rule_has(trained, capsys):
