@@ -213,6 +213,8 @@ def _csv_line(example: Example, decision: Decision, probs: bool) -> bytes:
 
 def _row(cells: list[Any]) -> bytes:
     text = io.StringIO()
+    """A line of CSV, its numbers with 6 significant digits; .jsonl has all of them."""
+    cells = [f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells]
     csv.writer(text, lineterminator="\n").writerow(cells)
     return text.getvalue().encode("utf-8")
 
