@@ -61,6 +61,7 @@ def predict_file(
     """
     if out.suffix.lower() not in (".csv", ".jsonl"):
         raise InputError(f"{out}: must end in .csv or .jsonl")
+    next(source.rows())  # for columns that are not there: the mistake to mend first
     if out.exists():
         raise InputError(f"{out}: exists already: remove it, or give another --out")
     if probs and out.suffix.lower() == ".csv" and not source.names:
@@ -212,9 +213,9 @@ def _csv_line(example: Example, decision: Decision, probs: bool) -> bytes:
 
 
 def _row(cells: list[Any]) -> bytes:
-    text = io.StringIO()
     """A line of CSV, its numbers with 6 significant digits; .jsonl has all of them."""
     cells = [f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells]
+    text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(cells)
     return text.getvalue().encode("utf-8")
 

@@ -262,6 +262,7 @@ def test_a_file_is_answered_as_its_texts_are(trained, capsys):
     assert [line["confidence"] for line in lines] == [d.confidence for d in expected]
     assert sorted(p.name for p in trained.glob("out*")) == ["out.csv", "out.jsonl"]
     assert "exists already" in refused(PREDICT, capsys)
+    assert "key 'body' is missing" in refused(f"{PREDICT} --text-column body", capsys)
 
 
 def test_labels_are_not_needed(trained, capsys):
