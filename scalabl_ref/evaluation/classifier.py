@@ -188,7 +188,13 @@ class Classifier:
         return encoded
 
     def decisions(self, examples: list[Example], title: str = "") -> list[Decision]:
-        """The answers to questions, whose choices may differ. title: of a progress bar."""
+        """The answers to questions, whose choices may differ. title: of a progress bar.
+
+        `decide` takes texts.
+        """
+        if not all(isinstance(example, Example) for example in examples):
+            raise InputError("decisions takes questions (scalabl_ref.data.Example): for texts call "
+                             "clf.decide(texts)")  # fmt: skip
         answers = self._answers(self.encode(examples), title)
         place, confidence = chosen(answers)
         p = answers.prediction

@@ -133,6 +133,7 @@ def test_mistakes_are_named(tickets, capsys):
         (lambda: clf.predict("help"), "expected a list of texts, not one text"),
         (lambda: clf.predict_proba("help"), "expected a list of texts, not one text"),
         (lambda: clf(["help"]), "expected one text, not list"),
+        (lambda: clf.decisions(["help"]), r"for texts call clf\.decide\(texts\)"),
         (lambda: clf.predict(["help", " "]), "text 1: the question is empty"),
         (lambda: clf.predict(["help", None]), "text 1: the question must be a text, not None"),
         (lambda: clf.predict(["help"], "ab"), "choices must be a list of texts"),
