@@ -196,7 +196,7 @@ def _open(source: Path) -> Any:
         from gguf import GGUFReader
     except ImportError:
         raise InputError(
-            "reading a GGUF needs the gguf package: pip install 'scalabl_ref[gguf]'"
+            "reading a GGUF needs the gguf package: pip install -e '.[gguf]' in the clone"
         ) from None
     if not source.is_file():
         raise InputError(f"{source}: no such file")

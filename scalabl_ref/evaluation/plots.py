@@ -79,7 +79,7 @@ def pdf(figure: str) -> bytes:
         from reportlab.graphics import renderPDF
         from svglib.svglib import svg2rlg
     except ImportError:
-        raise InputError("PDF needs svglib: pip install 'scalabl_ref[figures]'") from None
+        raise InputError("PDF needs svglib: pip install -e '.[figures]' in the clone") from None
     import io
 
     return renderPDF.drawToString(svg2rlg(io.BytesIO(figure.encode())))

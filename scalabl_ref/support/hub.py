@@ -39,7 +39,8 @@ def _download(name: str, revision: str | None) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise InputError(
-            f"{name}: no such folder, and the Hub needs a package: pip install 'scalabl_ref[hf]'"
+            f"{name}: no such folder, and the Hub needs a package: pip install -e '.[hf]' "
+            "in the clone"
         ) from None
     try:
         for weights in ("model*.safetensors", "pytorch_model*.bin"):

@@ -68,7 +68,7 @@ def test_figures_are_saved_by_their_ends(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="cannot be written"):
         figure().save(tmp_path / "no" / "a.svg")
     monkeypatch.setitem(sys.modules, "svglib.svglib", None)
-    with pytest.raises(InputError, match=r"pip install 'scalabl_ref\[figures\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[figures\]' in the clone"):
         figure().save(tmp_path / "a.pdf")
     assert [path.name for path in tmp_path.iterdir()] == ["a.svg"]
 

@@ -60,7 +60,7 @@ def test_what_is_here_or_is_no_name_is_not_looked_for_there(hub, tmp_path):
 
 def test_without_the_package_it_says_what_to_do(hub, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(InputError, match=r"pip install 'scalabl_ref\[hf\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[hf\]' in the clone"):
         Llama.from_pretrained("some/model")
 
 

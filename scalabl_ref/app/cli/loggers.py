@@ -21,7 +21,7 @@ def _needed(name: str, extra: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         raise InputError(
-            f"--log {extra} needs a package: pip install 'scalabl_ref[{extra}]'"
+            f"--log {extra} needs a package: pip install -e '.[{extra}]' in the clone"
         ) from None
 
 

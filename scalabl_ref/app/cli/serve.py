@@ -44,7 +44,9 @@ def run(args: argparse.Namespace) -> Result:
 
         from ..server import Limits, application
     except ImportError:
-        raise InputError("serve needs a web server: pip install 'scalabl_ref[serve]'") from None
+        raise InputError(
+            "serve needs a web server: pip install -e '.[serve]' in the clone"
+        ) from None
     for name in ("batch", "max_waiting", "max_characters"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1")
@@ -74,9 +76,9 @@ def _serve(
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     listening.listen(2048)  # who is told the address may connect at once
     say(args, f"{args.run} answers at http://{address}/predict; ctrl-C ends it")
+    runs.say_rule(args, clf)
     # uvicorn ends gracefully and then raises the signal again, which would end us with its code.
     before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGINT, signal.SIGTERM)}
-    runs.say_rule(args, clf)
     try:
         uvicorn.Server(config).run(sockets=[listening])
     finally:

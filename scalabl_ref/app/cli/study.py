@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--figures", type=Path, metavar="FOLDER",
         help="of a finished study, run nothing and write its reliability diagrams and the NLL by "
         "method as .svg")  # fmt: skip
-    add("--pdf", action="store_true", help="--figures: also as .pdf; needs scalabl_ref[figures]")
+    add("--pdf", action="store_true",
+        help="--figures: also as .pdf; needs pip install -e "
+        "'.[figures]'")  # fmt: skip
     add("--model", type=Path, help="paper: folder of the base model")
     add("--data", type=Path, metavar="FOLDER", help="paper: folder of the published data sets")
     add("--tasks", nargs="+", choices=tuple(paper.TASKS), metavar="TASK",

@@ -434,7 +434,8 @@ def test_a_name_on_the_hub(folder, monkeypatch, capsys):
     command = "train ... --model owner/name"
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert answer(command, folder, monkeypatch, capsys) == (
-        "owner/name: no such folder, and the Hub needs a package: pip install 'scalabl_ref[hf]'"
+        "owner/name: no such folder, and the Hub needs a package: pip install -e '.[hf]' "
+        "in the clone"
     )
 
     def snapshot_download(*args, **options):

@@ -169,5 +169,5 @@ def test_what_cannot_be_served_is_refused(trained, capsys, monkeypatch):
     assert "--batch must be" in refused("serve --run run --port 0 --batch 0", capsys)
     assert "no such folder" in refused("serve --run nowhere --port 0", capsys)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert "scalabl_ref[serve]" in refused("serve --run run --port 0", capsys)
+    assert "pip install -e '.[serve]' in the clone" in refused("serve --run run --port 0", capsys)
     assert cli.COMMANDS["serve"]

@@ -290,5 +290,5 @@ def test_a_logger_that_cannot_start_is_one_line(work, capsys, monkeypatch):
 def test_a_logger_that_is_not_installed_is_named_with_its_extra(work, capsys, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name[0] == "t" else name, None)
     said = refused(f"{TRAIN} --log {name}", capsys)
-    assert said == f"error: --log {name} needs a package: pip install 'scalabl_ref[{name}]'\n"
+    assert said == f"error: --log {name} needs a package: pip install -e '.[{name}]' in the clone\n"
     assert not (work / "run").exists()
