@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -204,10 +204,10 @@ def _own(
         header = table(path, text)[0]
         if not header:
             raise InputError(f"{path}: holds no examples")
-        keys = (
-            _column(path, header, columns.text, TEXT_COLUMNS, "--text-column"),
-            _column(path, header, columns.label, LABEL_COLUMNS, "--label-column"),
-        )
+        text_key = _column(path, header, columns.text, TEXT_COLUMNS, "--text-column")
+        others = {text_key, "id"}
+        label_key = _column(path, header, columns.label, LABEL_COLUMNS, "--label-column", others)
+        keys = text_key, label_key
 
     def rows() -> Rows:
         return json_rows(path, text) if format == "jsonl" else table(path, text)[1]
@@ -220,14 +220,25 @@ def _own(
 
 
 def _column(
-    path: Path, header: list[str], asked: str | None, usual: tuple[str, ...], option: str
+    path: Path,
+    header: list[str],
+    asked: str | None,
+    usual: tuple[str, ...],
+    option: str,
+    others: Collection[str] = (),
 ) -> str:
-    """The column with the name `asked`; without it, the only one with a usual name."""
+    """The column with the name `asked`; without it, the only one with a usual name.
+
+    others: columns that an error does not propose, as they have other uses.
+    """
     found = [name for name in header if (name == asked if asked else name.lower() in usual)]
     if len(found) != 1:
         kind = repr(asked) if asked else ", ".join(usual)
         count = f"{len(found)} columns are" if found else "no column is"
-        have = shown(header, 100)
+        free = [name for name in header if name not in others]
+        if not free:
+            raise InputError(f"{path}: has no column of labels: there are {shown(header, 100)}")
+        have = shown(free, 100)
         raise InputError(f"{path}: {count} called {kind}: give {option} one of {have}")
     return found[0]
 

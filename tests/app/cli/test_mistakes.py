@@ -158,7 +158,9 @@ MISTAKES = [
      "found 1: ['a']"),
     ("train ... --data nolabel.csv",
      "nolabel.csv: no column is called label, labels, class, category, target: give "
-     "--label-column one of ['text', 'sort']"),
+     "--label-column one of ['sort']"),
+    ("train ... --data textonly.csv",
+     "textonly.csv: has no column of labels: there are ['id', 'text']"),
     ("train ... --data table.csv --text-column body",
      "table.csv: no column is called 'body': give --text-column one of ['text', 'label']"),
     ("train ... --data comma.csv",
@@ -347,6 +349,7 @@ FILES: dict[str, str | bytes] = {
     "nolabel.csv": "text,sort\na,b\nc,d\n",
     "comma.csv": "text,label\nhello, you,b\nc,d\n",
     "notjson.jsonl": json.dumps(ONE) + "\n{'prompt': 1}\n",
+    "textonly.csv": "id,text\n1,b\n2,d\n",
     "utf16.csv": "text,label\na,b\n".encode("utf-16"),
     "latin.jsonl": b'{"prompt": "caf\xe9", "label": "a"}\n',
     "empty.jsonl": "",
