@@ -54,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
         args = _parsed(sys.argv[1:] if arguments is None else arguments)
         if isinstance(getattr(args, "model", None), Path):
             args.model = model_folder(args.model)  # so that a run keeps a folder, not a name
+            if not args.model.exists():
+                raise InputError(f"{args.model}: no such folder: --model takes a folder, or "
+                                 "OWNER/NAME on the Hugging Face Hub")  # fmt: skip
         result = args.run_command(args)
         if args.json and not args.process:
             print(json_text(result, indent=2))

@@ -36,7 +36,8 @@ GO_ON = f"`scalabl {USUAL['train']} --out half --checkpoint-every 2 --resume`"
 # The command, "..." being the usual options above, and its line behind "error: ".
 MISTAKES = [
     # wrong paths
-    ("train ... --model absent", "absent/config.json: no such file"),
+    ("train ... --model absent",
+     "absent: no such folder: --model takes a folder, or OWNER/NAME on the Hugging Face Hub"),
     ("train ... --model model/model.safetensors",
      "model/model.safetensors: is a file: give the folder of config.json and the weights"),
     ("train ... --model model.gguf",
@@ -275,7 +276,8 @@ MISTAKES = [
     ("generate --run laplace --prompt x",
      "laplace: its posterior answers questions, it cannot write text"),
     ("generate --prompt x", "give --run or --model"),
-    ("generate --model absent --prompt x", "absent/config.json: no such file"),
+    ("generate --model absent --prompt x",
+     "absent: no such folder: --model takes a folder, or OWNER/NAME on the Hugging Face Hub"),
     ("posterior laplace --run run --out new",
      "run: laplace needs a run of method mle or map, not scalabl"),
     ("posterior bayes --run mle --out new",
@@ -347,9 +349,9 @@ ROWS = {  # files of questions with a mistake, each by its rows
 FILES: dict[str, str | bytes] = {
     "table.csv": "text,label\nt0,a\nt1,b\n",
     "nolabel.csv": "text,sort\na,b\nc,d\n",
+    "textonly.csv": "id,text\n1,b\n2,d\n",
     "comma.csv": "text,label\nhello, you,b\nc,d\n",
     "notjson.jsonl": json.dumps(ONE) + "\n{'prompt': 1}\n",
-    "textonly.csv": "id,text\n1,b\n2,d\n",
     "utf16.csv": "text,label\na,b\n".encode("utf-16"),
     "latin.jsonl": b'{"prompt": "caf\xe9", "label": "a"}\n',
     "empty.jsonl": "",

@@ -36,7 +36,7 @@ def test_a_bfloat16_base_keeps_float32_adapters(work, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--model absent", "absent/config.json: no such file"),
+        ("--model absent", "absent: no such folder: --model takes a folder, or OWNER/NAME"),
         ("--data absent.jsonl", "absent.jsonl: no such file"),
         ("--rank 99", "rank 99 is larger than a dimension of layers.0.attn.q_proj"),
         ("--targets q_porj", "unknown target 'q_porj'"),
