@@ -185,7 +185,7 @@ TOLD = {  # the accuracy by confidence, which is uniform; the target
 def test_the_rows_that_are_told_keep_a_threshold(name):
     """In most of 200 repeats: 100 rows that keep none, and then the told number of others.
 
-    False-failure rate 1e-7 at a true rate of .68; a rate of .32 is missed with a probability of 1e-7.
+    False-failure rate 1e-7 at a true rate of .68; a rate of .32 is missed as rarely.
     """
     accuracy, target = TOLD[name]
     assert stats.binomial_tail(200, 100, 0.68) < 1e-7
