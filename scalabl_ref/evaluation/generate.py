@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..core.noise import philox_words
+from ..core.noise import Noise, philox_words
 from ..core.philox import WORD
 from ..core.predictive import predictive
 from ..data.tokenizer import Tokenizer
@@ -35,7 +35,6 @@ class Token(NamedTuple):
     mutual_information: float
 
 
-@torch.no_grad()
 def generate(
     model: Llama,
     prompt: list[int],
@@ -54,18 +53,36 @@ def generate(
     probabilities if `temperature` is 0; otherwise `choose` draws it from what `warped` makes of
     them. Token i then depends on word i of stream TEXT_STREAM of `seed`, and on no generator.
 
-    Raises InputError if the prompt is empty or longer than the model's positions, if
-    `max_new_tokens` is negative, if the head was cut down to class tokens, and as `check_warping`.
+    Raises InputError, when it is called, if the prompt is empty or longer than the model's
+    positions, if `max_new_tokens` is negative, if the head was cut down to class tokens, and as
+    `check_warping`.
     """
-    room = _room(model, prompt, max_new_tokens)
+    count = min(max_new_tokens, _room(model, prompt, max_new_tokens))
     check_warping(temperature, top_p)
-    device, count = model.device, min(max_new_tokens, room)
     words = philox_words(seed, TEXT_STREAM, count if temperature else 0)
     drawn = [
         (noise, draws, KVCache(model.config.num_hidden_layers))
         for noise, draws in Draws(samples, seed).passes(model, len(prompt))
     ]
-    tokens = torch.tensor([prompt], device=device)
+
+    def next_of(probs: Tensor, i: int) -> int:
+        if temperature:
+            return int(choose(warped(probs, temperature, top_p), words[i]))
+        return int(probs.argmax())
+
+    return _tokens(model, prompt, count, drawn, next_of, stop)
+
+
+@torch.no_grad()
+def _tokens(
+    model: Llama,
+    prompt: list[int],
+    count: int,
+    drawn: list[tuple[Noise | None, int, KVCache]],
+    next_of: Callable[[Tensor, int], int],
+    stop: Collection[int],
+) -> Iterator[Token]:
+    tokens = torch.tensor([prompt], device=model.device)
     for i in range(count):
         logits = [
             model(tokens, noise=noise, draws=draws, cache=cache, last_only=True)
@@ -73,10 +90,7 @@ def generate(
         ]  # (draws, V) each
         mixture = predictive(torch.log_softmax(torch.cat(logits).double(), dim=-1)[:, None])
         probs = mixture.probs[0].cpu()  # (V,)
-        if temperature:
-            chosen = int(choose(warped(probs, temperature, top_p), words[i]))
-        else:
-            chosen = int(probs.argmax())
+        chosen = next_of(probs, i)
         if chosen in stop:
             return
         yield Token(
@@ -85,7 +99,7 @@ def generate(
             float(mixture.entropy[0]),
             float(mixture.mutual_information[0]),
         )
-        tokens = torch.tensor([[chosen]], device=device)
+        tokens = torch.tensor([[chosen]], device=model.device)
 
 
 def _room(model: Llama, prompt: list[int], max_new_tokens: int) -> int:

@@ -46,12 +46,13 @@ def run(args: argparse.Namespace) -> Result:
         raise InputError("give --run or --model")
     prompt = tokenizer.encode(args.prompt)
     tokens: list[Token] = []
+    written = generate(
+        model, prompt, args.max_new_tokens, args.samples, args.seed, tokenizer.eos_ids,
+        args.temperature, args.top_p,
+    )  # fmt: skip
 
     def ids() -> Iterator[int]:
-        for token in generate(
-            model, prompt, args.max_new_tokens, args.samples, args.seed, tokenizer.eos_ids,
-            args.temperature, args.top_p,
-        ):  # fmt: skip
+        for token in written:
             tokens.append(token)
             yield token.id
 
