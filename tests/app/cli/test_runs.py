@@ -63,7 +63,7 @@ def test_a_folder_in_use_is_refused_at_once(work, capsys):
     for out, command, new in (
         ("run", f"{TRAIN} --resume", False),
         ("next", TRAIN.replace("--model model --data train.jsonl --out run",
-                               "--model absent --data absent --out next"), False),
+                               "--model model --data absent --out next"), False),
         ("made", "posterior laplace --run run --out made", True),
         ("demo", "demo --out demo", False),
     ):  # fmt: skip
