@@ -232,10 +232,10 @@ def _sentences(model: Mapping[str, Any]) -> list[str]:
     total, found = rows_of(len(labels)), decisions.answered_at(probs, labels, 0.95)
     sure = decisions.wrong_and_sure(probs, labels)
     if found is None:
-        first = f"At 95 % accuracy it can answer none of the {total}."
+        first = f"On these rows, at 95 % accuracy, it can answer none of the {total}."
     else:
         first = (
-            f"At 95 % accuracy it can answer {found.rows} of the {total} "
+            f"On these rows, at 95 % accuracy, it can answer {found.rows} of the {total} "
             f"({100 * found.rows / len(labels):.0f} %): those with a confidence of at least "
             f"{_floored(found.confidence)}."
         )

@@ -269,8 +269,8 @@ def test_a_report_says_first_what_to_decide(render):
     page = check(text)
     sentences = [words for tag, words in page.words if tag == "p"][:3]
     assert sentences == [
-        "At 95 % accuracy it can answer 4 of the 10 rows (40 %): those with a confidence of at "
-        "least 0.940.",
+        "On these rows, at 95 % accuracy, it can answer 4 of the 10 rows (40 %): those with a "
+        "confidence of at least 0.940.",
         "1 of the 10 rows (10.0 %) is wrong and sure: wrong with a confidence of at least 0.9.",
         "Whether foreign text is noticed was not measured: --ood FILE does.",
     ]
@@ -285,7 +285,7 @@ def test_a_report_says_first_what_to_decide(render):
     errors = cells[cells.index("Text") - 1 :]
     assert errors[5:15] == ["id4", "question 4", "green", "red", "0.900",
                             "id9", "question 9", "blue", "red", "0.450"]  # fmt: skip
-    assert text.index("At 95 % accuracy") < text.index("<h2>Scores")
+    assert text.index("On these rows, at 95 % accuracy") < text.index("<h2>Scores")
 
 
 def test_the_threshold_of_the_run_comes_first(render):
@@ -297,7 +297,9 @@ def test_the_threshold_of_the_run_comes_first(render):
         "them right; the others go to a human. It was chosen for 87.5 % right, with 95 % "
         "confidence."
     )
-    assert sentences[1].startswith("At 95 % accuracy it can answer 4 of the 10 rows")
+    assert sentences[1].startswith(
+        "On these rows, at 95 % accuracy, it can answer 4 of the 10 rows"
+    )
     cells = [words.replace("\xa0", " ") for tag, words in page.words if tag in ("td", "th")]
     start = cells.index("Accuracy wanted") + 6
     own = ["87.5 %, kept in the run", "0.700", "8", "80.0 %", "87.5 %", "1"]

@@ -91,6 +91,12 @@ def run(args: argparse.Namespace) -> Result:
         results.write(folder, *([args.run] if args.run and not args.out else []))
     if answers.encoded:
         say_wording(args, answers.encoded)
+    for part, words in (
+        ("temperature", "temperature was fitted"),
+        ("threshold", "threshold was chosen"),
+    ):
+        if (rule.get(part) or {}).get("data_sha256") == settings["data_sha256"]:
+            say(args, f"warning: the run's {words} on this file: on new texts it does less well")
     say(args, _table(results.metrics))
     say(args, f"written: {folder / 'metrics.json'}, predictions.jsonl, report.html")
     return results.metrics

@@ -83,7 +83,9 @@ def test_a_threshold_is_kept_and_decides(trained, capsys):
     decisions = clf.decisions(load("choose.jsonl", "jsonl"))
     answered = [d.decision == "answer" for d in decisions]
     assert answered == [d.confidence >= clf.threshold for d in decisions]
-    scores = ok("evaluate --run run --data choose.jsonl --batch 1", capsys)["decision"]
+    command = "evaluate --run run --data choose.jsonl --batch 1"
+    assert "warning: the run's threshold was chosen on this file" in run(command, capsys)[1]
+    scores = ok(f"{command} --force", capsys)["decision"]
     assert scores["answered"] == sum(answered)
     assert scores["coverage"] == sum(answered) / 90
     report = (trained / "run/report.html").read_text()
@@ -112,7 +114,9 @@ def test_where_no_threshold_keeps_its_promise_all_go_to_a_human(trained, capsys)
     assert scores == {"threshold": None, "coverage": 0, "answered": 0, "right": 0, "acc": None}
     report = (trained / "run/report.html").read_text()
     first = report.index("The run answers none of the 9 rows: every row goes to a human, because")
-    assert first < report.index("At 95 % accuracy") and "kept in the run" not in report
+    assert (
+        first < report.index("On these rows, at 95 % accuracy") and "kept in the run" not in report
+    )
     code, out, _ = run("evaluate --run run --data test.jsonl --force", capsys)
     assert code == 0 and "No threshold kept its promise: every row goes to a human." in out
     ok("threshold --run run --clear", capsys)
