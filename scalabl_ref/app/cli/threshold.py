@@ -74,10 +74,11 @@ def _lines(
             lines.append(f"{target:8.3g}  {one.confidence:16.4f}  {one.coverage:8.1%}  "
                          f"{one.bound:.4f}")  # fmt: skip
         else:
-            about = f"about {needed:,}" if needed else "no number of"
+            about = f"about {needed:,} rows" if needed else "no number of rows"
+            about += " like these would do"
             if needed and needed > MOST_ROWS:
-                about = "only more than a million"
-            lines.append(f"{target:8.3g}  none: {about} rows like these would do")
+                about = "the surest rows are right too little more often"
+            lines.append(f"{target:8.3g}  none: {about}")
         if target == args.accuracy:
             chosen = one
     if any(one is None and needed is None for _, one, needed in table):
