@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 
 import pytest
 import torch
@@ -17,6 +16,8 @@ from scalabl_ref.model.llama import RMSNorm
 from scalabl_ref.training.schedule import kl_weight, warmup_linear
 from scalabl_ref.verify.all_checks import run
 from scalabl_ref.verify.level_checks import LEVEL_CHECKS, cases_of
+
+from ..patching import replace
 
 CHECKS = {check.name: check for check in LEVEL_CHECKS}
 for level in ("llama", "training step", "prediction", "schedules", "metrics"):
@@ -76,12 +77,7 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_noticed(name, monkeypatch):
     target, value, check = FAULTS[name]
-    module, _, path = target.partition(":")
-    *owners, attribute = path.split(".")
-    owner = importlib.import_module(f"scalabl_ref.{module}")
-    for part in owners:
-        owner = getattr(owner, part)
-    monkeypatch.setattr(owner, attribute, value)
+    replace(monkeypatch, target, value)
     result = run(CHECKS[check], None, torch.device("cpu"))
     assert result.worst > 1 and "got" in result.note, result  # no exception
 

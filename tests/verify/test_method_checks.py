@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 import re
 from contextlib import contextmanager
@@ -19,6 +18,8 @@ from scalabl_ref.methods import blob, ensemble, full, laplace, subspace, swag, t
 from scalabl_ref.methods.map import MapAdapter
 from scalabl_ref.verify.all_checks import run
 from scalabl_ref.verify.method_checks import METHOD_CHECKS, distance, golden_section, slopes
+
+from ..patching import replace
 
 normal = Noise.normal
 CHECKS = {check.name: check for check in METHOD_CHECKS}
@@ -400,12 +401,7 @@ def _(logits, labels):
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_caught_by_its_methods_check(name, monkeypatch):
     target, value, check = FAULTS[name]
-    module, _, path = target.partition(":")
-    *owners, attribute = path.split(".")
-    owner = importlib.import_module(f"scalabl_ref.{module}")
-    for part in owners:
-        owner = getattr(owner, part)
-    monkeypatch.setattr(owner, attribute, value)
+    replace(monkeypatch, target, value)
     result = run(CHECKS[check], subspace_lora_linear, torch.device("cpu"))
     ended = re.match(r"\w+: ", result.note)  # an exception
     assert result.worst > 1 and not ended, result
