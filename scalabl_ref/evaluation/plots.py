@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..support.errors import InputError
+from ..support.errors import InputError, to_install
 from ..support.files import atomic_write
 from . import metrics
 from .charts import Chart, bins_of, environment, interval_chart, printable, reliability_chart
@@ -79,7 +79,7 @@ def pdf(figure: str) -> bytes:
         from reportlab.graphics import renderPDF
         from svglib.svglib import svg2rlg
     except ImportError:
-        raise InputError("PDF needs svglib: pip install -e '.[figures]' in the clone") from None
+        raise InputError(f"PDF needs svglib: {to_install('figures')}") from None
     import io
 
     return renderPDF.drawToString(svg2rlg(io.BytesIO(figure.encode())))

@@ -31,6 +31,11 @@ def expected(name: str, names: Iterable[str]) -> str:
     return f": did you mean {near[0]}?" if near else f": expected {listed}"
 
 
+def to_install(extra: str) -> str:
+    """The command that brings an extra."""
+    return f"pip install -e '.[{extra}]' in the clone"
+
+
 class Interrupted(Exception):
     """The signal `signum` ended the work. step: of the checkpoint that training wrote, if any.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .errors import InputError
+from .errors import InputError, to_install
 
 _NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*?)(?:@([\w./-]+))?")
 _FILES = (".json", ".model", ".bin", ".gguf", ".pth", ".pt", ".safetensors")
@@ -39,8 +39,7 @@ def _download(name: str, revision: str | None) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise InputError(
-            f"{name}: no such folder, and the Hub needs a package: pip install -e '.[hf]' "
-            "in the clone"
+            f"{name}: no such folder, and the Hub needs a package: {to_install('hf')}"
         ) from None
     try:
         for weights in ("model*.safetensors", "pytorch_model*.bin"):

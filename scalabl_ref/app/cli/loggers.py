@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...support.errors import InputError
+from ...support.errors import InputError, to_install
 
 Send = Callable[[dict[str, float], int], Any]  # numbers by name, and the steps done
 PROJECT = "scalabl"
@@ -20,9 +20,7 @@ def _needed(name: str, extra: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise InputError(
-            f"--log {extra} needs a package: pip install -e '.[{extra}]' in the clone"
-        ) from None
+        raise InputError(f"--log {extra} needs a package: {to_install(extra)}") from None
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from ...evaluation.classifier import Classifier, classifier
-from ...support.errors import InputError
+from ...support.errors import InputError, to_install
 from . import options, runs
 from .output import Result, say
 
@@ -44,9 +44,7 @@ def run(args: argparse.Namespace) -> Result:
 
         from ..server import Limits, application
     except ImportError:
-        raise InputError(
-            "serve needs a web server: pip install -e '.[serve]' in the clone"
-        ) from None
+        raise InputError(f"serve needs a web server: {to_install('serve')}") from None
     for name in ("batch", "max_waiting", "max_characters"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1")
