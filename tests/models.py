@@ -15,6 +15,8 @@ from scalabl_ref.model.attach import Linear
 from scalabl_ref.support.tensors import save_tensors
 from scalabl_ref.training.trainer import Collector, TrainConfig, Trainer
 
+from .tolerances import curve_bound
+
 TINY = LlamaConfig(
     vocab_size=40,
     hidden_size=16,
@@ -133,3 +135,17 @@ def questions_file(path: Path, rows: int = 24, choices: int = 3) -> Path:
         )
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def steps_and_bound(made: Trainer, steps: int, rate: float) -> tuple[list[dict], float]:
+    """The records of so many steps, and how far those of another order of sums may be off.
+
+    rate: the learning rate of A and B; the bound is for variational rates up to 4 times as large.
+    """
+    records, largest = [], 0.0
+    parameters = [p for adapter in made.adapters for p in adapter.parameters()]
+    for _ in range(steps):
+        records.append(made.step())
+        largest = max(largest, *(float(p.grad.abs().max()) for p in parameters))
+    count, loss = sum(p.numel() for p in parameters), max(r["loss"] for r in records)
+    return records, curve_bound(steps, 4 * rate, count, largest, loss, terms=512)

@@ -25,7 +25,7 @@ from scalabl_ref.verify.conformance import check
 from . import models
 from .conftest import ROOT
 from .own_port import port
-from .tolerances import curve_bound, logits_bound
+from .tolerances import logits_bound
 
 CPU = torch.device("cpu")
 STEPS, RATE = 6, 1e-2
@@ -72,13 +72,8 @@ def trained(where: torch.device, **config) -> tuple[list[dict[str, float]], floa
     """The curve, and how far that of another order of sums may be off."""
     settings = {"steps": STEPS, "batch": 4, "lr": RATE, **config}
     model = models.tiny_model(wake=False).to(where)
-    made, records, largest = Trainer(model, models.tiny_data(), TrainConfig(**settings)), [], 0.0
-    parameters = [p for adapter in made.adapters for p in adapter.parameters()]
-    for _ in range(STEPS):
-        records.append(made.step())
-        largest = max(largest, *(float(p.grad.abs().max()) for p in parameters))
-    count, loss = sum(p.numel() for p in parameters), max(r["loss"] for r in records)
-    return records, curve_bound(STEPS, 4 * RATE, count, largest, loss, terms=512)
+    made = Trainer(model, models.tiny_data(), TrainConfig(**settings))
+    return models.steps_and_bound(made, STEPS, RATE)
 
 
 @on_device

@@ -22,9 +22,9 @@ from scalabl_ref.training.loop import fit
 from scalabl_ref.training.runs import fingerprint, load_run
 from scalabl_ref.training.trainer import Collector, TrainConfig, Trainer
 
-from ..models import TINY, questions_file, tiny_data, tiny_folder, tiny_model
+from ..models import TINY, questions_file, steps_and_bound, tiny_data, tiny_folder, tiny_model
 from ..ranks import on_ranks
-from ..tolerances import curve_bound, logits_bound
+from ..tolerances import logits_bound
 
 CPU = torch.device("cpu")
 STEPS, RATE = 9, 1e-2
@@ -70,13 +70,7 @@ def curve(folder: Path) -> list[dict[str, float]]:
 def alone(objective: str = "elbo", swag: float = 0.0) -> tuple[list[dict[str, float]], float]:
     """The curve of one process that computes a batch at once, and how far another may be off."""
     made = trainer(Swag() if swag else None, objective=objective, swag=swag)
-    records, largest = [], 0.0
-    parameters = [p for adapter in made.adapters for p in adapter.parameters()]
-    for _ in range(STEPS):
-        records.append(made.step())
-        largest = max(largest, *(float(p.grad.abs().max()) for p in parameters))
-    count, loss = sum(p.numel() for p in parameters), max(r["loss"] for r in records)
-    return records, curve_bound(STEPS, 4 * RATE, count, largest, loss, terms=512)
+    return steps_and_bound(made, STEPS, RATE)
 
 
 def assert_same_curve(folder: Path, objective: str = "elbo", swag: float = 0.0) -> None:
