@@ -166,7 +166,7 @@ def run(file: str, jobs: int, step: int, out: Path) -> float:
 
     def work(mutant: Mutant) -> None:
         if not hasattr(local, "tree"):
-            local.tree = Tree(Path(tempfile.mkdtemp(prefix="mutants-")))
+            local.tree = Tree(Path(tempfile.mkdtemp(dir=folders)))
         row = {"file": file, "key": str(mutant.line) + str(mutant),
                "by": local.tree.tried(file, mutant)}  # fmt: skip
         with lock, out.open("a") as to:
@@ -174,7 +174,7 @@ def run(file: str, jobs: int, step: int, out: Path) -> float:
             to.write(json.dumps(row) + "\n")
             print(f"{file}:{mutant.line} {row['by'] or 'ALIVE'}: {mutant}", flush=True)
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with tempfile.TemporaryDirectory() as folders, ThreadPoolExecutor(jobs) as pool:
         list(pool.map(work, left))
     counted = [row for row in done if row["by"] != "compiler" and not row.get("why")]
     alive = sum(not row["by"] for row in counted)
