@@ -68,6 +68,10 @@ def load(module: torch.nn.Module, t: Weights) -> None:
         parameter.data = t[name].to(parameter, copy=True)
 
 
+def rope_of(p: Parameters) -> RopeConfig:
+    return RopeConfig(**{name: p[name] for name in vars(RopeConfig())})
+
+
 def llama(id: str, p: Parameters, t: Weights) -> Weights:
     device = next(iter(t.values())).device if t else torch.device("cpu")
     if id.startswith("rmsnorm"):
@@ -75,8 +79,7 @@ def llama(id: str, p: Parameters, t: Weights) -> Weights:
         norm.weight.data = t["weight"].clone()
         return {"y": norm(t["x"])}
     if id.startswith("rope"):
-        rope = RopeConfig(**{name: p[name] for name in vars(RopeConfig())})
-        return {"inverse_frequencies": rope.inverse_frequencies(p["head_dim"], device)}
+        return {"inverse_frequencies": rope_of(p).inverse_frequencies(p["head_dim"], device)}
     if id.startswith("attention"):
         return {"y": attention(p, t)}
     if id == "swiglu":
@@ -89,8 +92,7 @@ def llama(id: str, p: Parameters, t: Weights) -> Weights:
 
 
 def attention(p: Parameters, t: Weights) -> Tensor:
-    rope = RopeConfig(**{name: p[name] for name in vars(RopeConfig())})
-    config = LlamaConfig(40, 16, 24, 1, p["heads"], p["kv_heads"], p["head_dim"], rope=rope)
+    config = LlamaConfig(40, 16, 24, 1, p["heads"], p["kv_heads"], p["head_dim"], rope=rope_of(p))
     model = Llama(config).to(t["x"])
     layer = cast(torch.nn.Module, model.layers[0].attn)
     load(layer, t)
