@@ -1,6 +1,8 @@
 // The C interface: every argument is checked here, once, for all devices.
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <initializer_list>
 #include <new>
 
 #include "fast/cpu.h"
@@ -106,6 +108,28 @@ scalabl_status check_backward(const scalabl_update *op, Memory memory, const voi
         return SCALABL_SIZE;
     }
     return !out.x || apart(op->rows, op->d_in, out.x_stride) ? SCALABL_OK : SCALABL_STRIDE;
+}
+
+// Of functions on (rows, n) values that are all given.
+scalabl_status check_values(int32_t dtype, std::array<int64_t, 2> sizes, int32_t threads,
+                            std::initializer_list<const void *> values) {
+    if (dtype < SCALABL_FLOAT32 || dtype > SCALABL_FLOAT16 || dtype == SCALABL_FLOAT64) {
+        return SCALABL_DTYPE;
+    }
+    const auto [rows, n] = sizes;
+    if (rows < 0 || n < 0 || !addressable(rows, n, n)) return SCALABL_SIZE;
+    if (threads < 1) return SCALABL_THREADS;
+    const bool empty = rows == 0 || n == 0;
+    return empty || std::all_of(values.begin(), values.end(), [](const void *p) { return p; })
+               ? SCALABL_OK
+               : SCALABL_NULL;
+}
+
+scalabl_status check_norm(const scalabl_norm *op, std::initializer_list<const void *> values) {
+    if (!op) return SCALABL_NULL;
+    const bool empty = op->rows <= 0 || op->n <= 0;
+    if (!empty && (!op->x || !op->weight)) return SCALABL_NULL;
+    return check_values(op->dtype, {op->rows, op->n}, op->threads, values);
 }
 
 // Calls fn() and turns its exception into a status.
@@ -268,6 +292,50 @@ scalabl_status scalabl_cuda_update_backward(const scalabl_update *, const void *
 const char *scalabl_cuda(void) { return ""; }
 
 #endif
+
+scalabl_status scalabl_rms_norm(const scalabl_norm *op, void *y, float *scale) {
+    const scalabl_status status = check_norm(op, {y});
+    if (status != SCALABL_OK) return status;
+    return guarded([&] { scalabl::cpu::rms_norm(*op, y, scale); });
+}
+
+scalabl_status scalabl_rms_norm_backward(const scalabl_norm *op, const void *grad_y,
+                                         const float *scale, void *grad_x) {
+    const scalabl_status status = check_norm(op, {grad_y, scale, grad_x});
+    if (status != SCALABL_OK) return status;
+    return guarded([&] { scalabl::cpu::rms_norm_backward(*op, grad_y, scale, grad_x); });
+}
+
+scalabl_status scalabl_rotate(const scalabl_rotation *op, const void *x, void *y) {
+    if (!op) return SCALABL_NULL;
+    int64_t size = 0;
+    if (op->heads < 0 || op->n < 0 || op->n > SCALABL_MOST_HEAD_DIM || op->n % 2 != 0 ||
+        __builtin_mul_overflow(op->heads, op->n, &size) || op->angles < (op->rows > 0)) {
+        return SCALABL_SIZE;
+    }
+    const scalabl_status status = check_values(op->dtype, {op->rows, size}, op->threads,
+                                               {op->cos, op->sin, x, y});
+    if (status != SCALABL_OK) return status;
+    return guarded([&] { scalabl::cpu::rotate(*op, x, y); });
+}
+
+scalabl_status scalabl_swiglu(int32_t dtype, int64_t n, const void *gate, const void *up, void *y,
+                              int32_t threads) {
+    const scalabl_status status = check_values(dtype, {1, n}, threads, {gate, up, y});
+    if (status != SCALABL_OK) return status;
+    return guarded([&] { scalabl::cpu::swiglu(dtype, n, gate, up, y, threads); });
+}
+
+scalabl_status scalabl_swiglu_backward(int32_t dtype, int64_t n, const void *grad_y,
+                                       const void *gate, const void *up, void *grad_gate,
+                                       void *grad_up, int32_t threads) {
+    const scalabl_status status =
+        check_values(dtype, {1, n}, threads, {grad_y, gate, up, grad_gate, grad_up});
+    if (status != SCALABL_OK) return status;
+    return guarded([&] {
+        scalabl::cpu::swiglu_backward(dtype, n, grad_y, gate, up, grad_gate, grad_up, threads);
+    });
+}
 
 const char *scalabl_isa(void) { return scalabl::cpu::isa(); }
 

@@ -200,6 +200,50 @@ void plain_backward(const Update &op, uintptr_t grad_y, int64_t grad_y_stride, u
     });
 }
 
+// --- The model's blocks -------------------------------------------------------------------------
+
+// Tensors are addresses; sizes: rows, n.
+void rms_norm(int32_t dtype, std::array<int64_t, 2> sizes, uintptr_t x, uintptr_t weight,
+              double eps, uintptr_t y, uintptr_t scale, int32_t threads) {
+    const scalabl_norm op = {dtype, sizes[0], sizes[1], pointer(x), pointer(weight),
+                             static_cast<float>(eps), threads};
+    unlocked([&] { return scalabl_rms_norm(&op, pointer(y), pointer<float>(scale)); });
+}
+
+void rms_norm_backward(int32_t dtype, std::array<int64_t, 2> sizes, uintptr_t x, uintptr_t weight,
+                       uintptr_t grad_y, uintptr_t scale, uintptr_t grad_x, int32_t threads) {
+    const scalabl_norm op = {dtype, sizes[0], sizes[1], pointer(x), pointer(weight), 0, threads};
+    unlocked([&] {
+        return scalabl_rms_norm_backward(&op, pointer(grad_y), pointer<float>(scale),
+                                         pointer(grad_x));
+    });
+}
+
+// sizes: rows, heads, n, angles.
+void rotate(int32_t dtype, std::array<int64_t, 4> sizes, uintptr_t cos, uintptr_t sin,
+            uintptr_t places, bool back, uintptr_t x, uintptr_t y, int32_t threads) {
+    const scalabl_rotation op = {dtype,        sizes[0],     sizes[1],
+                                 sizes[2],     sizes[3],     pointer(cos),
+                                 pointer(sin), pointer<int64_t>(places), back, threads};
+    unlocked([&] { return scalabl_rotate(&op, pointer(x), pointer(y)); });
+}
+
+void swiglu(int32_t dtype, int64_t n, uintptr_t gate, uintptr_t up, uintptr_t y, int32_t threads) {
+    unlocked([&] {
+        return scalabl_swiglu(dtype, n, pointer(gate), pointer(up), pointer(y), threads);
+    });
+}
+
+void swiglu_backward(int32_t dtype, int64_t n, uintptr_t grad_y, uintptr_t gate, uintptr_t up,
+                     uintptr_t grad_gate, uintptr_t grad_up, int32_t threads) {
+    unlocked([&] {
+        return scalabl_swiglu_backward(dtype, n, pointer(grad_y), pointer(gate), pointer(up),
+                                       pointer(grad_gate), pointer(grad_up), threads);
+    });
+}
+
+// --- CUDA ---------------------------------------------------------------------------------------
+
 // Both return the bytes of scratch space that are needed; with scratch 0 they do nothing else.
 int64_t cuda_forward(const Update &op, uintptr_t y, int64_t y_stride, uintptr_t h,
                      uintptr_t scratch, int64_t bytes, uintptr_t stream) {
@@ -498,6 +542,21 @@ PYBIND11_MODULE(_native, module) {
     module.def("normals", &normals, py::arg("seed"), py::arg("draw"), py::arg("layer"),
                py::arg("groups"), py::arg("draws"), py::arg("count"), py::arg("rank"),
                py::arg("out"));
+
+    module.def("rms_norm", &rms_norm, py::arg("dtype"), py::arg("sizes"), py::arg("x"),
+               py::arg("weight"), py::arg("eps"), py::arg("y"), py::arg("scale"),
+               py::arg("threads"));
+    module.def("rms_norm_backward", &rms_norm_backward, py::arg("dtype"), py::arg("sizes"),
+               py::arg("x"), py::arg("weight"), py::arg("grad_y"), py::arg("scale"),
+               py::arg("grad_x"), py::arg("threads"));
+    module.def("rotate", &rotate, py::arg("dtype"), py::arg("sizes"), py::arg("cos"),
+               py::arg("sin"), py::arg("places"), py::arg("back"), py::arg("x"), py::arg("y"),
+               py::arg("threads"));
+    module.def("swiglu", &swiglu, py::arg("dtype"), py::arg("n"), py::arg("gate"), py::arg("up"),
+               py::arg("y"), py::arg("threads"));
+    module.def("swiglu_backward", &swiglu_backward, py::arg("dtype"), py::arg("n"),
+               py::arg("grad_y"), py::arg("gate"), py::arg("up"), py::arg("grad_gate"),
+               py::arg("grad_up"), py::arg("threads"));
 
     py::class_<Update>(module, "Update")
         .def("forward", &update_forward, py::arg("y"), py::arg("y_stride"), py::arg("h"))

@@ -121,6 +121,50 @@ scalabl_status scalabl_cuda_update_backward(const scalabl_update *op, const void
                                             void *grad_s, void *grad_sigma, void *scratch,
                                             int64_t *scratch_bytes, void *stream);
 
+/* --- RMSNorm, RoPE and SwiGLU of the model's blocks, on the CPU ------------------------------ */
+
+/* dtype below is a scalabl_dtype other than SCALABL_FLOAT64. Matrices are contiguous, outputs do not
+ * overlap inputs, and `threads` does not change a result. Each value is computed in float32 and
+ * rounded once. */
+#define SCALABL_MOST_HEAD_DIM 1024
+
+typedef struct {
+    int32_t dtype;
+    int64_t rows, n;
+    const void *x;      /* (rows, n) */
+    const void *weight; /* (n,) */
+    float eps;
+    int32_t threads;
+} scalabl_norm;
+
+/* y (rows, n) = x scale * weight, scale = 1 / sqrt(mean(x^2) + eps); scale: null, or (rows,). */
+scalabl_status scalabl_rms_norm(const scalabl_norm *op, void *y, float *scale);
+
+/* grad_x (rows, n) = scale weight g - scale^3 mean(weight g x) x, of scale above and g = grad_y. */
+scalabl_status scalabl_rms_norm_backward(const scalabl_norm *op, const void *grad_y,
+                                         const float *scale, void *grad_x);
+
+typedef struct {
+    int32_t dtype;
+    int64_t rows, heads, n; /* n: size of a head, even, at most SCALABL_MOST_HEAD_DIM */
+    int64_t angles;         /* row i has the angles of row i % angles of cos and sin */
+    const void *cos, *sin;  /* (angles, n) */
+    const int64_t *places;  /* (rows,) or null: row i of x becomes row places[i] of y */
+    int32_t back;           /* not 0: the transpose; row places[i] of x becomes row i of y */
+    int32_t threads;
+} scalabl_rotation;
+
+/* Rows (heads, n): y_j = x_j cos_j - x_(j + n/2) sin_j for j < n/2, and
+ * y_j = x_j cos_j + x_(j - n/2) sin_j above. The caller vouches for `places`. */
+scalabl_status scalabl_rotate(const scalabl_rotation *op, const void *x, void *y);
+
+/* y (n,) = gate / (1 + exp(-gate)) * up, and the gradients of gate and up. */
+scalabl_status scalabl_swiglu(int32_t dtype, int64_t n, const void *gate, const void *up, void *y,
+                              int32_t threads);
+scalabl_status scalabl_swiglu_backward(int32_t dtype, int64_t n, const void *grad_y,
+                                       const void *gate, const void *up, void *grad_gate,
+                                       void *grad_up, int32_t threads);
+
 /* --- The build ------------------------------------------------------------------------------ */
 
 /* The instruction set whose kernels run: "baseline", "avx2" or "avx512"; the widest that the

@@ -55,7 +55,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scalabl_ref import Noise, native_status, subspace_lora_linear
-from scalabl_ref.fast import rows
+from scalabl_ref.fast import blocks, rows
 from scalabl_ref.model.inputs import Inputs
 from scalabl_ref.model.llama import rotate
 from scalabl_ref.support.folders import FORMAT
@@ -424,7 +424,7 @@ def parts_of(model: scalabl_ref.Llama, count: int, length: int) -> dict[str, Par
         Part("o", lambda: attn.o_proj(attended), 2 * N * H * D, H * D + N * (H + D), L),
         Part("gate, up", lambda: (mlp.gate_proj(x), mlp.up_proj(x)),
              4 * N * D * inner, 2 * (D + N) * inner + N * D, L),
-        Part("SwiGLU", lambda: rows.SwiGLU.apply(gate, gate), 5 * N * inner, 3 * N * inner, L),
+        Part("SwiGLU", lambda: blocks.SwiGLU.apply(gate, gate), 5 * N * inner, 3 * N * inner, L),
         Part("down", lambda: mlp.down_proj(gate),
              2 * N * D * inner, inner * D + N * (inner + D), L),
         Part("RMSNorm", lambda: model.norm(x), 4 * N * D, 2 * N * D, 2 * L + 1),

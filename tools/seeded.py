@@ -48,6 +48,9 @@ PLACE = "fast/test_ops.py::test_a_draw_follows_the_group_and_not_the_place"
 STREAM = "core/test_noise.py::test_philox_words_are_blocks_of_the_reserved_layer"
 FOLLOWS = "core/test_objective.py::test_the_draw_follows_the_example_through_the_whole_model"
 ANSWER = "core/test_objective.py::test_an_answer_is_read_off_the_last_real_token"
+BLOCK_NORM = "fast/test_blocks.py::test_rms_norm_and_its_gradients"
+BLOCK_ROPE = "fast/test_blocks.py::test_rope_and_its_gradient"
+BLOCK_SWIGLU = "fast/test_blocks.py::test_swiglu_and_its_gradients"
 SWIGLU = "model/test_llama.py::test_swiglu_keeps_two_matrices_and_has_its_derivatives"
 KL = "core/test_objective.py::test_both_directions_equal_torch_distributions_and_the_reference"
 KL_GRADIENT = "core/test_objective.py::test_kl_gradients_equal_the_closed_forms"
@@ -603,10 +606,12 @@ PACKED = [
           ATTENTION),
     Fault("packed attention: no 1/sqrt(h)", "fast.rows", "is_causal=causal",
           "is_causal=causal, scale=1.0", ATTENTION),
-    Fault("packed attention: values turned too", "fast.rows", "q, k = rotate(",
-          "v = rotate(v, ctx.cos, ctx.sin)\n        q, k = rotate(", ATTENTION),
-    Fault("packed attention: queries not turned", "fast.rows",
-          "rotate(q, of_queries.cos, of_queries.sin), rotate(k", "q, rotate(k", ATTENTION),
+    Fault("packed attention: values turned too", "fast.rows", "rows.unpack(v).transpose",
+          "turned(v, ctx).transpose", ATTENTION),
+    Fault("packed attention: queries not turned", "fast.rows", "q = turned(q, ctx).transpose",
+          "q = rows.unpack(q).transpose", ATTENTION),
+    Fault("packed attention: the last queries not turned", "fast.rows",
+          "q = rotate(q, last.cos, last.sin)[:, :, None]", "q = q[:, :, None]", PADDED),
     Fault("packed attention: the last tokens turned as the first", "fast.rows",
           "of_these(self.cos), of_these(self.sin)",
           "of_these(self.cos[:1] * 0 + self.cos[:1, :1]), of_these(self.sin[:1] * 0 + self.sin[:1, :1])",
@@ -617,14 +622,22 @@ PACKED = [
           "y.reshape(*y.shape[::2], -1)", ATTENTION),
     Fault("packed attention: keys and values exchanged", "fast.rows",
           "q, k, v, attn_mask", "q, v, k, attn_mask", ATTENTION),
-    Fault("packed SwiGLU: gate and up exchanged", "fast.rows", "return F.silu(gate) * up",
-          "return gate * F.silu(up)", MODEL),
-    Fault("packed SwiGLU: gelu for silu", "fast.rows", "return F.silu(gate) * up",
-          "return F.gelu(gate) * up", MODEL),
-    Fault("packed SwiGLU: gradients exchanged", "fast.rows",
+    Fault("native SwiGLU: gate and up exchanged", "fast.blocks",
+          "gate.data_ptr(), up.data_ptr(), y.data_ptr()",
+          "up.data_ptr(), gate.data_ptr(), y.data_ptr()", BLOCK_SWIGLU),
+    Fault("native SwiGLU: gradients exchanged", "fast.blocks",
+          "to_gate.data_ptr(), to_up.data_ptr()", "to_up.data_ptr(), to_gate.data_ptr()",
+          BLOCK_SWIGLU),
+    Fault("native RMSNorm: eps left out", "fast.blocks", "weight.data_ptr(), eps, y.data_ptr()",
+          "weight.data_ptr(), 0.0, y.data_ptr()", BLOCK_NORM),
+    Fault("native RMSNorm: the weight's gradient without the row's factor", "fast.blocks",
+          "x.flatten(0, -2) * scale[:, None]", "x.flatten(0, -2)", BLOCK_NORM),
+    Fault("native RoPE: its gradient turned the same way", "fast.blocks", "angles, back=True",
+          "angles, back=False", BLOCK_ROPE),
+    Fault("SwiGLU: gradients exchanged", "fast.blocks",
           "torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)",
           "grad * F.silu(gate), torch.ops.aten.silu_backward(grad * up, gate)", SWIGLU),
-    Fault("packed SwiGLU: gate's gradient without up", "fast.rows", "silu_backward(grad * up, gate)",
+    Fault("SwiGLU: gate's gradient without up", "fast.blocks", "silu_backward(grad * up, gate)",
           "silu_backward(grad, gate)", SWIGLU),
     Fault("packed residual of the attention left out", "fast.rows", "        x = x + y\n",
           "        x = y\n", MODEL),

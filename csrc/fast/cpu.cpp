@@ -1,14 +1,12 @@
-// The update and its gradients on the CPU: blocks that fit into caches, threads, and the choice of
-// kernels. Formulas are in subspace_lora.h, products in products.cpp, the interface in api.cpp.
+// The update and its gradients on the CPU: blocks that fit into caches, and threads. Formulas are in
+// subspace_lora.h, products in products.cpp, the interface in api.cpp.
 #include "cpu.h"
 
 #include <algorithm>
-#include <cstring>
-#include <memory>
 #include <type_traits>
 
+#include "kernels.h"
 #include "parallel.h"
-#include "products.h"
 #include "subspace_lora.h"
 
 namespace scalabl {
@@ -34,45 +32,18 @@ int64_t block_rows(const scalabl_update &op) {
 // With fewer multiplications than this another thread costs more than it saves.
 constexpr int64_t WORTH_A_THREAD = 1 << 17;
 
-const Kernels *best_kernels() {
-#ifdef SCALABL_X86
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-        return &AVX512;
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &AVX2;
-#endif
-    return &BASELINE;
-}
-
-const Kernels *kernels = best_kernels();
-
 template <typename T>
 const Products<T> &products();
 template <>
 const Products<float> &products<float>() {
-    return kernels->single;
+    return kernels().single;
 }
 template <>
 const Products<double> &products<double>() {
-    return kernels->twice;
+    return kernels().twice;
 }
 
 // --- Rows of any dtype as rows of float or double ---------------------------------------------
-
-void widen_row(const bfloat16 *in, float *out, int64_t n) {
-    kernels->widen_bfloat16(&in->bits, out, n);
-}
-void widen_row(const float16 *in, float *out, int64_t n) {
-    kernels->widen_float16(&in->bits, out, n);
-}
-void narrow_row(const float *in, bfloat16 *out, int64_t n) {
-    kernels->narrow_bfloat16(in, &out->bits, n);
-}
-void narrow_row(const float *in, float16 *out, int64_t n) {
-    kernels->narrow_float16(in, &out->bits, n);
-}
 
 // Where row `i` begins; null if the matrix is null: it has no elements, or is not wanted.
 template <typename S>
@@ -123,15 +94,6 @@ void over_columns(int64_t rows, int64_t n, const Fn &fn) {
 }
 
 // --- Small operands, read once a call ---------------------------------------------------------
-
-template <typename T>
-using Buffer = std::unique_ptr<T[]>;
-
-// new T[n] without initial values. Throws std::bad_alloc.
-template <typename T>
-Buffer<T> buffer(int64_t n) {
-    return Buffer<T>(new T[static_cast<size_t>(std::max<int64_t>(n, 1))]);
-}
 
 template <typename P, typename T>
 T value_of(const void *from, int64_t i) {
@@ -465,25 +427,6 @@ void backward(const scalabl_update &op, const void *grad_y, int64_t grad_y_strid
     by_dtypes(op, [&](auto row, auto adapter) {
         backward_pass<decltype(row), decltype(adapter)>(op, grad_y, grad_y_stride, h, out);
     });
-}
-
-const char *isa() { return kernels->name; }
-
-bool use_isa(const char *name) {
-    const Kernels *known[] = {
-#ifdef SCALABL_X86
-        &AVX512, &AVX2,
-#endif
-        &BASELINE};
-    bool reachable = false;  // the table is ordered: the machine's best and all after it can run
-    for (const Kernels *candidate : known) {
-        reachable = reachable || candidate == best_kernels();
-        if (reachable && std::strcmp(candidate->name, name) == 0) {
-            kernels = candidate;
-            return true;
-        }
-    }
-    return false;
 }
 
 }  // namespace cpu

@@ -230,6 +230,7 @@ const Kernels SCALABL_KERNELS = {
     narrow_all<bfloat16>,
     widen_all<float16>,
     narrow_all<float16>,
+    &SCALABL_ELEMENTWISE,
 };
 
 }  // namespace scalabl

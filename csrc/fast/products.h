@@ -1,7 +1,10 @@
-// The three skinny matrix products of the update, one table of them for each instruction set.
+// The kernels: the three skinny matrix products of the update and what else runs on vectors. There is
+// one table of them for each instruction set.
 #pragma once
 
 #include <stdint.h>
+
+#include "elementwise.h"
 
 namespace scalabl {
 
@@ -30,6 +33,7 @@ struct Kernels {
     void (*narrow_bfloat16)(const float *in, uint16_t *out, int64_t n);
     void (*widen_float16)(const uint16_t *in, float *out, int64_t n);
     void (*narrow_float16)(const float *in, uint16_t *out, int64_t n);
+    const Elementwise *elementwise;
 };
 
 extern const Kernels BASELINE, AVX2, AVX512;  // the last two on x86-64 alone

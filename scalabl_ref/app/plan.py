@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ..core.adapter import adapters
 from ..core.config import AdapterConfig
+from ..fast.blocks import SwiGLU
 from ..fast.quantize import Kind, quantize, quantize_model, whole
-from ..fast.rows import SwiGLU
 from ..model.attach import add_adapters
 from ..model.config import LlamaConfig
 from ..model.llama import Llama, RMSNorm

@@ -15,8 +15,8 @@ from typing import Any
 from ..core.adapter import Adapter
 from ..core.noise import Noise
 from ..model import weights
-from ..model.llama import MLP, Llama
-from . import native, normals, ops, quantize, rows
+from ..model.llama import MLP, Llama, RMSNorm
+from . import blocks, native, normals, ops, quantize, rows
 
 # Each hook, and its fast version.
 HOOKS: tuple[tuple[type, str, Any], ...] = (
@@ -25,7 +25,8 @@ HOOKS: tuple[tuple[type, str, Any], ...] = (
     (Adapter, "op", staticmethod(ops.subspace_lora_linear)),
     (Llama, "run", rows.run),
     (Llama, "block", rows.PackedBlock),
-    (MLP, "activation", staticmethod(rows.swiglu)),
+    (MLP, "activation", staticmethod(blocks.swiglu)),
+    (RMSNorm, "forward", blocks.rms_norm),
 )
 FAST = tuple(body for *_, body in HOOKS)
 PLAIN = tuple(vars(owner)[name] for owner, name, _ in HOOKS)

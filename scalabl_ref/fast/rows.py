@@ -25,7 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from ..core.adapter import random_adapters
 from ..core.noise import Keys, token_groups
 from ..model.inputs import Inputs, KVCache, repeated
-from ..model.llama import Attention, Block, Llama, rotate
+from ..model.llama import Attention, Block, Llama
+from .blocks import rotate
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,14 @@ class Rows:
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, T, *) -> (..., *)."""
-        return x if self.index is None else x.flatten(0, 1)[self.index]
+        # index_select takes a fifth of the time of x[index].
+        return x if self.index is None else x.flatten(0, 1).index_select(0, self.index)
 
     def unpack(self, x: Tensor) -> Tensor:
         """(..., *) -> (B, T, *), zeros where nothing was computed. Autograd does not save x."""
         if self.index is None:
             return x
-        whole = x.new_zeros(self.B * self.T, *x.shape[1:]).index_put((self.index,), x)
+        whole = x.new_zeros(self.B * self.T, *x.shape[1:]).index_copy_(0, self.index, x)
         return whole.view(self.B, self.T, *x.shape[1:])
 
 
@@ -119,6 +121,15 @@ class LastTokens:
     keys: Keys | None
 
 
+def turned(x: Tensor, ctx: PackedContext) -> Tensor:
+    """x (..., heads, h) after RoPE, unpacked: (B, T, heads, h), zeros at padding."""
+    rows = ctx.rows
+    if rows.index is None:
+        return rotate(x, ctx.cos, ctx.sin)
+    whole = rotate(x, ctx.cos, ctx.sin, rows.index, rows.B * rows.T)
+    return whole.view(rows.B, rows.T, *x.shape[1:])
+
+
 class PackedAttention(Attention):
     """`Attention` on packed rows; with `ctx.last`, for the rows' last tokens alone, (B, D)."""
 
@@ -131,9 +142,11 @@ class PackedAttention(Attention):
         v = self.v_proj(x, ctx.keys).unflatten(-1, (self.kv_heads, -1))  # (..., K, h)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, of_queries.cos, of_queries.sin), rotate(k, ctx.cos, ctx.sin)
-        q = q[:, :, None] if last is not None else rows.unpack(q).transpose(1, 2)  # (B, H, T, h)
-        k, v = (rows.unpack(t).transpose(1, 2) for t in (k, v))  # (B, K, T, h)
+        if last is not None:
+            q = rotate(q, last.cos, last.sin)[:, :, None]  # (B, H, 1, h)
+        else:
+            q = turned(q, ctx).transpose(1, 2)  # (B, H, T, h)
+        k, v = turned(k, ctx).transpose(1, 2), rows.unpack(v).transpose(1, 2)  # (B, K, T, h)
         if ctx.cache is not None:
             k, v = ctx.cache.append(self.layer, k, v)  # (B, K, S, h)
         causal = of_queries.mask is None and last is None and not ctx.past
@@ -156,35 +169,6 @@ class PackedBlock(Block):
             x, keys = x[ctx.last.chosen], ctx.last
         x = x + y
         return x + self.mlp(self.mlp_norm(x), keys)
-
-
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, which saves only these two for its backward pass, not silu(gate)."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(gate: Tensor, up: Tensor) -> Tensor:
-        return F.silu(gate) * up
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for a second derivative
-            p = torch.sigmoid(gate)
-            slope = p * (1 + gate * (1 - p))
-            return grad * up * slope, grad * F.silu(gate)
-        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """The fast version of `MLP.activation`: silu(gate) * up."""
-    # Without gradients, the plain function has half the overhead.
-    return SwiGLU.apply(gate, up) if torch.is_grad_enabled() else SwiGLU.forward(gate, up)
 
 
 def run(model: Llama, inputs: Inputs) -> Tensor:

@@ -5,8 +5,8 @@ Qwen3 (RMSNorm on q and k). Logits equal transformers' to float32 rounding. Shap
 
     B batch   T new tokens   S cached + new tokens   D hidden   H heads   K kv heads   h head_dim
 
-The package sets three hooks, `Llama.run`, `Llama.block` and `MLP.activation`, to versions in
-fast/ that compute the same with less work. This file needs none of them.
+The package sets four hooks, `Llama.run`, `Llama.block`, `MLP.activation` and `RMSNorm.forward`, to
+versions in fast/ that compute the same with less work. This file needs none of them.
 """
 
 from __future__ import annotations

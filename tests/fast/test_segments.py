@@ -8,14 +8,12 @@ import pytest
 import torch
 
 from scalabl_ref import Noise, subspace_lora_linear
-from scalabl_ref.fast import native
 
 from ..strategies import DTYPES, OpCase
 from ..tolerances import no_worse_than, op_sizes
 from .test_ops import composition, direction_of, needs_core, outputs_and_gradients
 
 pytestmark = needs_core
-ISAS = ("baseline", "avx2", "avx512")
 # Rows, sampling and ids: 2, 2, 2, 5 and 1 segments, of rows that no tile of rows divides.
 ROWS = {
     "257 tokens": ((257,), "token", None),
@@ -24,18 +22,6 @@ ROWS = {
     "701 tokens": ((701,), "token", None),
     "50 tokens": ((50,), "token", None),
 }
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    core = native.core()
-    best = core.isa()
-    try:
-        core.use_isa(request.param)
-    except ValueError:
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    core.use_isa(best)
 
 
 def case_of(rows: str, dtype: torch.dtype, d_in=130, d_out=97, rank=13) -> OpCase:

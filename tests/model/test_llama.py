@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from scalabl_ref import InputError, Llama, LlamaConfig, Noise, adapters
 from scalabl_ref.core.adapter import SubspaceAdapter
 from scalabl_ref.core.objective import class_logits
-from scalabl_ref.fast.rows import PackedAttention, PackedContext, Rows, SwiGLU
+from scalabl_ref.fast.blocks import SwiGLU
+from scalabl_ref.fast.rows import PackedAttention, PackedContext, Rows
 from scalabl_ref.model.config import RopeConfig
 from scalabl_ref.model.inputs import KVCache
 from scalabl_ref.model.llama import Attention, Context, RMSNorm, rotate

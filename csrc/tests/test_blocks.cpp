@@ -1,0 +1,203 @@
+// RMSNorm, RoPE and SwiGLU through the C interface, against loops over doubles: dtypes, sizes that
+// nothing divides, threads, instruction sets and bad arguments.
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "matrix.h"
+
+namespace {
+
+// Of values of about 1: some float32 roundings, and one of the dtype.
+double allowed(int32_t dtype, double size) {
+    const double stored = dtype == SCALABL_FLOAT32 ? 0 : dtype == SCALABL_BFLOAT16 ? 0x1p-8 : 0x1p-11;
+    return (stored + 128 * 0x1p-23) * size + 0x1p-24;
+}
+
+bool near(const Matrix &got, const Matrix &expected, const Matrix &sizes) {
+    for (int64_t i = 0; i < got.rows; ++i) {
+        for (int64_t j = 0; j < got.columns; ++j) {
+            const double bound = allowed(got.dtype, sizes.at(i, j));
+            if (!(std::abs(got.at(i, j) - expected.at(i, j)) <= bound)) {
+                std::printf("dtype %d, element %d, %d: %g for %g\n", got.dtype, static_cast<int>(i),
+                            static_cast<int>(j), got.at(i, j), expected.at(i, j));
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+void test_norm(int32_t dtype, int64_t rows, int64_t n, int32_t threads) {
+    const Matrix x(dtype, rows, n), weight(dtype, 1, n), g(dtype, rows, n);
+    Matrix y(dtype, rows, n), grad_x(dtype, rows, n), scale(SCALABL_FLOAT32, 1, rows);
+    const scalabl_norm op = {dtype, rows, n, x.data(), weight.data(), 1e-5f, threads};
+    float *const factors = static_cast<float *>(scale.data());
+    CHECK(scalabl_rms_norm(&op, y.data(), factors) == SCALABL_OK);
+    CHECK(scalabl_rms_norm_backward(&op, g.data(), factors, grad_x.data()) == SCALABL_OK);
+    Matrix right(SCALABL_FLOAT64, rows, n), size(right), right_x(right), size_x(right);
+    for (int64_t i = 0; i < rows; ++i) {
+        double squares = 0, inner = 0;
+        for (int64_t j = 0; j < n; ++j) {
+            squares += x.at(i, j) * x.at(i, j) / n;
+            inner += weight.at(0, j) * g.at(i, j) * x.at(i, j) / n;
+        }
+        const double a = 1 / std::sqrt(squares + 1e-5f);
+        for (int64_t j = 0; j < n; ++j) {
+            right.set(i, j, a * x.at(i, j) * weight.at(0, j));
+            size.set(i, j, std::abs(right.at(i, j)));
+            const double first = a * weight.at(0, j) * g.at(i, j);
+            const double second = a * a * a * inner * x.at(i, j);
+            right_x.set(i, j, first - second);
+            size_x.set(i, j, std::abs(first) + std::abs(a * x.at(i, j)) * a * 4);
+        }
+    }
+    CHECK(near(y, right, size));
+    CHECK(near(grad_x, right_x, size_x));
+    Matrix alone(dtype, rows, n);
+    CHECK(scalabl_rms_norm(&op, alone.data(), nullptr) == SCALABL_OK);
+    CHECK(alone.bytes == y.bytes);
+}
+
+void test_rotation(int32_t dtype, int64_t rows, int64_t heads, int64_t n, int32_t threads) {
+    const int64_t angles = rows % 3 == 0 ? rows / 3 : rows;
+    const Matrix x(dtype, rows, heads * n), cos(dtype, angles, n), sin(dtype, angles, n);
+    std::vector<int64_t> places(rows);
+    for (int64_t i = 0; i < rows; ++i) places[i] = 2 * (rows - 1 - i);
+    Matrix y(dtype, 2 * rows, heads * n), back(dtype, rows, heads * n);
+    scalabl_rotation op = {dtype,      rows,       heads,         n, angles,
+                           cos.data(), sin.data(), places.data(), 0, threads};
+    CHECK(scalabl_rotate(&op, x.data(), y.data()) == SCALABL_OK);
+    op.back = 1;
+    CHECK(scalabl_rotate(&op, y.data(), back.data()) == SCALABL_OK);
+    Matrix got(dtype, rows, heads * n), right(SCALABL_FLOAT64, rows, heads * n), size(right);
+    Matrix right_back(right), size_back(right);
+    for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < heads * n; ++j) {
+            const int64_t k = j % n, h = n / 2, angle = i % angles;
+            const int64_t other = k < h ? j + h : j - h, place = 2 * (rows - 1 - i);
+            const int64_t turned = k < h ? k + h : k - h;
+            got.set(i, j, y.at(place, j));
+            const double c = cos.at(angle, k), s = sin.at(angle, k), t = sin.at(angle, turned);
+            right.set(i, j, x.at(i, j) * c + (k < h ? -1 : 1) * x.at(i, other) * s);
+            size.set(i, j, std::abs(x.at(i, j) * c) + std::abs(x.at(i, other) * s));
+            const double here = y.at(place, j) * c, there = y.at(place, other) * t;
+            right_back.set(i, j, here + (k < h ? 1 : -1) * there);
+            size_back.set(i, j, std::abs(here) + std::abs(there));
+        }
+    }
+    CHECK(near(got, right, size));
+    CHECK(near(back, right_back, size_back));
+    op.places = nullptr;
+    op.back = 0;
+    Matrix in_place(dtype, rows, heads * n);
+    CHECK(scalabl_rotate(&op, x.data(), in_place.data()) == SCALABL_OK);
+    CHECK(in_place.bytes == got.bytes);
+}
+
+void test_swiglu(int32_t dtype, int64_t n, int32_t threads) {
+    const Matrix gate(dtype, 1, n), up(dtype, 1, n), g(dtype, 1, n);
+    Matrix y(dtype, 1, n), to_gate(dtype, 1, n), to_up(dtype, 1, n);
+    CHECK(scalabl_swiglu(dtype, n, gate.data(), up.data(), y.data(), threads) == SCALABL_OK);
+    CHECK(scalabl_swiglu_backward(dtype, n, g.data(), gate.data(), up.data(), to_gate.data(),
+                                  to_up.data(), threads) == SCALABL_OK);
+    Matrix right(SCALABL_FLOAT64, 1, n), right_gate(right), right_up(right), size(right);
+    Matrix size_gate(right), size_up(right);
+    for (int64_t j = 0; j < n; ++j) {
+        const double a = gate.at(0, j), b = up.at(0, j), p = 1 / (1 + std::exp(-a));
+        right.set(0, j, a * p * b);
+        right_gate.set(0, j, g.at(0, j) * b * p * (1 + a * (1 - p)));
+        right_up.set(0, j, g.at(0, j) * a * p);
+        size.set(0, j, std::abs(a * p * b));
+        size_gate.set(0, j, std::abs(g.at(0, j) * b) * p * (1 + std::abs(a)));
+        size_up.set(0, j, std::abs(right_up.at(0, j)));
+    }
+    CHECK(near(y, right, size));
+    CHECK(near(to_gate, right_gate, size_gate));
+    CHECK(near(to_up, right_up, size_up));
+}
+
+void test_all(int32_t dtype, int32_t threads) {
+    for (const int64_t n : {1, 2, 31, 70, 1026, 2100}) {
+        test_norm(dtype, 5, n, threads);
+        test_swiglu(dtype, 7 * n, threads);
+    }
+    test_norm(dtype, 301, 520, threads);
+    test_swiglu(dtype, 100001, threads);
+    test_rotation(dtype, 5, 3, 10, threads);
+    test_rotation(dtype, 9, 1, 1024, threads);
+    test_rotation(dtype, 303, 9, 64, threads);
+    test_norm(dtype, 0, 8, threads);
+    test_norm(dtype, 8, 0, threads);
+    test_rotation(dtype, 0, 2, 8, threads);
+    test_swiglu(dtype, 0, threads);
+}
+
+void test_every_instruction_set() {
+    const std::string best = scalabl_isa();
+    for (const char *name : {"baseline", "avx2", "avx512"}) {
+        if (scalabl_use_isa(name) != SCALABL_OK) continue;
+        for (const int32_t dtype : {SCALABL_FLOAT32, SCALABL_BFLOAT16, SCALABL_FLOAT16}) {
+            test_all(dtype, 1);
+            test_all(dtype, 3);
+        }
+    }
+    CHECK(scalabl_use_isa(best.c_str()) == SCALABL_OK);
+}
+
+void test_bad_arguments() {
+    float v[8] = {};
+    scalabl_norm norm = {SCALABL_FLOAT32, 2, 4, v, v, 1e-5f, 1};
+    CHECK(scalabl_rms_norm(nullptr, v, v) == SCALABL_NULL);
+    CHECK(scalabl_rms_norm(&norm, nullptr, v) == SCALABL_NULL);
+    CHECK(scalabl_rms_norm_backward(&norm, v, nullptr, v) == SCALABL_NULL);
+    CHECK(scalabl_rms_norm_backward(&norm, nullptr, v, v) == SCALABL_NULL);
+    CHECK(scalabl_rms_norm_backward(&norm, v, v, nullptr) == SCALABL_NULL);
+    for (const int32_t dtype : {-1, 1, 4}) {
+        norm.dtype = dtype;
+        CHECK(scalabl_rms_norm(&norm, v, v) == SCALABL_DTYPE);
+        CHECK(scalabl_swiglu(dtype, 8, v, v, v, 1) == SCALABL_DTYPE);
+    }
+    norm = {SCALABL_FLOAT32, 2, 4, nullptr, v, 1e-5f, 1};
+    CHECK(scalabl_rms_norm(&norm, v, v) == SCALABL_NULL);
+    norm = {SCALABL_FLOAT32, 2, 4, v, nullptr, 1e-5f, 1};
+    CHECK(scalabl_rms_norm(&norm, v, v) == SCALABL_NULL);
+    norm = {SCALABL_FLOAT32, -2, 4, v, v, 1e-5f, 1};
+    CHECK(scalabl_rms_norm(&norm, v, v) == SCALABL_SIZE);
+    norm = {SCALABL_FLOAT32, 2, INT64_MAX, v, v, 1e-5f, 1};
+    CHECK(scalabl_rms_norm(&norm, v, v) == SCALABL_SIZE);
+    norm = {SCALABL_FLOAT32, 2, 4, v, v, 1e-5f, 0};
+    CHECK(scalabl_rms_norm(&norm, v, v) == SCALABL_THREADS);
+    CHECK(scalabl_swiglu(SCALABL_FLOAT32, -1, v, v, v, 1) == SCALABL_SIZE);
+    CHECK(scalabl_swiglu(SCALABL_FLOAT32, 8, v, v, v, 0) == SCALABL_THREADS);
+    CHECK(scalabl_swiglu(SCALABL_FLOAT32, 8, v, nullptr, v, 1) == SCALABL_NULL);
+    CHECK(scalabl_swiglu_backward(SCALABL_FLOAT32, 8, v, v, v, v, nullptr, 1) == SCALABL_NULL);
+    const scalabl_rotation good = {SCALABL_FLOAT32, 1, 2, 4, 1, v, v, nullptr, 0, 1};
+    CHECK(scalabl_rotate(nullptr, v, v) == SCALABL_NULL);
+    CHECK(scalabl_rotate(&good, nullptr, v) == SCALABL_NULL);
+    scalabl_rotation bad = good;
+    bad.n = 3;
+    CHECK(scalabl_rotate(&bad, v, v) == SCALABL_SIZE);
+    bad.n = 1026;
+    CHECK(scalabl_rotate(&bad, v, v) == SCALABL_SIZE);
+    bad.n = -2;
+    CHECK(scalabl_rotate(&bad, v, v) == SCALABL_SIZE);
+    bad = good;
+    bad.angles = 0;
+    CHECK(scalabl_rotate(&bad, v, v) == SCALABL_SIZE);
+    bad = good;
+    bad.heads = INT64_MAX;
+    CHECK(scalabl_rotate(&bad, v, v) == SCALABL_SIZE);
+    bad = good;
+    bad.sin = nullptr;
+    CHECK(scalabl_rotate(&bad, v, v) == SCALABL_NULL);
+}
+
+}  // namespace
+
+int main() {
+    test_every_instruction_set();
+    test_bad_arguments();
+    return failures;
+}
