@@ -596,6 +596,34 @@ def steps(args: argparse.Namespace, both: dict[str, Side], what: str) -> list[di
     return rows
 
 
+def profile(args: argparse.Namespace, both: dict[str, Side]) -> list[dict[str, Any]]:
+    """A training step by part, ours and the peer's, forward and backward; see bench_profile.py."""
+    found = {}
+    for name, side in both.items():
+        method = "scalabl" if name == "ours" or args.official else "lora"
+        tasks = train_tasks(args, method)
+        for task in tasks[:2]:
+            side(**task)
+        each = [side(**task, profile=1)["parts"] for task in tasks * max(1, args.rounds // 10)]
+        parts = {part for times in each for part in times}
+        found[name] = {
+            part: [statistics.fmean(times.get(part, (0, 0))[i] for times in each) for i in (0, 1)]
+            for part in parts
+        }
+    rows = []
+    for part in sorted({*found["ours"], *found["peer"]}):
+        ours, peer = (found[name].get(part, [0.0, 0.0]) for name in ("ours", "peer"))
+        rows.append({
+            "part": part, "ours forward, ms": ours[0], "backward": ours[1],
+            "peer forward, ms": peer[0], "backward ": peer[1],
+            "ours / peer": sum(ours) / sum(peer) if sum(peer) else math.inf,
+        })  # fmt: skip
+    keys = list(rows[0])[1:5]
+    sums = {key: sum(row[key] for row in rows) for key in keys}
+    ours, peer = sums[keys[0]] + sums[keys[1]], sums[keys[2]] + sums[keys[3]]
+    return [*rows, {"part": "all", **sums, "ours / peer": ours / peer}]
+
+
 def prediction(args: argparse.Namespace, both: dict[str, Side]) -> list[dict[str, Any]]:
     """Ten draws; the last column is ours for ten over ours for one."""
     method = "scalabl" if args.official else "lora"  # of the peer
@@ -718,6 +746,7 @@ MODEL_BENCHMARKS: dict[
     "predict": prediction,
     "generate": generation,
     "memory": train_memory,
+    "profile": profile,
     "scaling": scaling,
 }
 

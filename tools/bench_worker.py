@@ -58,6 +58,15 @@ def timed(torch: Any, device: str, step: Callable[[], Any]) -> dict[str, Any]:
     return {"seconds": seconds, "bytes": memory("VmHWM") - before, "value": value}
 
 
+def measured(side: Any, model: Any, task: Task, step: Callable[[], float]) -> dict[str, Any]:
+    """Seconds and bytes of a step; its parts, if the task has a number of steps to profile."""
+    if "profile" not in task:
+        return timed(side.torch, side.device, step)
+    from bench_profile import profiled
+
+    return {"parts": profiled(side.torch, model, task["profile"], step)}
+
+
 # --- Ours -----------------------------------------------------------------------------------------
 
 
@@ -143,7 +152,7 @@ class Ours:
             model.optimiser.zero_grad()
             return result.loss.item()
 
-        return self.timed(step)
+        return measured(self, model, task, step)
 
     def predict(self, task: Task) -> dict[str, Any]:
         model = self.model("scalabl", task["classes"], task.get("layers"), task.get("rank", RANK))
@@ -277,7 +286,7 @@ class Peer:
                 model.kl_optimiser.step()
             return loss.item()
 
-        return self.timed(step)
+        return measured(self, model, task, step)
 
     def predict(self, task: Task) -> dict[str, Any]:
         """So many passes; the official wrapper draws in each, plain LoRA of peft repeats itself."""
