@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scalabl_ref import AdapterConfig, InputError, Noise, kl_forward
+from scalabl_ref import AdapterConfig, InputError, Noise, adapters, kl_forward
 from scalabl_ref.core.noise import Keys
 from scalabl_ref.core.objective import complexity
 
@@ -37,6 +37,20 @@ def test_the_fitted_prior_is_the_best_one(pairs, others, prior, full):
     tried = torch.tensor([value for value, _ in others], dtype=torch.float64).exp()
     worse = kl_with(tried if prior == "component" else tried[0])
     assert best <= worse + bound * (10 + worse.abs())
+
+
+@pytest.mark.eq_19
+def test_each_layer_has_a_prior_of_its_own():
+    """Scales of the second layer are ten times those of the first: each sigma_p follows its own."""
+    model = tiny_model(prior="layer").double()
+    parts = []
+    for i, a in enumerate(adapters(model).values()):
+        a.log_s.data += 2.3 * i
+        second = second_moments(a).mean()
+        parts.append((second.log() / 2 - a.log_sigma).sum())
+    assert len(parts) > 1
+    total = torch.stack(parts).sum()
+    assert (complexity(model) - total).abs() <= rounding(torch.float64, 500) * (10 + total.abs())
 
 
 def second_moments(adapter):

@@ -363,6 +363,23 @@ def test_trimmed_head_is_rows_of_the_full_one():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_far_positions_have_their_own_angles_in_every_dtype(dtype):
+    """Beyond 256 not every position is a bfloat16: the cosines are rounded, the positions are not.
+
+    An angle in float32 is off by at most its last place for each of two roundings.
+    """
+    model = Llama(TINY).init_random_().to(dtype)
+    positions = torch.tensor([[0, 255, 257, 301, 1023, 4097, 30_001]])
+    inverse = TINY.rope.inverse_frequencies(TINY.head_dim, torch.device("cpu")).double()
+    angles = positions[..., None, None].double() * inverse
+    angles = torch.cat((angles, angles), -1)
+    allowed = rounding(torch.float32, 2) * angles + rounding(dtype, 1)
+    for got, truth in zip(model.cos_sin(positions), (angles.cos(), angles.sin()), strict=True):
+        assert got.dtype == dtype
+        assert ((got.double() - truth).abs() <= allowed).all()
+
+
 def test_bfloat16_stays_near_float32():
     """bfloat16 keeps 8 bits: logits agree to a few per cent of their size after two layers."""
     model, batch = tiny_model(), tiny_batch()
