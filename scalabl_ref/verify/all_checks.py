@@ -12,6 +12,7 @@ from ..core.adapter import SubspaceAdapter
 from ..core.layer import subspace_lora_linear as plain_op
 from ..fast import native
 from ..support.errors import InputError
+from .body_checks import BODY_CHECKS
 from .check import Check, Error, LeftOut, Op, Result
 from .checks import OP_CHECKS, OWN_CHECKS
 from .level_checks import LEVEL_CHECKS
@@ -24,7 +25,8 @@ def verify(op: Op | None = None, device: torch.device | str = "cpu") -> list[Res
     op: a function with the signature of `subspace_lora_linear`. If it raises an exception, the
     check has failed. Gradients of weight and bias are left out if it gives none.
     """
-    checks = OP_CHECKS + (OWN_CHECKS + LEVEL_CHECKS + METHOD_CHECKS if op is None else [])
+    own = OWN_CHECKS + BODY_CHECKS + LEVEL_CHECKS + METHOD_CHECKS
+    checks = OP_CHECKS + (own if op is None else [])
     return [run(check, op or SubspaceAdapter.op, torch.device(device)) for check in checks]
 
 
