@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..core.adapter import adapters
 from ..core.config import AdapterConfig
+from ..fast import native
 from ..fast.blocks import SwiGLU
 from ..fast.quantize import Kind, quantize, quantize_model, whole
 from ..model.attach import add_adapters
@@ -126,7 +127,7 @@ class SubspacePlan(NamedTuple):
 # --- Memory -----------------------------------------------------------------------------------
 
 
-def kept(work: Workload, width: int, quantized: bool = False) -> list[float]:
+def kept(work: Workload, width: int, quantized: bool = False, device: str = "cpu") -> list[float]:
     """Bytes that the forward pass keeps for the backward pass: of each block, then of the head.
 
     width: bytes of a value of the base. Layers before the first adapter need no gradient and keep
@@ -136,7 +137,9 @@ def kept(work: Workload, width: int, quantized: bool = False) -> list[float]:
     d, f = c.hidden_size, c.intermediate_size
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     N, B = work.rows * work.tokens, work.rows
-    norm = 4 * (d + 1)  # RMSNorm's input as float32, and one over its root mean square
+    # RMSNorm keeps its input, and one over its root mean square. PyTorch's operations widen it.
+    normed = width if device == "cpu" and native.core() else 4
+    norm = normed * d + 4
 
     def adapted(names: tuple[str, ...], d_in: int, rows: dict[str, int], wide: int = width) -> int:
         """Inputs of layers that share an input, and A x; without the core, its products too."""
@@ -160,7 +163,7 @@ def kept(work: Workload, width: int, quantized: bool = False) -> list[float]:
             size += 2 * width * (M * q + N * kv) + 4 * M * c.num_attention_heads
             if c.qk_norm:
                 heads = M * c.num_attention_heads + N * c.num_key_value_heads
-                size += 4 * heads * (c.head_dim + 1)
+                size += heads * (normed * c.head_dim + 4)
         live = live or "o_proj" in targets
         given = attends and not (quantized and width < 4)  # by attention, which has counted it
         size += adapted(("o_proj",), 0 if given else q, some)
@@ -213,7 +216,7 @@ def memory(
     if shards > 1 or offloaded:
         whole = 2 * blocks / c.num_hidden_layers + ends
         stays = whole if offloaded else stays / shards + whole
-    acts = kept(work, width, kind is not None)
+    acts = kept(work, width, kind is not None, device)
     N, activations = work.rows * work.tokens, sum(acts)
     if checkpointing:
         activations = N * c.hidden_size * width * c.num_hidden_layers + max(acts)

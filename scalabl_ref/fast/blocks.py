@@ -128,7 +128,7 @@ def rotate(
     h = x.shape[-1]
     if h > MOST_HEAD_DIM or h % 2 or not serves(x, cos, sin):
         y = plain.rotate(x, cos, sin)
-        return y if places is None else y.new_zeros(total, *y.shape[1:]).index_copy(0, places, y)
+        return y if places is None else y.new_zeros(total, *y.shape[1:]).index_put((places,), y)
     x, angles = x.contiguous(), Angles(cos.contiguous(), sin.contiguous(), places, total)
     if x.requires_grad and torch.is_grad_enabled():
         return Rotation.apply(x, angles)

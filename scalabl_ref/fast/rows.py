@@ -49,7 +49,7 @@ class Rows:
         """(..., *) -> (B, T, *), zeros where nothing was computed. Autograd does not save x."""
         if self.index is None:
             return x
-        whole = x.new_zeros(self.B * self.T, *x.shape[1:]).index_copy_(0, self.index, x)
+        whole = x.new_zeros(self.B * self.T, *x.shape[1:]).index_put((self.index,), x)
         return whole.view(self.B, self.T, *x.shape[1:])
 
 
