@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -91,13 +92,20 @@ def test_sizes_are_those_of_four_and_eight_bits():
     assert sizes == {"int8": 64 * 4 * GROUP + 2 * 64, "nf4": 64 * 2 * GROUP + 2 * 64 * 4}
 
 
+BIASED = dataclasses.replace(TINY, qkv_bias=True, output_bias=True, mlp_bias=True)
+
+
 def pair(kind: str, dtype=torch.float64, **config) -> tuple[Llama, Llama]:
     """A quantised model, and the same with its weights made whole: plain linear layers."""
     models = []
     for _ in range(2):
-        model = quantize_model(Llama(TINY, dtype=dtype).init_random_(0, std=0.3), kind)
+        model = Llama(BIASED, dtype=dtype).init_random_(0, std=0.3)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.data += torch.linspace(-0.5, 0.5, len(parameter)).to(dtype)
+        quantize_model(model, kind)
         models.append(model.trim_head(CLASSES))
-    dense = Llama(TINY, dtype=dtype).trim_head(CLASSES)
+    dense = Llama(BIASED, dtype=dtype).trim_head(CLASSES)
     weights = dict(models[1].state_dict())
     for name, linear in block_linears(models[1]):
         weights[f"layers.{name}.weight"] = whole(linear.weight, linear.scale, linear.d_in, dtype)
