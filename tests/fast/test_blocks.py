@@ -89,7 +89,9 @@ def test_swiglu_of_awkward_gates(gate, isa):
     x, up = torch.full((40,), gate), torch.full((40,), 2.0)
     with torch.no_grad():
         got = blocks.swiglu(x, up)
-    assert torch.allclose(got, plain.swiglu(x, up), rtol=1e-6, atol=1e-35)
+    # exp stops at 87: silu(-100) is -2e-36 in the core, and 0 in PyTorch.
+    near = rounding(torch.float32, 8)
+    assert torch.allclose(got, plain.swiglu(x, up), rtol=near, atol=1e-35)
 
 
 def test_not_a_number_stays_one(isa):
