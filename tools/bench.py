@@ -57,7 +57,6 @@ from torch import Tensor
 from scalabl_ref import Noise, native_status, subspace_lora_linear
 from scalabl_ref.fast import blocks, rows
 from scalabl_ref.model.inputs import Inputs
-from scalabl_ref.model.llama import rotate
 from scalabl_ref.support.folders import FORMAT
 
 Step = Callable[[], Any]
@@ -419,7 +418,7 @@ def parts_of(model: scalabl_ref.Llama, count: int, length: int) -> dict[str, Par
     found = (
         Part("q, k, v", lambda: (attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)),
              2 * N * D * (H + 2 * K), (D + N) * (H + 2 * K) + N * D, L),
-        Part("RoPE", lambda: rotate(heads, ctx.cos, ctx.sin), 3 * N * H, 2 * N * H, 2 * L),
+        Part("RoPE", lambda: blocks.rotate(heads, ctx.cos, ctx.sin), 3 * N * H, 2 * N * H, 2 * L),
         Part("attention", attention, 2 * N * length * H, 2 * N * (H + K), L),
         Part("o", lambda: attn.o_proj(attended), 2 * N * H * D, H * D + N * (H + D), L),
         Part("gate, up", lambda: (mlp.gate_proj(x), mlp.up_proj(x)),
