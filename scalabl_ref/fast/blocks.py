@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..model import llama as plain
 from . import native
-from .ops import DTYPES, PLAIN_TYPES
+from .ops import DTYPES, PLAIN_TYPES, transformed
 
 SERVED = {dtype: number for dtype, number in DTYPES.items() if dtype != torch.float64}
 MOST_HEAD_DIM = 1024  # of the native core
@@ -33,7 +32,7 @@ def serves(*tensors: Tensor) -> bool:
     for t in tensors:
         if t.dtype != dtype or not t.is_cpu or type(t) not in PLAIN_TYPES:
             return False
-    return not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+    return not transformed()
 
 
 def core() -> Any:

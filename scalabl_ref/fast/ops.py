@@ -127,9 +127,12 @@ def unserved(
     for value in (x, groups, draws):
         if type(value) not in PLAIN_TYPES:
             return "another kind of tensor"
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return "a transform of functions"
-    return ""
+    return "a transform of functions" if transformed() else ""
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def draws_of(
