@@ -92,6 +92,7 @@ def test_rope_scalings_equal_their_formulas():
     assert scaled[0] == plain[0] and scaled[-1] < plain[-1]
 
 
+@pytest.mark.usefixtures("bodies")
 def test_rmsnorm_equals_its_formula():
     norm = RMSNorm(5, eps=0.1)
     norm.weight.data = torch.arange(1.0, 6.0)
