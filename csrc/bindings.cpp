@@ -242,6 +242,15 @@ void swiglu_backward(int32_t dtype, int64_t n, uintptr_t grad_y, uintptr_t gate,
     });
 }
 
+// sizes: rows, n, stride of codes, stride of scale.
+void dequantize(int32_t dtype, std::array<int64_t, 4> sizes, uintptr_t codes, uintptr_t scale,
+                uintptr_t levels, uintptr_t weight, int32_t threads) {
+    const scalabl_codes op = {dtype,          sizes[0], sizes[1],
+                              pointer(codes), sizes[2], pointer(scale),
+                              sizes[3],       pointer<float>(levels), threads};
+    unlocked([&] { return scalabl_dequantize(&op, pointer(weight)); });
+}
+
 // --- CUDA ---------------------------------------------------------------------------------------
 
 // Both return the bytes of scratch space that are needed; with scratch 0 they do nothing else.
@@ -557,6 +566,8 @@ PYBIND11_MODULE(_native, module) {
     module.def("swiglu_backward", &swiglu_backward, py::arg("dtype"), py::arg("n"),
                py::arg("grad_y"), py::arg("gate"), py::arg("up"), py::arg("grad_gate"),
                py::arg("grad_up"), py::arg("threads"));
+    module.def("dequantize", &dequantize, py::arg("dtype"), py::arg("sizes"), py::arg("codes"),
+               py::arg("scale"), py::arg("levels"), py::arg("weight"), py::arg("threads"));
 
     py::class_<Update>(module, "Update")
         .def("forward", &update_forward, py::arg("y"), py::arg("y_stride"), py::arg("h"))

@@ -165,6 +165,25 @@ scalabl_status scalabl_swiglu_backward(int32_t dtype, int64_t n, const void *gra
                                        const void *gate, const void *up, void *grad_gate,
                                        void *grad_up, int32_t threads);
 
+/* --- Frozen weights in 8 or 4 bits, on the CPU ------------------------------------------------ */
+
+#define SCALABL_CODE_GROUP 64
+
+typedef struct {
+    int32_t dtype;         /* of scale and of the weight, not SCALABL_FLOAT64 */
+    int64_t rows, n;
+    const void *codes;     /* (rows, n) int8; or, with levels, (rows, 32 groups) bytes, each with
+                              the codes of two weights, the first in its low half */
+    int64_t codes_stride;  /* bytes from row to row */
+    const void *scale;     /* (rows, 1); or, with levels, (rows, groups), groups = ceil(n / 64) */
+    int64_t scale_stride;  /* values from row to row */
+    const float *levels;   /* null, or 16 values: then code c stands for levels[c] */
+    int32_t threads;
+} scalabl_codes;
+
+/* weight (rows, n) = its code or level times the scale of its row, or of its group of 64. */
+scalabl_status scalabl_dequantize(const scalabl_codes *op, void *weight);
+
 /* --- The build ------------------------------------------------------------------------------ */
 
 /* The instruction set whose kernels run: "baseline", "avx2" or "avx512"; the widest that the

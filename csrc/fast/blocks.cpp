@@ -1,5 +1,6 @@
-// RMSNorm, RoPE and SwiGLU of the model's blocks, forward and backward, over rows of float or of a
-// half precision, which is widened in pieces. Each value is computed in float and rounded once.
+// RMSNorm, RoPE and SwiGLU of the model's blocks, forward and backward, and weights out of codes,
+// over rows of float or of a half precision, which is widened in pieces. Each value is computed in
+// float and rounded once.
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -168,6 +169,47 @@ void swiglu_gradients(int64_t n, const S *grad_y, const S *gate, const S *up, S 
     });
 }
 
+void store(const float *from, float *to, int64_t n) { std::memcpy(to, from, n * sizeof *to); }
+template <typename S>
+void store(const float *from, S *to, int64_t n) {
+    narrow_row(from, to, n);
+}
+
+// The 16 levels by bytes: the level of the low half, then that of the high half.
+struct Pairs {
+    float of[256][2];
+
+    explicit Pairs(const float *levels) {
+        for (int byte = 0; levels && byte < 256; ++byte) {
+            of[byte][0] = levels[byte % 16];
+            of[byte][1] = levels[byte / 16];
+        }
+    }
+};
+
+template <typename S>
+void dequantized(const scalabl_codes &op, S *weight) {
+    constexpr int64_t GROUP = SCALABL_CODE_GROUP;
+    static_assert(PIECE % GROUP == 0, "a piece has whole groups");
+    const Elementwise &loops = *kernels().elementwise;
+    const Pairs pairs(op.levels);
+    over_rows(op.rows, op.n, op.threads, [&](int64_t i) {
+        const S *scale = static_cast<const S *>(op.scale) + i * op.scale_stride;
+        const auto *codes = static_cast<const int8_t *>(op.codes) + i * op.codes_stride;
+        const auto *bytes = static_cast<const uint8_t *>(op.codes) + i * op.codes_stride;
+        float piece[PIECE];
+        for (int64_t j = 0; j < op.n; j += PIECE) {
+            const int64_t count = std::min(PIECE, op.n - j);
+            if (!op.levels) loops.codes(codes + j, widen(*scale), piece, count);
+            for (int64_t k = 0; op.levels && k < count; k += GROUP) {
+                loops.pairs(bytes + (j + k) / 2, pairs.of, widen(scale[(j + k) / GROUP]), piece + k,
+                            GROUP);
+            }
+            store(piece, weight + i * op.n + j, count);
+        }
+    });
+}
+
 // Calls fn(S()) for a dtype of this file.
 template <typename Fn>
 void by_row_dtype(int32_t dtype, const Fn &fn) {
@@ -216,6 +258,10 @@ void swiglu_backward(int32_t dtype, int64_t n, const void *grad_y, const void *g
         swiglu_gradients(n, as(grad_y, s), as(gate, s), as(up, s), as(grad_gate, s),
                          as(grad_up, s), threads);
     });
+}
+
+void dequantize(const scalabl_codes &op, void *weight) {
+    by_row_dtype(op.dtype, [&](auto s) { dequantized(op, as(weight, s)); });
 }
 
 }  // namespace cpu

@@ -89,10 +89,21 @@ void rotate_back(const float *x, const float *cos, const float *sin, float *__re
     for (int64_t j = 0; j < h; ++j) y[j + h] = x[j + h] * cos[j + h] - x[j] * sin[j];
 }
 
+void codes(const int8_t *code, float scale, float *__restrict y, int64_t n) {
+    for (int64_t j = 0; j < n; ++j) y[j] = static_cast<float>(code[j]) * scale;
+}
+
+void pairs(const uint8_t *bytes, const float (*pairs)[2], float scale, float *__restrict y,
+           int64_t n) {
+    for (int64_t j = 0; j < n / 2; ++j) memcpy(y + 2 * j, pairs[bytes[j]], sizeof *pairs);
+    for (int64_t j = 0; j < n; ++j) y[j] *= scale;
+}
+
 }  // namespace
 
 extern const Elementwise SCALABL_ELEMENTWISE = {
-    squares, inner, scaled, scaled_gradient, swiglu, swiglu_gradients, rotate, rotate_back,
+    squares, inner,       scaled, scaled_gradient, swiglu, swiglu_gradients,
+    rotate,  rotate_back, codes,  pairs,
 };
 
 }  // namespace scalabl

@@ -22,6 +22,9 @@ struct Elementwise {
     // RoPE of the pairs (i, i + n / 2), and its transpose; cos and sin have n elements
     void (*rotate)(const float *x, const float *cos, const float *sin, float *y, int64_t n);
     void (*rotate_back)(const float *x, const float *cos, const float *sin, float *y, int64_t n);
+    // y = scale code; and of n / 2 bytes, y_(2j) and y_(2j + 1) = scale pairs[byte j] for an even n
+    void (*codes)(const int8_t *code, float scale, float *y, int64_t n);
+    void (*pairs)(const uint8_t *bytes, const float (*pairs)[2], float scale, float *y, int64_t n);
 };
 
 extern const Elementwise ELEMENTWISE_BASELINE, ELEMENTWISE_AVX2, ELEMENTWISE_AVX512;

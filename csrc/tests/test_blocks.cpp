@@ -1,5 +1,5 @@
-// RMSNorm, RoPE and SwiGLU through the C interface, against loops over doubles: dtypes, sizes that
-// nothing divides, threads, instruction sets and bad arguments.
+// RMSNorm, RoPE, SwiGLU and weights out of codes through the C interface, against loops over
+// doubles: dtypes, sizes that nothing divides, threads, instruction sets and bad arguments.
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -118,7 +118,42 @@ void test_swiglu(int32_t dtype, int64_t n, int32_t threads) {
     CHECK(near(to_up, right_up, size_up));
 }
 
+// Rounded once, so the bits must be those of the rounded product.
+void test_codes(int32_t dtype, int64_t rows, int64_t n, bool with_levels, int32_t threads) {
+    const int64_t groups = with_levels ? (n + 63) / 64 : 1, width = with_levels ? 32 * groups : n;
+    const int64_t size = width + 3;
+    std::vector<uint8_t> codes(static_cast<size_t>(rows ? rows * size - 3 : 0));
+    for (uint8_t &code : codes) code = static_cast<uint8_t>(engine());
+    const Matrix levels(SCALABL_FLOAT32, 1, 16), scale(dtype, rows, groups, 2);
+    const scalabl_codes op = {dtype, rows, n, codes.data(), size, scale.data(), scale.stride,
+                              nullptr, threads};
+    scalabl_codes leveled = op;
+    leveled.levels = static_cast<const float *>(levels.data());
+    Matrix got(dtype, rows, n), right(dtype, rows, n);
+    CHECK(scalabl_dequantize(with_levels ? &leveled : &op, got.data()) == SCALABL_OK);
+    for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+            if (with_levels) {
+                const uint8_t byte = codes[i * size + j / 2];
+                const double level = levels.at(0, j % 2 ? byte >> 4 : byte & 15);
+                right.set(i, j, static_cast<float>(level * scale.at(i, j / 64)));
+            } else {
+                right.set(i, j, static_cast<int8_t>(codes[i * size + j]) * scale.at(i, 0));
+            }
+        }
+    }
+    CHECK(got.bytes == right.bytes);
+}
+
 void test_all(int32_t dtype, int32_t threads) {
+    for (const bool with_levels : {false, true}) {
+        for (const int64_t n : {1, 2, 63, 64, 65, 1023, 1024, 1025, 2181}) {
+            test_codes(dtype, 5, n, with_levels, threads);
+        }
+        test_codes(dtype, 301, 520, with_levels, threads);
+        test_codes(dtype, 0, 64, with_levels, threads);
+        test_codes(dtype, 3, 0, with_levels, threads);
+    }
     for (const int64_t n : {1, 2, 31, 70, 1026, 2100}) {
         test_norm(dtype, 5, n, threads);
         test_swiglu(dtype, 7 * n, threads);
@@ -144,6 +179,30 @@ void test_every_instruction_set() {
         }
     }
     CHECK(scalabl_use_isa(best.c_str()) == SCALABL_OK);
+}
+
+void test_bad_codes() {
+    float v[8] = {};
+    const scalabl_codes good = {SCALABL_FLOAT32, 2, 4, v, 4, v, 1, nullptr, 1};
+    CHECK(scalabl_dequantize(nullptr, v) == SCALABL_NULL);
+    CHECK(scalabl_dequantize(&good, nullptr) == SCALABL_NULL);
+    scalabl_codes bad = good;
+    bad.codes = nullptr;
+    CHECK(scalabl_dequantize(&bad, v) == SCALABL_NULL);
+    bad = good;
+    bad.scale = nullptr;
+    CHECK(scalabl_dequantize(&bad, v) == SCALABL_NULL);
+    bad = good;
+    bad.dtype = SCALABL_FLOAT64;
+    CHECK(scalabl_dequantize(&bad, v) == SCALABL_DTYPE);
+    bad = good;
+    bad.threads = 0;
+    CHECK(scalabl_dequantize(&bad, v) == SCALABL_THREADS);
+    for (const int64_t n : {INT64_MIN, int64_t(-1), INT64_MAX / 4, INT64_MAX}) {
+        bad = good;
+        bad.n = n;
+        CHECK(scalabl_dequantize(&bad, v) == SCALABL_SIZE);
+    }
 }
 
 void test_bad_arguments() {
@@ -192,6 +251,7 @@ void test_bad_arguments() {
     bad = good;
     bad.sin = nullptr;
     CHECK(scalabl_rotate(&bad, v, v) == SCALABL_NULL);
+    test_bad_codes();
 }
 
 }  // namespace

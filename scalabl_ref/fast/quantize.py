@@ -11,6 +11,7 @@ distribution, which weights resemble. Rows of nf4 are padded with zeros to a mul
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -23,11 +24,13 @@ from ..model.attach import Linear
 from ..model.llama import Llama
 from ..model.weights import block_linears
 from ..support.errors import InputError
+from .blocks import SERVED, core, serves
 
 Kind = Literal["int8", "nf4"]
 KINDS: tuple[Kind, ...] = ("int8", "nf4")
 GROUP = 64  # nf4: weights of a row that share a scale
 ROWS = 32  # at a time, so that intermediate values fit into a cache
+AT_ONCE = 1 << 22  # weights that a product has at a time: more are slow to get memory for
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
@@ -57,10 +60,10 @@ class QuantizedLinear(Linear):
         self.bias, self.adapter = like.bias, like.adapter
 
     def forward(self, x: Tensor, keys: Keys | None = None) -> Tensor:
-        if not torch.is_grad_enabled():  # nothing keeps the whole weight
-            weight = whole(self.weight, self.scale, self.d_in, product_dtype(x))
+        if not torch.is_grad_enabled():
             if self.adapter is None:
-                return F.linear(x, weight, self.bias)
+                return _product(x.to(product_dtype(x)), self.weight, self.scale, self.bias)
+            weight = whole(self.weight, self.scale, self.d_in, product_dtype(x))
             return self.adapter(x, weight, self.bias, keys)
         y = _Product.apply(x.to(product_dtype(x)), self.weight, self.scale)
         y = y if self.bias is None else y + self.bias.to(y.dtype)
@@ -75,11 +78,22 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def whole(codes: Tensor, scale: Tensor, d_in: int, dtype: torch.dtype) -> Tensor:
-    """The weight (d_out, d_in) in a floating-point dtype, in which scales are multiplied."""
-    nf4 = codes.dtype == torch.uint8
+    """The weight (d_out, d_in) in a floating-point dtype, in which scales are multiplied.
+
+    The native core makes the same bits, where it serves (`blocks.serves`).
+    """
+    nf4, scale = codes.dtype == torch.uint8, scale.to(dtype)
+    if codes.is_cpu and codes.stride(1) == 1 and serves(scale):
+        sizes = len(codes), d_in, codes.stride(0), scale.stride(0)
+        weight = codes.new_empty(sizes[:2], dtype=dtype)
+        core().dequantize(
+            SERVED[dtype], sizes, codes.data_ptr(), scale.data_ptr(),
+            _levels(dtype).data_ptr() if nf4 else 0, weight.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return weight
     width = 2 * codes.shape[1] if nf4 else d_in
     weight = torch.empty(len(codes), width, dtype=dtype, device=codes.device)
-    parts = (t.split(ROWS) for t in (weight, codes, scale.to(dtype)))
+    parts = (t.split(ROWS) for t in (weight, codes, scale))
     for part, code, factor in zip(*parts, strict=True):
         if nf4:
             pairs = _pairs(dtype, codes.device)
@@ -152,13 +166,16 @@ def quantize(weight: Tensor, kind: str) -> Codes:
 
 
 class _Product(torch.autograd.Function):
-    """x W^T of a quantised W, which saves only codes and scales for its backward pass."""
+    """x W^T of a quantised W, which saves only codes and scales for its backward pass.
+
+    Both passes make some outputs, or some columns, of W at a time, and each element as from all.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-        return F.linear(x, whole(codes, scale, x.shape[-1], x.dtype))
+        return _product(x, codes, scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -168,7 +185,46 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         codes, scale = ctx.saved_tensors
-        return grad @ whole(codes, scale, ctx.d_in, grad.dtype), None, None
+        columns = GROUP * max(1, _at_once(codes) // GROUP // len(codes))
+
+        def product(first: int) -> Tensor:
+            after = min(first + columns, ctx.d_in)
+            if codes.dtype == torch.uint8:
+                groups = slice(first // GROUP, -(-after // GROUP))
+                byte = slice(first // 2, groups.stop * GROUP // 2)
+                part = codes[:, byte], scale[:, groups]
+            else:
+                part = codes[:, first:after], scale
+            return grad @ whole(*part, after - first, grad.dtype)
+
+        return _joined(product(first) for first in range(0, ctx.d_in, columns)), None, None
+
+
+def _at_once(codes: Tensor) -> int:
+    return AT_ONCE if codes.is_cpu else 2 * codes.numel()
+
+
+def _product(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias, some outputs at a time."""
+    d_in = x.shape[-1]
+    rows = max(1, _at_once(codes) // d_in)
+    biases = itertools.repeat(None) if bias is None else bias.to(x.dtype).split(rows)
+    return _joined(
+        F.linear(x, whole(code, factor, d_in, x.dtype), b)
+        for code, factor, b in zip(codes.split(rows), scale.split(rows), biases, strict=False)
+    )
+
+
+def _joined(parts: Iterable[Tensor]) -> Tensor:
+    """Side by side."""
+    first, *others = parts
+    return torch.cat((first, *others), -1) if others else first
+
+
+@cache
+def _levels(dtype: torch.dtype) -> Tensor:
+    """The levels, rounded to dtype, as the native core reads them: (16,) float32."""
+    return torch.tensor(LEVELS, dtype=dtype).float()
 
 
 @cache

@@ -15,7 +15,17 @@ from scalabl_ref.app import cli
 from scalabl_ref.core.config import ADAPTERS
 from scalabl_ref.core.noise import Keys
 from scalabl_ref.core.objective import class_logits
-from scalabl_ref.fast.quantize import GROUP, KINDS, LEVELS, quantize, quantize_model, whole
+from scalabl_ref.fast import quantize as quantized
+from scalabl_ref.fast.quantize import (
+    GROUP,
+    KINDS,
+    LEVELS,
+    QuantizedLinear,
+    quantize,
+    quantize_model,
+    whole,
+)
+from scalabl_ref.model.attach import Linear
 from scalabl_ref.model.weights import block_linears
 from scalabl_ref.support.tensors import save_tensors
 
@@ -84,6 +94,60 @@ def test_a_whole_weight_is_what_the_codes_say(kind, dtype):
     least = torch.finfo(dtype).smallest_normal  # below it float16 rounds to a fixed step
     bound = rounding(dtype, 2) * expected.abs() + least
     assert ((made.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+@pytest.mark.parametrize("d_in", [1, 2 * GROUP + 6, 1100])
+def test_the_core_makes_the_same_weight_to_the_bit(kind, dtype, d_in, isa, monkeypatch):
+    """On every instruction set, of all columns, and of some where codes and scales have gaps."""
+    packed = quantize(random_weight(301, d_in), kind)
+    some = packed if kind == "int8" else (packed.codes[:, : GROUP // 2], packed.scale[:, :1])
+    width = min(d_in, GROUP)
+    mine = whole(*packed, d_in, dtype), whole(*some, width, dtype)
+    assert mine[0].is_contiguous()
+    monkeypatch.setattr(quantized, "serves", lambda *tensors: False)
+    assert torch.equal(mine[0], whole(*packed, d_in, dtype))
+    assert torch.equal(mine[1], mine[0][:, :width])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_product_by_parts_is_that_of_the_whole(kind, grad, monkeypatch):
+    """Parts that divide neither the outputs (37) nor the columns (2 * 64 + 6, and 3 * 64)."""
+    monkeypatch.setattr(quantized, "AT_ONCE", 37 * GROUP)
+    for d_in, groups in ((2 * GROUP + 6, 3), (3 * GROUP, 3)):
+        like = Linear(d_in, 37, bias=True)
+        like.bias.data = torch.linspace(-1, 1, 37)
+        layer = QuantizedLinear(like, *quantize(random_weight(37, d_in), kind))
+        parts = count_calls(monkeypatch, quantized, "whole")
+        x = torch.randn(5, d_in, generator=torch.Generator().manual_seed(1)).requires_grad_(grad)
+        with torch.set_grad_enabled(grad):
+            y = layer(x)
+        assert len(parts) == -(-37 // (37 * GROUP // d_in)) > 1
+        weight = whole(layer.weight, layer.scale, d_in, torch.float32)
+        bound = rounding(torch.float32, d_in + 2) * (x.abs() @ weight.abs().T + 1)
+        assert ((y - (x @ weight.T + like.bias)).abs() <= bound).all()
+        if grad:
+            parts.clear()
+            g = torch.randn(5, 37, generator=torch.Generator().manual_seed(2))
+            (mine,) = torch.autograd.grad(y, x, g)
+            assert len(parts) == groups and mine.shape == x.shape
+            assert ((mine - g @ weight).abs() <= rounding(torch.float32, 37) * (
+                g.abs() @ weight.abs())).all()  # fmt: skip
+
+
+def count_calls(monkeypatch, module, name: str) -> list[tuple]:
+    """The arguments of the calls of module.name from now on."""
+    calls: list[tuple] = []
+    function = getattr(module, name)
+
+    def counted(*args):
+        calls.append(args)
+        return function(*args)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls
 
 
 def test_sizes_are_those_of_four_and_eight_bits():
