@@ -539,19 +539,7 @@ contiguous and of the dtype of A, are overwritten. The noise is drawn again.
 
 Raises ValueError, naming the argument, before anything is changed.)";
 
-}  // namespace
-
-PYBIND11_MODULE(_native, module) {
-    module.doc() = "The native core of scalabl_ref. Framework-free: addresses, or DLPack arrays.";
-    module.attr("digest") = scalabl_digest();
-    module.attr("cuda") = scalabl_cuda();
-    module.attr("compiler") = scalabl_compiler();
-    module.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"), py::arg("rounds"));
-    module.def("box_muller", &box_muller, py::arg("a"), py::arg("b"));
-    module.def("normals", &normals, py::arg("seed"), py::arg("draw"), py::arg("layer"),
-               py::arg("groups"), py::arg("draws"), py::arg("count"), py::arg("rank"),
-               py::arg("out"));
-
+void define_blocks(py::module_ &module) {
     module.def("rms_norm", &rms_norm, py::arg("dtype"), py::arg("sizes"), py::arg("x"),
                py::arg("weight"), py::arg("eps"), py::arg("y"), py::arg("scale"),
                py::arg("threads"));
@@ -568,6 +556,21 @@ PYBIND11_MODULE(_native, module) {
                py::arg("grad_up"), py::arg("threads"));
     module.def("dequantize", &dequantize, py::arg("dtype"), py::arg("sizes"), py::arg("codes"),
                py::arg("scale"), py::arg("levels"), py::arg("weight"), py::arg("threads"));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+    module.doc() = "The native core of scalabl_ref. Framework-free: addresses, or DLPack arrays.";
+    module.attr("digest") = scalabl_digest();
+    module.attr("cuda") = scalabl_cuda();
+    module.attr("compiler") = scalabl_compiler();
+    module.def("philox4x32", &philox4x32, py::arg("counter"), py::arg("key"), py::arg("rounds"));
+    module.def("box_muller", &box_muller, py::arg("a"), py::arg("b"));
+    module.def("normals", &normals, py::arg("seed"), py::arg("draw"), py::arg("layer"),
+               py::arg("groups"), py::arg("draws"), py::arg("count"), py::arg("rank"),
+               py::arg("out"));
+    define_blocks(module);
 
     py::class_<Update>(module, "Update")
         .def("forward", &update_forward, py::arg("y"), py::arg("y_stride"), py::arg("h"))

@@ -26,6 +26,7 @@ from ..core.adapter import random_adapters
 from ..core.noise import Keys, token_groups
 from ..model.inputs import Inputs, KVCache, repeated
 from ..model.llama import Attention, Block, Llama
+from .ahead import Ahead
 from .blocks import rotate
 
 
@@ -182,12 +183,15 @@ def run(model: Llama, inputs: Inputs) -> Tensor:
     x = model.embed_tokens(rows.pack(inputs.tokens))  # (..., D)
     compute = calling(model, inputs)
     shared = shared_blocks(model) if inputs.draws > 1 else 0
+    ahead = Ahead(model)
     for i, block in enumerate(model.layers):
+        ahead.ask(i + 1)
         if i == shared:
             x, ctx = repeated(x, inputs.draws), ctx.for_each_draw(inputs.draws)
         if inputs.last_only and not whole and i == len(model.layers) - 1:
             ctx = dataclasses.replace(ctx, last=ctx.last_tokens())
         x = compute(block, x, ctx)
+        ahead.ask_in_backward(x, i - 1)
     keys = ctx.keys
     if inputs.last_only:
         last = ctx.last or ctx.last_tokens()
