@@ -346,6 +346,18 @@ def draws(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def measured_rates(dtype: torch.dtype, rounds: int) -> tuple[float, float]:
+    """FLOP a second of a product of 2048 x 2048, and numbers moved a second by an addition."""
+    a, b = torch.randn(2, 1 << 24).to(dtype).unbind()
+    square = torch.randn(2048, 2048).to(dtype)
+    own = {"product": lambda: square @ square, "addition": lambda: torch.add(a, b, out=a)}
+    seconds = interleaved(own, rounds)
+    flop, moved = 2 * 2048**3 / seconds["product"], 3 * len(a) / seconds["addition"]
+    size = dtype.itemsize
+    print(f"product {flop / 1e9:.0f} GFLOP/s, addition {size * moved / 1e9:.1f} GB/s, {dtype}\n")
+    return flop, moved
+
+
 def roofline(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Each part's time beside the least that the machine's own rates allow, forwards.
 
@@ -355,12 +367,7 @@ def roofline(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.model is None:
         raise SystemExit("roofline needs --model")
     model = scalabl_ref.Llama.from_pretrained(args.model)
-    a, b = torch.randn(2, 1 << 24).unbind()
-    square = torch.randn(2048, 2048)
-    own = {"product": lambda: square @ square, "addition": lambda: torch.add(a, b, out=a)}
-    rates = interleaved(own, args.rounds)
-    flop_rate, move_rate = 2 * 2048**3 / rates["product"], 3 * len(a) / rates["addition"]
-    print(f"product {flop_rate / 1e9:.0f} GFLOP/s, addition {4 * move_rate / 1e9:.1f} GB/s\n")
+    flop_rate, move_rate = measured_rates(torch.float32, args.rounds)
     rows = []
     for count, length in ((1, 1), (1, 8), (1, 128), (8, 32)):
         tokens = torch.arange(count * length).view(count, length)
@@ -405,9 +412,9 @@ def parts_of(model: scalabl_ref.Llama, count: int, length: int) -> dict[str, Par
     c, (attn, mlp) = model.config, (model.layers[0].attn, model.layers[0].mlp)
     N, D, inner, L = count * length, c.hidden_size, c.intermediate_size, c.num_hidden_layers
     H, K = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    x, gate = torch.randn(count, length, D), torch.randn(count, length, inner)
-    attended = torch.randn(count, length, H)
-    q, k = (torch.randn(count, n // c.head_dim, length, c.head_dim) for n in (H, K))
+    dtype = model.lm_head.weight.dtype
+    x, gate, attended = (torch.randn(count, length, n).to(dtype) for n in (D, inner, H))
+    q, k = (torch.randn(count, n // c.head_dim, length, c.head_dim).to(dtype) for n in (H, K))
     heads = q.transpose(1, 2).contiguous()
     inputs = Inputs(torch.zeros(count, length, dtype=torch.int64))
     ctx = rows.packed_context(model, inputs, rows.Rows(count, length))
@@ -609,18 +616,46 @@ def profile(args: argparse.Namespace, both: dict[str, Side]) -> list[dict[str, A
             part: [statistics.fmean(times.get(part, (0, 0))[i] for times in each) for i in (0, 1)]
             for part in parts
         }
+    found["roof"] = training_roofs(args)
+    found = {name: {**parts, "all": _sums(parts)} for name, parts in found.items()}
     rows = []
-    for part in sorted({*found["ours"], *found["peer"]}):
-        ours, peer = (found[name].get(part, [0.0, 0.0]) for name in ("ours", "peer"))
+    for part in sorted({*found["ours"], *found["peer"]}, key=lambda part: (part == "all", part)):
+        ours, peer, roof = (found[name].get(part, [0.0, 0.0]) for name in ("ours", "peer", "roof"))
         rows.append({
             "part": part, "ours forward, ms": ours[0], "backward": ours[1],
             "peer forward, ms": peer[0], "backward ": peer[1],
             "ours / peer": sum(ours) / sum(peer) if sum(peer) else math.inf,
+            "roof, ms": sum(roof), "roof / ours": sum(roof) / sum(ours) if sum(ours) else math.inf,
         })  # fmt: skip
-    keys = list(rows[0])[1:5]
-    sums = {key: sum(row[key] for row in rows) for key in keys}
-    ours, peer = sums[keys[0]] + sums[keys[1]], sums[keys[2]] + sums[keys[3]]
-    return [*rows, {"part": "all", **sums, "ours / peer": ours / peer}]
+    return rows
+
+
+def _sums(parts: dict[str, list[float]]) -> list[float]:
+    return [sum(times[i] for times in parts.values()) for i in (0, 1)]
+
+
+# Work of the backward pass over that of the forward pass, where it differs: no base weight has a
+# gradient, the attention is computed again, and gradients are read besides the inputs.
+BACKWARD = {"attention": 2.5, "SwiGLU": 5 / 3, "RMSNorm": 1.5}
+
+
+def training_roofs(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Milliseconds, forward and backward, that our step's parts need at the machine's rates.
+
+    In the last block the queries and everything after them are left out: one token of a row.
+    """
+    model = scalabl_ref.Llama.from_pretrained(args.model, getattr(torch, args.dtype))
+    flop_rate, move_rate = measured_rates(getattr(torch, args.dtype), args.rounds)
+    lengths = [len(row) for task in train_tasks(args, "scalabl") for row in task["rows"]]
+    parts = parts_of(model, 8, round(statistics.fmean(lengths)))
+    found = {}
+    for name, part in parts.items():
+        if name != "head":
+            last = name in ("o", "gate, up", "SwiGLU", "down")
+            seconds = max(part.flop / flop_rate, part.moved / move_rate) * (part.times - last)
+            key = "RoPE and packing" if name == "RoPE" else name
+            found[key] = [1e3 * seconds, 1e3 * seconds * BACKWARD.get(name, 1)]
+    return found
 
 
 def prediction(args: argparse.Namespace, both: dict[str, Side]) -> list[dict[str, Any]]:
