@@ -117,6 +117,7 @@ OP_SHAPES = [
     ((2, 3), 16, 9, 8, 0.75, False),
     ((3, 1, 2), 33, 20, 5, 2.0, True),
 ]
+LARGE = ((2, 3), 301, 130, 13, 1.25, True)  # more than a block of any kernel, and no multiple of it
 
 
 def _op(only: str = "") -> Iterator[Vector]:
@@ -125,53 +126,54 @@ def _op(only: str = "") -> Iterator[Vector]:
     only: one case's id. Layer and draw differ, so that they cannot be exchanged.
     """
     kinds = [(sampling, True, grouped) for grouped in (False, True) for sampling in SAMPLING]
-    number = 0
-    for lead, d_in, d_out, rank, scaling, biased in OP_SHAPES:
-        for sampling, noisy, grouped in [*kinds, ("example", False, False)]:
-            number += 1
-            kind = f"{sampling if noisy else 'mean'}{'-groups' if grouped else ''}-{number}"
-            if only not in ("", f"op-forward-{kind}", f"op-backward-{kind}"):
-                continue
-            case = Case(
-                x=_random(number, *lead, d_in),
-                weight=_random(number + 100, d_out, d_in),
-                bias=_random(number + 200, d_out) if biased else None,
-                A=_random(number + 300, rank, d_in),
-                B=_random(number + 400, d_out, rank),
-                s=_single(_random(number + 600, rank).exp()),
-                sigma=_single(_random(number + 700, rank).exp() / 2),
-                scaling=scaling,
-                noise=Noise(2**63 + number, number) if noisy else None,
-                layer=number + 40,
-                sampling=sampling,
-                groups=torch.tensor([7, 2**32 - 1, 0, 3][: lead[0]]) if grouped else None,
-            )
-            grad_y = _random(number + 500, *lead, d_out)
-            parameters = {
-                "scaling": case.scaling,
-                "layer": case.layer,
-                "sampling": case.sampling,
-                "seed": str(case.noise.seed) if case.noise else None,
-                "draw": case.noise.draw if case.noise else None,
-            }
-            inputs = {name: t for name, t in vars(case).items() if isinstance(t, Tensor)}
-            size, roundings = sizes(case, grad_y), 2 * terms(case)
-            y = case.call(reference.subspace_lora_linear)
-            yield Vector(
-                f"op-forward-{kind}", "op forward", "(1a)",
-                ["variance for standard deviation", "scaling left out or squared", "bias left out",
-                 "noise shared where it should not be, or not shared where it should",
-                 "A and B exchanged"],
-                parameters, inputs, {"y": Output(y, roundings, size["y"])},
-            )  # fmt: skip
-            gradients = reference.subspace_lora_linear_gradients(grad_y, **vars(case))
-            yield Vector(
-                f"op-backward-{kind}", "op backward", "(1b) to (1e)",
-                ["gradient of sigma without eps", "scaling left out",
-                 "base's share of grad x left out"],
-                parameters, {**inputs, "grad_y": grad_y},
-                {n: Output(gradients[n], roundings, size[n]) for n in inputs if n in gradients},
-            )  # fmt: skip
+    kinds.append(("example", False, False))
+    made = [(shape, kind) for shape in OP_SHAPES for kind in kinds]
+    made.append((LARGE, ("token", True, True)))
+    for number, (shape, (sampling, noisy, grouped)) in enumerate(made, 1):
+        lead, d_in, d_out, rank, scaling, biased = shape
+        kind = f"{sampling if noisy else 'mean'}{'-groups' if grouped else ''}-{number}"
+        if only not in ("", f"op-forward-{kind}", f"op-backward-{kind}"):
+            continue
+        case = Case(
+            x=_random(number, *lead, d_in),
+            weight=_random(number + 100, d_out, d_in),
+            bias=_random(number + 200, d_out) if biased else None,
+            A=_random(number + 300, rank, d_in),
+            B=_random(number + 400, d_out, rank),
+            s=_single(_random(number + 600, rank).exp()),
+            sigma=_single(_random(number + 700, rank).exp() / 2),
+            scaling=scaling,
+            noise=Noise(2**63 + number, number) if noisy else None,
+            layer=number + 40,
+            sampling=sampling,
+            groups=torch.tensor([7, 2**32 - 1, 0, 3][: lead[0]]) if grouped else None,
+        )
+        grad_y = _random(number + 500, *lead, d_out)
+        parameters = {
+            "scaling": case.scaling,
+            "layer": case.layer,
+            "sampling": case.sampling,
+            "seed": str(case.noise.seed) if case.noise else None,
+            "draw": case.noise.draw if case.noise else None,
+        }
+        inputs = {name: t for name, t in vars(case).items() if isinstance(t, Tensor)}
+        size, roundings = sizes(case, grad_y), 2 * terms(case)
+        y = case.call(reference.subspace_lora_linear)
+        yield Vector(
+            f"op-forward-{kind}", "op forward", "(1a)",
+            ["variance for standard deviation", "scaling left out or squared", "bias left out",
+             "noise shared where it should not be, or not shared where it should",
+             "A and B exchanged"],
+            parameters, inputs, {"y": Output(y, roundings, size["y"])},
+        )  # fmt: skip
+        gradients = reference.subspace_lora_linear_gradients(grad_y, **vars(case))
+        yield Vector(
+            f"op-backward-{kind}", "op backward", "(1b) to (1e)",
+            ["gradient of sigma without eps", "scaling left out",
+             "base's share of grad x left out"],
+            parameters, {**inputs, "grad_y": grad_y},
+            {n: Output(gradients[n], roundings, size[n]) for n in inputs if n in gradients},
+        )  # fmt: skip
 
 
 def _kl() -> Iterator[Vector]:

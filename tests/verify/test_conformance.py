@@ -214,14 +214,18 @@ def test_results_are_written_as_interop_says(kit, tmp_path, monkeypatch):
 
 
 def test_every_output_is_graded(kit, tmp_path):
-    """A thousandth more in any one output fails its case, and names the output."""
+    """A thousandth more in any one output fails its case, and names the output.
+
+    In the largest case of the op it is a tenth: its bound is that of sums of 301 x 130 terms.
+    """
     right = port(kit, torch.float32)
     truth, _ = load_tensors(kit / "vectors.safetensors")
     tried = 0
     for case, _ in cases(kit):
         for output, entry in case["outputs"].items():
             value = right[entry["tensor"]]
-            wrong = value * 1.001 + 1e-3 if value.is_floating_point() else value + 1
+            part = 0.1 if case["id"].endswith("-22") else 1e-3
+            wrong = value * (1 + part) + part if value.is_floating_point() else value + 1
             result = grade_case(case, truth, {**right, entry["tensor"]: wrong}, "float32")
             assert [p.split(":")[0] for p in result.problems] == [output], case["id"]
             tried += 1

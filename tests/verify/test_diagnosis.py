@@ -64,7 +64,7 @@ def test_the_summary_says_where_to_start(tmp_path, capsys):
     (fault,) = (fault for fault in FAULTS if fault.name == "group off by one")
     grades, outputs = diagnosed(tmp_path, fault, ["KL", "op forward"], "float32")
     failed = sum(not grade.passed for grade in grades)
-    start = f"first failing level: op forward, {failed} of 21 cases, all with noise; without it all"
+    start = f"first failing level: op forward, {failed} of 22 cases, all with noise; without it all"
     command = ["conformance", "check", str(KIT), str(outputs)]
     assert cli.main(command) == 1
     lines = capsys.readouterr().out.splitlines()
