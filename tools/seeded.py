@@ -63,6 +63,7 @@ ROTATE = "model/test_llama.py::test_rope_turns_each_pair_by_its_angle"
 ROPE = "model/test_llama.py::test_rope_scalings_equal_their_formulas"
 NORM = "model/test_llama.py::test_rmsnorm_equals_its_formula[plain]"
 ATTENTION = "model/test_llama.py::test_attention_equals_explicit_loops"
+SHORT_ROWS = "fast/test_attention.py::test_result_and_gradients_equal_the_formula"
 MODEL = "model/test_llama.py::test_the_model_equals_its_formulas"
 PADDED = "model/test_llama.py::test_padded_rows_equal_unpadded_ones"
 WORDS = "core/test_adapter.py::test_initial_values_are_those_of_the_words"
@@ -596,13 +597,17 @@ LLAMA = [
 
 PACKED = [
     Fault("packed attention: kv heads in turn", "fast.rows",
-          "q, k, v, attn_mask",
-          "q, *(t.repeat(1, q.shape[1] // t.shape[1], 1, 1) for t in (k, v)), attn_mask",
+          "causal_attention(q, k, v)",
+          "causal_attention(q, *(t.repeat(1, q.shape[1] // t.shape[1], 1, 1) for t in (k, v)))",
           ATTENTION),
-    Fault("packed attention: sees the future", "fast.rows", "is_causal=causal", "is_causal=False",
+    Fault("packed attention: sees the future", "fast.attention", ".triu(1)", ".triu(T)",
           ATTENTION),
-    Fault("packed attention: no 1/sqrt(h)", "fast.rows", "is_causal=causal",
-          "is_causal=causal, scale=1.0", ATTENTION),
+    Fault("packed attention: no 1/sqrt(h)", "fast.attention", "alpha=rows.shape[-1] ** -0.5",
+          "alpha=1.0", ATTENTION),
+    Fault("packed attention: the scores' gradient not centred", "fast.attention",
+          "to_p.sub_((p * to_p).sum(-1, keepdim=True))", "to_p", SHORT_ROWS),
+    Fault("packed attention: the scores' gradient without 1/sqrt(h)", "fast.attention",
+          ".mul_(p).mul_(q.shape[-1] ** -0.5)", ".mul_(p)", SHORT_ROWS),
     Fault("packed attention: values turned too", "fast.rows", "rows.unpack(v).transpose",
           "turned(v, ctx).transpose", ATTENTION),
     Fault("packed attention: queries not turned", "fast.rows", "q = turned(q, ctx).transpose",
@@ -618,7 +623,7 @@ PACKED = [
     Fault("packed attention: heads not put back", "fast.rows", "y.transpose(1, 2).flatten(2)",
           "y.reshape(*y.shape[::2], -1)", ATTENTION),
     Fault("packed attention: keys and values exchanged", "fast.rows",
-          "q, k, v, attn_mask", "q, v, k, attn_mask", ATTENTION),
+          "causal_attention(q, k, v)", "causal_attention(q, v, k)", ATTENTION),
     Fault("fast SwiGLU: gate and up exchanged", "fast.blocks", "return F.silu(gate) * up",
           "return gate * F.silu(up)", SWIGLU),
     Fault("fast SwiGLU: gelu for silu", "fast.blocks", "return F.silu(gate) * up",

@@ -27,6 +27,7 @@ from ..core.noise import Keys, token_groups
 from ..model.inputs import Inputs, KVCache, repeated
 from ..model.llama import Attention, Block, Llama
 from .ahead import Ahead
+from .attention import causal_attention
 from .blocks import rotate
 
 
@@ -150,10 +151,10 @@ class PackedAttention(Attention):
         k, v = turned(k, ctx).transpose(1, 2), rows.unpack(v).transpose(1, 2)  # (B, K, T, h)
         if ctx.cache is not None:
             k, v = ctx.cache.append(self.layer, k, v)  # (B, K, S, h)
-        causal = of_queries.mask is None and last is None and not ctx.past
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=of_queries.mask, is_causal=causal, enable_gqa=True
-        )
+        if of_queries.mask is None and last is None and not ctx.past:
+            y = causal_attention(q, k, v)  # (B, H, T, h)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, of_queries.mask, enable_gqa=True)
         y = y[:, :, 0].flatten(1) if last is not None else rows.pack(y.transpose(1, 2).flatten(2))
         return self.o_proj(y, of_queries.keys)  # (..., D)
 
