@@ -294,7 +294,7 @@ NATIVE = [
           "F.linear(t.x, t.weight, t.bias).contiguous()",
           "(0 * F.linear(t.x, t.weight, t.bias)).contiguous()", OP),
     Fault("ranks of A in the opposite order in the native body", "fast.ops",
-          "rows_of(t.A), rows_of(t.B)", "rows_of(t.A.flip(0)), rows_of(t.B)", OP),
+          "t.A.contiguous(), t.B", "t.A.flip(0).contiguous(), t.B", OP),
     Fault("a draw for every example under batch sampling in the native body", "fast.ops",
           "groups, lead = None, 0", "groups, lead = None, 1", SHARING),
     Fault("a draw for every example under token sampling in the native body", "fast.ops",

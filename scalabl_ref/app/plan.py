@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from ..core.adapter import adapters
 from ..core.config import AdapterConfig
 from ..fast import native
+from ..fast.attention import SHORT, causal_attention
 from ..fast.blocks import SwiGLU
 from ..fast.quantize import Kind, quantize, quantize_model, whole
 from ..model.attach import add_adapters
@@ -151,21 +151,25 @@ def kept(work: Workload, width: int, quantized: bool = False, device: str = "cpu
         return inputs + sum(4 * rank * rows[name] * (4 if quantized else 1) for name in own)
 
     total: list[float] = []
-    live = False
+    live, dtype = False, torch.float32 if width == 4 else torch.bfloat16
     for i in range(c.num_hidden_layers):
-        M = B if i == c.num_hidden_layers - 1 else N  # rows that go on
+        last = i == c.num_hidden_layers - 1
+        M = B if last else N  # rows that go on
+        short = device == "cpu" and not last and work.tokens <= SHORT[dtype]
         some = dict.fromkeys(("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), M)
         some |= {"k_proj": N, "v_proj": N}
         size = N * norm if live else 0
         live = attends = live or bool(targets & {"q_proj", "k_proj", "v_proj"})
         if attends:
             size += adapted(("q_proj", "k_proj", "v_proj"), d, some)
-            size += 2 * width * (M * q + N * kv) + 4 * M * c.num_attention_heads
+            size += width * (M * q + 2 * N * kv)
+            if not short:  # the kernel of PyTorch keeps its output, and a number for each query
+                size += width * M * q + 4 * M * c.num_attention_heads
             if c.qk_norm:
                 heads = M * c.num_attention_heads + N * c.num_key_value_heads
                 size += heads * (normed * c.head_dim + 4)
         live = live or "o_proj" in targets
-        given = attends and not (quantized and width < 4)  # by attention, which has counted it
+        given = attends and not short and not (quantized and width < 4)  # by that kernel
         size += adapted(("o_proj",), 0 if given else q, some)
         size += M * norm if live else 0
         live = live or bool(targets & {"gate_proj", "up_proj"})
@@ -405,18 +409,10 @@ def measured_rates(
     moved = median_seconds(lambda: grad(SwiGLU.apply(gate, up), (gate, up), gate))
     moved += median_seconds(lambda: grad(norm(stream), stream, stream))
     B, T, heads = min(work.rows, 2), work.tokens, c.num_attention_heads
-    queries, keys, values = (
-        torch.ones(B, n, T, c.head_dim, **like).requires_grad_()
-        for n in (heads, c.num_key_value_heads, c.num_key_value_heads)
-    )
-
-    def attend() -> Tensor:
-        return F.scaled_dot_product_attention(
-            queries, keys, values, is_causal=True, enable_gqa=True
-        )  # fmt: skip
-
+    of_each = (heads, c.num_key_value_heads, c.num_key_value_heads)
+    qkv = [torch.ones(B, n, T, c.head_dim, **like).requires_grad_() for n in of_each]
     attention = 7.0 * B * T * T * heads * c.head_dim
-    attention /= median_seconds(lambda: grad(attend(), (queries, keys, values), queries))
+    attention /= median_seconds(lambda: grad(causal_attention(*qkv), qkv, qkv[0]))
     unpack = 0.0
     if kind:
         codes, scale = quantize(weight, kind)

@@ -71,7 +71,8 @@ class Causal(torch.autograd.Function):
 def grouped(t: Tensor, k: Tensor) -> Tensor:
     """(B, H or K, T, h) as (B K, R T or T, h) of float32 or float64: R heads to a kv head."""
     wide = t.dtype if t.dtype == torch.float64 else torch.float32
-    return t.to(wide).reshape(k.shape[0] * k.shape[1], -1, k.shape[3])
+    B, K, _, h = k.shape
+    return t.to(wide).reshape(B * K, t.shape[1] // K * t.shape[2], h)
 
 
 def probabilities(rows: Tensor, keys: Tensor) -> Tensor:
