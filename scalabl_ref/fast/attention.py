@@ -34,7 +34,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `Causal` computes with these: short rows of one dtype on the CPU, eagerly."""
+    """Whether `Causal` computes with these: for gradients, short rows of one dtype, on the CPU."""
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (q, k, v)):
+        return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or transformed():
         return False
     plain = all(t.is_cpu and t.dtype == q.dtype and type(t) in PLAIN_TYPES for t in (q, k, v))
@@ -52,12 +54,14 @@ class Causal(torch.autograd.Function):
         return y.view(q.shape).to(q.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
         if torch.is_grad_enabled():  # with operations that can be differentiated again
             with sdpa_kernel(SDPBackend.MATH):
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            return torch.autograd.grad(y, (q, k, v), grad, create_graph=True)
+            inputs = [t for t, want in zip((q, k, v), ctx.needs_input_grad, strict=True) if want]
+            each = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
+            return tuple(next(each) if want else None for want in ctx.needs_input_grad)
         rows, keys, values, g = (grouped(t, k) for t in (q, k, v, grad))
         p = probabilities(rows, keys)
         to_values = torch.bmm(p.transpose(1, 2), g)  # (B K, T, h)

@@ -56,10 +56,13 @@ def test_long_rows_are_pytorchs(dtype):
         assert (type(causal_attention(*qkv).grad_fn).__name__ == "CausalBackward") == own
 
 
-def test_autocast_and_transforms_are_pytorchs():
-    """They would cast, or look into, the products."""
+def test_other_calls_are_pytorchs():
+    """Without gradients its kernel is as fast. Autocast and transforms change the products."""
     *qkv, _ = inputs(SHAPES[1], torch.float32)
     assert attention.serves(*qkv)
+    assert not attention.serves(*(t.detach() for t in qkv))
+    with torch.no_grad():
+        assert not attention.serves(*qkv)
     with torch.autocast("cpu", torch.bfloat16):
         assert not attention.serves(*qkv)
     assert not attention.serves(qkv[0].bfloat16(), *qkv[1:])
@@ -85,6 +88,8 @@ def test_second_derivatives():
     """The kernel of PyTorch has none on the CPU."""
     *qkv, _ = inputs((2, 4, 2, 3, 2), torch.float64)
     assert torch.autograd.gradgradcheck(Causal.apply, qkv)
+    some = [qkv[0].detach(), qkv[1], qkv[2].detach()]
+    assert torch.autograd.gradgradcheck(Causal.apply, some)
     with sdpa_kernel(SDPBackend.MATH):
         right = F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
     assert (right - causal_attention(*qkv)).abs().max() <= rounding(torch.float64, 32)
