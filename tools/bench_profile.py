@@ -27,7 +27,11 @@ MODULES = {
     r"layers\.\d+\.mlp$": "SwiGLU",
     r"rotary_emb$": "RoPE and packing",
 }
-OPERATIONS = {"scaled_dot_product": "attention", "Rotation": "RoPE and packing"}
+OPERATIONS = {
+    "scaled_dot_product": "attention",
+    "Causal": "attention",
+    "Rotation": "RoPE and packing",
+}
 RANGE = "part: "
 
 
