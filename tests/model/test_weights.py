@@ -23,7 +23,8 @@ from ..models import TINY
 
 
 def base() -> Llama:
-    return Llama(TINY).init_random_(0, std=0.3)
+    """Frozen, as a loaded model is: attention has another kernel where gradients are wanted."""
+    return Llama(TINY).init_random_(0, std=0.3).requires_grad_(False)
 
 
 def hf_state() -> dict[str, torch.Tensor]:
