@@ -343,6 +343,12 @@ scalabl_status scalabl_dequantize(const scalabl_codes *op, void *weight) {
     const scalabl_status status = check_values(op->dtype, {op->rows, op->n}, op->threads,
                                                {op->codes, op->scale, weight});
     if (status != SCALABL_OK) return status;
+    const int64_t groups = (op->n + SCALABL_CODE_GROUP - 1) / SCALABL_CODE_GROUP;
+    const int64_t width = op->levels ? groups * (SCALABL_CODE_GROUP / 2) : op->n;
+    if (!addressable(op->rows, width, op->codes_stride) ||
+        !addressable(op->rows, groups, op->scale_stride)) {
+        return SCALABL_SIZE;
+    }
     return guarded([&] { scalabl::cpu::dequantize(*op, weight); });
 }
 

@@ -203,6 +203,12 @@ void test_bad_codes() {
         bad.n = n;
         CHECK(scalabl_dequantize(&bad, v) == SCALABL_SIZE);
     }
+    bad = good;
+    bad.codes_stride = INT64_MAX;
+    CHECK(scalabl_dequantize(&bad, v) == SCALABL_SIZE);
+    bad = good;
+    bad.scale_stride = INT64_MIN / 2;
+    CHECK(scalabl_dequantize(&bad, v) == SCALABL_SIZE);
 }
 
 void test_bad_arguments() {

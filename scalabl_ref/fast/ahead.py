@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.llama import Llama
+from .ops import PLAIN_TYPES
 
 SHARE = 0.5  # of the machine's memory: a smaller model stays in the page cache
 
@@ -32,7 +34,8 @@ class Ahead:
     def ask(self, i: int) -> None:
         """Have the pages of block i read."""
         if 0 <= i < len(self.blocks):
-            reader().submit(will_need, self.blocks[i])
+            with suppress(RuntimeError):  # the interpreter ends
+                reader().submit(will_need, self.blocks[i])
 
     def ask_in_backward(self, x: Tensor, i: int) -> None:
         """The same as soon as the gradient of x is known."""
@@ -42,8 +45,8 @@ class Ahead:
 
 def is_large(model: Llama) -> bool:
     """Whether the blocks, were they all like the first, have more than SHARE of the memory."""
-    on_cpu = [p.nbytes for p in model.layers[0].parameters() if p.is_cpu]
-    return sum(on_cpu) * len(model.layers) > SHARE * memory()
+    on_cpu = sum(p.nbytes for p in mapped(model.layers[0]))
+    return on_cpu * len(model.layers) > SHARE * memory()
 
 
 @cache
@@ -58,11 +61,15 @@ def memory() -> float:
 
 def will_need(block: nn.Module) -> None:
     """Tell the system that the pages of the block's weights will be read soon."""
-    for p in block.parameters():
-        if p.is_cpu:
-            start = p.data_ptr() - p.data_ptr() % mmap.PAGESIZE
-            size = ctypes.c_size_t(p.data_ptr() + p.nbytes - start)
-            advise()(ctypes.c_void_p(start), size, mmap.MADV_WILLNEED)
+    for p in mapped(block):
+        start = p.data_ptr() - p.data_ptr() % mmap.PAGESIZE
+        size = ctypes.c_size_t(p.data_ptr() + p.nbytes - start)
+        advise()(ctypes.c_void_p(start), size, mmap.MADV_WILLNEED)
+
+
+def mapped(block: nn.Module) -> list[Tensor]:
+    """The block's parameters that can be mapped from a file."""
+    return [p for p in block.parameters() if p.is_cpu and type(p) in PLAIN_TYPES]
 
 
 @cache
@@ -73,3 +80,7 @@ def advise() -> Any:
 @cache
 def reader() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "scalabl-ahead")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=reader.cache_clear)  # the thread is not in the child

@@ -40,7 +40,7 @@ def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or transformed():
         return False
     plain = all(t.is_cpu and t.dtype == q.dtype and type(t) in PLAIN_TYPES for t in (q, k, v))
-    return plain and q.shape[2] == k.shape[2] <= SHORT.get(q.dtype, 0)
+    return plain and 0 < q.shape[2] == k.shape[2] <= SHORT.get(q.dtype, 0)
 
 
 class Causal(torch.autograd.Function):
@@ -57,6 +57,7 @@ class Causal(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
         if torch.is_grad_enabled():  # with operations that can be differentiated again
+            q, k, v = q.view_as(q), k.view_as(k), v.view_as(v)  # which share no history
             with sdpa_kernel(SDPBackend.MATH):
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             inputs = [t for t, want in zip((q, k, v), ctx.needs_input_grad, strict=True) if want]

@@ -60,6 +60,8 @@ class QuantizedLinear(Linear):
         self.bias, self.adapter = like.bias, like.adapter
 
     def forward(self, x: Tensor, keys: Keys | None = None) -> Tensor:
+        if x.shape[-1] != self.d_in:
+            raise InputError(f"x has {x.shape[-1]} columns, and the layer {self.d_in}")
         if not torch.is_grad_enabled():
             if self.adapter is None:
                 return _product(x.to(product_dtype(x)), self.weight, self.scale, self.bias)
@@ -80,10 +82,15 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def whole(codes: Tensor, scale: Tensor, d_in: int, dtype: torch.dtype) -> Tensor:
     """The weight (d_out, d_in) in a floating-point dtype, in which scales are multiplied.
 
-    The native core makes the same bits, where it serves (`blocks.serves`).
+    The native core makes the same bits, where it serves (`blocks.serves`). Raises InputError if
+    codes or scales are not those of d_in columns.
     """
     nf4, scale = codes.dtype == torch.uint8, scale.to(dtype)
-    if codes.is_cpu and codes.stride(1) == 1 and serves(scale):
+    groups = -(-d_in // GROUP) if nf4 else 1
+    if codes.shape[1] != (groups * GROUP // 2 if nf4 else d_in) or scale.shape[1] != groups:
+        raise InputError(f"codes {list(codes.shape)} and scales {list(scale.shape)} do not fit "
+                         f"{d_in} columns")  # fmt: skip
+    if codes.is_cpu and codes.stride(1) == scale.stride(1) == 1 and serves(scale):
         sizes = len(codes), d_in, codes.stride(0), scale.stride(0)
         weight = codes.new_empty(sizes[:2], dtype=dtype)
         core().dequantize(
@@ -168,7 +175,7 @@ def quantize(weight: Tensor, kind: str) -> Codes:
 class _Product(torch.autograd.Function):
     """x W^T of a quantised W, which saves only codes and scales for its backward pass.
 
-    Both passes make some outputs, or some columns, of W at a time, and each element as from all.
+    Both passes make some outputs, or some columns, of W at a time.
     """
 
     generate_vmap_rule = True
@@ -185,7 +192,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         codes, scale = ctx.saved_tensors
-        columns = GROUP * max(1, _at_once(codes) // GROUP // len(codes))
+        columns = GROUP * max(1, _at_once(codes) // GROUP // max(1, len(codes)))
 
         def product(first: int) -> Tensor:
             after = min(first + columns, ctx.d_in)
@@ -197,7 +204,7 @@ class _Product(torch.autograd.Function):
                 part = codes[:, first:after], scale
             return grad @ whole(*part, after - first, grad.dtype)
 
-        return _joined(product(first) for first in range(0, ctx.d_in, columns)), None, None
+        return _joined(product(first) for first in range(0, max(1, ctx.d_in), columns)), None, None
 
 
 def _at_once(codes: Tensor) -> int:
@@ -207,7 +214,7 @@ def _at_once(codes: Tensor) -> int:
 def _product(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias, some outputs at a time."""
     d_in = x.shape[-1]
-    rows = max(1, _at_once(codes) // d_in)
+    rows = max(1, _at_once(codes) // max(1, d_in))
     biases = itertools.repeat(None) if bias is None else bias.to(x.dtype).split(rows)
     return _joined(
         F.linear(x, whole(code, factor, d_in, x.dtype), b)
@@ -224,7 +231,7 @@ def _joined(parts: Iterable[Tensor]) -> Tensor:
 @cache
 def _levels(dtype: torch.dtype) -> Tensor:
     """The levels, rounded to dtype, as the native core reads them: (16,) float32."""
-    return torch.tensor(LEVELS, dtype=dtype).float()
+    return torch.tensor(LEVELS, dtype=dtype, device="cpu").float()
 
 
 @cache

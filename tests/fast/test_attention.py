@@ -68,12 +68,12 @@ def test_other_calls_are_pytorchs():
     assert not attention.serves(qkv[0].bfloat16(), *qkv[1:])
     seen = []
 
-    def look(*row: torch.Tensor) -> torch.Tensor:
-        seen.append(attention.serves(*(t[None] for t in row)))
-        return row[0]
+    def look(q: torch.Tensor) -> torch.Tensor:
+        seen.append((q.requires_grad, attention.serves(q, *qkv[1:])))
+        return q.sum()
 
-    torch.func.vmap(look)(*qkv)
-    assert seen == [False]
+    torch.func.grad(look)(qkv[0])
+    assert seen == [(True, False)]
 
 
 def test_nothing_of_the_squared_length_is_kept():
@@ -84,10 +84,23 @@ def test_nothing_of_the_squared_length_is_kept():
     assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in qkv]
 
 
+@pytest.mark.parametrize("B, T", [(0, 5), (3, 0)])
+def test_no_rows_and_no_tokens(B, T):
+    *qkv, g = inputs((B, 4, 2, T, 2), torch.float32)
+    y = causal_attention(*qkv)
+    assert y.shape == g.shape
+    assert [t.shape for t in torch.autograd.grad(y.sum(), qkv)] == [t.shape for t in qkv]
+
+
 def test_second_derivatives():
     """The kernel of PyTorch has none on the CPU."""
     *qkv, _ = inputs((2, 4, 2, 3, 2), torch.float64)
     assert torch.autograd.gradgradcheck(Causal.apply, qkv)
+    x = qkv[1].detach().requires_grad_()
+    y = causal_attention(x, x, x)
+    (once,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    (again,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert (once - again).abs().max() <= rounding(torch.float64, 32)
     some = [qkv[0].detach(), qkv[1], qkv[2].detach()]
     assert torch.autograd.gradgradcheck(Causal.apply, some)
     with sdpa_kernel(SDPBackend.MATH):

@@ -102,10 +102,13 @@ def test_a_whole_weight_is_what_the_codes_say(kind, dtype):
 def test_the_core_makes_the_same_weight_to_the_bit(kind, dtype, d_in, isa, monkeypatch):
     """On every instruction set, of all columns, and of some where codes and scales have gaps."""
     packed = quantize(random_weight(301, d_in), kind)
-    some = packed if kind == "int8" else (packed.codes[:, : GROUP // 2], packed.scale[:, :1])
+    served = count_calls(monkeypatch, quantized, "core")
+    some = packed.codes[:, : GROUP // 2], packed.scale[:, :1]
     width = min(d_in, GROUP)
+    if kind == "int8":
+        some = packed.codes[:, :width], packed.scale
     mine = whole(*packed, d_in, dtype), whole(*some, width, dtype)
-    assert mine[0].is_contiguous()
+    assert len(served) == 2
     monkeypatch.setattr(quantized, "serves", lambda *tensors: False)
     assert torch.equal(mine[0], whole(*packed, d_in, dtype))
     assert torch.equal(mine[1], mine[0][:, :width])
@@ -114,7 +117,7 @@ def test_the_core_makes_the_same_weight_to_the_bit(kind, dtype, d_in, isa, monke
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_product_by_parts_is_that_of_the_whole(kind, grad, monkeypatch):
-    """Parts that divide neither the outputs (37) nor the columns (2 * 64 + 6, and 3 * 64)."""
+    """Parts that do not divide the outputs (37), and columns that fill the last group or not."""
     monkeypatch.setattr(quantized, "AT_ONCE", 37 * GROUP)
     for d_in, groups in ((2 * GROUP + 6, 3), (3 * GROUP, 3)):
         like = Linear(d_in, 37, bias=True)
@@ -135,6 +138,30 @@ def test_a_product_by_parts_is_that_of_the_whole(kind, grad, monkeypatch):
             assert len(parts) == groups and mine.shape == x.shape
             assert ((mine - g @ weight).abs() <= rounding(torch.float32, 37) * (
                 g.abs() @ weight.abs())).all()  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_that_are_not_the_codes_are_refused(kind):
+    """In all paths: the core would read what lies behind a row."""
+    layer = QuantizedLinear(Linear(100, 7, bias=False), *quantize(random_weight(7, 100), kind))
+    for width in (30, 99, 129, 300):
+        with pytest.raises(InputError, match=f"x has {width} columns, and the layer 100"):
+            layer(torch.ones(2, width))
+    for width in (30, 129):
+        with pytest.raises(InputError, match=f"do not fit {width} columns"):
+            whole(layer.weight, layer.scale, width, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "kind, d_out, d_in", [("int8", 0, 5), ("nf4", 0, 5), ("nf4", 5, 0), ("nf4", 0, 0)]
+)
+def test_an_empty_layer(kind, d_out, d_in):
+    like = Linear(d_in, d_out, bias=False)
+    layer = QuantizedLinear(like, *quantize(torch.ones(d_out, d_in), kind))
+    x = torch.ones(3, d_in, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == (3, d_out) and not y.any() and x.grad.shape == x.shape
 
 
 def count_calls(monkeypatch, module, name: str) -> list[tuple]:
