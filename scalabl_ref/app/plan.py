@@ -24,7 +24,7 @@ from ..core.config import AdapterConfig
 from ..fast import native
 from ..fast.attention import SHORT, causal_attention
 from ..fast.blocks import SwiGLU
-from ..fast.quantize import Kind, quantize, quantize_model, whole
+from ..fast.quantize import AT_ONCE, Kind, quantize, quantize_model, whole
 from ..model.attach import add_adapters
 from ..model.config import LlamaConfig
 from ..model.llama import Llama, RMSNorm
@@ -226,8 +226,9 @@ def memory(
         activations = N * c.hidden_size * width * c.num_hidden_layers + max(acts)
     # SwiGLU's backward pass has four tensors of its size, beside three of the stream's.
     passing = float(N * width * (4 * c.intermediate_size + 3 * c.hidden_size))
-    if kind:
-        passing += c.intermediate_size * c.hidden_size * width
+    if kind:  # a weight, or on the CPU a part of it
+        weight = c.intermediate_size * c.hidden_size
+        passing += (min(AT_ONCE, weight) if device == "cpu" else weight) * width
     if not checkpointing:
         passing -= sum(acts[-2:])  # what the last block and the head kept is free by then
     # The optimiser needs the gradients and two temporary copies, but no activations. An exchange

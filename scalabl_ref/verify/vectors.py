@@ -117,7 +117,7 @@ OP_SHAPES = [
     ((2, 3), 16, 9, 8, 0.75, False),
     ((3, 1, 2), 33, 20, 5, 2.0, True),
 ]
-LARGE = ((2, 3), 301, 130, 13, 1.25, True)  # more than a block of any kernel, and no multiple of it
+LARGE = ((2, 3), 301, 130, 13, 1.25, True)  # many vectors of any processor, and a remainder
 
 
 def _op(only: str = "") -> Iterator[Vector]:

@@ -216,7 +216,7 @@ def test_results_are_written_as_interop_says(kit, tmp_path, monkeypatch):
 def test_every_output_is_graded(kit, tmp_path):
     """A thousandth more in any one output fails its case, and names the output.
 
-    In the largest case of the op it is a tenth: its bound is that of sums of 301 x 130 terms.
+    In the largest case of the op it is a tenth: its bound allows for 916 roundings.
     """
     right = port(kit, torch.float32)
     truth, _ = load_tensors(kit / "vectors.safetensors")
