@@ -642,7 +642,8 @@ BACKWARD = {"attention": 2.5, "SwiGLU": 5 / 3, "RMSNorm": 1.5}
 def training_roofs(args: argparse.Namespace) -> dict[str, list[float]]:
     """Milliseconds, forward and backward, that our step's parts need at the machine's rates.
 
-    In the last block the queries and everything after them are left out: one token of a row.
+    In the last block what follows the attention is left out: it has one token of a row. The rest of
+    that block, and the first block's gradients, are counted in full, a few percent too much.
     """
     model = scalabl_ref.Llama.from_pretrained(args.model, getattr(torch, args.dtype))
     flop_rate, move_rate = measured_rates(getattr(torch, args.dtype), args.rounds)
