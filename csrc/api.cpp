@@ -339,7 +339,6 @@ scalabl_status scalabl_swiglu_backward(int32_t dtype, int64_t n, const void *gra
 
 scalabl_status scalabl_dequantize(const scalabl_codes *op, void *weight) {
     if (!op) return SCALABL_NULL;
-    if (op->n > INT64_MAX - SCALABL_CODE_GROUP) return SCALABL_SIZE;
     const scalabl_status status = check_values(op->dtype, {op->rows, op->n}, op->threads,
                                                {op->codes, op->scale, weight});
     if (status != SCALABL_OK) return status;

@@ -186,29 +186,20 @@ void test_bad_codes() {
     const scalabl_codes good = {SCALABL_FLOAT32, 2, 4, v, 4, v, 1, nullptr, 1};
     CHECK(scalabl_dequantize(nullptr, v) == SCALABL_NULL);
     CHECK(scalabl_dequantize(&good, nullptr) == SCALABL_NULL);
-    scalabl_codes bad = good;
-    bad.codes = nullptr;
-    CHECK(scalabl_dequantize(&bad, v) == SCALABL_NULL);
-    bad = good;
-    bad.scale = nullptr;
-    CHECK(scalabl_dequantize(&bad, v) == SCALABL_NULL);
-    bad = good;
-    bad.dtype = SCALABL_FLOAT64;
-    CHECK(scalabl_dequantize(&bad, v) == SCALABL_DTYPE);
-    bad = good;
-    bad.threads = 0;
-    CHECK(scalabl_dequantize(&bad, v) == SCALABL_THREADS);
+    const auto changed = [&](const auto &change) {
+        scalabl_codes bad = good;
+        change(bad);
+        return scalabl_dequantize(&bad, v);
+    };
+    CHECK(changed([](auto &op) { op.codes = nullptr; }) == SCALABL_NULL);
+    CHECK(changed([](auto &op) { op.scale = nullptr; }) == SCALABL_NULL);
+    CHECK(changed([](auto &op) { op.dtype = SCALABL_FLOAT64; }) == SCALABL_DTYPE);
+    CHECK(changed([](auto &op) { op.threads = 0; }) == SCALABL_THREADS);
     for (const int64_t n : {INT64_MIN, int64_t(-1), INT64_MAX / 4, INT64_MAX}) {
-        bad = good;
-        bad.n = n;
-        CHECK(scalabl_dequantize(&bad, v) == SCALABL_SIZE);
+        CHECK(changed([n](auto &op) { op.n = n; }) == SCALABL_SIZE);
     }
-    bad = good;
-    bad.codes_stride = INT64_MAX;
-    CHECK(scalabl_dequantize(&bad, v) == SCALABL_SIZE);
-    bad = good;
-    bad.scale_stride = INT64_MIN / 2;
-    CHECK(scalabl_dequantize(&bad, v) == SCALABL_SIZE);
+    CHECK(changed([](auto &op) { op.codes_stride = INT64_MAX; }) == SCALABL_SIZE);
+    CHECK(changed([](auto &op) { op.scale_stride = INT64_MIN / 2; }) == SCALABL_SIZE);
 }
 
 void test_bad_arguments() {

@@ -87,7 +87,8 @@ def whole(codes: Tensor, scale: Tensor, d_in: int, dtype: torch.dtype) -> Tensor
     """
     nf4, scale = codes.dtype == torch.uint8, scale.to(dtype)
     groups = -(-d_in // GROUP) if nf4 else 1
-    if codes.shape[1] != (groups * GROUP // 2 if nf4 else d_in) or scale.shape[1] != groups:
+    width = groups * GROUP if nf4 else d_in  # of a row of codes
+    if codes.shape[1] != (width // 2 if nf4 else width) or scale.shape[1] != groups:
         raise InputError(f"codes {list(codes.shape)} and scales {list(scale.shape)} do not fit "
                          f"{d_in} columns")  # fmt: skip
     if codes.is_cpu and codes.stride(1) == scale.stride(1) == 1 and serves(scale):
@@ -98,7 +99,6 @@ def whole(codes: Tensor, scale: Tensor, d_in: int, dtype: torch.dtype) -> Tensor
             _levels(dtype).data_ptr() if nf4 else 0, weight.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return weight
-    width = 2 * codes.shape[1] if nf4 else d_in
     weight = torch.empty(len(codes), width, dtype=dtype, device=codes.device)
     parts = (t.split(ROWS) for t in (weight, codes, scale))
     for part, code, factor in zip(*parts, strict=True):
