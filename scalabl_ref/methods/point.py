@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, adapters, set_scales_
+from ..core.layer import spread
 from ..core.noise import Keys, Noise
 
 
@@ -21,7 +22,7 @@ class PointAdapter(Adapter):
     """
 
     variational = ("log_s",)
-    offset: Tensor | None = None  # (B, r), added to s in each row of the input (B, ..., d_in)
+    offset: Tensor | None = None  # (n, r): an input row of noise key g adds offset[g] to its s
 
     def _add_parameters(self) -> None:
         self.log_s = nn.Parameter(torch.empty(self.config.rank, dtype=torch.float32))
@@ -34,14 +35,17 @@ class PointAdapter(Adapter):
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, keys: Keys | None) -> Tensor:
         if self.offset is not None:  # the native op has one s for all rows
             y = F.linear(x, weight, bias)
-            return y + self.update(x.to(y.dtype), None)
+            return y + self.update(x.to(y.dtype), keys)
         s, c = self.log_s.exp(), self.config.scaling
         return self.op(x, weight, bias, self.A, self.B, s, s, c, None)
 
     def hidden(self, x: Tensor, A: Tensor, keys: Keys | None) -> Tensor:
         s = self.log_s.exp().to(x)
         if self.offset is not None:
-            s = s + self.offset.to(x).view(len(x), *[1] * (x.dim() - 2), -1)
+            if keys is None or keys.groups is None:
+                raise ValueError("offsets need noise keys, by which a row's own is found")
+            groups = spread("groups", keys.groups, x.shape[:-1])
+            s = s + F.embedding(groups, self.offset).to(x)
         return super().hidden(x, A, keys) * s
 
     def lora_A(self, noise: Noise | None = None) -> Tensor:

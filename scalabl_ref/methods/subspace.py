@@ -236,7 +236,7 @@ class Subspace:
             offset[:, kept(point).cpu()] = part
             offsets.append(offset.to(model.device))
         with offset_by(list(points), offsets):
-            return class_logits(model, batch, None, padded=True).double()
+            return row_logits(model, batch).double()
 
     def check(self, model: Llama) -> None:
         """Raise InputError unless the posterior is of this model."""
@@ -308,7 +308,10 @@ def layout(model: nn.Module) -> tuple[dict[str, int], Tensor]:
 
 @contextmanager
 def offset_by(points: Sequence[PointAdapter], offsets: Sequence[Tensor]) -> Iterator[None]:
-    """Add offsets (B, r) to the scales of each row, and freeze the weights, within the block."""
+    """Add offsets (B, r) to the scales of each example, and freeze the weights, within the block.
+
+    Call the model by `row_logits`.
+    """
     frozen = [p for point in points for p in point.parameters() if p.requires_grad]
     try:
         for point, offset in zip(points, offsets, strict=True):
@@ -321,6 +324,13 @@ def offset_by(points: Sequence[PointAdapter], offsets: Sequence[Tensor]) -> Iter
             point.offset = None
         for parameter in frozen:
             parameter.requires_grad_(True)
+
+
+def row_logits(model: Llama, batch: Batch) -> Tensor:
+    """Logits (B, C) under the offsets of `offset_by`: example b takes row b of each."""
+    places = torch.arange(len(batch.ids), device=model.device)
+    # The adapters find a row's example by its noise key. They draw no noise.
+    return class_logits(model, dataclasses.replace(batch, ids=places), Noise(0, 0))
 
 
 def jacobians(model: Llama, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -339,7 +349,7 @@ def jacobians(model: Llama, batch: Batch) -> tuple[Tensor, Tensor]:
         for mask in masks
     ]  # fmt: skip
     with torch.enable_grad(), offset_by(list(points.values()), offsets):
-        logits = class_logits(model, batch, None, padded=True)
+        logits = row_logits(model, batch)
         rows = []
         for difference in (logits[:, :-1] - logits[:, -1:]).sum(0):
             found = torch.autograd.grad(difference, offsets, retain_graph=True)

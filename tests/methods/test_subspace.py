@@ -21,6 +21,7 @@ from scalabl_ref.methods.subspace import (
     Subspace,
     jacobians,
     layout,
+    row_logits,
     validated,
 )
 from scalabl_ref.support.tensors import load_tensors, save_tensors
@@ -98,14 +99,18 @@ def test_points_leave_out_what_the_update_does_not_have():
         layout(points(wake=False))
 
 
+@pytest.mark.usefixtures("bodies")
 def test_an_offset_of_a_row_is_its_own_scales():
-    """Row by row the model is that with the offset added to s; the weights get no gradient."""
-    model, batch = points(targets=TARGETS), tiny_batch()
+    """Example by example the model is that with the offset added to s, whatever the ids are."""
+    model = points(targets=TARGETS)
+    batch = dataclasses.replace(tiny_batch(), ids=torch.tensor([7, 7, 0, 2]))
     generator = torch.Generator().manual_seed(3)
     offsets = {n: torch.randn(4, 3, generator=generator) for n in adapters(model)}
     for name, adapter in adapters(model).items():
         adapter.offset = offsets[name]
-    found = class_logits(model, batch, None, padded=True)
+    found = row_logits(model, batch)
+    with pytest.raises(ValueError, match="offsets need noise keys"):
+        class_logits(model, batch, None)
     for row in range(4):
         moved = points(targets=TARGETS)
         with torch.no_grad():
@@ -119,6 +124,7 @@ def test_an_offset_of_a_row_is_its_own_scales():
 # --- (24) -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("bodies")
 @pytest.mark.parametrize("config", [{"targets": TARGETS}, {"rank": 4}, {"trim": False}])
 def test_jacobians_are_those_of_torch_func(config):
     model, batch = points(**config), tiny_batch()
