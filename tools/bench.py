@@ -5,7 +5,7 @@
     python tools/bench.py {forward,train-step,predict,generate,memory} --model DIR
         [--device cuda] [--dtype float32|bfloat16] [--data FILE --format F] [--official CHECKOUT]
         [--peer-python PYTHON]
-    python tools/bench.py scaling --model DIR [--page FILE.html]
+    python tools/bench.py {scaling,subspace} --model DIR [--page FILE.html]
     python tools/bench.py roofline --model DIR
     python tools/bench.py draws --run RUN --data FILE --format F [--examples N]
 
@@ -42,7 +42,7 @@ import sys
 import tempfile
 import time
 import venv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         if args.model is None:
             parser.error(f"{args.what} needs --model")
-        with sides(args, ["ours"] if args.what == "scaling" else ["ours", "peer"]) as both:
+        names = ["ours"] if args.what in ("scaling", "subspace") else ["ours", "peer"]
+        with sides(args, names) as both:
             rows = MODEL_BENCHMARKS[args.what](args, both)
             report = {"machine": both["ours"].versions, "rows": rows}
             if "peer" in both:
@@ -528,7 +529,10 @@ def prompts(args: argparse.Namespace, count: int) -> list[list[int]]:
 
 
 def compare(
-    both: dict[str, Side], rounds: int, tasks: list[Task], what: str = "seconds"
+    both: Mapping[str, Callable[..., dict[str, Any]]],
+    rounds: int,
+    tasks: list[Task],
+    what: str = "seconds",
 ) -> dict[str, float]:
     """Medians over rounds of ours, the peer's, and ours / peer; round i takes task i of those."""
     found: dict[str, list[float]] = {name: [] for name in both}
@@ -685,6 +689,27 @@ def prediction(args: argparse.Namespace, both: dict[str, Side]) -> list[dict[str
     return rows
 
 
+def linearised(args: argparse.Namespace, both: dict[str, Side]) -> list[dict[str, Any]]:
+    """The prediction of a subspace posterior beside ten draws of ScalaBL, both ours."""
+    ours, rows = both["ours"], []
+    for count in (2, 4):
+        base = {"do": "predict", "method": "scalabl", "classes": list(range(300, 300 + count))}
+        as_they_come = [{**base, "rows": t["rows"]} for t in train_tasks(args, "scalabl")]
+        alone = [{**base, "rows": [list(range(100, 132))]}]
+        cases = {"1 x 32": alone, "8 as they come": as_they_come}
+        for name, tasks in cases.items():
+            found = compare(
+                {"ours": lambda **t: ours(**{**t, "do": "subspace"}), "peer": ours},
+                args.rounds, [{**t, "samples": 10} for t in tasks],
+            )  # fmt: skip
+            rows.append({
+                "subspace posterior, rows x tokens": name, "classes": count,
+                "seconds": found["ours"], "ten draws": found["peer"],
+                "ratio": found["ours / peer"],
+            })  # fmt: skip
+    return rows
+
+
 def scaling(args: argparse.Namespace, both: dict[str, Side]) -> list[dict[str, Any]]:
     """Exponents of seconds and bytes, fitted to the upper half of each range."""
     ours, classes = both["ours"], list(range(300, 300 + CLASSES))
@@ -779,6 +804,7 @@ MODEL_BENCHMARKS: dict[
     "forward": forward,
     "train-step": train_step,
     "predict": prediction,
+    "subspace": linearised,
     "generate": generation,
     "memory": train_memory,
     "profile": profile,
