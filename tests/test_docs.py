@@ -164,10 +164,11 @@ def test_the_readme_is_short():
 
 def test_the_fewest_rows_of_a_threshold_are_those_of_the_code():
     text = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-    pattern = r"For\s(80, 90, 95 and 99) % it needs at least ([^.]+) rows, which"
-    ((rates, rows),) = re.findall(pattern, text)
-    accuracies = [int(rate) / 100 for rate in re.findall(r"\d+", rates)]
-    assert [int(n) for n in re.findall(r"\d+", rows)] == [fewest_rows(a, 0.95) for a in accuracies]
+    (sentence,) = re.findall(r"If all answers are right, ([^.]+)\.", text)
+    pairs = re.findall(r"(\d+)(?: rows\sare\senough)?\sfor\s(\d+)\s%", sentence)
+    assert [rate for _, rate in pairs] == ["80", "90", "95", "99"]
+    for rows, rate in pairs:
+        assert int(rows) == fewest_rows(int(rate) / 100, 0.95)
 
 
 def figures(text: str) -> list[float]:
