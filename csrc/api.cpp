@@ -337,6 +337,17 @@ scalabl_status scalabl_swiglu_backward(int32_t dtype, int64_t n, const void *gra
     });
 }
 
+scalabl_status scalabl_few_rows(const scalabl_product *op, void *y) {
+    if (!op) return SCALABL_NULL;
+    if (op->rows > SCALABL_MOST_FEW_ROWS || op->rows < 0) return SCALABL_SIZE;
+    const int64_t d_out = op->rows ? op->d_out : 0;  // no rows need no pointers
+    scalabl_status status =
+        check_values(op->dtype, {d_out, op->d_in}, op->threads, {op->x, op->weight, y});
+    if (status == SCALABL_OK && d_out && !y) status = SCALABL_NULL;
+    if (status != SCALABL_OK) return status;
+    return guarded([&] { scalabl::cpu::few_rows(*op, y); });
+}
+
 scalabl_status scalabl_dequantize(const scalabl_codes *op, void *weight) {
     if (!op) return SCALABL_NULL;
     const scalabl_status status = check_values(op->dtype, {op->rows, op->n}, op->threads,

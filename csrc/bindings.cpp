@@ -242,6 +242,14 @@ void swiglu_backward(int32_t dtype, int64_t n, uintptr_t grad_y, uintptr_t gate,
     });
 }
 
+// sizes: rows, d_in, d_out.
+void few_rows(int32_t dtype, std::array<int64_t, 3> sizes, uintptr_t x, uintptr_t weight,
+              uintptr_t bias, uintptr_t y, int32_t threads) {
+    const scalabl_product op = {dtype,      sizes[0],        sizes[1],      sizes[2],
+                                pointer(x), pointer(weight), pointer(bias), threads};
+    unlocked([&] { return scalabl_few_rows(&op, pointer(y)); });
+}
+
 // sizes: rows, n, stride of codes, stride of scale.
 void dequantize(int32_t dtype, std::array<int64_t, 4> sizes, uintptr_t codes, uintptr_t scale,
                 uintptr_t levels, uintptr_t weight, int32_t threads) {
@@ -554,6 +562,8 @@ void define_blocks(py::module_ &module) {
     module.def("swiglu_backward", &swiglu_backward, py::arg("dtype"), py::arg("n"),
                py::arg("grad_y"), py::arg("gate"), py::arg("up"), py::arg("grad_gate"),
                py::arg("grad_up"), py::arg("threads"));
+    module.def("few_rows", &few_rows, py::arg("dtype"), py::arg("sizes"), py::arg("x"),
+               py::arg("weight"), py::arg("bias"), py::arg("y"), py::arg("threads"));
     module.def("dequantize", &dequantize, py::arg("dtype"), py::arg("sizes"), py::arg("codes"),
                py::arg("scale"), py::arg("levels"), py::arg("weight"), py::arg("threads"));
 }

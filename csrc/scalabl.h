@@ -165,6 +165,22 @@ scalabl_status scalabl_swiglu_backward(int32_t dtype, int64_t n, const void *gra
                                        const void *gate, const void *up, void *grad_gate,
                                        void *grad_up, int32_t threads);
 
+/* --- A product of few rows, on the CPU --------------------------------------------------------- */
+
+#define SCALABL_MOST_FEW_ROWS 16
+
+typedef struct {
+    int32_t dtype;              /* of all of them, not SCALABL_FLOAT64 */
+    int64_t rows, d_in, d_out;  /* rows: at most SCALABL_MOST_FEW_ROWS */
+    const void *x, *weight;     /* (rows, d_in), (d_out, d_in) */
+    const void *bias;           /* null, or (d_out,) */
+    int32_t threads;
+} scalabl_product;
+
+/* y (rows, d_out) = x weight^T + bias, with sums in float. It reads the weight once, and is for
+ * products that this limits. */
+scalabl_status scalabl_few_rows(const scalabl_product *op, void *y);
+
 /* --- Frozen weights in 8 or 4 bits, on the CPU ------------------------------------------------ */
 
 #define SCALABL_CODE_GROUP 64

@@ -1,6 +1,6 @@
-// RMSNorm, RoPE and SwiGLU of the model's blocks, forward and backward, and weights out of codes,
-// over rows of float or of a half precision, which is widened in pieces. Each value is computed in
-// float and rounded once.
+// RMSNorm, RoPE and SwiGLU of the model's blocks, forward and backward, products of few rows, and
+// weights out of codes, over rows of float or of a half precision, which is widened in pieces. Each
+// value is computed in float and rounded once.
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t PIECE = 1024;                // values of half precision widened at a time
 constexpr int64_t WORTH_A_THREAD = 1 << 15;    // fewer values cost less than waking another thread
+constexpr int64_t LINE = 64;                   // bytes of a cache line
 static_assert(PIECE >= SCALABL_MOST_HEAD_DIM, "a head is widened as a whole");
 
 // `n` values of S as floats: themselves if they are floats, else a copy.
@@ -175,6 +176,41 @@ void store(const float *from, S *to, int64_t n) {
     narrow_row(from, to, n);
 }
 
+// y (rows, d_out), by tiles of rows of the weight: h = weight x^T is the product whose rows are long.
+template <typename S>
+void few_rows(const scalabl_product &op, S *y) {
+    const Products<float> &products = kernels().single;
+    const Floats<S> x(op.x, op.rows * op.d_in);
+    const S *bias = static_cast<const S *>(op.bias);
+    const int64_t tiles = (op.d_out + TILE_ROWS - 1) / TILE_ROWS;
+    over_rows(tiles, TILE_ROWS * op.d_in, op.threads, [&](int64_t tile) {
+        const int64_t first = tile * TILE_ROWS, count = std::min<int64_t>(TILE_ROWS, op.d_out - first);
+        const S *weight = static_cast<const S *>(op.weight) + first * op.d_in;
+        // The processor's own prefetch stops while a tile is computed.
+        const int64_t ahead = std::min<int64_t>(2 * TILE_ROWS, op.d_out - first - count) * op.d_in;
+        for (int64_t j = 0; j < count * op.d_in; j += LINE / static_cast<int64_t>(sizeof(S))) {
+            __builtin_prefetch(weight + ahead + j, 0, 2);
+        }
+        float h[TILE_ROWS * SCALABL_MOST_FEW_ROWS];
+        for (int64_t k = 0; k < count; ++k) {
+            const float start = bias ? widen(bias[first + k]) : 0.0f;
+            std::fill_n(h + k * op.rows, op.rows, start);
+        }
+        In<S> in[TILE_ROWS];
+        over_pieces<S>(op.d_in, [&](int64_t j, int64_t n) {
+            const float *rows = nullptr;
+            for (int64_t k = count; k-- > 0;) rows = in[k].read(weight + k * op.d_in + j, n);
+            const int64_t stride = std::is_same_v<S, float> ? op.d_in : PIECE;
+            products.dots(rows, stride, x.data + j, op.d_in, count, n, op.rows, h);
+        });
+        for (int64_t i = 0; i < op.rows; ++i) {
+            for (int64_t k = 0; k < count; ++k) {
+                store(h + k * op.rows + i, y + i * op.d_out + first + k, 1);
+            }
+        }
+    });
+}
+
 // The 16 levels by bytes: the level of the low half, then that of the high half.
 struct Pairs {
     float of[256][2];
@@ -258,6 +294,10 @@ void swiglu_backward(int32_t dtype, int64_t n, const void *grad_y, const void *g
         swiglu_gradients(n, as(grad_y, s), as(gate, s), as(up, s), as(grad_gate, s),
                          as(grad_up, s), threads);
     });
+}
+
+void few_rows(const scalabl_product &op, void *y) {
+    by_row_dtype(op.dtype, [&](auto s) { scalabl::few_rows(op, as(y, s)); });
 }
 
 void dequantize(const scalabl_codes &op, void *weight) {

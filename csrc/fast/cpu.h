@@ -18,6 +18,7 @@ void rotate(const scalabl_rotation &op, const void *x, void *y);
 void swiglu(int32_t dtype, int64_t n, const void *gate, const void *up, void *y, int32_t threads);
 void swiglu_backward(int32_t dtype, int64_t n, const void *grad_y, const void *gate,
                      const void *up, void *grad_gate, void *grad_up, int32_t threads);
+void few_rows(const scalabl_product &op, void *y);
 void dequantize(const scalabl_codes &op, void *weight);
 
 const char *isa();

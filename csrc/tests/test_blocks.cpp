@@ -1,5 +1,6 @@
-// RMSNorm, RoPE, SwiGLU and weights out of codes through the C interface, against loops over
-// doubles: dtypes, sizes that nothing divides, threads, instruction sets and bad arguments.
+// RMSNorm, RoPE, SwiGLU, products of few rows and weights out of codes through the C interface,
+// against loops over doubles: dtypes, sizes that nothing divides, threads, instruction sets and bad
+// arguments.
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -118,6 +119,28 @@ void test_swiglu(int32_t dtype, int64_t n, int32_t threads) {
     CHECK(near(to_up, right_up, size_up));
 }
 
+void test_few_rows(int32_t dtype, int64_t rows, int64_t d_in, int64_t d_out, int32_t threads) {
+    const Matrix x(dtype, rows, d_in), weight(dtype, d_out, d_in), bias(dtype, 1, d_out);
+    for (const bool with_bias : {false, true}) {
+        Matrix y(dtype, rows, d_out), right(SCALABL_FLOAT64, rows, d_out), size(right);
+        const scalabl_product op = {dtype,  rows, d_in, d_out, x.data(), weight.data(),
+                                    with_bias ? bias.data() : nullptr, threads};
+        CHECK(scalabl_few_rows(&op, y.data()) == SCALABL_OK);
+        for (int64_t i = 0; i < rows; ++i) {
+            for (int64_t k = 0; k < d_out; ++k) {
+                double sum = with_bias ? bias.at(0, k) : 0, sizes = std::abs(sum);
+                for (int64_t j = 0; j < d_in; ++j) {
+                    sum += x.at(i, j) * weight.at(k, j);
+                    sizes += std::abs(x.at(i, j) * weight.at(k, j));
+                }
+                right.set(i, k, sum);
+                size.set(i, k, dtype == SCALABL_FLOAT32 ? sizes : std::abs(sum) + sizes * 0x1p-10);
+            }
+        }
+        CHECK(near(y, right, size));
+    }
+}
+
 // Rounded once, so the bits must be those of the rounded product.
 void test_codes(int32_t dtype, int64_t rows, int64_t n, bool with_levels, int32_t threads) {
     const int64_t groups = with_levels ? (n + 63) / 64 : 1, width = with_levels ? 32 * groups : n;
@@ -154,6 +177,14 @@ void test_all(int32_t dtype, int32_t threads) {
         test_codes(dtype, 0, 64, with_levels, threads);
         test_codes(dtype, 3, 0, with_levels, threads);
     }
+    for (const int64_t rows : {1, 2, 3, 4, 7, 16}) {
+        test_few_rows(dtype, rows, 70, 301, threads);
+    }
+    for (const int64_t n : {1, 15, 1024, 1025, 2101}) test_few_rows(dtype, 5, n, 37, threads);
+    for (const int64_t n : {1, 2, 3, 4}) test_few_rows(dtype, 1, 577, n, threads);
+    test_few_rows(dtype, 0, 8, 8, threads);
+    test_few_rows(dtype, 2, 0, 8, threads);
+    test_few_rows(dtype, 2, 8, 0, threads);
     for (const int64_t n : {1, 2, 31, 70, 1026, 2100}) {
         test_norm(dtype, 5, n, threads);
         test_swiglu(dtype, 7 * n, threads);
@@ -200,6 +231,32 @@ void test_bad_codes() {
     }
     CHECK(changed([](auto &op) { op.codes_stride = INT64_MAX; }) == SCALABL_SIZE);
     CHECK(changed([](auto &op) { op.scale_stride = INT64_MIN / 2; }) == SCALABL_SIZE);
+}
+
+void test_bad_products() {
+    float v[8] = {};
+    const scalabl_product good = {SCALABL_FLOAT32, 1, 2, 4, v, v, v, 1};
+    CHECK(scalabl_few_rows(nullptr, v) == SCALABL_NULL);
+    CHECK(scalabl_few_rows(&good, nullptr) == SCALABL_NULL);
+    const auto changed = [&](const auto &change) {
+        scalabl_product bad = good;
+        change(bad);
+        return scalabl_few_rows(&bad, v);
+    };
+    CHECK(changed([](auto &op) { op.x = nullptr; }) == SCALABL_NULL);
+    CHECK(changed([](auto &op) { op.weight = nullptr; }) == SCALABL_NULL);
+    scalabl_product empty = good;
+    empty.d_in = 0;
+    CHECK(scalabl_few_rows(&empty, nullptr) == SCALABL_NULL);
+    CHECK(changed([](auto &op) { op.dtype = SCALABL_FLOAT64; }) == SCALABL_DTYPE);
+    CHECK(changed([](auto &op) { op.threads = 0; }) == SCALABL_THREADS);
+    for (const int64_t rows : {INT64_MIN, int64_t(-1), int64_t(17), INT64_MAX}) {
+        CHECK(changed([rows](auto &op) { op.rows = rows; }) == SCALABL_SIZE);
+    }
+    for (const int64_t n : {INT64_MIN, int64_t(-1), INT64_MAX / 2, INT64_MAX}) {
+        CHECK(changed([n](auto &op) { op.d_in = n; }) == SCALABL_SIZE);
+        CHECK(changed([n](auto &op) { op.d_out = n; }) == SCALABL_SIZE);
+    }
 }
 
 void test_bad_arguments() {
@@ -249,6 +306,7 @@ void test_bad_arguments() {
     bad.sin = nullptr;
     CHECK(scalabl_rotate(&bad, v, v) == SCALABL_NULL);
     test_bad_codes();
+    test_bad_products();
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ from typing import Any
 from ..core.adapter import Adapter
 from ..core.noise import Noise
 from ..model import weights
+from ..model.attach import Linear
 from ..model.llama import MLP, Llama, RMSNorm
 from . import blocks, native, normals, ops, quantize, rows
 
@@ -27,6 +28,7 @@ HOOKS: tuple[tuple[type, str, Any], ...] = (
     (Llama, "block", rows.PackedBlock),
     (MLP, "activation", staticmethod(blocks.swiglu)),
     (RMSNorm, "forward", blocks.rms_norm),
+    (Linear, "product", staticmethod(ops.linear)),
 )
 FAST = tuple(body for *_, body in HOOKS)
 PLAIN = tuple(vars(owner)[name] for owner, name, _ in HOOKS)

@@ -24,6 +24,7 @@ from . import native
 from .normals import MASK, signed
 
 MAX_RANK = 256  # of the native core
+FEW_ROWS = {torch.float32: 8, torch.bfloat16: 1, torch.float16: 1}  # the core's product is faster
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 PLAIN_TYPES = (Tensor, torch.nn.Parameter, type(None))  # subclasses may redefine operations
 
@@ -217,7 +218,7 @@ def address(t: Tensor | None) -> int:
 
 def forward(core: Any, t: Operands, d: DrawNumbers, keep: bool) -> tuple[Tensor, Tensor | None]:
     """(y, h): h = A x, (rows, r), if it is to be kept for the backward pass."""
-    y = F.linear(t.x, t.weight, t.bias).contiguous()
+    y = linear(t.x, t.weight, t.bias).contiguous()
     x = rows_of(t.x)
     op, alive = arguments(core, x, t, d)
     h = None
@@ -230,6 +231,34 @@ def forward(core: Any, t: Operands, d: DrawNumbers, keep: bool) -> tuple[Tensor,
     else:
         on_stream(op.cuda_forward, to, x.device)
     return y, h
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The fast version of `Linear.product`: few rows without gradients go to the core.
+
+    Their product is limited by reading the weight, which the core does once and ahead of time.
+    """
+    dtype, most = x.dtype, FEW_ROWS.get(x.dtype, 0)
+    if not 0 < x.numel() <= most * x.shape[-1] or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    core, d_out = native.core(), weight.shape[0]
+    if weight.shape != (d_out, x.shape[-1]) or (bias is not None and bias.shape != (d_out,)):
+        return F.linear(x, weight, bias)  # which says so
+    for t in (x, weight, bias):
+        if type(t) not in PLAIN_TYPES:
+            return F.linear(x, weight, bias)
+        if t is not None and (t.dtype != dtype or not t.is_cpu or not t.is_contiguous()):
+            return F.linear(x, weight, bias)
+    needs = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if core is None or (needs and torch.is_grad_enabled()) or autocast_dtype(x) or transformed():
+        return F.linear(x, weight, bias)
+    d_in = x.shape[-1]
+    y = x.new_empty(*x.shape[:-1], d_out)
+    core.few_rows(
+        DTYPES[dtype], (x.numel() // d_in, d_in, d_out), x.data_ptr(), weight.data_ptr(),
+        address(bias), y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
 
 
 def on_stream(function: Any, to: tuple[int, ...], device: torch.device) -> None:

@@ -62,7 +62,7 @@ def plain_loops(*arguments, **named):
         op = core.update(**fields)
         return SimpleNamespace(forward=op.plain_forward, backward=op.plain_backward)
 
-    loops = SimpleNamespace(cuda="", normals=core.normals, update=update)
+    loops = SimpleNamespace(cuda="", normals=core.normals, few_rows=core.few_rows, update=update)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "core", lambda: loops)
         return subspace_lora_linear(*arguments, **named)

@@ -243,6 +243,7 @@ FAST_FAULTS = {
     "activation": (
         lambda body: lambda gate, up: body(gate, up * (1 + 1e-9)), {"fast model"}
     ),
+    "product": (lambda body: lambda *a: body(*a) * (1 + 1e-9), {"fast model"}),
     "forward": (lambda body: lambda norm, x: body(norm, x) * (1 + 1e-9), {"fast model"}),
 }  # fmt: skip
 
