@@ -25,6 +25,7 @@ from .normals import MASK, signed
 
 MAX_RANK = 256  # of the native core
 FEW_ROWS = {torch.float32: 8, torch.bfloat16: 1, torch.float16: 1}  # the core's product is faster
+SMALL = 1 << 16  # values of a weight that caches hold: PyTorch's product is as fast
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 PLAIN_TYPES = (Tensor, torch.nn.Parameter, type(None))  # subclasses may redefine operations
 
@@ -239,9 +240,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Their product is limited by reading the weight, which the core does once and ahead of time.
     """
     dtype, most = x.dtype, FEW_ROWS.get(x.dtype, 0)
-    if not 0 < x.numel() <= most * x.shape[-1] or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or weight.numel() < SMALL:
         return F.linear(x, weight, bias)
     core, d_out = native.core(), weight.shape[0]
+    if core is None or not 0 < x.numel() <= most * x.shape[-1]:
+        return F.linear(x, weight, bias)
+    if not x.is_cpu or transformed() or autocast_dtype(x):
+        return F.linear(x, weight, bias)
     if weight.shape != (d_out, x.shape[-1]) or (bias is not None and bias.shape != (d_out,)):
         return F.linear(x, weight, bias)  # which says so
     for t in (x, weight, bias):
@@ -250,7 +255,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if t is not None and (t.dtype != dtype or not t.is_cpu or not t.is_contiguous()):
             return F.linear(x, weight, bias)
     needs = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    if core is None or (needs and torch.is_grad_enabled()) or autocast_dtype(x) or transformed():
+    if needs and torch.is_grad_enabled():
         return F.linear(x, weight, bias)
     d_in = x.shape[-1]
     y = x.new_empty(*x.shape[:-1], d_out)

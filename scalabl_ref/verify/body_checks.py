@@ -18,6 +18,7 @@ from ..evaluation import metrics
 from ..fast import blocks
 from ..fast.designs import DesignedNoise
 from ..model import llama
+from ..model.attach import Linear
 from ..model.config import LlamaConfig
 from .check import Check, Errors, Op, exact, ratio
 
@@ -129,6 +130,21 @@ def twins(dtype: torch.dtype, device: torch.device) -> list[tuple[Function, Func
     ]  # fmt: skip
 
 
+def few_rows(_: Op, device: torch.device) -> Errors:
+    """Linear layers of one to eight rows, as in decoding, with and without bias."""
+    weight, bias = normal(302, 577, seed=2) / 24, normal(302, seed=3)
+    for dtype in (torch.float32, *HALVES):
+        W, b = weight.to(device, dtype), bias.to(device, dtype)
+        near = torch.finfo(dtype).eps + 128 * torch.finfo(torch.float32).eps
+        for rows in (1, 2, 5, 8):
+            x = normal(rows, 577, seed=rows, dtype=dtype).to(device)
+            size = x.double().abs() @ W.double().abs().T / 16
+            for start in (None, b):
+                right = x.double() @ W.double().T + (0 if start is None else start.double())
+                got = Linear.product(x, W, start)
+                yield ratio(got, right, right.abs() + size, near, f"{dtype}, {rows} rows")
+
+
 def value_and_slope(function: Function, x: Tensor) -> tuple[Tensor, Tensor]:
     leaf = x.detach().clone().requires_grad_()
     y = function(leaf)
@@ -202,6 +218,7 @@ BODY_CHECKS = [
     Check("large layers", "(1a) to (1e) with many columns, views, other threads", large_layers),
     Check("antithetic draws", "a draw and its mirror image", mirrored),
     Check("block functions", "RMSNorm, RoPE, SwiGLU in float32 and 16 bits", block_functions),
+    Check("few rows", "y = W x + bias for as few rows as in decoding", few_rows),
     Check("far positions", "RoPE: angles of positions beyond 256, in 16 bits", far_positions),
     Check("padding", "a padded row has the logits of the row alone", padding_is_not_seen),
     Check("weighted draws", "(8), (9) with weights", weights_count),

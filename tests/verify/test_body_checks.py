@@ -102,6 +102,13 @@ FAULTS = {
         "model.llama:RMSNorm.forward",
         lambda self, x: x * x.square().mean(-1, keepdim=True).rsqrt() * (self.weight + 1e-3),
         "block functions"),
+    "no bias": (
+        "model.attach:Linear.product",
+        staticmethod(lambda x, weight, bias: torch.nn.functional.linear(x, weight)), "few rows"),
+    "the last column left out": (
+        "model.attach:Linear.product",
+        staticmethod(lambda x, weight, bias: torch.nn.functional.linear(
+            x[:, :-1], weight[:, :-1], bias)), "few rows"),
     "turned backwards": (
         "fast.blocks:rotate", lambda x, cos, sin: blocks.plain.rotate(x, cos, -sin),
         "block functions"),
