@@ -8,7 +8,7 @@ stores. Every fault must be beyond the bounds of a case, in either precision (te
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -51,6 +51,21 @@ def _home(name: str) -> ModuleType:
     return reference if hasattr(reference, name) else formulas
 
 
+def _each(
+    levels: tuple[str, ...],
+    make: str | Callable[[Any], dict[str, Any]],
+    table: Mapping[str, Any],
+    prefix: str = "",
+) -> Iterator[Fault]:
+    """A fault for each value of a table, by name.
+
+    make: the function that the value replaces, or what makes `Fault.wrong` of the value.
+    """
+    for name, value in table.items():
+        wrong = {make: value} if isinstance(make, str) else make(value)
+        yield Fault(prefix + name, levels, wrong)
+
+
 # --- Noise ------------------------------------------------------------------------------------
 
 
@@ -65,11 +80,6 @@ def _normal(change: Callable[[int, int, int, int, int], tuple[int, ...]]) -> dic
     return {"normal": lambda *at: right(*change(*at))}
 
 
-def _pair(change: Callable[[int, int], tuple[float, float]]) -> dict[str, Any]:
-    """Another pair of normals from the words (a, b)."""
-    return {"box_muller": change}
-
-
 def _plain_angle(a: int, b: int) -> tuple[float, float]:
     radius, angle = math.sqrt(-2 * math.log((a + 0.5) / WORD)), 2 * math.pi * b / WORD
     return radius * math.cos(angle), radius * math.sin(angle)
@@ -79,7 +89,7 @@ def _noise_faults() -> Iterator[Fault]:
     box_muller, half = reference.box_muller, 2**31
     for rounds in (7, 9, 11):
         yield Fault(f"{rounds} rounds of Philox", ("philox", *NOISE), _rounds(rounds))
-    changes: dict[str, Callable[[int, int, int, int, int], tuple[int, ...]]] = {
+    yield from _each(NOISE, _normal, {
         "blocks of the counter counted from 1": lambda n, d, i, g, k: (n, d, i, g, k + 4),
         "components counted from 1": lambda n, d, i, g, k: (n, d, i, g, k + 1),
         "group off by one": lambda n, d, i, g, k: (n, d, i, (g + 1) % WORD, k),
@@ -97,20 +107,17 @@ def _noise_faults() -> Iterator[Fault]:
         "the same block again": lambda n, d, i, g, k: (n, d, i, g, k % 4),
         "sine and cosine exchanged": lambda n, d, i, g, k: (n, d, i, g, k ^ 1),
         "pairs of words exchanged": lambda n, d, i, g, k: (n, d, i, g, k ^ 2),
-    }  # fmt: skip
-    for name, change in changes.items():
-        yield Fault(name, NOISE, _normal(change))
-    pairs: dict[str, Callable[[int, int], tuple[float, float]]] = {
+    })  # fmt: skip
+    yield from _each(NOISE, "box_muller", {
         "words of a pair exchanged": lambda a, b: box_muller(b, a),
-        "uniform (a + 1) 2^-32": lambda a, b: box_muller(a + 0.5, b),  # type: ignore[arg-type]
+        "uniform (a + 1) 2^-32": lambda a, b: box_muller(a + 0.5, b),
         "uniform of 24 bits": lambda a, b: box_muller(a // 256 * 256, b),
         "angle turned by half": lambda a, b: box_muller(a, (b + half) % WORD),
+    })  # fmt: skip
+    yield from _each(NOISE[:1], "box_muller", {
         "normals rounded to float32 before step 5": lambda a, b: _single(*box_muller(a, b)),
-    }
-    for name, pair in pairs.items():
-        levels = NOISE[:1] if "rounded" in name else NOISE
-        yield Fault(name, levels, _pair(pair))
-    yield Fault("angle not reduced as an integer", NOISE[:1], _pair(_plain_angle))
+        "angle not reduced as an integer": _plain_angle,
+    })  # fmt: skip
 
 
 def _single(*values: float) -> tuple[float, float]:
@@ -166,7 +173,7 @@ def _op(
 
 
 def _op_faults() -> Iterator[Fault]:
-    factors: dict[str, Callable[[Call], Tensor]] = {
+    yield from _each(OP, _op, {
         "variance for standard deviation": lambda c: c.scaling * (c.s + c.sigma**2 * c.eps),
         "noise multiplied with s": lambda c: c.scaling * c.s * (1 + c.sigma * c.eps),
         "noise without the mean": lambda c: c.scaling * c.sigma * c.eps,
@@ -178,34 +185,27 @@ def _op_faults() -> Iterator[Fault]:
         "scaling squared": lambda c: c.scaling**2 * (c.s + c.sigma * c.eps),
         "scaling inverted": lambda c: (c.s + c.sigma * c.eps) / c.scaling,
         "s and sigma exchanged": lambda c: c.scaling * (c.sigma + c.s * c.eps),
-    }
-    for name, factor in factors.items():
-        yield Fault(name, OP, _op(factor))
-    held: dict[str, Callable[[Call], Tensor]] = {
+    })  # fmt: skip
+    yield from _each(OP[1:], _op, {
         "s detached": lambda c: c.scaling * (c.s.detach() + c.sigma * c.eps),
         "sigma detached": lambda c: c.scaling * (c.s + c.sigma.detach() * c.eps),
         "gradient of sigma without eps": lambda c: (
-            c.scaling * (c.s + c.sigma - c.sigma.detach() + c.sigma.detach() * c.eps)
-        ),
+            c.scaling * (c.s + c.sigma - c.sigma.detach() + c.sigma.detach() * c.eps)),
         "scaling left out of the gradients of s and sigma": lambda c: (
-            (c.scaling - 1) * (c.s + c.sigma * c.eps).detach() + c.s + c.sigma * c.eps
-        ),
-    }
-    for name, factor in held.items():
-        yield Fault(name, OP[1:], _op(factor))
-    joins: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+            (c.scaling - 1) * (c.s + c.sigma * c.eps).detach() + c.s + c.sigma * c.eps),
+    })  # fmt: skip
+    yield from _each(OP, lambda join: _op(join=join), {
         "bias left out": lambda base, bias, update: base + update,
         "update without the base": lambda base, bias, update: bias + update,
         "update subtracted": lambda base, bias, update: base + bias - update,
         "bias scaled with the update": lambda base, bias, update: base + 2 * bias + update,
-    }
-    for name, join in joins.items():
-        yield Fault(name, OP, _op(join=join))
-    yield Fault("base's share of grad x left out", OP[1:],
-                _op(join=lambda base, bias, update: base.detach() + bias + update))  # fmt: skip
-    yield Fault("update's share of the gradients left out", OP[1:],
-                _op(join=lambda base, bias, update: base + bias + update.detach()))  # fmt: skip
-    changes: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    })  # fmt: skip
+    yield from _each(OP[1:], lambda join: _op(join=join), {
+        "base's share of grad x left out": lambda base, bias, update: base.detach() + bias + update,
+        "update's share of the gradients left out": lambda base, bias, update: (
+            base + bias + update.detach()),
+    })  # fmt: skip
+    yield from _each(OP, lambda change: _op(change=change), {
         "a draw for every row": lambda c: {"sampling": "token", "groups": None},
         "one draw for the batch": lambda c: {"sampling": "batch"},
         "one draw for each example": lambda c: {"sampling": "example"},
@@ -213,9 +213,7 @@ def _op_faults() -> Iterator[Fault]:
         "rows of A in the opposite order": lambda c: {"A": c["A"].flip(0)},
         "layer and draw exchanged at the op's call": lambda c: c["noise"] and {
             "noise": Noise(c["noise"].seed, c["layer"]), "layer": c["noise"].draw},
-    }  # fmt: skip
-    for name, change in changes.items():
-        yield Fault(name, OP, _op(change=change))
+    })  # fmt: skip
 
 
 # --- KL, ELBO, start, schedules ---------------------------------------------------------------
@@ -240,30 +238,29 @@ def _kl_faults() -> Iterator[Fault]:
     yield Fault("KL in the other direction", (*levels, *STEP), {
         "kl_forward": official, "kl_official": forward,
         "kl_gradients": lambda values, kl, prior: gradients(values, other[kl], prior)})  # fmt: skip
-    for name, first, second in (
-        ("half of the KL left out",
+    yield from _each(levels, lambda terms: _kl(forward=terms[0], official=terms[1]), {
+        "half of the KL left out": (
          lambda s, v, p: log(p / v) + (v**2 + s**2) / (2 * p**2),
          lambda s, v, p: log(v / p) + (p**2 + s**2) / (2 * v**2)),
-        ("KL: logarithm of the ratio upside down",
+        "KL: logarithm of the ratio upside down": (
          lambda s, v, p: log(v / p) + (v**2 + s**2) / (2 * p**2) - 0.5,
          lambda s, v, p: log(p / v) + (p**2 + s**2) / (2 * v**2) - 0.5),
-        ("KL: standard deviation for variance",
+        "KL: standard deviation for variance": (
          lambda s, v, p: log(p / v) + (v + s**2) / (2 * p) - 0.5,
          lambda s, v, p: log(v / p) + (p + s**2) / (2 * v) - 0.5),
-        ("KL: the prior's variance is prior_std",
+        "KL: the prior's variance is prior_std": (
          lambda s, v, p: log(p**0.5 / v) + (v**2 + s**2) / (2 * p) - 0.5,
          lambda s, v, p: log(v / p**0.5) + (p + s**2) / (2 * v**2) - 0.5),
-        ("KL: prior_std taken as 1",
+        "KL: prior_std taken as 1": (
          lambda s, v, p: -log(v) + (v**2 + s**2) / 2 - 0.5,
          lambda s, v, p: log(v) + (1 + s**2) / (2 * v**2) - 0.5),
-        ("KL without the mean",
+        "KL without the mean": (
          lambda s, v, p: log(p / v) + v**2 / (2 * p**2) - 0.5,
          lambda s, v, p: log(v / p) + p**2 / (2 * v**2) - 0.5),
-        ("KL: 2 left out of the denominator",
+        "KL: 2 left out of the denominator": (
          lambda s, v, p: log(p / v) + (v**2 + s**2) / p**2 - 0.5,
          lambda s, v, p: log(v / p) + (p**2 + s**2) / v**2 - 0.5),
-    ):  # fmt: skip
-        yield Fault(name, levels, _kl(forward=first, official=second))
+    })  # fmt: skip
     yield Fault("KL: mean over the components", levels, {
         "kl_forward": lambda s, sigma, p: forward(s, sigma, p) / len(s),
         "kl_official": lambda s, sigma, p: official(s, sigma, p) / len(s)})  # fmt: skip
@@ -290,20 +287,19 @@ def _log_of_softmax(logits: Tensor, labels: Tensor, pairs: Any, prior: float, be
 
 
 def _objective_faults() -> Iterator[Fault]:
-    changes: dict[str, Callable[..., tuple[float, float, float]]] = {
+    yield from _each(("ELBO",), _elbo, {
         "KL not divided by N": lambda nll, kl, beta, n, rows: (nll + beta * kl, nll, kl),
         "KL divided by the batch": lambda nll, kl, beta, n, rows: (nll + beta * kl / rows, nll, kl),
         "beta left out": lambda nll, kl, beta, n, rows: (nll + kl / n, nll, kl),
         "NLL summed over the rows": lambda nll, kl, beta, n, rows: (
             rows * nll + beta * kl / n, rows * nll, kl),
         "KL subtracted": lambda nll, kl, beta, n, rows: (nll - beta * kl / n, nll, kl),
-    }  # fmt: skip
-    for name, change in changes.items():
-        yield Fault(name, ("ELBO",), _elbo(change))
-    yield Fault("logarithm of a softmax that is 0", ("ELBO",), {"elbo": _log_of_softmax})
+    })  # fmt: skip
     right = reference.elbo
-    yield Fault("KL of one layer only", ("ELBO",), {
-        "elbo": lambda logits, labels, pairs, *rest: right(logits, labels, pairs[:1], *rest)
+    yield from _each(("ELBO",), "elbo", {
+        "logarithm of a softmax that is 0": _log_of_softmax,
+        "KL of one layer only": lambda logits, labels, pairs, *rest: (
+            right(logits, labels, pairs[:1], *rest)),
     })  # fmt: skip
 
 
@@ -313,31 +309,30 @@ def _start_faults() -> Iterator[Fault]:
     def sigma(low: Callable[[float, float], float]) -> dict[str, Any]:
         return {"initial_log_sigma": lambda uniform, top: [math.log(low(top, u)) for u in uniform]}
 
-    yield Fault("start: words of another layer", levels,
-                {"uniforms": lambda seed, layer, n: uniforms(seed, layer + 1, n)})  # fmt: skip
-    yield Fault("start: stream of the layer alone", levels,
-                {"uniforms": lambda seed, layer, n: uniforms(seed, layer - 2**62, n)})  # fmt: skip
-    yield Fault("start: uniform not centred", levels, {
-        "kaiming": lambda u, r, n: kaiming([(v + 1) / 2 for v in u], r, n)})  # fmt: skip
-    yield Fault("start: fan-out for fan-in", levels, {
-        "kaiming": lambda u, r, n: [[v * math.sqrt(n / r) for v in row] for row in kaiming(u, r, n)]
-    })  # fmt: skip
-    yield Fault("start: column by column", levels, {
-        "kaiming": lambda u, r, n: list(map(list, zip(*kaiming(u, n, r), strict=True)))
+    yield from _each(levels, "uniforms", {
+        "words of another layer": lambda seed, layer, n: uniforms(seed, layer + 1, n),
+        "stream of the layer alone": lambda seed, layer, n: uniforms(seed, layer - 2**62, n),
+    }, "start: ")  # fmt: skip
+    yield from _each(levels, "kaiming", {
+        "uniform not centred": lambda u, r, n: kaiming([(v + 1) / 2 for v in u], r, n),
+        "fan-out for fan-in": lambda u, r, n: [
+            [v * math.sqrt(n / r) for v in row] for row in kaiming(u, r, n)],
+        "column by column": lambda u, r, n: list(map(list, zip(*kaiming(u, n, r), strict=True)))
         if r == n else [[kaiming(u, r * n, 1)[j * r + k][0] / math.sqrt(n) for j in range(n)]
-                        for k in range(r)]})  # fmt: skip
-    yield Fault("start: sigma from 0", levels, sigma(lambda top, u: top * u))
-    yield Fault("start: log sigma uniform", levels, sigma(lambda top, u: top * 2 ** ((u - 1) / 2)))
-    yield Fault("start: init_sigma for sigma", levels, sigma(lambda top, u: top))
+                        for k in range(r)],
+    }, "start: ")  # fmt: skip
+    yield from _each(levels, sigma, {
+        "sigma from 0": lambda top, u: top * u,
+        "log sigma uniform": lambda top, u: top * 2 ** ((u - 1) / 2),
+        "init_sigma for sigma": lambda top, u: top,
+    }, "start: ")  # fmt: skip
     thin_svd = formulas.thin_svd
-    starts: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-        "start: singular values in another order than A's rows": lambda A, s: (A, s.flip(0)),
-        "start: squared singular values": lambda A, s: (A, s**2),
-        "start: A with the lengths of the singular values": lambda A, s: (s[:, None] * A, s),
-        "start: s of 1": lambda A, s: (A, torch.ones_like(s)),
-    }
-    for name, start in starts.items():
-        yield Fault(name, levels, {"thin_svd": lambda M, start=start: start(*thin_svd(M))})
+    yield from _each(levels, lambda start: {"thin_svd": lambda M: start(*thin_svd(M))}, {
+        "singular values in another order than A's rows": lambda A, s: (A, s.flip(0)),
+        "squared singular values": lambda A, s: (A, s**2),
+        "A with the lengths of the singular values": lambda A, s: (s[:, None] * A, s),
+        "s of 1": lambda A, s: (A, torch.ones_like(s)),
+    }, "start: ")  # fmt: skip
 
 
 def _schedule_faults() -> Iterator[Fault]:
@@ -360,15 +355,13 @@ def _schedule_faults() -> Iterator[Fault]:
     yield Fault("warm-up steps rounded up", levels, rise(lambda n, w: math.ceil(n * w)))
     yield Fault("warm-up steps in float32", levels[:1], rise(single))
     yield Fault("warm-up left out", levels, rise(lambda n, w: 0))
-    functions: dict[str, Callable[[int, int, float], float]] = {
+    yield from _each(levels, "warmup", {
         "warm-up off by one": lambda i, n, w: right(i + 1, n, w),
         "rates without a fall": lambda i, n, w: min(1.0, i / max(1, math.floor(n * w))),
         "rates constant": lambda i, n, w: 1.0,
         "fall as if there were no warm-up": lambda i, n, w: (
             right(i, n, w) if i < math.floor(n * w) else (n - i) / n),
-    }  # fmt: skip
-    for name, function in functions.items():
-        yield Fault(name, levels, {"warmup": function})
+    })  # fmt: skip
 
     def period(n: int, batch: int, power: float = 8.0) -> int:
         return math.floor(100 * n ** (math.pi / power) / batch)
@@ -376,23 +369,23 @@ def _schedule_faults() -> Iterator[Fault]:
     yield Fault("period of 0: max(1, M) left out", levels[:1], {
         "kl_period": period,
         "kl_weight": lambda i, M: weight(i, M) if M else math.nan})  # fmt: skip
-    yield Fault("period not divided by the batch", levels,
-                {"kl_period": lambda n, batch: period(n, 1)})  # fmt: skip
-    yield Fault("period with another power of N", levels,
-                {"kl_period": lambda n, batch: max(1, period(n, batch, 4.0))})  # fmt: skip
-    weights: dict[str, Callable[[int, int], float]] = {
+    yield from _each(levels, "kl_period", {
+        "period not divided by the batch": lambda n, batch: period(n, 1),
+        "period with another power of N": lambda n, batch: max(1, period(n, batch, 4.0)),
+    })  # fmt: skip
+    yield from _each(levels, "kl_weight", {
         "KL weights counted from 0": lambda i, M: weight(i, M) / 2,
         "KL weight of the next step": lambda i, M: weight(i + 1, M),
         "KL weights falling": lambda i, M: weight(M - 1 - i % M, M),
-        "2^(M + 1) for 2^(M + 1) - 1": lambda i, M: math.ldexp(1.0, i % M - M),
+    })  # fmt: skip
+    yield Fault("2^(M + 1) for 2^(M + 1) - 1", levels[:1],
+                {"kl_weight": lambda i, M: math.ldexp(1.0, i % M - M)})  # fmt: skip
+    yield from _each(levels, "kl_weight", {
         "2^M - 1 for 2^(M + 1) - 1": lambda i, M: (
             math.ldexp(1.0, i % M + 1 - M) / (1 - math.ldexp(1.0, -M))),
         "2^M + 1 for 2^(M + 1) - 1": lambda i, M: (
             math.ldexp(1.0, i % M + 1 - M) / (1 + math.ldexp(1.0, -M))),
-    }  # fmt: skip
-    for name, function_ in weights.items():
-        exact = name.startswith("2^(M")
-        yield Fault(name, levels[:1] if exact else levels, {"kl_weight": function_})
+    })  # fmt: skip
 
 
 # --- Prediction and metrics -------------------------------------------------------------------
@@ -427,14 +420,12 @@ def _predictive_faults() -> Iterator[Fault]:
     levels = ("predictive", "prediction", "subspace")
     yield Fault("logits averaged", levels,
                 _predictive(lambda z: _log_softmax(z.mean(0, keepdim=True))))  # fmt: skip
-    means: dict[str, Callable[[Tensor], Tensor]] = {
+    yield from _each(levels, lambda mean: _predictive(mean=mean), {
         "log-probabilities averaged": lambda log_p: log_p.mean(0).exp(),
         "log-probabilities averaged and normalised": lambda log_p: log_p.mean(0).softmax(-1),
         "probabilities summed over the draws": lambda log_p: log_p.exp().sum(0),
         "the first draw for all": lambda log_p: log_p[0].exp(),
-    }
-    for name, mean in means.items():
-        yield Fault(name, levels, _predictive(mean=mean))
+    })  # fmt: skip
     yield Fault("entropy in bits", levels, _predictive(entropy=lambda p: _entropy(p) / math.log(2)))
     yield Fault("entropies exchanged", levels, _predictive(after=lambda f: {
         "entropy": f["expected_entropy"], "expected_entropy": f["entropy"]}))  # fmt: skip
@@ -452,21 +443,19 @@ def _metric_faults() -> Iterator[Fault]:
     def single(value: float) -> Tensor:
         return torch.tensor(value, dtype=torch.float32)
 
-    bins: dict[str, Callable[[float, int], int]] = {
+    yield from _each(levels, "bin_of", {
         "bins in float32": lambda c, n: min(math.floor(float(single(c) * n)), n - 1),
         "edges of bins in float32": lambda c, n: min(
             sum(c >= float(single(i / n)) for i in range(1, n)), n - 1),
         "an edge belongs to the bin below": lambda c, n: max(0, math.ceil(c * n) - 1),
         "confidence 1 in a bin of its own": lambda c, n: math.floor(c * n),
         "one bin too few": lambda c, n: min(math.floor(c * (n - 1)), n - 2),
-    }  # fmt: skip
-    for name, bin_of in bins.items():
-        yield Fault(name, levels, {"bin_of": bin_of})
-    yield Fault("ECE in one bin", levels, {"bin_of": lambda c, n: 0})
-    yield Fault("ECE without division by N", levels,
-                {"ece": lambda p, labels, n: ece(p, labels, n) * len(labels)})  # fmt: skip
-    yield Fault("ECE: the mean over bins", levels,
-                {"ece": lambda p, labels, n: ece(p, labels, n) * len(labels) / n})  # fmt: skip
+        "ECE in one bin": lambda c, n: 0,
+    })  # fmt: skip
+    yield from _each(levels, "ece", {
+        "ECE without division by N": lambda p, labels, n: ece(p, labels, n) * len(labels),
+        "ECE: the mean over bins": lambda p, labels, n: ece(p, labels, n) * len(labels) / n,
+    })  # fmt: skip
     yield Fault("ties to the last class", levels,
                 {"answer": lambda row: len(row) - 1 - row[::-1].index(max(row))})  # fmt: skip
 
@@ -489,9 +478,11 @@ def _metric_faults() -> Iterator[Fault]:
 
         return {"auroc": auroc}
 
-    yield Fault("AUROC: ties won", levels, pairs(lambda a, b: a >= b))
-    yield Fault("AUROC: ties lost", levels, pairs(lambda a, b: a > b))
-    yield Fault("AUROC reversed", levels, pairs(lambda a, b: (a < b) + (a == b) / 2))
+    yield from _each(levels, pairs, {
+        "AUROC: ties won": lambda a, b: a >= b,
+        "AUROC: ties lost": lambda a, b: a > b,
+        "AUROC reversed": lambda a, b: (a < b) + (a == b) / 2,
+    })  # fmt: skip
 
 
 # --- The model --------------------------------------------------------------------------------
@@ -505,95 +496,92 @@ def _model_faults() -> Iterator[Fault]:
         halves = rotate(torch.cat((x[..., ::2], x[..., 1::2]), -1), f).chunk(2, -1)
         return torch.stack(halves, -1).flatten(-2)
 
-    def ramp(change: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    def ramp(change: dict[str, Any]) -> dict[str, Any]:
         return {"frequency": lambda pair, size, rope: frequency(
-            pair, size, rope.__class__(**{**vars(rope), **change(rope)}))}  # fmt: skip
+            pair, size, rope.__class__(**{**vars(rope), **change}))}  # fmt: skip
 
-    yield Fault("RMSNorm: mean subtracted", levels, {
-        "norm": lambda w, n, x, eps: norm(w, n, x - x.mean(-1, keepdim=True), eps)})  # fmt: skip
-    yield Fault("RMSNorm: eps outside the root", levels, {
-        "norm": lambda w, n, x, eps: x / (x.square().mean(-1, keepdim=True).sqrt() + eps)
-        * w[f"{n}.weight"]})  # fmt: skip
-    yield Fault("RMSNorm: eps 1e-6", levels,
-                {"norm": lambda w, n, x, eps: norm(w, n, x, 1e-6)})  # fmt: skip
-    for name, other in (("left out", 0.0), ("1e-6", 1e-6), ("1e-5", 1e-5)):
-        yield Fault(f"q_norm and k_norm: eps {name}", (*levels, *STEP), {
-            "head_norm": lambda w, n, x, eps, other=other: norm(w, n, x, other)})  # fmt: skip
-    yield Fault("RoPE: neighbouring pairs", levels, {"rotate": interleaved})
-    yield Fault("RoPE: turned backwards", levels, {"rotate": lambda x, f: rotate(x, -f)})
-    yield Fault("RoPE: left out", levels, {"rotate": lambda x, f: x})
-    yield Fault("RoPE: scaling left out", levels, ramp(lambda r: {"kind": "default"}))
-    yield Fault("RoPE: theta 10000", levels, ramp(lambda r: {"theta": 1e4}))
-    yield Fault("RoPE: low_freq_factor 1", levels, ramp(lambda r: {"low_freq_factor": 1.0}))
-    yield Fault("RoPE: high_freq_factor 4", levels, ramp(lambda r: {"high_freq_factor": 4.0}))
-    yield Fault("RoPE: context of 8192", levels,
-                ramp(lambda r: {"original_max_position_embeddings": 8192}))  # fmt: skip
-    yield Fault("attention: kv heads in turn", levels,
-                {"kv_head": lambda head, heads, kv: head % kv})  # fmt: skip
-    yield Fault("attention: the first kv head for all", levels,
-                {"kv_head": lambda head, heads, kv: 0 * kv_head(head, heads, kv)})  # fmt: skip
-    yield Fault("SwiGLU: gate and up exchanged", levels,
-                {"swiglu": lambda gate, up: up / (1 + (-up).exp()) * gate})  # fmt: skip
+    yield from _each(levels, "norm", {
+        "mean subtracted": lambda w, n, x, eps: norm(w, n, x - x.mean(-1, keepdim=True), eps),
+        "eps outside the root": lambda w, n, x, eps: (
+            x / (x.square().mean(-1, keepdim=True).sqrt() + eps) * w[f"{n}.weight"]),
+        "eps 1e-6": lambda w, n, x, eps: norm(w, n, x, 1e-6),
+    }, "RMSNorm: ")  # fmt: skip
+    yield from _each(
+        (*levels, *STEP),
+        lambda other: {"head_norm": lambda w, n, x, eps: norm(w, n, x, other)},
+        {"left out": 0.0, "1e-6": 1e-6, "1e-5": 1e-5},
+        "q_norm and k_norm: eps ",
+    )
+    yield from _each(levels, "rotate", {
+        "neighbouring pairs": interleaved,
+        "turned backwards": lambda x, f: rotate(x, -f),
+        "left out": lambda x, f: x,
+    }, "RoPE: ")  # fmt: skip
+    yield from _each(levels, ramp, {
+        "scaling left out": {"kind": "default"},
+        "theta 10000": {"theta": 1e4},
+        "low_freq_factor 1": {"low_freq_factor": 1.0},
+        "high_freq_factor 4": {"high_freq_factor": 4.0},
+        "context of 8192": {"original_max_position_embeddings": 8192},
+    }, "RoPE: ")  # fmt: skip
+    yield from _each(levels, "kv_head", {
+        "kv heads in turn": lambda head, heads, kv: head % kv,
+        "the first kv head for all": lambda head, heads, kv: 0 * kv_head(head, heads, kv),
+    }, "attention: ")  # fmt: skip
     gelu = torch.nn.functional.gelu
-    yield Fault("SwiGLU: gelu for silu", levels, {"swiglu": lambda gate, up: gelu(gate) * up})
+    yield from _each(levels, "swiglu", {
+        "gate and up exchanged": lambda gate, up: up / (1 + (-up).exp()) * gate,
+        "gelu for silu": lambda gate, up: gelu(gate) * up,
+    }, "SwiGLU: ")  # fmt: skip
 
 
 # --- The training step and the prediction -----------------------------------------------------
 
 
-def _adamw(change: Callable[..., Any]) -> dict[str, Any]:
-    return {"adamw": change}
-
-
 def _optimizer_faults() -> Iterator[Fault]:
     right = formulas.adamw
 
-    def settings(**values: Any) -> dict[str, Any]:
-        return _adamw(lambda x, m, v, g, rate, p: right(x, m, v, g, rate, {**p, **values}))
+    def settings(values: dict[str, Any]) -> dict[str, Any]:
+        return {"adamw": lambda x, m, v, g, rate, p: right(x, m, v, g, rate, {**p, **values})}
 
-    for name, values in (
-        ("AdamW: eps 0", {"adam_eps": 0.0}), ("AdamW: eps 1e-8", {"adam_eps": 1e-8}),
-        ("AdamW: eps 1e-6", {"adam_eps": 1e-6}), ("AdamW: eps 1e-5", {"adam_eps": 1e-5}),
-        ("AdamW: beta1 .9", {"beta1": 0.9}), ("AdamW: beta2 .999", {"beta2": 0.999}),
-        ("AdamW: weight decay left out", {"weight_decay": 0.0}),
-        ("AdamW: weight decay .1", {"weight_decay": 0.1}),
-        ("AdamW: weight decay .01", {"weight_decay": 0.01}),
-    ):  # fmt: skip
-        yield Fault(name, STEP, settings(**values))
+    yield from _each(STEP, settings, {
+        "eps 0": {"adam_eps": 0.0}, "eps 1e-8": {"adam_eps": 1e-8},
+        "eps 1e-6": {"adam_eps": 1e-6}, "eps 1e-5": {"adam_eps": 1e-5},
+        "beta1 .9": {"beta1": 0.9}, "beta2 .999": {"beta2": 0.999},
+        "weight decay left out": {"weight_decay": 0.0},
+        "weight decay .1": {"weight_decay": 0.1}, "weight decay .01": {"weight_decay": 0.01},
+    }, "AdamW: ")  # fmt: skip
 
-    def moved(update: Callable[..., Tensor], decay: float = 1.0) -> dict[str, Any]:
+    def moved(update: Callable[..., Tensor]) -> dict[str, Any]:
         def wrong(x: Tensor, m: Tensor, v: Tensor, g: Tensor, rate: float, p: Any) -> Any:
             _, m, v = right(x, m, v, g, rate, p)
             one, two = (1 - p[f"beta{i}"] ** (p["step"] + 1) for i in (1, 2))
-            x = x * (1 - decay * rate * p["weight_decay"])
+            x = x * (1 - rate * p["weight_decay"])
             return x - rate * update(m, v, one, two, p["adam_eps"]), m, v
 
-        return _adamw(wrong)
+        return {"adamw": wrong}
 
-    updates: dict[str, Callable[..., Tensor]] = {
-        "AdamW: eps added before the bias correction": lambda m, v, one, two, eps: (
+    yield from _each(STEP, moved, {
+        "eps added before the bias correction": lambda m, v, one, two, eps: (
             m / one / ((v.sqrt() + eps) / two**0.5)),
-        "AdamW: eps under the root": lambda m, v, one, two, eps: m / one / (v / two + eps).sqrt(),
-        "AdamW: no bias correction": lambda m, v, one, two, eps: m / (v.sqrt() + eps),
-    }  # fmt: skip
-    for name, update in updates.items():
-        yield Fault(name, STEP, moved(update))
-    yield Fault("AdamW: t is the step, not the step + 1", STEP, _adamw(lambda x, m, v, g, rate, p: (
-            *right(x, m, v, g, rate, {**p, "step": p["step"] - 1}),)))  # fmt: skip
-    yield Fault("AdamW: decay in the gradient", STEP, _adamw(lambda x, m, v, g, rate, p: right(
-            x, m, v, g + p["weight_decay"] * x, rate, {**p, "weight_decay": 0.0})))  # fmt: skip
-    yield Fault("AdamW: decay not times the rate", STEP, _adamw(lambda x, m, v, g, rate, p: right(
-            x, m, v, g, rate, {**p, "weight_decay": p["weight_decay"] / rate})))  # fmt: skip
-
-    def kept(x: Tensor, m: Tensor, v: Tensor, g: Tensor, rate: float, p: Any) -> Any:
-        return right(x, m, v, g, rate, p)[0], m, v
+        "eps under the root": lambda m, v, one, two, eps: m / one / (v / two + eps).sqrt(),
+        "no bias correction": lambda m, v, one, two, eps: m / (v.sqrt() + eps),
+    }, "AdamW: ")  # fmt: skip
 
     def corrected(x: Tensor, m: Tensor, v: Tensor, g: Tensor, rate: float, p: Any) -> Any:
         x, m, v = right(x, m, v, g, rate, p)
         return x, m / (1 - p["beta1"] ** (p["step"] + 1)), v / (1 - p["beta2"] ** (p["step"] + 1))
 
-    yield Fault("AdamW: moments not stored", STEP, _adamw(kept))
-    yield Fault("AdamW: moments stored with their bias corrected", STEP, _adamw(corrected))
+    yield from _each(STEP, "adamw", {
+        "t is the step, not the step + 1": lambda x, m, v, g, rate, p: right(
+            x, m, v, g, rate, {**p, "step": p["step"] - 1}),
+        "decay in the gradient": lambda x, m, v, g, rate, p: right(
+            x, m, v, g + p["weight_decay"] * x, rate, {**p, "weight_decay": 0.0}),
+        "decay not times the rate": lambda x, m, v, g, rate, p: right(
+            x, m, v, g, rate, {**p, "weight_decay": p["weight_decay"] / rate}),
+        "moments not stored": lambda x, m, v, g, rate, p: (right(x, m, v, g, rate, p)[0], m, v),
+        "moments stored with their bias corrected": corrected,
+    }, "AdamW: ")  # fmt: skip
     next_step = formulas.next_step
     for name in ("step", "draw"):
         yield Fault(f"the same {name} again in the next step", STEP, {
@@ -604,48 +592,48 @@ def _step_faults() -> Iterator[Fault]:
     share, rate_of = formulas.kl_share, formulas.rate_of
     kl_move, bounded, gradients = formulas.kl_move, formulas.bounded, formulas.kl_gradients
     yield from _optimizer_faults()
-    yield Fault("step: KL not divided by N", STEP,
-                {"kl_share": lambda p: share(p) * p["num_examples"]})  # fmt: skip
-    yield Fault("step: beta left out", STEP, {"kl_share": lambda p: share({**p, "beta": 1.0})})
-    yield Fault("step: KL in the gradients of the official objective", STEP,
-                {"kl_share": lambda p: share({**p, "objective": "elbo"})})  # fmt: skip
-    yield Fault("step: KL left out of the loss", STEP, {"kl_share": lambda p: 0.0})
+    yield from _each(STEP, "kl_share", {
+        "KL not divided by N": lambda p: share(p) * p["num_examples"],
+        "beta left out": lambda p: share({**p, "beta": 1.0}),
+        "KL in the gradients of the official objective": lambda p: (
+            share({**p, "objective": "elbo"})),
+        "KL left out of the loss": lambda p: 0.0,
+    }, "step: ")  # fmt: skip
     yield Fault("step: NLL summed over the batch", STEP, {"mean_of_rows": lambda nll: nll.sum()})
-    yield Fault("step: one rate for all", STEP, {
-        "rate_of": lambda n, p: rate_of(n, {**p, "variational_lr": p["lr"]})})  # fmt: skip
-    yield Fault("step: rates exchanged", STEP, {
-        "rate_of": lambda n, p: rate_of(n, {**p, "variational_lr": p["lr"],
-                                            "lr": p["variational_lr"]})})  # fmt: skip
-    for name, change in (
-        ("ascends the KL", lambda f: -f), ("left out", lambda f: 0 * f),
-    ):  # fmt: skip
-        yield Fault(f"official step {name}", STEP, {
-            "kl_move": lambda values, p, rows, change=change: {
-                n: change(v) for n, v in kl_move(values, p, rows).items()}})  # fmt: skip
-    settings = {"kl_lr .002": {"kl_lr": 0.002},
-                "the official derivative for either KL": {"kl": "official"}}  # fmt: skip
-    for name, setting in settings.items():
-        yield Fault(f"official step: {name}", STEP, {
-            "kl_move": lambda values, p, rows, setting=setting: (
-                kl_move(values, {**p, **setting}, rows))})  # fmt: skip
-    yield Fault("official step: without the warm-up factor", STEP, {
-        "kl_move": lambda values, p, rows: {
-            n: v / reference.warmup(p["step"], p["steps"], p["warmup"])
-            for n, v in kl_move(values, p, rows).items()}})  # fmt: skip
-    yield Fault("official step: without pi", STEP, {
-        "kl_move": lambda values, p, rows: {
-            n: v / reference.kl_weight(p["step"], reference.kl_period(p["num_examples"], rows))
-            for n, v in kl_move(values, p, rows).items()}})  # fmt: skip
-    yield Fault("official step: period of N alone", STEP, {
-        "kl_move": lambda values, p, rows: kl_move(values, p, 1)})  # fmt: skip
+    yield from _each(STEP, "rate_of", {
+        "one rate for all": lambda n, p: rate_of(n, {**p, "variational_lr": p["lr"]}),
+        "rates exchanged": lambda n, p: rate_of(
+            n, {**p, "variational_lr": p["lr"], "lr": p["variational_lr"]}),
+    }, "step: ")  # fmt: skip
+
+    def divided(by: Callable[..., float]) -> Callable[..., Any]:
+        return lambda values, p, rows: {
+            n: v / by(p, rows) for n, v in kl_move(values, p, rows).items()
+        }
+
+    yield from _each(STEP, "kl_move", {
+        " ascends the KL": lambda values, p, rows: {
+            n: -v for n, v in kl_move(values, p, rows).items()},
+        " left out": lambda values, p, rows: {
+            n: 0 * v for n, v in kl_move(values, p, rows).items()},
+        ": kl_lr .002": lambda values, p, rows: kl_move(values, {**p, "kl_lr": 0.002}, rows),
+        ": the official derivative for either KL": lambda values, p, rows: (
+            kl_move(values, {**p, "kl": "official"}, rows)),
+        ": without the warm-up factor": divided(lambda p, rows: (
+            reference.warmup(p["step"], p["steps"], p["warmup"]))),
+        ": without pi": divided(lambda p, rows: (
+            reference.kl_weight(p["step"], reference.kl_period(p["num_examples"], rows)))),
+        ": period of N alone": lambda values, p, rows: kl_move(values, p, 1),
+    }, "official step")  # fmt: skip
 
     def moved(values: Any, p: Any, rows: int) -> Any:
         move = kl_move(values, p, rows)
         return {n: v - move.get(n, 0.0) for n, v in values.items()}
 
-    yield Fault("bound on log sigma left out", STEP, {"finish": moved})
-    yield Fault("bound on log sigma before the official step", STEP,
-                {"finish": lambda values, p, rows: moved(bounded(values, p), p, rows)})  # fmt: skip
+    yield from _each(STEP, "finish", {
+        "left out": moved,
+        "before the official step": lambda values, p, rows: moved(bounded(values, p), p, rows),
+    }, "bound on log sigma ")  # fmt: skip
     for other in ("elbo", "official"):
         yield Fault(f"bound on log sigma under objective {other} alone", STEP, {
             "bounded": lambda values, p, other=other: (
@@ -681,14 +669,16 @@ def _draw_faults() -> Iterator[Fault]:
     each = (*both, *SUBSPACE)
     yield Fault("the draw follows the row, not the example", each,
                 {"group_ids": lambda batch: list(range(len(batch["ids"])))})  # fmt: skip
-    yield Fault("the last column, though it is padding", each, {
-        "last_places": lambda batch: [batch["tokens"].shape[1] - 1] * len(batch["lengths"])
+    yield from _each(each, "last_places", {
+        "the last column, though it is padding": lambda batch: (
+            [batch["tokens"].shape[1] - 1] * len(batch["lengths"])),
+        "the token before the last": lambda batch: (
+            [max(0, n - 2) for n in batch["lengths"].tolist()]),
     })  # fmt: skip
-    yield Fault("the token before the last", each, {
-        "last_places": lambda batch: [max(0, n - 2) for n in batch["lengths"].tolist()]
+    yield from _each(both, "positive", {
+        "log s for s": lambda v: v,
+        "log variance for log sigma": lambda v: (v / 2).exp(),
     })  # fmt: skip
-    yield Fault("log s for s", both, {"positive": lambda v: v})
-    yield Fault("log variance for log sigma", both, {"positive": lambda v: (v / 2).exp()})
     right = formulas.draws_of
 
     def draws(change: Callable[[int], int]) -> dict[str, Any]:
@@ -696,9 +686,11 @@ def _draw_faults() -> Iterator[Fault]:
             noise and Noise(noise.seed, change(noise.draw)) for noise in right(p)]}  # fmt: skip
 
     last = both[1:]
-    yield Fault("test-time draws counted from 1", last, draws(lambda i: i + 1))
-    yield Fault("the draws of training", last, draws(lambda i: FIRST_TRAINING_DRAW + i))
-    yield Fault("one test-time draw for all", last, draws(lambda i: 0))
+    yield from _each(last, draws, {
+        "test-time draws counted from 1": lambda i: i + 1,
+        "the draws of training": lambda i: FIRST_TRAINING_DRAW + i,
+        "one test-time draw for all": lambda i: 0,
+    })  # fmt: skip
     yield Fault("noise in the mean model", last,
                 {"draws_of": lambda p: right({**p, "samples": max(1, p["samples"])})})  # fmt: skip
 
@@ -713,23 +705,25 @@ def _scale_faults() -> Iterator[Fault]:
     def derivatives(change: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
         return {"jacobian": lambda logits_of, s, rows: change(jacobian(logits_of, s, rows), s)}
 
-    yield Fault("subspace: derivative by log s", SUBSPACE, derivatives(lambda J, s: J * s))
-    yield Fault("subspace: one Jacobian for the whole batch", SUBSPACE,
-                derivatives(lambda J, s: J.sum(0, keepdim=True).expand_as(J)))  # fmt: skip
+    yield from _each(SUBSPACE, derivatives, {
+        "derivative by log s": lambda J, s: J * s,
+        "one Jacobian for the whole batch": lambda J, s: J.sum(0, keepdim=True).expand_as(J),
+    }, "subspace: ")  # fmt: skip
     yield Fault("subspace: derivative of the log-softmax", SUBSPACE, {
         "jacobian": lambda logits_of, s, rows: (
             jacobian(lambda s: logits_of(s).log_softmax(-1), s, rows)),
         "centred": lambda J: J})  # fmt: skip
-    yield Fault("subspace: class mean left in J", SUBSPACE, {"centred": lambda J: J})
-    yield Fault("subspace: J less that of the first class", SUBSPACE,
-                {"centred": lambda J: J - J[:, :1]})  # fmt: skip
+    yield from _each(SUBSPACE, "centred", {
+        "class mean left in J": lambda J: J,
+        "J less that of the first class": lambda J: J - J[:, :1],
+    }, "subspace: ")  # fmt: skip
     yield Fault("subspace: scaling left out", SUBSPACE, {
         "logits_under": lambda s, c, w, batch, values, p: (
             logits_under(s, c, w, batch, values, {**p, "scaling": 1.0}))})  # fmt: skip
-    yield Fault("subspace: drawn scales not below 0", SUBSPACE,
-                {"moved_scales": lambda s, offset: (s + offset).clamp(min=0)})  # fmt: skip
-    yield Fault("subspace: draws multiply the scales", SUBSPACE,
-                {"moved_scales": lambda s, offset: s * (1 + offset)})  # fmt: skip
+    yield from _each(SUBSPACE, "moved_scales", {
+        "drawn scales not below 0": lambda s, offset: (s + offset).clamp(min=0),
+        "draws multiply the scales": lambda s, offset: s * (1 + offset),
+    }, "subspace: ")  # fmt: skip
 
 
 def _curvature_faults() -> Iterator[Fault]:
@@ -740,42 +734,36 @@ def _curvature_faults() -> Iterator[Fault]:
         slopes = torch.einsum("nc,ncd->nd", error, J)
         return slopes.T @ slopes
 
-    changes: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    yield from _each(SUBSPACE, "curvature", {
         "mean for sum": lambda z, J, labels: right(z, J, labels) / len(z),
         "its diagonal alone": lambda z, J, labels: right(z, J, labels).diagonal().diag(),
         "the labels' gradients squared": empirical,
         "2 times too large": lambda z, J, labels: 2 * right(z, J, labels),
         "the first example alone": lambda z, J, labels: right(z[:1], J[:1], labels[:1]),
-    }
-    for name, change in changes.items():
-        yield Fault(f"subspace: H, {name}", SUBSPACE, {"curvature": change})
-    weights: dict[str, Callable[[Tensor], Tensor]] = {
+    }, "subspace: H, ")  # fmt: skip
+    yield from _each(SUBSPACE, "curvature_of", {
         "p p^T left out": torch.diag_embed,
         "classes weighted alike": lambda p: curvature_of(torch.full_like(p, 1 / p.shape[1])),
         "classes apart": lambda p: torch.diag_embed(p * (1 - p)),
         "p left out": lambda p: torch.eye(p.shape[1]).double().expand(len(p), -1, -1),
-    }
-    for name, weigh in weights.items():
-        yield Fault(f"subspace: H, {name}", SUBSPACE, {"curvature_of": weigh})
+    }, "subspace: H, ")  # fmt: skip
     fit = formulas.log_likelihood
-    yield Fault("subspace: log-likelihood averaged", SUBSPACE,
-                {"log_likelihood": lambda z, labels: fit(z, labels) / len(z)})  # fmt: skip
-    yield Fault("subspace: log-likelihood with the other sign", SUBSPACE,
-                {"log_likelihood": lambda z, labels: -fit(z, labels)})  # fmt: skip
+    yield from _each(SUBSPACE, "log_likelihood", {
+        "averaged": lambda z, labels: fit(z, labels) / len(z),
+        "with the other sign": lambda z, labels: -fit(z, labels),
+    }, "subspace: log-likelihood ")  # fmt: skip
 
 
 def _evidence_faults() -> Iterator[Fault]:
     penalty, volume, best = formulas.penalty, formulas.volume, formulas.best_precision
     free = formulas.free_shares
-    penalties: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    yield from _each(SUBSPACE, "penalty", {
         "penalty left out": lambda s, precision: 0 * penalty(s, precision),
         "half of the penalty left out": lambda s, precision: 2 * penalty(s, precision),
         "penalty of the scales' distance from 1": lambda s, precision: penalty(s - 1, precision),
         "penalty divided by lambda": lambda s, precision: penalty(s, 1 / precision),
-    }
-    for name, wrong in penalties.items():
-        yield Fault(f"subspace: evidence, {name}", SUBSPACE, {"penalty": wrong})
-    volumes: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    }, "subspace: evidence, ")  # fmt: skip
+    yield from _each(SUBSPACE, "volume", {
         "determinant left out": lambda H, precision: 0 * volume(H, precision),
         "half of the determinant left out": lambda H, precision: 2 * volume(H, precision),
         "determinant of the covariance": lambda H, precision: -volume(H, precision),
@@ -783,44 +771,36 @@ def _evidence_faults() -> Iterator[Fault]:
             torch.logdet(torch.diag(precision) + H)),
         "the diagonal of H alone": lambda H, precision: volume(H.diagonal().diag(), precision),
         "one lambda for all": lambda H, precision: volume(H, precision[:1].expand_as(precision)),
-    }  # fmt: skip
-    for name, change in volumes.items():
-        yield Fault(f"subspace: evidence, {name}", SUBSPACE, {"volume": change})
-    shares: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    }, "subspace: evidence, ")  # fmt: skip
+    yield from _each(SUBSPACE, "free_shares", {
         "1 - M for M in the number of scales": lambda H, a: torch.eye(len(H)) - free(H, a),
         "the diagonal of H alone": lambda H, a: free(H.diagonal().diag(), a),
         "every scale counted": lambda H, a: 0 * free(H, a),
-    }
-    for name, share in shares.items():
-        yield Fault(f"subspace: best lambda, {name}", SUBSPACE, {"free_shares": share})
-    yield Fault("subspace: best lambda, one for all", SUBSPACE, {
-        "best_precision": lambda H, s, of: (
-            best(H, s, of.sum(1, keepdim=True)).expand(of.shape[1]))})  # fmt: skip
-    yield Fault("subspace: best lambda, one step of the iteration", SUBSPACE, {
-        "best_precision": lambda H, s, of: (
-            (1 - free(H, torch.ones(len(s)).double()).diagonal()) @ of / (s.square() @ of))
-    })  # fmt: skip
+    }, "subspace: best lambda, ")  # fmt: skip
+    yield from _each(SUBSPACE, "best_precision", {
+        "one for all": lambda H, s, of: best(H, s, of.sum(1, keepdim=True)).expand(of.shape[1]),
+        "one step of the iteration": lambda H, s, of: (
+            (1 - free(H, torch.ones(len(s)).double()).diagonal()) @ of / (s.square() @ of)),
+    }, "subspace: best lambda, ")  # fmt: skip
 
 
 def _posterior_faults() -> Iterator[Fault]:
     std, whitened, root = formulas.prior_std, formulas.whitened, formulas.posterior_root
-    yield Fault("subspace: lambda taken for a standard deviation", SUBSPACE,
-                {"prior_std": lambda precision: precision})  # fmt: skip
-    yield Fault("subspace: lambda taken for a variance", SUBSPACE,
-                {"prior_std": lambda precision: precision.sqrt()})  # fmt: skip
-    yield Fault("subspace: lambda taken for the root of a precision", SUBSPACE,
-                {"prior_std": lambda precision: std(precision**2)})  # fmt: skip
-    yield Fault("subspace: posterior without the data", SUBSPACE,
-                {"whitened": lambda H, precision: whitened(0 * H, precision)})  # fmt: skip
-    yield Fault("subspace: posterior of the diagonal of H", SUBSPACE, {
-        "whitened": lambda H, precision: whitened(H.diagonal().diag(), precision)})  # fmt: skip
-    yield Fault("subspace: Sigma for its root", SUBSPACE, {
-        "posterior_root": lambda H, a: root(H, a) @ root(H, a).T})  # fmt: skip
-    yield Fault("subspace: root of Sigma transposed", SUBSPACE,
-                {"posterior_root": lambda H, a: root(H, a).T})  # fmt: skip
-    yield Fault("subspace: Cholesky's root of Sigma", SUBSPACE, {
-        "posterior_root": lambda H, a: torch.linalg.cholesky(root(H, a) @ root(H, a).T)
-    })  # fmt: skip
+    yield from _each(SUBSPACE, "prior_std", {
+        "a standard deviation": lambda precision: precision,
+        "a variance": lambda precision: precision.sqrt(),
+        "the root of a precision": lambda precision: std(precision**2),
+    }, "subspace: lambda taken for ")  # fmt: skip
+    yield from _each(SUBSPACE, "whitened", {
+        "without the data": lambda H, precision: whitened(0 * H, precision),
+        "of the diagonal of H": lambda H, precision: whitened(H.diagonal().diag(), precision),
+    }, "subspace: posterior ")  # fmt: skip
+    yield from _each(SUBSPACE, "posterior_root", {
+        "Sigma for its root": lambda H, a: root(H, a) @ root(H, a).T,
+        "root of Sigma transposed": lambda H, a: root(H, a).T,
+        "Cholesky's root of Sigma": lambda H, a: (
+            torch.linalg.cholesky(root(H, a) @ root(H, a).T)),
+    }, "subspace: ")  # fmt: skip
 
 
 def _covariance_faults() -> Iterator[Fault]:
@@ -836,7 +816,7 @@ def _covariance_faults() -> Iterator[Fault]:
         Q, P = J * std(precision) @ U[:, :directions], J * std(precision) @ U[:, directions:]
         return Q / (1 + values[:directions]) @ Q.mT + P @ P.mT
 
-    covariances: dict[str, Callable[..., Tensor]] = {
+    yield from _each(SUBSPACE, "logit_covariance", {
         "other directions get no variance": without_rest,
         "smallest directions kept": smallest,
         "all directions kept": lambda H, a, J, k: covariance(H, a, J, len(H)),
@@ -845,28 +825,23 @@ def _covariance_faults() -> Iterator[Fault]:
         "J centred": lambda H, a, J, k: covariance(H, a, formulas.centred(J), k),
         "noise of the labels added": lambda H, a, J, k: (
             covariance(H, a, J, k) + torch.eye(J.shape[1])),
-    }  # fmt: skip
-    for name, wrong in covariances.items():
-        yield Fault(f"subspace: {name}", SUBSPACE, {"logit_covariance": wrong})
+    }, "subspace: ")  # fmt: skip
 
 
 def _draw_of_logits_faults() -> Iterator[Fault]:
     normals, drawn = formulas.normals, formulas.drawn_logits
-    roots: dict[str, Callable[[Tensor], Tensor]] = {
+    yield from _each(SUBSPACE, "symmetric_root", {
         "Cholesky's root of the logits' covariance": torch.linalg.cholesky,
         "the logits' covariance for its root": lambda c: c,
         "the logits' covariances ignored": lambda c: torch.diag_embed(
             c.diagonal(dim1=1, dim2=2).sqrt()),
-    }  # fmt: skip
-    for name, other in roots.items():
-        yield Fault(f"subspace: {name}", SUBSPACE, {"symmetric_root": other})
-    yield Fault("subspace: noise left out", SUBSPACE,
-                {"normals": lambda p, ids, width: 0 * normals(p, ids, width)})  # fmt: skip
-    yield Fault("subspace: one draw for all examples", SUBSPACE, {
-        "normals": lambda p, ids, width: normals(p, [ids[0]] * len(ids), width)})  # fmt: skip
-    yield Fault("subspace: draws counted from 1", SUBSPACE, {
-        "normals": lambda p, ids, width: (
-            normals({**p, "samples": p["samples"] + 1}, ids, width)[1:])})  # fmt: skip
+    }, "subspace: ")  # fmt: skip
+    yield from _each(SUBSPACE, "normals", {
+        "noise left out": lambda p, ids, width: 0 * normals(p, ids, width),
+        "one draw for all examples": lambda p, ids, width: normals(p, [ids[0]] * len(ids), width),
+        "draws counted from 1": lambda p, ids, width: (
+            normals({**p, "samples": p["samples"] + 1}, ids, width)[1:]),
+    }, "subspace: ")  # fmt: skip
     yield Fault("subspace: noise without the mean", SUBSPACE, {
         "drawn_logits": lambda mean, c, eps: drawn(0 * mean, c, eps)})  # fmt: skip
 
