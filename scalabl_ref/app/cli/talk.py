@@ -15,7 +15,6 @@ from typing import Any
 from ...data import Encoded
 from ...data.tokenizer import LETTERS, Tokenizer
 from ...evaluation.threshold import binomial_tail
-from ...training.defaults import Default
 from ...training.trainer import Trainer
 from ...training.watch import Watch
 from .output import say, say_wording
@@ -24,6 +23,12 @@ WINDOW = 20  # steps whose mean the bar shows
 SURE = 0.01  # a run has learnt if chance gives as many right answers with a lower probability
 NEAR = 0.98  # an NLL above this share of ln C is that of guessing
 LINES, COLUMNS = 12, 100  # of a prompt that is shown
+# Why the settings that matter most have the defaults of TrainConfig.
+REASONS = {
+    "steps": "the same for {rows} rows as for others",
+    "lr": "the same for {rows} rows as for others",
+    "beta": "the loss is the evidence lower bound",
+}
 
 
 # --- before the first step ------------------------------------------------------------------------
@@ -61,13 +66,15 @@ def _shown(text: str) -> list[str]:
     return [*lines[:half], f"... {len(lines) - 2 * half} more lines ...", *lines[-half:]]
 
 
-def say_defaults(args: argparse.Namespace, trainer: Trainer, defaults: dict[str, Default]) -> None:
-    """The settings that the user did not give, with their reasons."""
+def say_defaults(args: argparse.Namespace, trainer: Trainer) -> None:
+    """The settings of REASONS that the user did not give."""
     epochs = trainer.config.steps / trainer.order.steps_per_epoch
     shown = []
-    for name, (value, reason) in defaults.items():
-        more = f"{epochs:.3g} epochs; " if name == "steps" else ""
-        shown.append(f"--{name} {value:g} ({more}{reason})")
+    for name, reason in REASONS.items():
+        if vars(args)[name] is None and (name != "steps" or args.epochs is None):
+            more = f"{epochs:.3g} epochs; " if name == "steps" else ""
+            why = reason.format(rows=len(trainer.data.labels))
+            shown.append(f"--{name} {getattr(trainer.config, name):g} ({more}{why})")
     if shown:
         say(args, f"defaults: {', '.join(shown)}")
 

@@ -24,7 +24,6 @@ from ...support.errors import InputError, Interrupted
 from ...support.files import sha256
 from ...support.progress import progress_bar
 from ...training import savepoints
-from ...training.defaults import Default, defaults
 from ...training.lock import alone
 from ...training.loop import fit
 from ...training.runs import keep_command, resume_command, run_facts, save_run
@@ -112,7 +111,9 @@ def run(args: argparse.Namespace) -> Result:
         adapter, config = _configs(args)
         _check_out(args)
         model, (data, held), init = _prepared(args, adapter)
-        config, defaulted = _settled(args, config, data)
+        if args.epochs is not None:
+            steps = round(args.epochs * math.ceil(len(data.labels) / config.batch))
+            config = dataclasses.replace(config, steps=max(1, steps))
         swag = Swag() if config.swag else None
         start = init["sha256"] if init else None
         trainer = Trainer(model, data, config, collector=swag, init=start)
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> Result:
             every = interval(config.steps, trainer.order.steps_per_epoch)
             watch = Watch(held, every, args.keep == "best")
         try:
-            _fit(args, trainer, watch, defaulted)
+            _fit(args, trainer, watch)
         except Interrupted as error:
             if not args.process:
                 print(f"{error}: {resume_command(args.out)}", file=sys.stderr)
@@ -164,20 +165,6 @@ def _configs(args: argparse.Namespace) -> tuple[AdapterConfig, TrainConfig]:
     return adapter, config
 
 
-def _settled(
-    args: argparse.Namespace, config: TrainConfig, data: Encoded
-) -> tuple[TrainConfig, dict[str, Default]]:
-    """The configuration for this many rows, and the defaults in it that depend on them."""
-    given = options.given(TrainConfig, args)
-    found = {k: v for k, v in defaults(len(data.labels)).items() if k not in given}
-    if args.epochs is not None:
-        del found["steps"]
-        steps = round(args.epochs * math.ceil(len(data.labels) / config.batch))
-        config = dataclasses.replace(config, steps=max(1, steps))
-    values: dict[str, Any] = {name: default.value for name, default in found.items()}
-    return dataclasses.replace(config, **values), found
-
-
 def _check_out(args: argparse.Namespace) -> None:
     """Raise InputError rather than overwrite a run; --resume may continue an unfinished one."""
     resuming = args.resume and savepoints.exists(args.out)
@@ -215,9 +202,7 @@ def _prepared(
     return model, (data, held), init
 
 
-def _fit(
-    args: argparse.Namespace, trainer: Trainer, watch: Watch | None, defaulted: dict[str, Default]
-) -> None:
+def _fit(args: argparse.Namespace, trainer: Trainer, watch: Watch | None) -> None:
     steps, hooks = trainer.config.steps, []
     settings = dataclasses.asdict(trainer.config) | dataclasses.asdict(trainer.adapters[0].config)
     names = args.log if not args.process else []
@@ -229,7 +214,7 @@ def _fit(
                 keep_command(args.out, args.typed)
             if done < steps:
                 talk.say_data(args, trainer.data, watch, load_tokenizer(args.model))
-                talk.say_defaults(args, trainer, defaulted)
+                talk.say_defaults(args, trainer)
             bar.update(done)
             hooks.append(talk.Talk(args, trainer, bar).on_step)
 

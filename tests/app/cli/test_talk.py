@@ -15,8 +15,6 @@ import pytest
 from scalabl_ref import InputError
 from scalabl_ref.app.cli import loggers, talk
 from scalabl_ref.data.batches import Encoded
-from scalabl_ref.training.defaults import defaults
-from scalabl_ref.training.trainer import TrainConfig
 from scalabl_ref.training.watch import Watch
 
 from ...models import tiny_data, trainer
@@ -99,14 +97,24 @@ def test_options_that_exclude_each_other(work, capsys, options, message):
     assert not (work / "run").exists()
 
 
-def test_defaults_are_those_of_the_configuration():
-    """Until a study says otherwise; each has a reason."""
-    for rows in (10, 300, 10_000):
-        found = defaults(rows)
-        assert {name: d.value for name, d in found.items()} == {
-            name: getattr(TrainConfig(), name) for name in ("steps", "lr", "beta")
-        }
-        assert all(d.reason for d in found.values())
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, "--steps 30 (6 epochs; {every}), --lr 0.001 ({every}), --beta 1 ({bound})"),
+        ({"epochs": 6}, "--lr 0.001 ({every}), --beta 1 ({bound})"),
+        ({"steps": 30, "beta": 1.0}, "--lr 0.001 ({every})"),
+        ({"steps": 30, "lr": 0.001, "beta": 1.0}, None),
+    ],
+)
+def test_settings_that_are_not_given_are_told_with_their_reasons(capsys, given, told):
+    missing = dict.fromkeys(("steps", "epochs", "lr", "beta"))
+    args = argparse.Namespace(**{**vars(ARGS), **missing, **given})
+    talk.say_defaults(args, trainer(tiny_data(20), steps=30, batch=4, lr=1e-3))
+    reasons = {
+        "every": "the same for 20 rows as for others",
+        "bound": "the loss is the evidence lower bound",
+    }
+    assert capsys.readouterr().out == (f"defaults: {told.format(**reasons)}\n" if told else "")
 
 
 def record(step: int, nll: float, **more: float) -> dict[str, float]:
