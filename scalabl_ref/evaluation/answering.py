@@ -90,28 +90,6 @@ def text_keys(model: Llama, tokens: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([int.from_bytes(digest, "big") % room for digest in digests])
 
 
-def answer(
-    model: Llama,
-    tokenizer: Tokenizer,
-    examples: list[Example],
-    samples: Samples,
-    seed: int,
-    batch: int = 32,
-    title: str = "evaluate",
-    posterior: Posterior | None = None,
-    design: str = "independent",
-    answerable: bool = True,
-    wording: Wording | None = None,
-) -> Answers:
-    """`answer_encoded` of these examples, as `encode_for` makes them.
-
-    answerable, wording: as in `data.encode`.
-    """
-    _check_samples(samples, posterior, design)
-    encoded = encode_for(model, tokenizer, examples, wording, answerable)
-    return answer_encoded(model, encoded, samples, seed, batch, title, posterior, design)
-
-
 def answer_encoded(
     model: Llama,
     encoded: Encoded,
@@ -256,6 +234,6 @@ def _whole_batch(
         prediction, taken, settled = predict_auto(model, batch, samples, seed)
         return prediction, torch.stack((taken, settled.long()))
     if isinstance(samples, str):
-        assert posterior is None or isinstance(posterior, Subspace)  # `answer` refuses others
+        assert posterior is None or isinstance(posterior, Subspace)  # see `_check_samples`
         return predict_exact(model, batch, posterior), 0
     return predict(model, batch, samples, seed, posterior, design), 0
