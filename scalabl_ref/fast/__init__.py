@@ -37,7 +37,7 @@ PLAIN = tuple(vars(owner)[name] for owner, name, _ in HOOKS)
 def install() -> None:
     """Put the fast versions in place, unless SCALABL_PLAIN=1."""
     native.core()  # decided before anything is compiled
-    weights.quantizer = quantize.Quantizer()  # a weight format: needed in both cases
+    weights.quantizer = quantize  # a weight format: needed in both cases
     if os.environ.get("SCALABL_PLAIN") != "1":
         put(FAST)
 

@@ -128,16 +128,6 @@ def quantize_model(model: Llama, kind: str) -> Llama:
     return model
 
 
-class Quantizer:
-    """The `weights.Quantizer` that quantises a base while it is read."""
-
-    def layers(self, model: Llama, kind: str) -> None:
-        quantize_model(model, kind)
-
-    def pack(self, weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-        return quantize(weight, kind)
-
-
 def quantize(weight: Tensor, kind: str) -> Codes:
     """Codes and scales of the nearest weight of that kind; see `QuantizedLinear` for the shapes.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,19 +20,7 @@ from .config import LlamaConfig
 from .llama import Llama
 
 Item = TypeVar("Item")
-
-
-class Quantizer(Protocol):
-    """Makes weights in 8 or 4 bits. The package sets `quantizer` to the one of fast/quantize.py."""
-
-    def layers(self, model: Llama, kind: str) -> None:
-        """Replace the blocks' linear layers by layers that hold codes of this kind."""
-
-    def pack(self, weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-        """The codes and scales of a weight."""
-
-
-quantizer: Quantizer | None = None
+quantizer: Any = None  # the module fast/quantize.py, which the package sets
 
 
 def block_linears(model: Llama) -> list[tuple[str, Linear]]:
@@ -69,14 +57,14 @@ def load_model(
     state = {}
     for name, tensor in tensors:
         if quantize and quantizer and name in linears:
-            codes, scale = quantizer.pack(tensor, quantize)
+            codes, scale = quantizer.quantize(tensor, quantize)
             state[name] = codes.to(device)
             state[name.removesuffix("weight") + "scale"] = scale.to(device)
         else:
             cast = tensor.is_floating_point() and not name.endswith(".scale")
             state[name] = tensor.to(dtype=dtype if cast else None, device=device)
     if quantize and quantizer:
-        quantizer.layers(model, quantize)
+        quantizer.quantize_model(model, quantize)
     _to_one_dtype(folder, state)
     if model.tied:
         state["lm_head.weight"] = state["embed_tokens.weight"]
@@ -185,7 +173,7 @@ def _open_model(
         )
     model = Llama(as_stored(config, names, weights.__getitem__), device="meta")
     if quantizer and converted and values.get("quantize") is not None:
-        quantizer.layers(model, values["quantize"])
+        quantizer.quantize_model(model, values["quantize"])
     return model, _checked(model, weights, names)
 
 
