@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_type_hints
@@ -21,13 +21,10 @@ from ..core.objective import KL
 from ..data import FORMATS, AnswerTokens, Labels, Style
 from ..fast.quantize import Kind
 from ..model.attach import Device, add_adapters
-from ..model.config import LlamaConfig
 from ..model.llama import Llama
-from ..model.weights import as_stored, read_config
 from ..support.errors import InputError
 from ..support.fields import check
 from ..support.files import atomic_write_text, make_folder, read_json
-from ..support.folders import stored_weights
 from ..support.hub import hub_name
 from ..support.tensors import check_names, check_tensor, load_tensors, save_tensors
 from . import ranks as distributed
@@ -55,26 +52,15 @@ def fingerprint(model: Llama) -> str:
 
     It tells bases apart without reading much of them. All ranks call it if the base is sharded.
     """
-    weights = dict(model.named_parameters())
-    return _fingerprint(model.config, lambda name: distributed.whole(weights[name].detach()))
-
-
-def folder_fingerprint(folder: Path | str) -> str:
-    """The fingerprint of the model in a folder as it is stored there, without loading it.
-
-    Raises InputError naming the file if it is absent or broken.
-    """
-    config, _ = read_config(Path(folder) / "config.json")
-    _, tensors = stored_weights(Path(folder))
-    config = as_stored(config, tensors, lambda tensor: tensor.read())
-    return _fingerprint(config, lambda name: tensors[name].read())
-
-
-def _fingerprint(config: LlamaConfig, read: Callable[[str], Tensor]) -> str:
-    about = dataclasses.replace(config, head_tokens=None).to_dict()
+    about = dataclasses.replace(model.config, head_tokens=None).to_dict()
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    layers = range(config.num_hidden_layers)
-    parts = [read("norm.weight"), *(read(f"layers.{i}.attn.q_proj.weight")[0] for i in layers)]
+    weights = dict(model.named_parameters())
+
+    def whole(name: str) -> Tensor:
+        return distributed.whole(weights[name].detach())
+
+    layers = range(model.config.num_hidden_layers)
+    parts = [whole("norm.weight"), *(whole(f"layers.{i}.attn.q_proj.weight")[0] for i in layers)]
     for part in parts:
         digest.update(json.dumps(part.double().tolist()).encode())
     return digest.hexdigest()
