@@ -254,23 +254,6 @@ def gauss_hermite(n: int) -> tuple[Tensor, Tensor]:
     return values, vectors[0].square()
 
 
-def expectation(
-    function: Callable[[list[float]], float], s: Tensor, sigma: Tensor, nodes: int = 32
-) -> float:
-    """E function(s~), s~ ~ N(s, diag(sigma^2)), as the literal sum over a grid of nodes^r points.
-
-    For small r. The error falls with `nodes` as fast as that of a polynomial's approximation to
-    the function: tests hold 1e-10 for exponentials and softmaxes at 32 nodes.
-    """
-    points, weights = (t.tolist() for t in gauss_hermite(nodes))
-    mean, sd = s.tolist(), sigma.tolist()
-    total = 0.0
-    for index in itertools.product(range(nodes), repeat=len(mean)):
-        at = [mean[k] + sd[k] * points[i] for k, i in enumerate(index)]
-        total += math.prod(weights[i] for i in index) * function(at)
-    return total
-
-
 def predictive(logits: Tensor) -> dict[str, list]:
     """The mixture over draws and its uncertainty, equations (8) and (9); logits (S, B, C).
 

@@ -140,7 +140,6 @@ def test_defaults_are_those_of_the_op():
             assert inspect.signature(fn).parameters[name].default == ours[name].default
     defaults = (ours[name].default for name in ("layer", "sampling", "groups"))
     assert tuple(defaults) == (0, "example", None)
-    assert inspect.signature(reference.expectation).parameters["nodes"].default == 32
 
 
 def test_quadrature_integrates_polynomials_exactly():
@@ -148,32 +147,6 @@ def test_quadrature_integrates_polynomials_exactly():
     for power in range(12):
         exact = 0 if power % 2 else math.prod(range(1, power, 2))  # E eps^power
         assert abs(float(weights @ nodes**power) - exact) <= rounding(torch.float64, 2000) * 1e4
-
-
-@given(
-    st.lists(
-        st.tuples(st.floats(-2, 2), st.floats(0.01, 1.0), st.floats(-1, 1)), min_size=1, max_size=2
-    )
-)
-@settings(max_examples=30)
-def test_expectations_are_exact_to_ten_digits(columns):
-    """E exp(a . s~) = exp(a . s + |a sigma|^2 / 2), in one and two dimensions."""
-    s, sigma, a = (torch.tensor(c, dtype=torch.float64) for c in zip(*columns, strict=True))
-    slopes = a.tolist()
-    exact = math.exp(a @ s + (a * sigma).square().sum() / 2)
-    got = reference.expectation(
-        lambda at: math.exp(sum(p * q for p, q in zip(slopes, at, strict=True))), s, sigma
-    )
-    assert abs(got - exact) <= 1e-10 * exact
-
-
-def test_expectations_of_a_softmax_have_converged_to_ten_digits():
-    def nll(at):
-        return math.log(1 + math.exp(-1.5 * at[0] + 0.5 * at[1]))
-
-    s, sigma = torch.tensor([0.8, 0.3]), torch.tensor([0.6, 0.4])
-    coarse, fine = (reference.expectation(nll, s, sigma, nodes) for nodes in (32, 48))
-    assert abs(coarse - fine) <= 1e-10
 
 
 class ByHand(torch.autograd.Function):
