@@ -13,7 +13,7 @@ from scalabl_ref.core.objective import Batch
 from scalabl_ref.data import Encoded
 from scalabl_ref.model.attach import Linear
 from scalabl_ref.support.tensors import save_tensors
-from scalabl_ref.training.trainer import Collector, TrainConfig, Trainer
+from scalabl_ref.training.trainer import TrainConfig, Trainer
 
 from .tolerances import curve_bound
 
@@ -93,7 +93,7 @@ def tiny_data(rows: int = 10, seed: int = 0) -> Encoded:
 def trainer(
     data: Encoded | None = None,
     model: dict | None = None,
-    collector: Collector | None = None,
+    collector=None,
     **config,
 ) -> Trainer:
     """Of a tiny model with B = 0, on ten rows, for 12 steps."""

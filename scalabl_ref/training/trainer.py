@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -124,22 +124,6 @@ class Diverged(InputError):
     """The loss is not finite: the settings do not suit the model and its data."""
 
 
-class Collector(Protocol):
-    """Follows the weights through the last steps of a training, as `methods.Swag` does."""
-
-    def collect(self, model: Llama) -> None:
-        """Take the adapters as they are after a step."""
-        ...
-
-    def state(self) -> dict[str, Tensor]:
-        """All that has been collected, for a checkpoint."""
-        ...
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state` returned."""
-        ...
-
-
 @dataclass
 class Trainer:
     """Model, data and optimisers of one run; `step()` does one optimiser step.
@@ -148,8 +132,10 @@ class Trainer:
     adapters.
 
     model: has adapters. data: the encoded training set, whose size is the N of KL / N. collector:
-    is called after each of the last steps, a share `swag` of all. init: the SHA-256 of the file
-    that the adapters' values come from; None if they come from the seed.
+    follows the weights through the last steps, a share `swag` of all, as `methods.Swag` does.
+    `collect(model)` is called after each of them; `state()` gives the tensors of a checkpoint, by
+    name, and `restore(state)` goes on from them. init: the SHA-256 of the file that the adapters'
+    values come from; None if they come from the seed.
 
     Raises InputError if the adapters have no KL in the configuration's direction, or if only one
     of a collector and `swag` is given.
@@ -159,7 +145,7 @@ class Trainer:
     data: Encoded
     config: TrainConfig
     done: int = 0  # steps finished
-    collector: Collector | None = None
+    collector: Any = None
     init: str | None = None
     optimizer: torch.optim.Optimizer = field(init=False)
 

@@ -20,7 +20,7 @@ from scalabl_ref.methods import Swag
 from scalabl_ref.training import ranks as distributed
 from scalabl_ref.training.loop import fit
 from scalabl_ref.training.runs import fingerprint, load_run
-from scalabl_ref.training.trainer import Collector, TrainConfig, Trainer
+from scalabl_ref.training.trainer import TrainConfig, Trainer
 
 from ..models import TINY, questions_file, steps_and_bound, tiny_data, tiny_folder, tiny_model
 from ..ranks import on_ranks
@@ -36,7 +36,7 @@ def _as_many_threads_as_a_rank(threads):
     threads(1)
 
 
-def trainer(collector: Collector | None = None, **config) -> Trainer:
+def trainer(collector=None, **config) -> Trainer:
     """Of ten examples in batches of 4, 4 and 2: four ranks cannot share the last one evenly."""
     settings = {"steps": STEPS, "batch": 4, "lr": RATE, "checkpoint_every": 3, **config}
     return Trainer(
