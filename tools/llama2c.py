@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scalabl_ref.model.config import LlamaConfig, RopeConfig
 from scalabl_ref.support.errors import InputError
-from scalabl_ref.support.files import atomic_write
+from scalabl_ref.support.files import atomic_write, reading
 from scalabl_ref.support.tensors import PIECE, Stored, buffer
 
 HEADER = struct.Struct("<7i")
@@ -39,12 +39,9 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
 
 def read_llama2c(source: Path) -> tuple[LlamaConfig, dict[str, Stored]]:
     """The model in a file, by our tensor names. Raises InputError if it is no such file."""
-    try:
+    with reading(source), open(source, "rb") as file:
         size = source.stat().st_size
-        with open(source, "rb") as file:
-            head = file.read(HEADER.size)
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read: {error.strerror}") from None
+        head = file.read(HEADER.size)
     if len(head) < HEADER.size:
         raise InputError(f"{source}: too short for a llama2.c header")
     if head.startswith(MAGIC):

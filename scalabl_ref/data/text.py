@@ -8,18 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from ..support.errors import InputError
+from ..support.files import reading
 
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
 
 def read_text(path: Path, latin_1: bool = False) -> str:
     """The text of a UTF-8 file; latin_1: or of a Latin-1 one, if it is not valid UTF-8."""
-    try:
+    with reading(path):
         data = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise InputError(f"{path}: is UTF-16 text: save it as UTF-8")
     try:
@@ -33,20 +30,15 @@ def read_text(path: Path, latin_1: bool = False) -> str:
 
 def lines_of(path: Path) -> Iterator[str]:
     """The lines of a UTF-8 file with their ends, read one by one; errors as of `read_text`."""
-    try:
-        with open(path, "rb") as file:
-            for number, data in enumerate(file, start=1):
-                if number == 1 and data.startswith((b"\xff\xfe", b"\xfe\xff")):
-                    raise InputError(f"{path}: is UTF-16 text: save it as UTF-8")
-                try:
-                    text = data.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError:
-                    raise InputError(f"{path}, line {number}: expected UTF-8 text") from None
-                yield from _LINE.findall(text) if "\r" in text[:-2] else (text,)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    with reading(path), open(path, "rb") as file:
+        for number, data in enumerate(file, start=1):
+            if number == 1 and data.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise InputError(f"{path}: is UTF-16 text: save it as UTF-8")
+            try:
+                text = data.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise InputError(f"{path}, line {number}: expected UTF-8 text") from None
+            yield from _LINE.findall(text) if "\r" in text[:-2] else (text,)
 
 
 def shown(value: Any, most: int = 60) -> str:

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..support.errors import InputError
-from ..support.files import refuse_pointer
+from ..support.files import reading, refuse_pointer
 from ..support.hub import model_folder
 
 if TYPE_CHECKING:
@@ -478,9 +478,5 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> bytes:
     refuse_pointer(path)
-    try:
+    with reading(path):
         return path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None

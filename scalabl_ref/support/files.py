@@ -29,14 +29,23 @@ def refuse_pointer(path: Path) -> None:
         raise InputError(f"{path}: is a git-lfs pointer: fetch the file itself with git lfs pull")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises InputError if it is absent or is not an object."""
+@contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """Within the block an OSError becomes an InputError: no such file, or it cannot be read."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        yield
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises InputError if it is absent or is not an object."""
+    with reading(path):
+        data = Path(path).read_bytes()
+    try:
+        value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # bad text, a number too long, nesting too deep
         refuse_pointer(path)
         raise InputError(f"{path}: not JSON: {error}") from None
@@ -48,15 +57,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def sha256(path: Path, progress: Callable[[int], Any] = lambda size: None) -> str:
     """SHA-256 of a file. Raises InputError if it cannot be read."""
     digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-                progress(len(block))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    with reading(path), open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            progress(len(block))
     return digest.hexdigest()
 
 

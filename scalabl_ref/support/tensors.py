@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, out_of_memory
-from .files import atomic_write, refuse_pointer
+from .files import atomic_write, reading, refuse_pointer
 
 
 def open_tensors(path: Path, once: bool = False) -> dict[str, Callable[[], Tensor]]:
@@ -50,12 +50,8 @@ def _open_safetensors(path: Path) -> dict[str, Callable[[], Tensor]]:
 
     if path.is_dir():
         raise InputError(f"{path}: is a folder, expected a safetensors file")
-    try:  # safetensors reports an unreadable file as missing
+    with reading(path):  # safetensors reports an unreadable file as missing
         open(path, "rb").close()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     with _named_errors(path):
         file = safe_open(str(path), framework="pt")
         names = list(file.keys())
