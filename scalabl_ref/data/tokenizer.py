@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..support.errors import InputError
-from ..support.files import reading, refuse_pointer
+from ..support.files import read_json, reading, refuse_pointer
 from ..support.hub import model_folder
 
 if TYPE_CHECKING:
@@ -465,15 +465,7 @@ def _text(token: Any) -> str | None:
 
 def _json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; an empty one if the file is absent."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    return read_json(path) if path.exists() else {}
 
 
 def _read(path: Path) -> bytes:

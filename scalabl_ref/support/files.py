@@ -45,7 +45,7 @@ def read_json(path: Path) -> dict[str, Any]:
     with reading(path):
         data = Path(path).read_bytes()
     try:
-        value = json.loads(data.decode("utf-8"))
+        value = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # bad text, a number too long, nesting too deep
         refuse_pointer(path)
         raise InputError(f"{path}: not JSON: {error}") from None

@@ -180,3 +180,8 @@ def test_no_permission_is_said_to_be_the_reason(shut):
             write(shut / "out")
     with unprivileged(), pytest.raises(InputError, match="made a folder: Permission denied"):
         make_folder(shut / "more")
+
+
+def test_json_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": "é"}', encoding="utf-8-sig")
+    assert read_json(tmp_path / "a.json") == {"a": "é"}
