@@ -175,9 +175,12 @@ class SubspaceAdapter(Adapter):
         """s~ - s for standard normals eps (r,), in float64."""
         return self.log_sigma.double().exp() * eps
 
-    def set_lora_(self, A: Tensor, B: Tensor, scaling: float) -> None:
-        """As `Adapter.set_lora_`, in the form of `to_scales`."""
-        set_scales_(self, A, B, scaling)
+    @torch.no_grad()
+    def set_lora_(self: Adapter, A: Tensor, B: Tensor, scaling: float) -> None:
+        """As `Adapter.set_lora_`, in the form of `to_scales`: of any adapter with a log_s (r,)."""
+        Vh, B, singular = to_scales(A, B, scaling / self.config.scaling)
+        Adapter.set_lora_(self, Vh, B, self.config.scaling)
+        self.get_parameter("log_s")[: len(singular)] = singular.log()
 
     @classmethod
     def complexity(cls, layers: Sequence[Adapter], kl: str) -> Tensor:
@@ -213,14 +216,6 @@ def to_scales(A: Tensor, B: Tensor, factor: float) -> tuple[Tensor, Tensor, Tens
     least = torch.finfo(torch.float64).eps * max(len(B), A.shape[1]) * singular[0]
     k = int((singular > least).sum())
     return (Vh @ right.T)[:k], (left @ U)[:, :k], factor * singular[:k]
-
-
-@torch.no_grad()
-def set_scales_(adapter: Adapter, A: Tensor, B: Tensor, scaling: float) -> None:
-    """`Adapter.set_lora_` of an adapter with a log_s (r,), in the form of `to_scales`."""
-    Vh, B, singular = to_scales(A, B, scaling / adapter.config.scaling)
-    Adapter.set_lora_(adapter, Vh, B, adapter.config.scaling)
-    adapter.get_parameter("log_s")[: len(singular)] = singular.log()
 
 
 def initial_matrix(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, adapters, set_scales_
+from ..core.adapter import Adapter, SubspaceAdapter, adapters
 from ..core.layer import spread
 from ..core.noise import Keys, Noise
 
@@ -51,9 +51,7 @@ class PointAdapter(Adapter):
     def lora_A(self, noise: Noise | None = None) -> Tensor:
         return self.log_s.double().exp()[:, None] * self.A.double()
 
-    def set_lora_(self, A: Tensor, B: Tensor, scaling: float) -> None:
-        """As `Adapter.set_lora_`, in the form of `to_scales`."""
-        set_scales_(self, A, B, scaling)
+    set_lora_ = SubspaceAdapter.set_lora_
 
     @classmethod
     def complexity(cls, layers: Sequence[Adapter], kl: str) -> Tensor:
