@@ -44,6 +44,7 @@ import time
 import venv
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -581,17 +582,11 @@ def train_tasks(args: argparse.Namespace, method: str) -> list[Task]:
     ]  # fmt: skip
 
 
-def train_step(args: argparse.Namespace, both: dict[str, Side]) -> list[dict[str, Any]]:
-    """Ours against the official wrapper where it is given, and against plain LoRA of peft."""
-    return steps(args, both, "seconds")
-
-
-def train_memory(args: argparse.Namespace, both: dict[str, Side]) -> list[dict[str, Any]]:
-    """Growth of the peak of resident memory during a step, in bytes."""
-    return steps(args, both, "bytes")
-
-
 def steps(args: argparse.Namespace, both: dict[str, Side], what: str) -> list[dict[str, Any]]:
+    """Ours against the official wrapper where it is given, and against plain LoRA of peft.
+
+    what: "seconds" of a step, or "bytes", by which the peak of resident memory grows during it.
+    """
     rows = []
     ours = train_tasks(args, "scalabl")
     for method in ("scalabl", "lora") if args.official else ("lora",):
@@ -802,11 +797,11 @@ MODEL_BENCHMARKS: dict[
     str, Callable[[argparse.Namespace, dict[str, Side]], list[dict[str, Any]]]
 ] = {
     "forward": forward,
-    "train-step": train_step,
+    "train-step": partial(steps, what="seconds"),
     "predict": prediction,
     "subspace": linearised,
     "generate": generation,
-    "memory": train_memory,
+    "memory": partial(steps, what="bytes"),
     "profile": profile,
     "scaling": scaling,
 }
