@@ -6,9 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ...data import Example, Wording, format_of, load
 from ...data.tokenizer import Tokenizer, load_tokenizer
@@ -21,7 +19,7 @@ from ...model.llama import Llama
 from ...support.errors import InputError
 from ...support.files import sha256
 from ...training.lock import alone
-from ...training.runs import run_facts
+from ...training.runs import RunFacts, run_facts
 from . import options, runs
 from .output import Result, say, say_wording
 
@@ -102,24 +100,21 @@ def run(args: argparse.Namespace) -> Result:
     return results.metrics
 
 
-def _base_facts(args: argparse.Namespace) -> dict[str, Any]:
+def _base_facts(args: argparse.Namespace) -> RunFacts:
     """A model without adapters, described in the form of a run."""
-    return {
-        "model": str(args.model),
-        "adapter": {"method": BASE},
-        "posterior": None,
-        "dtype": args.dtype,
-        "quantize": None,
-        "format": options.data_format(args),
-        "text_column": None,
-        "label_column": None,
+    return RunFacts(
+        model=str(args.model),
+        adapter={"method": BASE},
+        head_tokens=None,
+        fingerprint="",
+        dtype=args.dtype,
+        format=options.data_format(args),
         **Wording().facts(),
-        "holdout": 0.0,
-        "train": {"kl": None, "objective": None},
-    }
+        train={"kl": None, "objective": None},
+    )
 
 
-def _settings(args: argparse.Namespace, samples: Samples, info: Mapping[str, Any]) -> Result:
+def _settings(args: argparse.Namespace, samples: Samples, info: RunFacts) -> Result:
     """Everything that determines the results, by the names of the options."""
     return {
         "data_sha256": sha256(args.data),
@@ -139,7 +134,7 @@ def _settings(args: argparse.Namespace, samples: Samples, info: Mapping[str, Any
 
 
 def _asked(
-    args: argparse.Namespace, samples: Samples, info: Mapping[str, Any]
+    args: argparse.Namespace, samples: Samples, info: RunFacts
 ) -> tuple[Answers, Answers | None, Answers | None]:
     """The model's answers to --data, to the held-out questions, and to --ood."""
     wording = options.wording(args, Wording.of_run(info))
@@ -176,7 +171,7 @@ def _open_base(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
     return runs.load_base(args, args.model, args.dtype, None), load_tokenizer(args.model)
 
 
-def _held_out(args: argparse.Namespace, info: Mapping[str, Any]) -> list[Example]:
+def _held_out(args: argparse.Namespace, info: RunFacts) -> list[Example]:
     if args.calibrate:
         return runs.examples_like(args, info, args.calibrate)
     if not args.run:
