@@ -40,7 +40,8 @@ from scalabl_ref.methods.laplace import LOGITS_LAYER
 from scalabl_ref.model.attach import Linear
 from scalabl_ref.support.tensors import load_tensors
 from scalabl_ref.verify import level_checks
-from scalabl_ref.verify.level_checks import double, load
+from scalabl_ref.verify.formulas import tensor
+from scalabl_ref.verify.level_checks import load
 
 from . import models
 from .exact import PI, exact_normals
@@ -188,7 +189,7 @@ def ones(D):
 def curvature(p, t, dtype):
     with given(t["logits"], t["J"]) as model:
         found = subspace.Curvature.measure(model, [Batch(*5 * [t["labels"]])])
-    return {"H": found.H, "log_likelihood": double(found.log_likelihood)}
+    return {"H": found.H, "log_likelihood": tensor(found.log_likelihood)}
 
 
 def evidence(p, t, dtype):
@@ -198,7 +199,7 @@ def evidence(p, t, dtype):
     names = [str(g) for g in range(t["precision"].shape[1])]
     best = best_precision(t["H"], t["scales"], t["group"], names)
     first = [t["group"].tolist().index(g) for g in range(len(names))]
-    return {"log_evidence": double(each), "best": best[first]}
+    return {"log_evidence": tensor(each), "best": best[first]}
 
 
 def gaussian(p, t, dtype):

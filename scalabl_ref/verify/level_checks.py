@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -27,13 +27,8 @@ from ..model.llama import MLP, Context, Llama, RMSNorm
 from ..training.schedule import kl_period, kl_weight, warmup_linear
 from ..training.trainer import TrainConfig, Trainer
 from .check import Check, Errors, Op, ratio
-from .formulas import Parameters, Weights
+from .formulas import Parameters, Weights, tensor
 from .vectors import Vector, level_of
-
-
-def double(value: Any) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
-
 
 # --- Schedules and scores ---------------------------------------------------------------------
 
@@ -41,18 +36,18 @@ def double(value: Any) -> Tensor:
 def schedule(id: str, p: Parameters, t: Weights) -> Weights:
     steps = t["step"].tolist()
     if id.startswith("warmup"):
-        return {"factor": double([warmup_linear(i, p["steps"], p["warmup"]) for i in steps])}
+        return {"factor": tensor([warmup_linear(i, p["steps"], p["warmup"]) for i in steps])}
     period = kl_period(p["num_examples"], p["batch"])
-    return {"period": torch.tensor(period), "weight": double([kl_weight(i, period) for i in steps])}
+    return {"period": torch.tensor(period), "weight": tensor([kl_weight(i, period) for i in steps])}
 
 
 def scores(id: str, p: Parameters, t: Weights) -> Weights:
     if id.startswith("ece"):
-        return {"ece": double(metrics.ece(t["probs"], t["labels"], p["bins"]))}
+        return {"ece": tensor(metrics.ece(t["probs"], t["labels"], p["bins"]))}
     if id == "auroc":
-        return {"auroc": double(metrics.auroc(t["scores"], t["positive"]))}
+        return {"auroc": tensor(metrics.auroc(t["scores"], t["positive"]))}
     functions = {"acc": metrics.accuracy, "nll": metrics.nll, "brier": metrics.brier}
-    return {name: double(score(t["probs"], t["labels"])) for name, score in functions.items()}
+    return {name: tensor(score(t["probs"], t["labels"])) for name, score in functions.items()}
 
 
 def averages(id: str, p: Parameters, t: Weights) -> Weights:
@@ -154,7 +149,7 @@ def training_step(id: str, p: Parameters, t: Weights, micro_batch: int | None = 
         state[parameter] = {"step": torch.tensor(float(p["step"])), **moments}
     for _ in range(p["repeat"]):
         record = trainer.step()
-    out = {name: double(record[name]) for name in ("loss", "nll", "kl")}
+    out = {name: tensor(record[name]) for name in ("loss", "nll", "kl")}
     for name, parameter in own.items():
         assert parameter.grad is not None
         out[f"gradient.{name}"], out[f"after.{name}"] = parameter.grad, parameter

@@ -26,7 +26,7 @@ from ..model.config import LlamaConfig, RopeConfig
 from ..model.llama import Llama
 from . import formulas, reference
 from .checks import Case, sizes, terms
-from .formulas import Weights
+from .formulas import Weights, tensor
 from .known_answers import philox_answers
 
 
@@ -65,10 +65,6 @@ def _single(values: Tensor) -> Tensor:
     return values.float().double()
 
 
-def _double(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
 def _philox() -> Iterator[Vector]:
     for rounds in (7, 10):
         answers = [answer for answer in philox_answers() if answer.rounds == rounds]
@@ -101,7 +97,7 @@ def _normals() -> Iterator[Vector]:
     ):
         groups = torch.tensor([0, 1, 2**32 - 1, 5])
         noise = Noise(seed, draw)
-        z = _double([reference.eps_of_group(noise, layer, g, 10) for g in groups.tolist()])
+        z = tensor([reference.eps_of_group(noise, layer, g, 10) for g in groups.tolist()])
         yield Vector(
             f"noise-{seed % 1000}", "normals", "docs/conformance.md: coordinates to normals",
             ["order of the counter", "seed cut to 32 bits", "a group's rank changes its noise"],
@@ -183,7 +179,7 @@ def _kl() -> Iterator[Vector]:
         "wide": ([1.0, 0.0, -1.0], [0.5, 0.0, -3.0], 0.25),
     }
     for name, (log_s, log_sigma, prior) in points.items():
-        s, sigma = _double(log_s), _double(log_sigma)
+        s, sigma = tensor(log_s), tensor(log_sigma)
         s, sigma = _single(s.exp()), _single(sigma.exp())
         for kl, function in (
             ("forward", reference.kl_forward),
@@ -197,7 +193,7 @@ def _kl() -> Iterator[Vector]:
                 f"kl-{kl}-{name}", "KL", "(5)" if kl == "forward" else "(6)",
                 ["KL in the other direction", "variance for standard deviation", "half left out"],
                 {"prior_std": prior, "kl": kl}, {"s": s, "sigma": sigma},
-                {"kl": Output(_double(value), 16, magnitude)},
+                {"kl": Output(tensor(value), 16, magnitude)},
             )  # fmt: skip
 
 
@@ -206,9 +202,9 @@ FAR = [1000.0, 0.0, -1000.0, 30.0]  # logits: a softmax needs its maximum, and h
 
 def _objective() -> Iterator[Vector]:
     cases = {"": (_random(900, 6, 4, times=3), torch.tensor([0, 3, 1, 2, 2, 0])),
-             "-far": (_double([FAR, FAR[::-1]]), torch.tensor([1, 3]))}  # fmt: skip
+             "-far": (tensor([FAR, FAR[::-1]]), torch.tensor([1, 3]))}  # fmt: skip
     s, sigma = (
-        _double([[0.5, 1.25], [2.0, 0.75]]),
+        tensor([[0.5, 1.25], [2.0, 0.75]]),
         torch.tensor([[0.0625, 0.5], [0.25, 1.0]]),
     )
     for kl, far in (("forward", ""), ("official", ""), ("forward", "-far")):
@@ -221,7 +217,7 @@ def _objective() -> Iterator[Vector]:
              "KL not divided by N", "beta left out", "sum for mean", "KL of one layer only"],
             {"beta": 0.5, "num_examples": 40, "prior_std": 1.0, "kl": kl},
             {"logits": logits, "labels": labels, "s": s, "sigma": sigma.double()},
-            {n: Output(_double(v), 64, abs(v) + 10) for n, v in outputs.items()},
+            {n: Output(tensor(v), 64, abs(v) + 10) for n, v in outputs.items()},
         )  # fmt: skip
 
 
@@ -232,7 +228,7 @@ WARMUPS = {"warmup": (50, 0.06), "warmup-part": (50, 0.07), "warmup-below": (100
 
 def _schedules() -> Iterator[Vector]:
     for id, (steps, share) in WARMUPS.items():
-        factor = _double([reference.warmup(i, steps, share) for i in range(steps)])
+        factor = tensor([reference.warmup(i, steps, share) for i in range(steps)])
         yield Vector(
             id, "schedules", "linear warm-up and fall",
             ["off by one", "warm-up left out", "rounded to the nearest step", "binary32"],
@@ -242,7 +238,7 @@ def _schedules() -> Iterator[Vector]:
     for examples, batch in ((640, 4), (640, 1), (20, 16), (1, 200)):
         period = reference.kl_period(examples, batch)
         at = list(range(0, 3 * period, max(1, period // 7)))
-        weight = _double([reference.kl_weight(i, period) for i in at])
+        weight = tensor([reference.kl_weight(i, period) for i in at])
         yield Vector(
             f"kl-weight-{examples}-{batch}", "schedules", "(7)",
             ["off by one in i", "period", "overflow", "period 0", "2^(M + 1) for 2^(M + 1) - 1"],
@@ -254,10 +250,10 @@ def _schedules() -> Iterator[Vector]:
 
 def _predictive() -> Iterator[Vector]:
     cases = {str(draws): _random(800 + draws, draws, 5, 3, times=4) for draws in (1, 7)}
-    far = _double([FAR[:3], FAR[1:]])
+    far = tensor([FAR[:3], FAR[1:]])
     cases["far"] = torch.stack((far, far[[1, 0]], far.flip(1)))
     for name, logits in cases.items():
-        expected = {n: _double(v) for n, v in reference.predictive(logits).items()}
+        expected = {n: tensor(v) for n, v in reference.predictive(logits).items()}
         yield Vector(
             f"predictive-{name}", "predictive", "(8), (9)",
             ["0 ln 0", "softmax without its maximum", "logits averaged",
@@ -268,7 +264,7 @@ def _predictive() -> Iterator[Vector]:
 
 def _metrics() -> Iterator[Vector]:
     """Exact numbers: powers of two, so that a bin's edge is met and not nearly met."""
-    first = _double([1.0, 0.0, 0.5, 0.75, 0.25, 0.875, 0.625, 1.0])
+    first = tensor([1.0, 0.0, 0.5, 0.75, 0.25, 0.875, 0.625, 1.0])
     probs = torch.stack((first, 1 - first), 1)
     labels = torch.tensor([0, 0, 1, 0, 1, 0, 1, 0])
     safe = probs * 0.5 + 0.25  # no zero under the logarithm
@@ -277,7 +273,7 @@ def _metrics() -> Iterator[Vector]:
             f"ece-{bins}", "metrics", "Prediction: ECE, top-1, equal widths [lo, hi), last closed",
             ["confidence 1 dropped", "edges in the lower bin", "empty bins counted"],
             {"bins": bins}, {"probs": probs, "labels": labels},
-            {"ece": Output(_double(reference.ece(probs, labels, bins)), 16, 1.0)},
+            {"ece": Output(tensor(reference.ece(probs, labels, bins)), 16, 1.0)},
         )  # fmt: skip
     logits = _random(950, 60, 4, times=2)
     many, picked = _single(logits.softmax(-1)), (logits + _random(951, 60, 4)).argmax(-1)
@@ -285,27 +281,27 @@ def _metrics() -> Iterator[Vector]:
         "ece-many", "metrics", "Prediction: ECE",
         ["bins weighted alike", "confidence of the label's class"],
         {"bins": 10}, {"probs": many, "labels": picked},
-        {"ece": Output(_double(reference.ece(many, picked, 10)), 64, 1.0)},
+        {"ece": Output(tensor(reference.ece(many, picked, 10)), 64, 1.0)},
     )  # fmt: skip
     # .7 and .9 in binary32 lie below their edges, and their products with 10 round to 7 and 9.
-    first = _single(_double([0.7, 0.7, 0.75, 0.9, 0.9, 0.95, 0.65, 0.85]))
+    first = _single(tensor([0.7, 0.7, 0.75, 0.9, 0.9, 0.95, 0.65, 0.85]))
     probs, answers = torch.stack((first, 1 - first), 1), torch.tensor([0, 0, 1, 0, 0, 1, 0, 0])
     yield Vector(
         "ece-edges", "metrics", "Prediction: ECE", ["bins in binary32", "edges in binary32"],
         {"bins": 10}, {"probs": probs, "labels": answers},
-        {"ece": Output(_double(reference.ece(probs, answers, 10)), 16, 1.0)},
+        {"ece": Output(tensor(reference.ece(probs, answers, 10)), 16, 1.0)},
     )  # fmt: skip
-    scores, positive = _double([0.5, 0.5, 0.25, 0.75, 1.0, 0.25]), torch.tensor([1, 0, 0, 1, 0, 1])
+    scores, positive = tensor([0.5, 0.5, 0.25, 0.75, 1.0, 0.25]), torch.tensor([1, 0, 0, 1, 0, 1])
     yield Vector(
         "auroc", "metrics", "area under the ROC curve, ties count half", ["ties", "reversed"],
         {}, {"scores": scores, "positive": positive},
-        {"auroc": Output(_double(reference.auroc(scores, positive)), 16, 1.0)},
+        {"auroc": Output(tensor(reference.auroc(scores, positive)), 16, 1.0)},
     )  # fmt: skip
     yield Vector(
         "scores", "metrics", "Prediction: accuracy, NLL, Brier summed over classes",
         ["Brier averaged over classes", "sum for mean", "ties to the last class"],
         {}, {"probs": safe, "labels": labels},
-        {n: Output(_double(v), 32, 1.0) for n, v in reference.scores(safe, labels).items()},
+        {n: Output(tensor(v), 32, 1.0) for n, v in reference.scores(safe, labels).items()},
     )  # fmt: skip
 
 
@@ -408,13 +404,13 @@ def _initialisation() -> Iterator[Vector]:
     for layer, rank, d_in, width in ((2, 3, 5, 0.05), (87, 4, 9, 0.5)):
         seed = 2**63 + layer
         uniform = reference.uniforms(seed, layer, rank * d_in + rank)
-        kaiming = _double(reference.kaiming(uniform, rank, d_in))
+        kaiming = tensor(reference.kaiming(uniform, rank, d_in))
         U, singular, Vh = torch.linalg.svd(kaiming, full_matrices=False)
         U, singular, Vh = (_single(part) for part in (U, singular, Vh))
         outputs = {
             "kaiming": (kaiming, 1.0), "A": (Vh, 1.0), "B": (torch.zeros(6, rank).double(), 1.0),
             "log_s": (singular.log(), 4.0),
-            "log_sigma": (_double(reference.initial_log_sigma(uniform[rank * d_in :], width)), 4.0),
+            "log_sigma": (tensor(reference.initial_log_sigma(uniform[rank * d_in :], width)), 4.0),
         }  # fmt: skip
         yield Vector(
             f"initialisation-{layer}", "initialisation", "(2), (3), start",
@@ -520,7 +516,7 @@ def _prediction(only: str = "") -> Iterator[Vector]:
         p = {"seed": str(STEP_SEED), "samples": samples, "rank": 2, "scaling": 1.5,
              "layers": STEP_LAYERS}  # fmt: skip
         logits = torch.stack(formulas.predicted_logits(config, w, STEP_BATCH, values, p))
-        expected = {n: _double(v) for n, v in reference.predictive(logits).items()}
+        expected = {n: tensor(v) for n, v in reference.predictive(logits).items()}
         size = float(logits.abs().max())
         yield Vector(
             f"prediction-{name}", "prediction", "(1), (8), (9)",
@@ -640,7 +636,7 @@ def _evidence() -> Iterator[Vector]:
         D, of = len(group), torch.tensor(group)
         H, scales = _gram(2300 + index, 5, D), _single(_random(2310 + index, D).exp())
         some = (
-            _double([0.0625, 1.0, 24.0])[:, None] * torch.tensor([1.0, 0.5, 4.0])[: max(group) + 1]
+            tensor([0.0625, 1.0, 24.0])[:, None] * torch.tensor([1.0, 0.5, 4.0])[: max(group) + 1]
         )
         one_hot = torch.nn.functional.one_hot(of).double()
         found = torch.stack([formulas.log_evidence(-9.5, H, scales, row[of]) for row in some])
@@ -685,7 +681,7 @@ def _gaussian() -> Iterator[Vector]:
         size = (J.abs() @ (J.abs() / precision).mT).amax((1, 2))
         eps = formulas.normals(p, formulas.group_ids({"ids": ids}), C)
         logits = formulas.drawn_logits(mean, covariance, eps)
-        expected = {n: _double(x) for n, x in reference.predictive(logits).items()}
+        expected = {n: tensor(x) for n, x in reference.predictive(logits).items()}
         smallest = torch.linalg.eigvalsh(covariance)[:, 0]
         rounded = float(logits.abs().max() + (size / smallest.sqrt()).max())
         outputs = {"log_probs": logits.log_softmax(-1), **expected}
