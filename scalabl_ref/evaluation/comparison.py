@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ class Answers(NamedTuple):
         each = [metrics.scores(p, self.labels, bins) for p in self.probs]
         return {
             "replicates": [{"replicate": n, **s} for n, s in zip(self.numbers, each, strict=True)],
-            **{key: mean([s[key] for s in each]) for key in metrics.SCORES},
+            **{key: fmean([s[key] for s in each]) for key in metrics.SCORES},
             "sd": {key: _sd([s[key] for s in each]) for key in metrics.SCORES},
         }
 
@@ -214,11 +215,11 @@ def _about(folders: Sequence[Path]) -> Row:
         "trial": about[0]["trial"],
         "parameters": about[0]["parameters"],
         "draws": about[0].get("draws"),
-        "train_seconds": mean([a["train_seconds"] for a in about]),
-        "fit_seconds": mean([a.get("fit_seconds", 0.0) for a in about]),
-        "answer_seconds": mean([a["answer_seconds"] for a in about]),
+        "train_seconds": fmean([a["train_seconds"] for a in about]),
+        "fit_seconds": fmean([a.get("fit_seconds", 0.0) for a in about]),
+        "answer_seconds": fmean([a["answer_seconds"] for a in about]),
         "peak_bytes": max(a["peak_bytes"] for a in about),
-        "widths": {name: mean([a["widths"][name] for a in about]) for name in widths},
+        "widths": {name: fmean([a["widths"][name] for a in about]) for name in widths},
     }
 
 
@@ -237,16 +238,9 @@ def _out_of_distribution(folders: Sequence[Path], name: str, bins: int) -> dict[
             values |= metrics.scores(outside["probs"][known], outside["labels"][known], bins)
         for key, value in values.items():
             out.setdefault(key, []).append(value)
-    return {key: mean(values) for key, values in out.items()}
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return {key: fmean(values) for key, values in out.items()}
 
 
 def _sd(values: Sequence[float]) -> float:
     """Sample standard deviation; 0 of one value."""
-    if len(values) < 2:
-        return 0.0
-    middle = mean(values)
-    return (sum((value - middle) ** 2 for value in values) / (len(values) - 1)) ** 0.5
+    return torch.tensor(values, dtype=torch.float64).std().item() if len(values) > 1 else 0.0
