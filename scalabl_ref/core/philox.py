@@ -16,6 +16,7 @@ import math
 import struct
 from collections.abc import Sequence
 from operator import index
+from typing import Any
 
 from ..support.errors import InputError
 
@@ -99,19 +100,19 @@ def _ln(u: float) -> float:
     if m < SQRT_HALF:
         m, e = m + m, e - 1
     f = (m - 1.0) / (m + 1.0)  # both exact: m has 33 significant bits
-    return e * LN_2 + (f + f) * _polynomial(ATANH, f * f)
+    return e * LN_2 + (f + f) * polynomial(ATANH, f * f)
 
 
 def _cos_sin(word: int) -> tuple[float, float]:
     """cos and sin of 2 pi word / 2^32: whole quarter turns are subtracted exactly, as integers."""
     quarter = (word + (1 << 29)) >> 30  # the nearest one, 0 to 4
     x = (word - (quarter << 30)) * TURN  # in [-pi / 4, pi / 4)
-    cos, sin = _polynomial(COS, x * x), x * _polynomial(SIN, x * x)
+    cos, sin = polynomial(COS, x * x), x * polynomial(SIN, x * x)
     return ((cos, sin), (-sin, cos), (-cos, -sin), (sin, -cos))[quarter % 4]
 
 
-def _polynomial(coefficients: Sequence[float], z: float) -> float:
-    """sum_k coefficients[k] z^k by Horner's rule, highest power first."""
+def polynomial(coefficients: Sequence[float], z: Any) -> Any:
+    """sum_k coefficients[k] z^k by Horner's rule, highest power first; z: a number or a tensor."""
     value = coefficients[-1]
     for coefficient in reversed(coefficients[:-1]):
         value = value * z + coefficient

@@ -23,6 +23,7 @@ from ..core.philox import (
     SQRT_HALF,
     TURN,
     WORD,
+    polynomial,
 )
 from . import native
 from .designs import Design, DesignedNoise
@@ -164,13 +165,13 @@ def _ln(u: Tensor) -> Tensor:
     small = m < SQRT_HALF
     m, e = torch.where(small, m + m, m), e - small.int()
     f = (m - 1.0) / (m + 1.0)
-    return e.double() * LN_2 + (f + f) * _polynomial(ATANH, f * f)
+    return e.double() * LN_2 + (f + f) * polynomial(ATANH, f * f)
 
 
 def _cos_sin(word: Tensor) -> tuple[Tensor, Tensor]:
     quarter = (word + (1 << 29)) >> 30
     x = (word - (quarter << 30)).double() * TURN
-    cos, sin = _polynomial(COS, x * x), x * _polynomial(SIN, x * x)
+    cos, sin = polynomial(COS, x * x), x * polynomial(SIN, x * x)
     odd, upper = quarter & 1 == 1, quarter & 2 == 2
     cos, sin = torch.where(odd, -sin, cos), torch.where(odd, cos, sin)
     return torch.where(upper, -cos, cos), torch.where(upper, -sin, sin)
@@ -180,10 +181,3 @@ def _sqrt(x: Tensor) -> Tensor:
     """Correctly rounded as in IEEE 754: torch.sqrt has a wrong last bit in one case of 80."""
     roots = [math.sqrt(value) for value in x.flatten().tolist()]
     return torch.tensor(roots, dtype=torch.float64, device="cpu").view(x.shape)
-
-
-def _polynomial(coefficients: tuple[float, ...], z: Tensor) -> Tensor:
-    value = torch.full_like(z, coefficients[-1])
-    for coefficient in reversed(coefficients[:-1]):
-        value = value * z + coefficient
-    return value
