@@ -293,12 +293,7 @@ def _scores(name: str, probs: Tensor, labels: Tensor) -> dict[str, Any]:
         "name": name,
         "probs": probs,
         "labels": labels,
-        "metrics": {
-            "acc": metrics.accuracy(probs, labels),
-            "ece": metrics.ece(probs, labels),
-            "nll": metrics.nll(probs, labels),
-            "brier": metrics.brier(probs, labels),
-        },
+        "metrics": metrics.scores(probs, labels),
         "intervals": metrics.bootstrap_intervals(probs, labels),
     }
 
