@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, adapters
 from ..core.noise import FIRST_TRAINING_DRAW, Noise
-from ..core.objective import class_logits
 from ..core.predictive import predictive
 from ..support.errors import InputError
 from .blob import FlipoutAdapter
+from .ensemble import own_log_probs
 
 if TYPE_CHECKING:
     from ..core.objective import Batch
@@ -164,8 +164,4 @@ def _attach(model: Llama, chosen: dict[str, Adapter] | dict[str, TfbAdapter]) ->
 
 def _probs(model: Llama, batches: list[Batch], draws: Sequence[Noise | None]) -> Tensor:
     """Probabilities of the answers, averaged over draws: (examples, C) float64."""
-    rows = []
-    for batch in batches:
-        logits = torch.stack([class_logits(model, batch, noise) for noise in draws])
-        rows.append(predictive(logits.double().log_softmax(-1)).probs)
-    return torch.cat(rows)
+    return torch.cat([predictive(own_log_probs(model, b, draws)).probs for b in batches])

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from scalabl_ref import InputError, Llama, Noise, adapters
 from scalabl_ref.core.noise import FIRST_TRAINING_DRAW
 from scalabl_ref.core.objective import class_logits
-from scalabl_ref.methods import fit_tfb
-from scalabl_ref.methods import tfb as tfb_module
+from scalabl_ref.methods import ensemble, fit_tfb
 from scalabl_ref.methods.tfb import largest
 
 from ..models import TINY, tiny_batch, tiny_model
@@ -194,7 +193,7 @@ def test_a_model_whose_search_is_cut_short_stays_as_it_was(passes, monkeypatch):
         return class_logits(*arguments)
 
     before = adapters(model)
-    monkeypatch.setattr(tfb_module, "class_logits", interrupted)
+    monkeypatch.setattr(ensemble, "class_logits", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fit_tfb(model, [tiny_batch()], samples=SAMPLES)
     assert not left and all(adapters(model)[name] is adapter for name, adapter in before.items())
