@@ -35,11 +35,6 @@ def serves(*tensors: Tensor) -> bool:
     return not transformed()
 
 
-def core() -> Any:
-    """The extension module, after `serves`."""
-    return native.core()
-
-
 def sizes(x: Tensor) -> tuple[int, int]:
     """Rows and columns of x (..., n)."""
     return x.shape[:-1].numel(), x.shape[-1]
@@ -64,7 +59,7 @@ def rms_norm(self: plain.RMSNorm, x: Tensor) -> Tensor:
 def normed(x: Tensor, weight: Tensor, eps: float, scale: int) -> Tensor:
     """x, normed; scale: the address of one float32 a row, which gets the row's factor, or 0."""
     y = torch.empty_like(x)
-    core().rms_norm(
+    native.core().rms_norm(
         SERVED[x.dtype], sizes(x), x.data_ptr(), weight.data_ptr(), eps, y.data_ptr(), scale,
         torch.get_num_threads(),
     )  # fmt: skip
@@ -94,7 +89,7 @@ class Norm(torch.autograd.Function):
         to_x = to_weight = None
         if ctx.needs_input_grad[0]:
             grad, to_x = grad.contiguous(), torch.empty_like(x)
-            core().rms_norm_backward(
+            native.core().rms_norm_backward(
                 SERVED[x.dtype], sizes(x), x.data_ptr(), weight.data_ptr(), grad.data_ptr(),
                 scale.data_ptr(), to_x.data_ptr(), torch.get_num_threads(),
             )  # fmt: skip
@@ -143,7 +138,7 @@ def rotated(x: Tensor, angles: Angles, back: bool) -> Tensor:
         rows = len(places)
         y = x.new_empty(rows, heads, h) if back else x.new_zeros(total, heads, h)
     address = 0 if places is None else places.data_ptr()
-    core().rotate(
+    native.core().rotate(
         SERVED[x.dtype], (rows, heads, h, cos.shape[:-2].numel()), cos.data_ptr(), sin.data_ptr(),
         address, back, x.data_ptr(), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -186,7 +181,7 @@ class SwiGLU(torch.autograd.Function):
         gate, up = gate.contiguous(), up.contiguous()
         y = torch.empty_like(gate)
         addresses = gate.data_ptr(), up.data_ptr(), y.data_ptr()
-        core().swiglu(SERVED[gate.dtype], gate.numel(), *addresses, torch.get_num_threads())
+        native.core().swiglu(SERVED[gate.dtype], gate.numel(), *addresses, torch.get_num_threads())
         return y
 
     @staticmethod
@@ -204,7 +199,7 @@ class SwiGLU(torch.autograd.Function):
             return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
         grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
         to_gate, to_up = torch.empty_like(gate), torch.empty_like(up)
-        core().swiglu_backward(
+        native.core().swiglu_backward(
             SERVED[gate.dtype], gate.numel(), grad.data_ptr(), gate.data_ptr(), up.data_ptr(),
             to_gate.data_ptr(), to_up.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip

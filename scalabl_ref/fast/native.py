@@ -68,7 +68,7 @@ def native_status() -> dict[str, Any]:
     }
 
 
-def core() -> ModuleType | None:
+def core() -> Any:
     """The extension module if it is to be used, else None."""
     if not SETTLED:
         SETTLED.append(_import()[0] if native_status()["used"] else None)

@@ -24,7 +24,8 @@ from ..model.attach import Linear
 from ..model.llama import Llama
 from ..model.weights import block_linears
 from ..support.errors import InputError
-from .blocks import SERVED, core, serves
+from .blocks import SERVED, serves
+from .native import core
 
 Kind = Literal["int8", "nf4"]
 KINDS: tuple[Kind, ...] = ("int8", "nf4")

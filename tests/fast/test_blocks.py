@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scalabl_ref.fast import blocks
+from scalabl_ref.fast import blocks, native
 from scalabl_ref.model import llama as plain
 from scalabl_ref.model.llama import RMSNorm
 
@@ -213,7 +213,7 @@ def test_what_the_core_does_not_serve_goes_to_the_plain_functions():
 
 
 def test_bad_arguments_of_the_core():
-    core, x = blocks.core(), torch.ones(4)
+    core, x = native.core(), torch.ones(4)
     at = x.data_ptr()
     with pytest.raises(ValueError, match="dtype"):
         core.swiglu(1, 4, at, at, at, 1)
