@@ -70,6 +70,13 @@ def test_the_mean_goes_out_as_a_peft_folder(base, tmp_path, kind, trim):
     assert changed == (not trim)
 
 
+@torch.no_grad()
+def test_an_alpha_that_is_no_integer_goes_out(base, tmp_path):
+    model = a_run(base, tmp_path / "run", True, **{**KINDS["mle"], "alpha": 4.5})
+    export(trained(base, tmp_path / "run"), tmp_path / "out")
+    assert_equal_logits(model, model(TOKENS), merged(base, tmp_path / "out")(TOKENS))
+
+
 @pytest.mark.parametrize("kind", RANDOM)
 @torch.no_grad()
 def test_draws_go_out_as_the_model_answers_under_them(base, tmp_path, kind):
