@@ -658,19 +658,23 @@ def training_roofs(args: argparse.Namespace) -> dict[str, list[float]]:
     return found
 
 
+def ten_draws(args: argparse.Namespace, method: str, classes: int) -> dict[str, list[Task]]:
+    """The tasks of predictions, by their rows and tokens."""
+    base = {"do": "predict", "method": method, "classes": list(range(300, 300 + classes))}
+    rows = {
+        "1 x 8": [[list(range(100, 108))]],
+        "1 x 32": [[list(range(100, 132))]],
+        "8 as they come": [task["rows"] for task in train_tasks(args, "scalabl")],
+    }
+    return {name: [{**base, "rows": r, "samples": 10} for r in each] for name, each in rows.items()}
+
+
 def prediction(args: argparse.Namespace, both: dict[str, Side]) -> list[dict[str, Any]]:
     """Ten draws; the last column is ours for ten over ours for one."""
     method = "scalabl" if args.official else "lora"  # of the peer
-    base = {"do": "predict", "method": method, "classes": list(range(300, 300 + CLASSES))}
-    as_they_come = [{**base, "rows": t["rows"]} for t in train_tasks(args, "scalabl")]
-    cases = {
-        "1 x 8": [{**base, "rows": [list(range(100, 108))]}],
-        "1 x 32": [{**base, "rows": [list(range(100, 132))]}],
-        "8 as they come": as_they_come,
-    }
     rows = []
-    for name, tasks in cases.items():
-        ten = compare(both, args.rounds, [{**t, "samples": 10} for t in tasks])
+    for name, tasks in ten_draws(args, method, CLASSES).items():
+        ten = compare(both, args.rounds, tasks)
         one = {"ours": both["ours"], "peer": both["ours"]}
         alone = compare(one, args.rounds, [{**t, "samples": 1} for t in tasks])
         rows.append(
@@ -688,15 +692,10 @@ def linearised(args: argparse.Namespace, both: dict[str, Side]) -> list[dict[str
     """The prediction of a subspace posterior beside ten draws of ScalaBL, both ours."""
     ours, rows = both["ours"], []
     for count in (2, 4):
-        base = {"do": "predict", "method": "scalabl", "classes": list(range(300, 300 + count))}
-        as_they_come = [{**base, "rows": t["rows"]} for t in train_tasks(args, "scalabl")]
-        alone = [{**base, "rows": [list(range(100, 132))]}]
-        cases = {"1 x 32": alone, "8 as they come": as_they_come}
-        for name, tasks in cases.items():
-            found = compare(
-                {"ours": lambda **t: ours(**{**t, "do": "subspace"}), "peer": ours},
-                args.rounds, [{**t, "samples": 10} for t in tasks],
-            )  # fmt: skip
+        cases = ten_draws(args, "scalabl", count)
+        for name in ("1 x 32", "8 as they come"):
+            turns = {"ours": lambda **t: ours(**{**t, "do": "subspace"}), "peer": ours}
+            found = compare(turns, args.rounds, cases[name])
             rows.append({
                 "subspace posterior, rows x tokens": name, "classes": count,
                 "seconds": found["ours"], "ten draws": found["peer"],
