@@ -25,6 +25,14 @@ def calls(monkeypatch) -> list[tuple]:
     return seen
 
 
+def check(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """The product is near that of float64, and of its shape."""
+    wide = [None if t is None else t.double() for t in (x, weight, bias)]
+    truth, size = F.linear(*wide), F.linear(*(None if t is None else t.abs() for t in wide))
+    about = f"{tuple(x.shape)}, {torch.get_num_threads()} threads"
+    assert_near(ops.linear(x, weight, bias), truth, size, x.shape[-1] // 16 + 16, about)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(1, 65537), (7, 9999), (577, 302), (2100, 40)], ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -32,23 +40,12 @@ def test_few_rows_are_those_of_float64(sizes, with_bias, dtype, isa, threads, ca
     d_in, d_out = sizes
     weight = normal(d_out, d_in, dtype=dtype, seed=1)
     bias = normal(d_out, dtype=dtype, seed=2) if with_bias else None
-    start = 0 if bias is None else bias.double()
     for rows in range(1, ops.FEW_ROWS[dtype] + 1):
         x = normal(rows, d_in, dtype=dtype, seed=3)
-        truth = x.double() @ weight.double().T + start
-        size = x.double().abs() @ weight.double().abs().T + abs(start)
         for count in (1, 2, 7):
             threads(count)
-            y = ops.linear(x, weight, bias)
-            assert_near(y, truth, size, d_in // 16 + 16, f"{rows} rows, {count} threads")
+            check(x, weight, bias)
     assert len(calls) == 3 * ops.FEW_ROWS[dtype]
-
-
-def check(x: Tensor, weight: Tensor) -> None:
-    """The product is near that of float64, and of its shape."""
-    truth = F.linear(x.double(), weight.double())
-    size = F.linear(x.double().abs(), weight.double().abs())
-    assert_near(ops.linear(x, weight, None), truth, size, x.shape[-1] // 16 + 16, str(x.shape))
 
 
 def test_shapes_are_those_of_pytorch(calls):
