@@ -18,21 +18,9 @@ from torch import Tensor
 
 from ..model import llama as plain
 from . import native
-from .ops import DTYPES, PLAIN_TYPES, transformed
+from .ops import SERVED, serves
 
-SERVED = {dtype: number for dtype, number in DTYPES.items() if dtype != torch.float64}
 MOST_HEAD_DIM = 1024  # of the native core
-
-
-def serves(*tensors: Tensor) -> bool:
-    """Whether the native core computes with these: plain CPU tensors of one dtype, eagerly."""
-    dtype = tensors[0].dtype
-    if dtype not in SERVED or torch.compiler.is_compiling() or native.core() is None:
-        return False
-    for t in tensors:
-        if t.dtype != dtype or not t.is_cpu or type(t) not in PLAIN_TYPES:
-            return False
-    return not transformed()
 
 
 def sizes(x: Tensor) -> tuple[int, int]:

@@ -27,6 +27,7 @@ MAX_RANK = 256  # of the native core
 FEW_ROWS = {torch.float32: 10, torch.bfloat16: 1, torch.float16: 1}  # the core's product is faster
 SMALL = 1 << 16  # values of a weight that caches hold: PyTorch's product is as fast
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+SERVED = {dtype: number for dtype, number in DTYPES.items() if dtype != torch.float64}
 PLAIN_TYPES = (Tensor, torch.nn.Parameter, type(None))  # subclasses may redefine operations
 
 
@@ -150,6 +151,17 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def serves(*tensors: Tensor) -> bool:
+    """Whether the native core computes with these: plain CPU tensors of one dtype, eagerly."""
+    dtype = tensors[0].dtype
+    if dtype not in SERVED or torch.compiler.is_compiling() or native.core() is None:
+        return False
+    for t in tensors:
+        if t.dtype != dtype or not t.is_cpu or type(t) not in PLAIN_TYPES:
+            return False
+    return not transformed()
+
+
 def draws_of(
     shape: torch.Size,
     noise: Noise,
@@ -239,30 +251,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Their product is limited by reading the weight, which the core does once and ahead of time.
     """
-    if weight.numel() < SMALL or torch.compiler.is_compiling():
+    if weight.numel() < SMALL or not few(x, weight, bias):
         return F.linear(x, weight, bias)
-    dtype, most, core, d_out = x.dtype, FEW_ROWS.get(x.dtype, 0), native.core(), weight.shape[0]
-    if core is None or not 0 < x.numel() <= most * x.shape[-1]:
-        return F.linear(x, weight, bias)
-    if not x.is_cpu or transformed() or autocast_dtype(x):
-        return F.linear(x, weight, bias)
-    if weight.shape != (d_out, x.shape[-1]) or (bias is not None and bias.shape != (d_out,)):
-        return F.linear(x, weight, bias)  # which says so
-    for t in (x, weight, bias):
-        if type(t) not in PLAIN_TYPES:
-            return F.linear(x, weight, bias)
-        if t is not None and (t.dtype != dtype or not t.is_cpu or not t.is_contiguous()):
-            return F.linear(x, weight, bias)
-    needs = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    if needs and torch.is_grad_enabled():
-        return F.linear(x, weight, bias)
-    d_in = x.shape[-1]
+    d_out, d_in = weight.shape
     y = x.new_empty(*x.shape[:-1], d_out)
-    core.few_rows(
-        DTYPES[dtype], (x.numel() // d_in, d_in, d_out), x.data_ptr(), weight.data_ptr(),
+    native.core().few_rows(
+        SERVED[x.dtype], (x.numel() // d_in, d_in, d_out), x.data_ptr(), weight.data_ptr(),
         address(bias), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y
+
+
+def few(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the core serves the product of these, and is faster."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if not serves(*tensors) or not 0 < x.numel() <= FEW_ROWS[x.dtype] * x.shape[-1]:
+        return False
+    d_out = weight.shape[0]
+    if weight.shape != (d_out, x.shape[-1]) or (bias is not None and bias.shape != (d_out,)):
+        return False  # PyTorch says so
+    if autocast_dtype(x) or not all(t.is_contiguous() for t in tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 def on_stream(function: Any, to: tuple[int, ...], device: torch.device) -> None:

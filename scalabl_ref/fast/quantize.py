@@ -24,8 +24,8 @@ from ..model.attach import Linear
 from ..model.llama import Llama
 from ..model.weights import block_linears
 from ..support.errors import InputError
-from .blocks import SERVED, serves
 from .native import core
+from .ops import SERVED, serves
 
 Kind = Literal["int8", "nf4"]
 KINDS: tuple[Kind, ...] = ("int8", "nf4")
@@ -83,7 +83,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def whole(codes: Tensor, scale: Tensor, d_in: int, dtype: torch.dtype) -> Tensor:
     """The weight (d_out, d_in) in a floating-point dtype, in which scales are multiplied.
 
-    The native core makes the same bits, where it serves (`blocks.serves`). Raises InputError if
+    The native core makes the same bits, where it serves (`ops.serves`). Raises InputError if
     codes or scales are not those of d_in columns.
     """
     nf4, scale = codes.dtype == torch.uint8, scale.to(dtype)
