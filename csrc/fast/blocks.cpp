@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t PIECE = 1024;                // values of half precision widened at a time
 constexpr int64_t WORTH_A_THREAD = 1 << 15;    // fewer values cost less than waking another thread
-constexpr int64_t LINE = 64;                   // bytes of a cache line
+constexpr size_t LINE = 64;                   // bytes of a cache line
 static_assert(PIECE >= SCALABL_MOST_HEAD_DIM, "a head is widened as a whole");
 
 // `n` values of S as floats: themselves if they are floats, else a copy.
@@ -176,33 +176,53 @@ void store(const float *from, S *to, int64_t n) {
     narrow_row(from, to, n);
 }
 
+// Columns [j, j + n) of `count` rows of a weight as floats, each row `stride` after the one before.
+template <typename S>
+struct Weights {
+    static constexpr int64_t MOST = 256;  // columns: the floats of a tile stay in the first cache
+    const int64_t stride = MOST;
+    float copy[TILE_ROWS * MOST];
+
+    explicit Weights(int64_t) {}
+    const float *read(const S *from, int64_t d_in, int64_t count, int64_t n) {
+        for (int64_t k = 0; k < count; ++k) {
+            const S *row = from + k * d_in;
+            for (int64_t j = 0; j < n; j += LINE / sizeof(S)) ask_ahead(row + j);
+            widen_row(row, copy + k * MOST, n);
+        }
+        return copy;
+    }
+};
+template <>
+struct Weights<float> {
+    static constexpr int64_t MOST = INT64_MAX;
+    const int64_t stride;
+
+    explicit Weights(int64_t d_in) : stride(d_in) {}
+    const float *read(const float *from, int64_t, int64_t, int64_t) { return from; }
+};
+
 // y (rows, d_out), by tiles of rows of the weight: h = weight x^T is the product whose rows are long.
 template <typename S>
 void few_rows(const scalabl_product &op, S *y) {
-    const Products<float> &products = kernels().single;
+    const Kernels &loops = kernels();
     const Floats<S> x(op.x, op.rows * op.d_in);
     const S *bias = static_cast<const S *>(op.bias);
     const int64_t tiles = (op.d_out + TILE_ROWS - 1) / TILE_ROWS;
     over_rows(tiles, TILE_ROWS * op.d_in, op.threads, [&](int64_t tile) {
         const int64_t first = tile * TILE_ROWS, count = std::min<int64_t>(TILE_ROWS, op.d_out - first);
-        const S *weight = static_cast<const S *>(op.weight) + first * op.d_in;
-        // The processor's own prefetch stops while a tile is computed.
-        const int64_t ahead = std::min<int64_t>(2 * TILE_ROWS, op.d_out - first - count) * op.d_in;
-        for (int64_t j = 0; j < count * op.d_in; j += LINE / static_cast<int64_t>(sizeof(S))) {
-            __builtin_prefetch(weight + ahead + j, 0, 2);
-        }
+        const S *rows = static_cast<const S *>(op.weight) + first * op.d_in;
         float h[TILE_ROWS * SCALABL_MOST_FEW_ROWS];
         for (int64_t k = 0; k < count; ++k) {
             const float start = bias ? widen(bias[first + k]) : 0.0f;
             std::fill_n(h + k * op.rows, op.rows, start);
         }
-        In<S> in[TILE_ROWS];
-        over_pieces<S>(op.d_in, [&](int64_t j, int64_t n) {
-            const float *rows = nullptr;
-            for (int64_t k = count; k-- > 0;) rows = in[k].read(weight + k * op.d_in + j, n);
-            const int64_t stride = std::is_same_v<S, float> ? op.d_in : PIECE;
-            products.dots(rows, stride, x.data + j, op.d_in, count, n, op.rows, h);
-        });
+        Weights<S> weights(op.d_in);
+        for (int64_t j = 0, n; j < op.d_in; j += n) {
+            n = std::min(weights.MOST, op.d_in - j);
+            const float *tile_rows = weights.read(rows + j, op.d_in, count, n);
+            loops.streamed_dots(tile_rows, weights.stride, x.data + j, op.d_in, count, n, op.rows, h);
+        }
         for (int64_t i = 0; i < op.rows; ++i) {
             for (int64_t k = 0; k < count; ++k) {
                 store(h + k * op.rows + i, y + i * op.d_out + first + k, 1);

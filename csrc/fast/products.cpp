@@ -49,7 +49,8 @@ struct Simd {
 
 // --- h += x m^T -------------------------------------------------------------------------------
 
-template <typename T, int ROWS, int RANKS>
+// AHEAD: x is read once, from memory.
+template <typename T, bool AHEAD, int ROWS, int RANKS>
 void dots_tile(const T *x, int64_t x_stride, const T *m, int64_t m_stride, int64_t n, int64_t rank,
                T *h) {
     typedef Simd<T> S;
@@ -57,7 +58,11 @@ void dots_tile(const T *x, int64_t x_stride, const T *m, int64_t m_stride, int64
     int64_t j = 0;
     for (; j + S::LANES <= n; j += S::LANES) {
         typename S::type row[ROWS];
-        for (int i = 0; i < ROWS; ++i) row[i] = S::load(x + i * x_stride + j);
+        for (int i = 0; i < ROWS; ++i) {
+            const T *place = x + i * x_stride + j;
+            if constexpr (AHEAD) ask_ahead(place);
+            row[i] = S::load(place);
+        }
         for (int k = 0; k < RANKS; ++k) {
             const typename S::type column = S::load(m + k * m_stride + j);
             for (int i = 0; i < ROWS; ++i) total[i][k] += row[i] * column;
@@ -72,27 +77,27 @@ void dots_tile(const T *x, int64_t x_stride, const T *m, int64_t m_stride, int64
     }
 }
 
-template <typename T, int ROWS>
+template <typename T, bool AHEAD, int ROWS>
 void dots_rows(const T *x, int64_t x_stride, const T *m, int64_t m_stride, int64_t n, int64_t rank,
                T *h) {
     int64_t k = 0;
     for (; k + 4 <= rank; k += 4) {
-        dots_tile<T, ROWS, 4>(x, x_stride, m + k * m_stride, m_stride, n, rank, h + k);
+        dots_tile<T, AHEAD, ROWS, 4>(x, x_stride, m + k * m_stride, m_stride, n, rank, h + k);
     }
     for (; k < rank; ++k) {
-        dots_tile<T, ROWS, 1>(x, x_stride, m + k * m_stride, m_stride, n, rank, h + k);
+        dots_tile<T, AHEAD, ROWS, 1>(x, x_stride, m + k * m_stride, m_stride, n, rank, h + k);
     }
 }
 
-template <typename T>
+template <typename T, bool AHEAD>
 void dots(const T *x, int64_t x_stride, const T *m, int64_t m_stride, int64_t rows, int64_t n,
           int64_t rank, T *h) {
     int64_t i = 0;
     for (; i + TILE_ROWS <= rows; i += TILE_ROWS) {
-        dots_rows<T, TILE_ROWS>(x + i * x_stride, x_stride, m, m_stride, n, rank, h + i * rank);
+        dots_rows<T, AHEAD, TILE_ROWS>(x + i * x_stride, x_stride, m, m_stride, n, rank, h + i * rank);
     }
     for (; i < rows; ++i) {
-        dots_rows<T, 1>(x + i * x_stride, x_stride, m, m_stride, n, rank, h + i * rank);
+        dots_rows<T, AHEAD, 1>(x + i * x_stride, x_stride, m, m_stride, n, rank, h + i * rank);
     }
 }
 
@@ -224,8 +229,9 @@ void narrow_all(const float *in, uint16_t *out, int64_t n) {
 
 const Kernels SCALABL_KERNELS = {
     SCALABL_NAME,
-    {dots<float>, add<float>, outer<float>},
-    {dots<double>, add<double>, outer<double>},
+    {dots<float, false>, add<float>, outer<float>},
+    {dots<double, false>, add<double>, outer<double>},
+    dots<float, true>,
     widen_all<bfloat16>,
     narrow_all<bfloat16>,
     widen_all<float16>,

@@ -10,6 +10,12 @@ namespace scalabl {
 
 constexpr int TILE_ROWS = 3;  // rows of a kernel's tile; a remaining row goes alone, more slowly
 
+// Ask for memory that will be read 8 KB after this place: the processor's own prefetch ends with the
+// page. Nothing is read, so the address may lie beyond the end.
+static inline void ask_ahead(const void *place) {
+    __builtin_prefetch(reinterpret_cast<const void *>(reinterpret_cast<uintptr_t>(place) + 8192));
+}
+
 // Row-major operands; a stride is the distance of two rows in elements. T is float or double.
 template <typename T>
 struct Products {
@@ -28,6 +34,9 @@ struct Kernels {
     const char *name;
     Products<float> single;
     Products<double> twice;
+    // single.dots, where x is read once, from memory
+    void (*streamed_dots)(const float *x, int64_t x_stride, const float *m, int64_t m_stride,
+                          int64_t rows, int64_t n, int64_t rank, float *h);
     // n bfloat16 or float16 values as bits to float, and back (to nearest, ties to even)
     void (*widen_bfloat16)(const uint16_t *in, float *out, int64_t n);
     void (*narrow_bfloat16)(const float *in, uint16_t *out, int64_t n);

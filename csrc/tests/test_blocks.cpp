@@ -180,7 +180,7 @@ void test_all(int32_t dtype, int32_t threads) {
     for (const int64_t rows : {1, 2, 3, 4, 7, 16}) {
         test_few_rows(dtype, rows, 70, 301, threads);
     }
-    for (const int64_t n : {1, 15, 1024, 1025, 2101}) test_few_rows(dtype, 5, n, 37, threads);
+    for (const int64_t n : {1, 15, 256, 257, 1025, 2101}) test_few_rows(dtype, 5, n, 37, threads);
     for (const int64_t n : {1, 2, 3, 4}) test_few_rows(dtype, 1, 577, n, threads);
     test_few_rows(dtype, 0, 8, 8, threads);
     test_few_rows(dtype, 2, 0, 8, threads);

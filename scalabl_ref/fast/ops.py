@@ -24,7 +24,7 @@ from . import native
 from .normals import MASK, signed
 
 MAX_RANK = 256  # of the native core
-FEW_ROWS = {torch.float32: 10, torch.bfloat16: 1, torch.float16: 1}  # the core's product is faster
+FEW_ROWS = {torch.float32: 10, torch.bfloat16: 2, torch.float16: 2}  # the core's product is faster
 SMALL = 1 << 16  # values of a weight that caches hold: PyTorch's product is as fast
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 SERVED = {dtype: number for dtype, number in DTYPES.items() if dtype != torch.float64}
