@@ -69,22 +69,21 @@ def values_and_gradients(op: Op, operands: list[Tensor], noise: Noise) -> Iterat
 
 
 def large_layers(op: Op, device: torch.device) -> Errors:
-    """301 x 2101 to 901 at rank 13, in float32, near float64; the same bits with other threads."""
+    """301 x 2101 to 901 at rank 13, in float32, near float64 with the given and other threads."""
     operands, noise = large_operands(device), Noise(5, 6)
-    found = list(values_and_gradients(op, operands, noise))
     wide = [t.double() for t in operands]
-    truth = values_and_gradients(plain_layer.subspace_lora_linear, wide, noise)
-    for got, right in zip(found, truth, strict=True):
-        # sums of up to 2101 terms, whose errors are of random sign: 46 last places, times 8
-        yield ratio(got, right, right.square().mean().sqrt(), 370 * torch.finfo(torch.float32).eps)
+    truth = list(values_and_gradients(plain_layer.subspace_lora_linear, wide, noise))
     threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1 if threads > 1 else 2)
-        again = list(values_and_gradients(op, operands, noise))
-    finally:
-        torch.set_num_threads(threads)
-    for name, a, b in zip("ABs", found[2:], again[2:], strict=False):
-        yield exact(torch.equal(a, b), f"grad {name} depends on the number of threads")
+    for count in (threads, 1 if threads > 1 else 2):
+        try:
+            torch.set_num_threads(count)
+            found = list(values_and_gradients(op, operands, noise))
+        finally:
+            torch.set_num_threads(threads)
+        for got, right in zip(found, truth, strict=True):
+            # sums of up to 2101 terms, whose errors are of random sign: 46 last places, times 8
+            size = right.square().mean().sqrt()
+            yield ratio(got, right, size, 370 * torch.finfo(torch.float32).eps)
 
 
 def mirrored(op: Op, device: torch.device) -> Errors:

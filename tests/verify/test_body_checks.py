@@ -21,6 +21,7 @@ from ..patching import replace
 
 CHECKS = {check.name: check for check in BODY_CHECKS}
 CPU = torch.device("cpu")
+THREADS = torch.get_num_threads()
 cos_sin, positions, curve = Llama.cos_sin, Inputs.positions, metrics.risk_coverage
 
 
@@ -54,7 +55,9 @@ def independent(*arguments):
 
 
 def with_threads(*arguments):
-    return plain_op(*arguments[:4], arguments[4] * torch.get_num_threads(), *arguments[5:])
+    """Wrong with another number of threads than the process has."""
+    factor = 1 if torch.get_num_threads() == THREADS else 2
+    return plain_op(*arguments[:4], factor * arguments[4], *arguments[5:])
 
 
 OPS = {
