@@ -139,7 +139,8 @@ class Tree:
             return "compiler"
         if not self._run("ctest", "--test-dir", str(self.build)):
             return "C++"
-        tests = [f"tests/fast/test_{name}.py" for name in ("native", "ops", "segments")]
+        names = ("native", "ops", "segments", "blocks", "linear", "quantize")
+        tests = [f"tests/fast/test_{name}.py" for name in names]
         command = (sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider")
         return "" if self._run(*command, *tests, "tests/core/test_noise.py") else "Python"
 

@@ -81,6 +81,17 @@ TESTS = {
     "fast.ops": ["fast/test_ops.py",
                  "verify/test_reference.py::test_defaults_are_those_of_the_op", KIT[0]],
     "evaluation.metrics": ["evaluation/test_metrics.py", *KIT],
+    "core.adapter": ["core/test_adapter.py", "core/test_priors.py", "methods/test_contract.py",
+                     *KIT],
+    "model.llama": ["model/test_llama.py", *KIT],
+    "training.trainer": ["training/test_trainer.py", *KIT],
+    "training.schedule": ["training/test_schedule.py", "training/test_trainer.py", *KIT],
+    **{f"methods.{name}": [f"methods/test_{name}.py", "methods/test_contract.py", *KIT]
+       for name in ("blob", "dropout", "ensemble", "full", "laplace", "map", "point", "subspace",
+                    "swag", "tfb")},
+    "methods.evidence": ["methods/test_subspace.py", *KIT],
+    "fast.blocks": ["fast/test_blocks.py", *KIT],
+    "fast.attention": ["fast/test_attention.py", *KIT],
 }  # fmt: skip
 
 
