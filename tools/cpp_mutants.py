@@ -50,7 +50,7 @@ STATEMENT = re.compile(
     rf"^\s*(?=\S)(?!{DECLARED})"
     r"([\w.>\[\]():, +*-]+ [+*/|-]?= [^;{]+|[\w.:>-]+(<[\w:, ]+>)?\([^;{]*\));$"
 )
-LIMIT = 600  # seconds of a build or of the tests
+LIMIT = 200  # seconds of a build or of the tests
 
 
 class Mutant(NamedTuple):

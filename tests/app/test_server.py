@@ -155,6 +155,22 @@ def test_waiting_requests_are_answered_together(clf):
             assert status == 200 and abs(got - want) <= rounding(torch.float32, 64)
 
 
+def test_a_request_that_is_given_up_hurts_nobody_of_its_batch(clf):
+    gate = slow(clf, 4)
+
+    async def use(app):
+        calls = [asyncio.create_task(call(app, ask(text=f"ticket {i}"))) for i in range(4)]
+        await until(lambda: app.state.queue.waiting == 4)
+        calls[1].cancel()
+        await asyncio.wait(calls[1:2])
+        gate.go.set()
+        return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
+
+    first, given_up, *others = served(gate, use)
+    assert isinstance(given_up, asyncio.CancelledError)
+    assert [status for status, _, _ in (first, *others)] == [200] * 3
+
+
 def test_a_full_queue_refuses(clf):
     gate = slow(clf, 1)
 
