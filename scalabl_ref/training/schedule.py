@@ -23,7 +23,7 @@ def first_held(steps: int, warmup: float, share: float) -> int:
     It is the first of the last `share` of the steps, whose weights SWAG averages, but not in the
     warm-up.
     """
-    return max(int((1 - share) * steps), int(warmup * steps)) if share else steps
+    return max(int((1 - share) * steps), int(warmup * steps))
 
 
 def kl_period(num_examples: int, batch: int, gamma: float = 8.0) -> int:

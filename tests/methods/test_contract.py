@@ -42,6 +42,19 @@ def made(kind, seed=0, **config) -> Llama:
     return model
 
 
+@each_kind
+def test_parameters_are_float32_whatever_the_default(kind):
+    """So that steps of 1e-3 change them: on a bfloat16 base, and where bfloat16 is the default."""
+    right = [p for adapter in adapters(made(kind)).values() for p in adapter.parameters()]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        adapter_list = adapters(tiny_model(method=kind[0], covariance=kind[1])).values()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    found = [p for adapter in adapter_list for p in adapter.parameters()]
+    assert [(p.shape, p.dtype) for p in found] == [(p.shape, torch.float32) for p in right]
+
+
 def kind_of(kind):
     return COVARIANCES[kind[1]][kind[0]]
 
@@ -187,6 +200,22 @@ def test_all_kinds_round_alike(kind):
         low = linear(x, noise)
     assert low.dtype == torch.bfloat16
     assert torch.equal(low, on(torch.bfloat16)(x.bfloat16(), noise))
+
+
+@each_kind
+@each_sampling
+def test_the_update_is_that_of_the_layer(kind, sampling):
+    """`update`, which quantised layers add, is the adapted layer less the base."""
+    linear = made(kind, sampling=sampling).layers[0].attn.q_proj
+    x = torch.randn(2, 3, TINY.hidden_size, generator=torch.Generator().manual_seed(0))
+    for groups, draws in ((None, None), ([7, 4], None), ([7, 7], [0, 1])):
+        groups, draws = (v if v is None else torch.tensor(v) for v in (groups, draws))
+        keys = Keys(Noise(1, 2), groups, draws)
+        if draws is None or linear.adapter.joint:
+            with torch.no_grad():
+                y, base = linear(x, keys), torch.nn.functional.linear(x, linear.weight)
+                found = linear.adapter.update(x, keys)
+            assert (found - (y - base)).abs().max() <= rounding(torch.float32, 64) * y.abs().max()
 
 
 # --- adapters: training ---------------------------------------------------------------------------
