@@ -12,6 +12,7 @@ from scalabl_ref.core.noise import FIRST_TRAINING_DRAW
 from scalabl_ref.core.objective import Batch, class_logits, complexity
 from scalabl_ref.data import collate
 from scalabl_ref.fast.rows import compile_blocks
+from scalabl_ref.training import trainer as trainer_module
 from scalabl_ref.training.schedule import kl_period
 from scalabl_ref.training.trainer import TrainConfig, Trainer
 
@@ -361,6 +362,30 @@ def test_a_loss_that_is_not_finite_ends_the_run():
 def test_bad_settings_are_named(change, message):
     with pytest.raises(InputError, match=message):
         TrainConfig(**change)
+
+
+def test_the_smallest_settings_are_taken():
+    TrainConfig(steps=1, batch=1, micro_batch=1, checkpoint_every=1)
+
+
+def test_defaults_are_those_of_the_page():
+    """docs/method.md, and eq. (7)'s 8."""
+    c = TrainConfig()
+    assert (c.steps, c.batch, c.micro_batch, c.lr, c.variational_lr) == (1000, 8, None, 1e-3, None)
+    assert (c.warmup, c.adam_eps, c.weight_decay, c.objective) == (0.06, 1e-6, 0.0, "elbo")
+    assert (c.kl, c.beta, c.kl_lr, c.kl_gamma, c.swag) == ("forward", 1.0, 0.2, 8.0, 0.0)
+    assert (c.swag_lr, c.seed, c.checkpoint_every) == (None, 0, 200)
+    assert not (c.recompute or c.offload_activations or c.compile)
+
+
+def test_blocks_are_compiled_iff_asked_for(monkeypatch):
+    seen = []
+    monkeypatch.setattr(trainer_module, "compile_blocks", seen.append)
+    model = tiny_model()
+    Trainer(model, tiny_data(), TrainConfig(steps=1))
+    assert not seen
+    Trainer(model, tiny_data(), TrainConfig(steps=1, compile=True))
+    assert seen == [model]
 
 
 @pytest.mark.parametrize(
