@@ -160,8 +160,9 @@ def test_gaps_between_rows_are_not_read():
     wide = torch.full((6, 2, 40), float("nan"))
     wide[:, 0, :20] = normal(6, 20, dtype=torch.float32, seed=1)
     x = wide[:, 0, :20]
-    ones = torch.ones(6, 20)
-    module, angles = norm_of(torch.ones(20)), torch.ones(6, 1, 10)
+    module, angles, ones = norm_of(torch.ones(20)), torch.ones(6, 1, 10), torch.ones(6, 20)
+    one = torch.full((120,), float("nan"))
+    one[0] = 1
     for function in (
         lambda x: blocks.rms_norm(module, x),
         lambda x: blocks.swiglu(x, x),
@@ -169,12 +170,34 @@ def test_gaps_between_rows_are_not_read():
     ):
         leaf, packed = x.detach().requires_grad_(), x.contiguous().requires_grad_()
         assert torch.equal(function(leaf), function(packed))
-        gradient = torch.autograd.grad(function(leaf), leaf, ones.as_strided((6, 20), (0, 0)))[0]
+        gradient = torch.autograd.grad(function(leaf), leaf, one.as_strided((6, 20), (0, 0)))[0]
         assert torch.equal(gradient, torch.autograd.grad(function(packed), packed, ones)[0])
 
 
+def test_angles_may_be_views():
+    x = normal(6, 2, 10, dtype=torch.float32, seed=1)
+    wide = torch.full((2, 6, 1, 30), float("nan"))
+    wide[..., :10] = normal(2, 6, 1, 10, dtype=torch.float32, seed=2)
+    cos, sin = wide[..., :10]
+    right = blocks.rotate(x, cos.contiguous(), sin.contiguous())
+    assert torch.equal(blocks.rotate(x, cos, sin.contiguous()), right)
+    assert torch.equal(blocks.rotate(x, cos.contiguous(), sin), right)
+
+
+def test_leading_dimensions_of_a_norm_change_nothing():
+    x, g = (normal(6, 20, dtype=torch.float32, seed=seed) for seed in (1, 2))
+    found = []
+    for shape in ((6, 20), (2, 3, 20), (6, 1, 20)):
+        leaf, module = x.view(shape).requires_grad_(), norm_of(torch.ones(20)).requires_grad_()
+        y = blocks.rms_norm(module, leaf)
+        gradients = torch.autograd.grad(y, (leaf, module.weight), g.view(shape))
+        found.append([t.reshape(-1, 20) for t in (y, *gradients)])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 def test_second_derivatives():
-    """Through PyTorch's operations, by finite differences of the first, in float64 and float32."""
+    """Of the fast functions in float32, near those of the plain functions in float64."""
     module, g = (
         norm_of(normal(6, dtype=torch.float32, seed=3)),
         normal(4, 6, dtype=torch.float32, seed=5),
@@ -182,22 +205,22 @@ def test_second_derivatives():
     cos, sin = (normal(4, 1, 6, dtype=torch.float32, seed=seed) for seed in (6, 7))
     places = torch.tensor([1, 2, 4, 5])
     functions = {
-        "norm": lambda x: blocks.rms_norm(module, x),
-        "swiglu": lambda x: blocks.swiglu(x, x.flip(0)),
-        "rotate": lambda x: blocks.rotate(x[:, None], cos, sin, places, 7).square()[places, 0],
-    }
+        "norm": (blocks.rms_norm, blocks.plain_norm, lambda norm, x, _: norm(module, x)),
+        "swiglu": (blocks.swiglu, plain.swiglu, lambda swiglu, x, _: swiglu(x, x.flip(0))),
+        "rotate": (lambda x, *angles: blocks.rotate(x, *angles, places, 7)[places], plain.rotate,
+                   lambda rotate, x, angles: rotate(x[:, None], *angles).square()[:, 0]),
+    }  # fmt: skip
     x = normal(4, 6, dtype=torch.float32, seed=1)
-    for name, function in functions.items():
+    for name, (fast, slow, of) in functions.items():
         second = []
-        for dtype in (torch.float32, torch.float64):  # the second by plain operations throughout
+        for function, dtype in ((fast, torch.float32), (slow, torch.float64)):
             leaf = x.to(dtype).requires_grad_()
             module.to(dtype)
-            cos, sin = cos.to(dtype), sin.to(dtype)
-            (first,) = torch.autograd.grad(function(leaf), leaf, g.to(dtype), create_graph=True)
+            y = of(function, leaf, (cos.to(dtype), sin.to(dtype)))
+            (first,) = torch.autograd.grad(y, leaf, g.to(dtype), create_graph=True)
             second.append(torch.autograd.grad(first.square().sum(), leaf)[0].double())
-        assert (second[0] - second[1]).abs().max() <= rounding(torch.float32, 64) * second[
-            1
-        ].abs().max(), name
+        error = (second[0] - second[1]).abs().max()
+        assert error <= rounding(torch.float32, 64) * second[1].abs().max(), name
 
 
 def test_what_the_core_does_not_serve_goes_to_the_plain_functions():
