@@ -437,6 +437,10 @@ def test_bad_arguments_are_refused():
             Subspace.fit(model, [batch], **arguments)
     with pytest.raises(InputError, match="no examples"):
         Subspace.fit(model, [])
+    mixed = points(targets=("q_proj",))
+    mixed.layers[0].attn.v_proj.adapter = tiny_model(method="mle").layers[0].attn.v_proj.adapter
+    with pytest.raises(InputError, match="needs adapters of method point"):
+        layout(mixed)
     with pytest.raises(InputError, match="needs adapters of method point"):
         Subspace.fit(tiny_model(method="mle"), [batch])
     posterior = Subspace.fit(model, [batch])
