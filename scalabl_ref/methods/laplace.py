@@ -238,9 +238,7 @@ class Laplace:
                 name: Curvature(*(tensors.pop(f"{name}.{key}") for key in Curvature._fields))
                 for name in sorted(names)
             }
-            shapes = {name: (len(c.left), len(c.right)) for name, c in curvature.items()}
-            if "shapes" in metadata:  # older files have blocks of single matrices only
-                shapes = {name: (m, n) for name, (m, n) in json.loads(metadata["shapes"]).items()}
+            shapes = {name: (m, n) for name, (m, n) in json.loads(metadata["shapes"]).items()}
         except (KeyError, ValueError) as error:
             raise InputError(f"{path}: not written by this program: {error}") from None
         if not curvature:

@@ -37,10 +37,6 @@ class Swag:
     mean: State = field(default_factory=dict)
     square: State = field(default_factory=dict)
 
-    def __post_init__(self) -> None:  # older files have them in float32
-        self.mean = {name: value.double() for name, value in self.mean.items()}
-        self.square = {name: value.double() for name, value in self.square.items()}
-
     @torch.no_grad()
     def collect(self, model: Llama) -> None:
         """Add the state of the model's adapters to the averages."""

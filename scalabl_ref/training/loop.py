@@ -88,10 +88,6 @@ def _identity(trainer: Trainer, watch: Watch | None) -> dict[str, Any]:
     config = dataclasses.asdict(trainer.config)
     for name in ("checkpoint_every", "micro_batch", "recompute", "offload_activations", "compile"):
         del config[name]  # none changes the function computed
-    if not config["swag"]:  # two settings that older checkpoints do not have
-        del config["swag_lr"]
-    if config["kl_gamma"] == 8.0:
-        del config["kl_gamma"]
     config["dtype"] = str(trainer.model.embed_tokens.weight.dtype).removeprefix("torch.")
     config["init"] = trainer.init
     data = hashlib.sha256(json.dumps([trainer.data.tokens, trainer.data.labels]).encode())
