@@ -106,6 +106,7 @@ def test_a_low_precision_base_does_not_round_the_adapter():
 
 def test_no_sign_is_used_twice_and_none_is_an_entry_of_E(monkeypatch):
     """In a run E belongs to a draw and a layer, for all batches; signs are asked for once."""
+    assert SIGNS == 2**31  # part of a run's noise
     used, original = {"E": Counter(), "signs": Counter()}, Noise.normal
 
     def record(self, layer, groups, rank, draws=None):

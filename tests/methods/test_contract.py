@@ -208,10 +208,10 @@ def test_the_update_is_that_of_the_layer(kind, sampling):
     """`update`, which quantised layers add, is the adapted layer less the base."""
     linear = made(kind, sampling=sampling).layers[0].attn.q_proj
     x = torch.randn(2, 3, TINY.hidden_size, generator=torch.Generator().manual_seed(0))
-    for groups, draws in ((None, None), ([7, 4], None), ([7, 7], [0, 1])):
-        groups, draws = (v if v is None else torch.tensor(v) for v in (groups, draws))
-        keys = Keys(Noise(1, 2), groups, draws)
-        if draws is None or linear.adapter.joint:
+    groups, draws = (torch.tensor(v) for v in ([7, 4], [0, 1]))
+    noise = Noise(1, 2)
+    for keys in (None, Keys(noise), Keys(noise, groups), Keys(noise, groups, draws)):
+        if keys is None or keys.draws is None or linear.adapter.joint:
             with torch.no_grad():
                 y, base = linear(x, keys), torch.nn.functional.linear(x, linear.weight)
                 found = linear.adapter.update(x, keys)

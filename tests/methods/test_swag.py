@@ -53,7 +53,7 @@ def test_swag_draws_the_same_once_it_is_loaded(tmp_path):
 
 
 def test_swag_keeps_a_width_far_below_its_mean(tmp_path):
-    """Of 3e-5 of it, whose square float32 would round away; a float32 file can still be read."""
+    """Of 3e-5 of it, whose square float32 would round away."""
     model, swag, seen = tiny_model(method="mle", targets=("q_proj",)), Swag(), []
     generator = torch.Generator().manual_seed(0)
     [*_, (layer, adapter)] = adapters(model).items()
@@ -69,9 +69,35 @@ def test_swag_keeps_a_width_far_below_its_mean(tmp_path):
         width = (made.draw(Noise(7, 0))[name] - made.mean[name]) / z
         bound = rounding(torch.float64, 64) * 9 / expected + rounding(torch.float64, 9) / z.abs()
         assert ((width - expected).abs() <= bound).all()
+
+
+def test_swag_goes_on_from_its_state():
+    """As a training that was stopped does: into a SWAG that has collected something else."""
+    model, swag, other = tiny_model(method="mle"), Swag(), Swag()
+    swag.collect(model)
+    other.collect(tiny_model(seed=1, method="mle"))
+    other.mean["gone"] = other.square["gone"] = torch.zeros(1)
+    other.restore(swag.state())
+    for adapter in adapters(model).values():
+        adapter.A.data += 1
+    for each in (swag, other):
+        each.collect(model)
+    assert other.count == 2 and other.mean.keys() == swag.mean.keys()
+    for part in ("mean", "square"):
+        for name, value in getattr(swag, part).items():
+            assert torch.equal(getattr(other, part)[name], value), name
+
+
+@pytest.mark.parametrize("change", ["count", "name"])
+def test_a_file_of_another_program_is_refused(change, tmp_path):
+    swag = Swag()
+    swag.collect(tiny_model(method="mle"))
+    swag.save(tmp_path)
     tensors, metadata = load_tensors(file := tmp_path / "swag.safetensors")
-    save_tensors(file, ((n, tensor.float()) for n, tensor in tensors.items()), metadata)
-    old = Swag.load(tmp_path)
-    old.collect(model)
-    drawn = old.draw(Noise(7, 0))
-    assert old.count == 6 and {value.dtype for value in drawn.values()} == {torch.float64}
+    if change == "count":
+        metadata = {}
+    else:
+        tensors["median.x"] = torch.zeros(1)
+    save_tensors(file, tensors.items(), metadata)
+    with pytest.raises(InputError, match="not written by this program"):
+        Swag.load(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -109,6 +110,13 @@ def test_sigma_satisfies_the_tolerance_and_the_next_does_not(method):
     assert 1e-4 < sigma < 1
     beyond = relative_change(model, batch, 1 + RESOLUTION)
     assert 0 < relative_change(model, batch) <= 0.1 < beyond < 0.11
+
+
+def test_the_defaults_are_those_of_the_page():
+    """docs/method.md."""
+    parameters = inspect.signature(fit_tfb).parameters.values()
+    defaults = [p.default for p in parameters if p.default is not p.empty]
+    assert defaults == [0.003, 10, 0, (1e-4, 1.0), 0.01]
 
 
 def test_a_change_for_the_better_counts_as_well():
