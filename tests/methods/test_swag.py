@@ -75,6 +75,7 @@ def test_swag_goes_on_from_its_state():
     """As a training that was stopped does: into a SWAG that has collected something else."""
     model, swag, other = tiny_model(method="mle"), Swag(), Swag()
     swag.collect(model)
+    swag.collect(model)
     other.collect(tiny_model(seed=1, method="mle"))
     other.mean["gone"] = other.square["gone"] = torch.zeros(1)
     other.restore(swag.state())
@@ -82,7 +83,7 @@ def test_swag_goes_on_from_its_state():
         adapter.A.data += 1
     for each in (swag, other):
         each.collect(model)
-    assert other.count == 2 and other.mean.keys() == swag.mean.keys()
+    assert other.count == 3 and other.mean.keys() == swag.mean.keys()
     for part in ("mean", "square"):
         for name, value in getattr(swag, part).items():
             assert torch.equal(getattr(other, part)[name], value), name
