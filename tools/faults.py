@@ -87,8 +87,9 @@ TESTS = {
     "training.trainer": ["training/test_trainer.py", *KIT],
     "training.schedule": ["training/test_schedule.py", "training/test_trainer.py", *KIT],
     **{f"methods.{name}": [f"methods/test_{name}.py", "methods/test_contract.py", *KIT]
-       for name in ("blob", "dropout", "ensemble", "full", "laplace", "map", "point", "subspace",
-                    "swag", "tfb")},
+       for name in ("blob", "dropout", "ensemble", "full", "laplace", "map", "subspace", "swag",
+                    "tfb")},
+    "methods.point": [f"methods/test_{name}.py" for name in ("point", "subspace", "contract")],
     "methods.evidence": ["methods/test_subspace.py", *KIT],
     "fast.blocks": ["fast/test_blocks.py", *KIT],
     "fast.attention": ["fast/test_attention.py", *KIT],

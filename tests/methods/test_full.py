@@ -30,6 +30,17 @@ def test_full_kl_equals_torch_distributions(pairs, prior_std, seed):
     assert abs(complexity(model) - expected) <= rounding(torch.float64, 500) * (10 + expected)
 
 
+@torch.no_grad()
+def test_the_factor_has_free_entries_below_its_diagonal():
+    adapter = tiny_model(covariance="full").layers[0].attn.q_proj.adapter
+    adapter.lower.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    adapter.log_sigma.copy_(torch.tensor([4.0, 5.0, 6.0]).log())
+    right = torch.tensor([[4.0, 0, 0], [1, 5, 0], [2, 3, 6]])
+    assert (adapter.factor() - right).abs().max() <= rounding(torch.float32, 16)
+    assert adapter.lora_A(Noise(1, 2)).dtype == torch.float64
+    assert len(tiny_model(covariance="full", rank=5).layers[0].attn.q_proj.adapter.lower) == 10
+
+
 def test_full_covariance_starts_as_the_diagonal_one():
     diagonal, full = tiny_model(), tiny_model(covariance="full")
     batch = tiny_batch()
