@@ -92,6 +92,15 @@ def test_an_example_does_not_depend_on_its_batch():
         assert (a - b).abs().max() <= rounding(torch.float32, 256)
 
 
+def test_a_draw_of_twice_the_weight_is_the_draw_twice():
+    g = torch.Generator().manual_seed(0)
+    logs = torch.randn(3, 4, 5, dtype=torch.float64, generator=g).log_softmax(-1)
+    weights = torch.tensor([0.25, 0.25, 0.5], dtype=torch.float64)
+    found, right = predictive(logs, weights), predictive(logs[[0, 1, 2, 2]])
+    for name, one, other in zip(found._fields, found, right, strict=True):
+        assert (one - other).abs().max() <= rounding(torch.float64, 32) * other.abs().max(), name
+
+
 @pytest.mark.parametrize("design", predict_module.DESIGNS)
 def test_draws_of_a_design_are_those_of_its_noise(design, monkeypatch):
     """One by one, all in one pass, and so few tokens at once that there are several passes."""
