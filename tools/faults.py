@@ -83,7 +83,7 @@ TESTS = {
     "evaluation.metrics": ["evaluation/test_metrics.py", *KIT],
     "core.adapter": ["core/test_adapter.py", "core/test_priors.py", "methods/test_contract.py",
                      *KIT],
-    "model.llama": ["model/test_llama.py", *KIT],
+    "model.llama": ["model/test_llama.py", "fast/test_plain.py", *KIT],
     "training.trainer": ["training/test_trainer.py", *KIT],
     "training.schedule": ["training/test_schedule.py", "training/test_trainer.py", *KIT],
     **{f"methods.{name}": [f"methods/test_{name}.py", "methods/test_contract.py", *KIT]

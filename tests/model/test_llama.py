@@ -343,6 +343,21 @@ def test_no_two_tokens_share_a_group_under_token_sampling(monkeypatch):
     assert all(len(ids) == len(set(ids)) == 18 for ids in seen.values()) and len(seen) == 5
 
 
+def test_a_random_model_is_a_function_of_its_seed():
+    """Every tensor can be trained; norms are 1 and biases 0."""
+    config = dataclasses.replace(TINY, qkv_bias=True)
+    one, same, other = (Llama(config).init_random_(seed, std=0.5) for seed in (3, 3, 4))
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, same.state_dict()[name])
+        if name.endswith(("norm.weight", "bias")):
+            assert torch.equal(value, torch.full_like(value, not name.endswith("bias")))
+        else:
+            assert not torch.equal(value, other.state_dict()[name]) and 0.3 < value.std() < 0.7
+    assert all(p.requires_grad for p in one.parameters())
+    assert one.device == torch.device("cpu")
+    assert Llama(TINY, device="meta").device == torch.device("meta")
+
+
 @torch.no_grad()
 def test_trimmed_head_is_rows_of_the_full_one():
     for tied in (False, True):
