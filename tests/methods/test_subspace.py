@@ -297,6 +297,23 @@ def test_the_best_precision_of_one_scale_is_the_root_of_a_quadratic():
         best_precision(torch.diag(h), s, torch.arange(7), list("abcdefg"))
 
 
+@pytest.mark.parametrize("seed", [2, 37, 76, 80, 443])
+def test_the_best_precision_of_scales_of_very_different_sizes(seed):
+    """Of three examples, from 0 to precisions between 1e-12 and 1e5."""
+    g = torch.Generator().manual_seed(seed)
+    X = torch.randn(3, 4, generator=g).double() * 10 ** (3 * torch.randn(4, generator=g).double())
+    s = torch.randn(4, generator=g).double().abs() * 10 ** (
+        2 * torch.randn(4, generator=g).double()
+    )
+    group = torch.tensor([0, 0, 1, 1] if seed % 2 else [0, 0, 0, 0])
+    found = best_precision(X.T @ X, s, group, ["first", "second"])
+    Y = X * found.rsqrt()  # 1 - M_ii without M, which rounding spoils here
+    determined = (Y * torch.linalg.solve(torch.eye(3).double() + Y @ Y.T, Y)).sum(0)
+    for own in (group == 0, group == 1)[: int(group.max()) + 1]:
+        error = (found * s.square())[own].sum() - determined[own].sum()
+        assert abs(error) <= rounding(torch.float64, 64) * Y.square().sum() + 1e-8
+
+
 def test_validation_finds_the_factor_that_predicts_best():
     """From any start the same precision is found, and neighbours predict worse."""
     model, batch, other = points(), tiny_batch(12), tiny_batch(20, seed=3)
