@@ -543,6 +543,14 @@ def test_configurations_that_cannot_be_are_named(change, message):
         LlamaConfig.from_hf({k: v for k, v in HF.items() if k != "vocab_size"})
 
 
+def test_a_window_as_long_as_the_model_is_no_window():
+    config = {**HF, "model_type": "mistral", "max_position_embeddings": 512}
+    found = LlamaConfig.from_hf({**config, "sliding_window": 512})
+    assert found == LlamaConfig.from_hf({**config, "sliding_window": None})
+    with pytest.raises(InputError, match="sliding-window attention"):
+        LlamaConfig.from_hf({**config, "sliding_window": 511})
+
+
 # --- real weights ------------------------------------------------------------------------------
 
 
