@@ -78,7 +78,7 @@ TESTS = {
     "verify.reference": ["verify/test_reference.py", "fast/test_ops.py::test_equals_the_reference",
                   "fast/test_ops.py::test_gradients_equal_the_reference", "core/test_objective.py",
                   "evaluation/test_predict.py::test_predictive_equals_the_reference", KIT[1]],
-    "fast.ops": ["fast/test_ops.py",
+    "fast.ops": ["fast/test_ops.py", "fast/test_linear.py",
                  "verify/test_reference.py::test_defaults_are_those_of_the_op", KIT[0]],
     "evaluation.metrics": ["evaluation/test_metrics.py", *KIT],
     "core.adapter": ["core/test_adapter.py", "core/test_priors.py", "methods/test_contract.py",
