@@ -11,6 +11,7 @@ from scalabl_ref import InputError, Noise, predict
 from scalabl_ref.core.adapter import adapter_state
 from scalabl_ref.core.objective import class_logits
 from scalabl_ref.methods import Ensemble, Laplace, Swag
+from scalabl_ref.methods.ensemble import mean_log_probs
 from scalabl_ref.training.runs import load_adapter_state
 
 from ..models import fill, tiny_batch, tiny_model
@@ -88,3 +89,15 @@ def test_members_with_other_kinds_of_posteriors_are_refused():
     for posteriors in ([laplace], [laplace, Swag()]):
         with pytest.raises(InputError, match="posteriors of one kind for all members, or none"):
             Ensemble([state, state], posteriors)
+
+
+def test_a_members_weights_are_used_in_the_adapters_dtype():
+    """SWAG's averages are float64, and the adapters stay in float32."""
+    model, seen = tiny_model(method="mle"), []
+    kept = {name: value.clone() for name, value in adapter_state(model).items()}
+    wide = {name: value.double() + 1 for name, value in kept.items()}
+    model.lm_head.register_forward_hook(lambda *_: seen.append(adapter_state(model)))
+    mean_log_probs(model, tiny_batch(), wide)
+    for name, value in adapter_state(model).items():
+        assert seen[0][name].dtype == value.dtype == torch.float32
+        assert torch.equal(seen[0][name], kept[name] + 1) and torch.equal(value, kept[name])

@@ -330,8 +330,9 @@ def test_validation_finds_the_factor_that_predicts_best():
     close(again.precision, found.precision)
     with pytest.raises(InputError, match="no examples to choose the precision by"):
         validated(first, model, [])
-    with pytest.raises(InputError, match="no precision between 1e-4 and 1e4 times the first"):
-        validated(first.scaled(1e12), model, [other])
+    for factor in (1e12, 1e-12):
+        with pytest.raises(InputError, match="no precision between 1e-4 and 1e4 times the first"):
+            validated(first.scaled(factor), model, [other])
 
 
 def test_directions_that_are_not_kept_have_the_prior():
