@@ -101,3 +101,12 @@ def test_a_members_weights_are_used_in_the_adapters_dtype():
     for name, value in adapter_state(model).items():
         assert seen[0][name].dtype == value.dtype == torch.float32
         assert torch.equal(seen[0][name], kept[name] + 1) and torch.equal(value, kept[name])
+
+
+def test_more_than_ten_members_keep_their_order(tmp_path):
+    """Member i is beside the posterior of folder member-i."""
+    state = adapter_state(tiny_model(method="mle"))
+    members = [{name: value + i for name, value in state.items()} for i in range(12)]
+    Ensemble(members).save(tmp_path)
+    for one, other in zip(members, Ensemble.load(tmp_path).members, strict=True):
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
