@@ -364,6 +364,19 @@ def test_bad_settings_are_named(change, message):
         TrainConfig(**change)
 
 
+def test_a_restored_trainer_goes_on_to_the_bit():
+    first, second = (
+        Trainer(tiny_model(), tiny_data(), TrainConfig(steps=4, batch=4)) for _ in range(2)
+    )
+    for _ in range(2):
+        first.step()
+    second.restore({name: t.clone() for name, t in first.state().items()}, 2)
+    for _ in range(2):
+        assert first.step() == second.step()
+    for name, value in adapter_state(first.model).items():
+        assert torch.equal(value, adapter_state(second.model)[name]), name
+
+
 def test_the_smallest_settings_are_taken():
     TrainConfig(steps=1, batch=1, micro_batch=1, checkpoint_every=1)
 
