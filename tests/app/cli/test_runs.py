@@ -130,6 +130,12 @@ def test_another_base_is_named(work, capsys):
     assert said == f"error: {words}\n"
 
 
+def test_a_hold_out_is_of_the_rows_that_the_limit_left(work, capsys):
+    ok(f"{TRAIN} --method mle --holdout 0.25 --limit 16", capsys)
+    told = ok("evaluate --run run --data test.jsonl --temperature", capsys)
+    assert told["temperature"]["n_fit"] == 4
+
+
 def test_a_hold_out_is_of_the_file_that_was_trained_on(work, capsys):
     """Split again, another file would give back rows that the run has seen."""
     ok(f"{TRAIN} --method mle --holdout 0.25", capsys)
