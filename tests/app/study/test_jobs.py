@@ -59,6 +59,17 @@ def test_methods_that_start_alike_share_their_runs(done):
     assert folders.count("map") == folders.count("blob") == folders.count("point") == 3
 
 
+def test_trials_that_share_a_training_do_not_share_their_answers(done):
+    """The precision of Laplace's prior is set after the training."""
+    config, out, results = done
+    trial = results["methods"]["laplace tuned"]["trial"]
+    one, other = (
+        Job(config, "laplace tuned", {**trial, "precision": value}, 0, ("test",), out)
+        for value in (1.0, 2.0)
+    )
+    assert one.fits() == other.fits() and one.folder != other.folder
+
+
 def test_swag_is_that_of_the_uninterrupted_run(done, tmp_path, monkeypatch):
     """A run stopped among its last steps goes on with the averages that it had."""
     config, out, results = done
