@@ -35,12 +35,12 @@ def normal(*size: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def to_nearest_even(op: Op, device: torch.device) -> Errors:
-    """y = x b with ties of the last place, and below the smallest normal number, at rank 1."""
-    for dtype in HALVES:
+    """y = x b with ties of the last place, of the smallest and the largest numbers, at rank 1."""
+    for dtype, largest in zip(HALVES, (255, 2047), strict=True):  # its bits, a whole number
         # odd / 2^k times b: many products lie halfway between two numbers of the dtype
-        x = torch.arange(1, 1024, 2).to(device, dtype)[:, None]
+        x = torch.arange(1, 2048, 2).to(device, dtype)[:, None]
         scale = torch.finfo(dtype).tiny / 64
-        for b in (1.5, 1.25, scale, 3 * scale):
+        for b in (1.5, 1.25, scale, 3 * scale, torch.finfo(dtype).max / largest):
             A, B = (torch.tensor([[t]], device=device).to(dtype) for t in (1.0, b))
             one, zero = (torch.tensor([t], device=device).to(dtype) for t in (1.0, 0.0))
             y = op(x, zero[:, None], None, A, B, one, zero, 1.0, None)
