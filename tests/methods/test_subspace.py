@@ -311,6 +311,7 @@ def test_the_best_precision_of_scales_of_very_different_sizes(seed):
     determined = (Y * torch.linalg.solve(torch.eye(3).double() + Y @ Y.T, Y)).sum(0)
     for own in (group == 0, group == 1)[: int(group.max()) + 1]:
         error = (found * s.square())[own].sum() - determined[own].sum()
+        # Newton's method stops at steps of 1e-9.
         assert abs(error) <= rounding(torch.float64, 64) * Y.square().sum() + 1e-8
 
 
