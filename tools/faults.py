@@ -377,8 +377,8 @@ moved, arguments and related functions exchanged) and runs the tests of that mod
 Hypothesis draws 20 examples, the same every time, and slow tests of the C++ core and of chance are
 left out: the suite itself is the stricter. A process that crashes, or takes more than twice the
 processor's time of the tests without a change, has noticed too.
-Score: noticed / (tried - unobservable), {date.today():%Y-%m}; a module's row is of its last run. Where
-fewer than all mutants were tried, every sixth was.
+Score: noticed / (tried - unobservable), {date.today():%Y-%m}; a module's row is of its last run.
+Where fewer than all mutants were tried, every sixth was.
 
 | module | mutants | tried | noticed | unobservable | not noticed | score |
 |---|---|---|---|---|---|---|
