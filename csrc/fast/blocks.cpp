@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t PIECE = 1024;                // values of half precision widened at a time
 constexpr int64_t WORTH_A_THREAD = 1 << 15;    // fewer values cost less than waking another thread
-constexpr size_t LINE = 64;                   // bytes of a cache line
+constexpr size_t LINE = 64;                    // bytes of a cache line
 static_assert(PIECE >= SCALABL_MOST_HEAD_DIM, "a head is widened as a whole");
 
 // `n` values of S as floats: themselves if they are floats, else a copy.

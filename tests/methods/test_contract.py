@@ -44,7 +44,7 @@ def made(kind, seed=0, **config) -> Llama:
 
 @each_kind
 def test_parameters_are_float32_whatever_the_default(kind):
-    """So that steps of 1e-3 change them: on a bfloat16 base, and where bfloat16 is the default."""
+    """So that steps of 1e-3 change them, even where bfloat16 is the default."""
     right = [p for adapter in adapters(made(kind)).values() for p in adapter.parameters()]
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -299,7 +299,7 @@ def test_the_best_precision_of_one_scale_is_the_root_of_a_quadratic():
 
 @pytest.mark.parametrize("seed", [2, 37, 76, 80, 443])
 def test_the_best_precision_of_scales_of_very_different_sizes(seed):
-    """Of three examples, from 0 to precisions between 1e-12 and 1e5."""
+    """The precisions of three examples lie between 1e-12 and 1e5."""
     g = torch.Generator().manual_seed(seed)
     X = torch.randn(3, 4, generator=g).double() * 10 ** (3 * torch.randn(4, generator=g).double())
     s = torch.randn(4, generator=g).double().abs() * 10 ** (

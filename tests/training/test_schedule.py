@@ -52,9 +52,9 @@ def test_warmup_rises_then_falls_to_zero():
     assert warmup_linear(0, 10, 0.0) == 1.0
     # Steps of warm-up that are not whole: 3.5 is 3, and .29 * 100 is below 29 in binary64.
     assert warmup_linear(2, 50, 0.07) == 2 / 3 and warmup_linear(3, 50, 0.07) == 1.0
+    assert warmup_linear(27, 100, 0.29) == 27 / 28 and warmup_linear(28, 100, 0.29) == 1.0
     # One step after the warm-up, and none.
     assert warmup_linear(9, 10, 0.9) == 1.0 and warmup_linear(9, 10, 1.0) == 0.9
-    assert warmup_linear(27, 100, 0.29) == 27 / 28 and warmup_linear(28, 100, 0.29) == 1.0
 
 
 @pytest.mark.parametrize(
