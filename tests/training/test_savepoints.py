@@ -301,7 +301,7 @@ def test_a_checkpoint_beside_the_training_is_of_its_own_step(tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_ends_when_a_rank_is_killed_and_resumes(tmp_path):
-    """As a user has it: real processes, a real SIGKILL from outside, the command's own words."""
+    """As a user has it: real processes, and a real SIGKILL from outside."""
     model, data = tiny_folder(tmp_path / "model"), questions_file(tmp_path / "data.jsonl")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     arguments = f"train --model {model} --data {data} --rank 2 --batch 4 --checkpoint-every 5"
@@ -326,8 +326,8 @@ def test_torchrun_ends_when_a_rank_is_killed_and_resumes(tmp_path):
         ranks[next(v for v in variables if v.startswith(b"RANK="))] = int(child)
     os.kill(ranks[b"RANK=1"], signal.SIGKILL)
     assert broken.wait(60) == 1
-    said = (tmp_path / "err").read_text()
-    assert "another rank ended" in said and "SIGKILL" in said
+    # torchrun ends rank 0 as soon as it sees that rank 1 is dead: often before rank 0 can say so
+    assert "SIGKILL" in (tmp_path / "err").read_text()
     assert start("--out", str(tmp_path / "run"), "--resume").wait(180) == 0
     for ours, theirs in zip(curve(tmp_path / "run"), curve(tmp_path / "whole"), strict=True):
         assert ours == theirs  # the same ranks add up in the same order
