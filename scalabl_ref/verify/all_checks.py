@@ -17,6 +17,8 @@ from .check import Check, Error, LeftOut, Op, Result
 from .checks import OP_CHECKS, OWN_CHECKS
 from .level_checks import LEVEL_CHECKS
 from .method_checks import METHOD_CHECKS
+from .score_checks import SCORE_CHECKS
+from .use_checks import USE_CHECKS
 
 
 def verify(op: Op | None = None, device: torch.device | str = "cpu") -> list[Result]:
@@ -25,7 +27,7 @@ def verify(op: Op | None = None, device: torch.device | str = "cpu") -> list[Res
     op: a function with the signature of `subspace_lora_linear`. If it raises an exception, the
     check has failed. Gradients of weight and bias are left out if it gives none.
     """
-    own = OWN_CHECKS + BODY_CHECKS + LEVEL_CHECKS + METHOD_CHECKS
+    own = OWN_CHECKS + BODY_CHECKS + LEVEL_CHECKS + METHOD_CHECKS + USE_CHECKS + SCORE_CHECKS
     checks = OP_CHECKS + (own if op is None else [])
     return [run(check, op or SubspaceAdapter.op, torch.device(device)) for check in checks]
 

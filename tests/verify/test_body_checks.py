@@ -101,6 +101,10 @@ FAULTS = {
     "gate and up exchanged": (
         "model.llama:MLP.activation",
         staticmethod(lambda gate, up: torch.nn.functional.silu(up) * gate), "block functions"),
+    "gates overflow": (
+        "model.llama:MLP.activation",
+        staticmethod(lambda gate, up: gate * gate.exp() / (1 + gate.exp()) * up),
+        "block functions"),
     "eps left out": (
         "model.llama:RMSNorm.forward",
         lambda self, x: x * x.square().mean(-1, keepdim=True).rsqrt() * (self.weight + 1e-3),

@@ -1,0 +1,399 @@
+"""Checks of the package in use: training, prediction, text, quantised weights, and files.
+
+The same result is computed in another way: step by step, draw by draw, code by code, without a
+cache, or by reading back from a file.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..core.adapter import Adapter, adapters
+from ..core.config import AdapterConfig
+from ..core.layer import SAMPLING
+from ..core.noise import FIRST_TRAINING_DRAW, Noise, philox_words
+from ..core.objective import Batch, class_logits
+from ..data import Encoded, TrainingOrder, evaluation_batches
+from ..evaluation.generate import TEXT_STREAM, choose, generate, warped
+from ..evaluation.predict import predict, predict_all
+from ..fast.quantize import KINDS, LEVELS, QuantizedLinear, quantize
+from ..interop.exporting import Trained
+from ..interop.peft import read_peft, write_peft
+from ..methods import Swag
+from ..model.attach import Linear, add_adapters
+from ..model.config import LlamaConfig
+from ..model.llama import Llama
+from ..support.tensors import load_tensors, open_tensors, save_tensors
+from ..training import savepoints
+from ..training.runs import load_run, save_run
+from ..training.schedule import warmup_linear
+from ..training.trainer import TrainConfig, Trainer
+from . import reference
+from .check import Check, Errors, Op, exact, ratio
+from .method_checks import (
+    CLASSES,
+    EPS,
+    EPS_32,
+    NETWORK,
+    draws,
+    fill,
+    layers,
+    mixed,
+    prompts,
+    small_model,
+)  # fmt: skip
+
+SHAPE = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
+                    num_attention_heads=2, num_key_value_heads=1, head_dim=4,
+                    max_position_embeddings=8)  # fmt: skip
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def new_trainer(device: torch.device, method: str, **settings: Any) -> Trainer:
+    """Of 7 rows of one to four tokens, in batches of 3 and micro-batches of 2."""
+    batch = prompts(torch.device("cpu"), 7, 4)
+    rows = [row[:n] for row, n in zip(batch.tokens.tolist(), batch.lengths.tolist(), strict=True)]
+    data = Encoded(rows, batch.labels.tolist(), list(CLASSES))
+    config = TrainConfig(batch=3, micro_batch=2, lr=0.02, seed=5, warmup=0.3, **settings)
+    model = small_model(device, method=method)
+    return Trainer(model, data, config, collector=Swag() if config.swag else None)
+
+
+def continued(_: Op, device: torch.device) -> Errors:
+    """Seven steps, and the same with a checkpoint on disk after four: equal to the bit."""
+    for method, settings in (("scalabl", {}), ("scalabl", {"objective": "official"}),
+                             ("blob", {"weight_decay": 0.1}), ("mle", {"swag": 0.5})):  # fmt: skip
+        whole, first, second = (new_trainer(device, method, steps=7, **settings) for _ in range(3))
+        log = [whole.step() for _ in range(7)]
+        parts = [first.step() for _ in range(4)]
+        with tempfile.TemporaryDirectory() as folder:
+            savepoints.Saver(Path(folder)).save(first.done, first.state(), {"of": method})
+            found = savepoints.load(Path(folder))
+        yield exact(found.done == 4 and found.identity == {"of": method}, "what was saved")
+        second.restore(found.tensors, found.done)
+        parts += [second.step() for _ in range(3)]
+        for step, (one, other) in enumerate(zip(log, parts, strict=True)):
+            yield exact(one == other, f"{method}: record of step {step}")
+        for name, value in whole.state().items():
+            yield exact(torch.equal(second.state()[name], value), f"{method}: {name}")
+
+
+def steps_told(_: Op, device: torch.device) -> Errors:
+    """The record of a step: NLL and accuracy of its rows, KL, rate, from the model before it."""
+    run = new_trainer(device, "scalabl", steps=9)
+    for step in range(9):
+        at = run.order.indices(step)
+        labels = torch.tensor([run.data.labels[i] for i in at])
+        with torch.no_grad():
+            noise = Noise(5, FIRST_TRAINING_DRAW + step)
+            logits = torch.cat([class_logits(run.model, one, noise) for one in alone(run.data, at)])
+        log_p = torch.log_softmax(logits.double().cpu(), -1)
+        record, rows = run.step(), torch.arange(len(at))
+        nll, right = -log_p[rows, labels].mean(), (log_p.argmax(1) == labels).double().mean()
+        yield ratio(torch.tensor(record["nll"]), nll, nll, NETWORK * EPS_32, "nll")
+        yield abs(record["accuracy"] - float(right)) / 1e-12
+        yield abs(record["loss"] - record["nll"] - record["kl"] / 7) / 1e-12
+        yield abs(record["lr"] - 0.02 * warmup_linear(step, 9, 0.3)) / 1e-12
+
+
+def alone(data: Encoded, indices: list[int]) -> Iterator[Batch]:
+    """A batch of one row for each index, without padding."""
+    for i in indices:
+        yield Batch(torch.tensor([data.tokens[i]]), torch.tensor([len(data.tokens[i])]),
+                    torch.tensor([data.labels[i]]), torch.tensor([i]),
+                    torch.tensor(data.classes))  # fmt: skip
+
+
+def order_of_data(_: Op, device: torch.device) -> Errors:
+    """Each epoch has every row once, in batches of which one is short, in an order of its own."""
+    lengths = [3 + 5 * i % 7 for i in range(23)]
+    for seed in (1, 2**63):
+        orders = []
+        for epoch in range(3):
+            order = TrainingOrder(lengths, 4, seed)
+            steps = [order.indices(6 * epoch + i) for i in range(6)]
+            rows = [i for step in steps for i in step]
+            yield exact(sorted(rows) == list(range(23)), f"epoch {epoch}: {rows}")
+            yield exact(sorted(map(len, steps)) == [3, 4, 4, 4, 4, 4], f"epoch {epoch}: {steps}")
+            orders.append({tuple(sorted(step)) for step in steps})
+        yield exact(orders[0] != orders[1] != orders[2], "two epochs have the same batches")
+    same = [TrainingOrder(lengths, 4, 9).indices(7) for _ in range(2)]
+    yield exact(same[0] == same[1], "the order is no function of seed and step")
+    data = Encoded([[1] * n for n in lengths], [0] * 23, list(CLASSES))
+    batches = list(evaluation_batches(data, 4))
+    yield exact(sorted(i for b in batches for i in b.ids.tolist()) == list(range(23)), "evaluation")
+    for batch in batches:
+        sizes = [lengths[i] for i in batch.ids.tolist()]
+        yield exact(batch.lengths.tolist() == sizes, "lengths")
+        yield exact(batch.tokens.sum(1).tolist() == sizes, "padding that is not 0")
+
+
+# --- Prediction -----------------------------------------------------------------------------------
+
+
+def draw_by_draw(_: Op, device: torch.device) -> Errors:
+    """A prediction of five draws, and the average of draws that each row made alone."""
+    batch = prompts(device, 4, 4, first=3)
+    for method in ("scalabl", "blob", "dropout"):
+        for sampling in SAMPLING:
+            settings: dict[str, Any] = {"dropout": 0.3} if method == "dropout" else {}
+            model = small_model(device, method=method, sampling=sampling, **settings)
+            found = predict(model, batch, samples=5, seed=7)
+            rows = range(4) if sampling != "batch" or method == "scalabl" else ()
+            yield agree(found.probs, by_draws(model, batch, 5, 7), f"{method}, {sampling}")
+            for i in rows:
+                one = predict(model, row_of(batch, i), samples=5, seed=7).probs
+                yield agree(one, found.probs[i : i + 1], f"{method}, {sampling}, row {i} alone")
+        whole = predict(model, batch, samples=0)
+        yield agree(whole.probs, mixed([mean_logits(model, batch)]), f"{method}, mean")
+    counted = replace(batch, ids=batch.ids - 3)
+    model, order = small_model(device, method="scalabl"), [2, 0, 3, 1]
+    parts = [row_of(counted, i) for i in order]
+    found = predict_all(model, parts, samples=5, seed=7)
+    for name, value in predict(model, counted, samples=5, seed=7)._asdict().items():
+        yield agree(getattr(found, name), value, f"{name} of rows in another order")
+
+
+def row_of(batch: Batch, i: int) -> Batch:
+    """Row i alone, without its padding."""
+    n = int(batch.lengths[i])
+    cut = {name: getattr(batch, name)[i : i + 1] for name in ("lengths", "labels", "ids")}
+    return replace(batch, tokens=batch.tokens[i : i + 1, :n], **cut)
+
+
+@torch.no_grad()
+def by_draws(model: Llama, batch: Batch, samples: int, seed: int) -> Tensor:
+    return mixed([class_logits(model, batch, Noise(seed, i)).cpu() for i in range(samples)])
+
+
+@torch.no_grad()
+def mean_logits(model: Llama, batch: Batch) -> Tensor:
+    return class_logits(model, batch, None).cpu()
+
+
+def agree(got: Tensor, expected: Tensor, case: str) -> float:
+    """Probabilities or entropies of two passes in float64: both are of size 1."""
+    got, expected = got.cpu(), expected.cpu()
+    return ratio(got, expected, torch.ones_like(expected), 100 * NETWORK * EPS, case)
+
+
+def full_model(device: torch.device, dtype: torch.dtype = torch.float64, **config: Any) -> Llama:
+    """Two blocks with a whole head, and adapters of ScalaBL."""
+    model = Llama(replace(SHAPE, **config)).init_random_(std=0.6)
+    add_adapters(model, AdapterConfig(rank=2, targets=("q_proj", "down_proj"))).to(dtype)
+    fill(adapters(model).values(), 1)
+    return model.to(device)
+
+
+def text_without_a_cache(_: Op, device: torch.device) -> Errors:
+    """Each token from whole passes of each draw; greedy, and by the cumulative probabilities."""
+    model, prompt = full_model(device), [3, 1, 4]
+    for samples, temperature, top_p in ((0, 0.0, 1.0), (3, 0.0, 1.0), (3, 0.8, 1.0), (3, 1.7, 0.7)):
+        words = philox_words(6, TEXT_STREAM, 8).tolist()
+        tokens = list(prompt)
+        found = list(generate(model, prompt, 9, samples, 6, (), temperature, top_p))
+        yield exact(len(found) == 6, f"{len(found)} tokens, of a model that has room for 6")
+        for i, token in enumerate(found):
+            right = next_token(model, tokens, samples)
+            probs, case = right["probs"][0], f"token {i} of {samples} draws at {temperature}"
+            chosen = probs.index(max(probs))
+            if temperature:
+                chosen = drawn_token(probs, temperature, top_p, (words[i] + 0.5) / 2**32)
+            yield exact(token.id == chosen, f"{case}: {token.id}, expected {chosen}")
+            numbers = token.probability, token.entropy, token.mutual_information
+            expected = probs[chosen], right["entropy"][0], right["mutual_information"][0]
+            one, other = (torch.tensor(t, dtype=torch.float64) for t in (numbers, expected))
+            yield agree(one, other, case)
+            tokens.append(token.id)
+    first = found[0].id
+    yield exact(list(generate(model, prompt, 9, 3, 6, (first,), 1.7, 0.7)) == [], "stop is ignored")
+    some = torch.softmax(draws(8, 11), 0)
+    for temperature, top_p in ((0.5, 1.0), (1.0, 0.6), (2.0, 0.9)):
+        to = warped(some, temperature, top_p)
+        for word in philox_words(7, 0, 50):
+            u = (int(word) + 0.5) / 2**32
+            chosen = drawn_token(some.tolist(), temperature, top_p, u)
+            yield exact(int(choose(to, word)) == chosen, f"{temperature}, {top_p}, u = {u}")
+
+
+@torch.no_grad()
+def next_token(model: Llama, tokens: list[int], samples: int) -> dict[str, list]:
+    noises: list[Noise | None] = [Noise(6, i) for i in range(samples)]
+    row = torch.tensor([tokens], device=model.device)
+    logits = [model(row, noise=noise)[:, -1].double().cpu() for noise in noises or [None]]
+    return reference.predictive(torch.stack(logits))
+
+
+def drawn_token(probs: list[float], temperature: float, top_p: float, u: float) -> int:
+    """By loops: of p^(1 / T) the most probable tokens up to the mass top_p, then inversion."""
+    powers = [p ** (1 / temperature) for p in probs]
+    order = sorted(range(len(probs)), key=lambda i: (-powers[i], i))
+    kept, mass = set[int](), 0.0
+    for i in order:
+        if mass >= top_p * sum(powers):
+            break
+        kept.add(i)
+        mass += powers[i]
+    below = 0.0
+    for i, power in enumerate(powers):
+        below += power if i in kept else 0.0
+        if below > u * mass:
+            return i
+    return len(probs) - 1
+
+
+# --- Weights --------------------------------------------------------------------------------------
+
+
+def codes_by_hand(_: Op, device: torch.device) -> Errors:
+    """8 and 4 bits: each code is the nearest, and products are those of the decoded weight."""
+    for columns in (130, 4161):
+        weight, x = draws(1, 5, columns).float().to(device), draws(2, 3, columns).float().to(device)
+        linear = Linear(columns, 5, bias=True, device=device)
+        bias = draws(3, 5).float().to(device)
+        linear.weight.data, linear.get_parameter("bias").data = weight, bias
+        for kind in KINDS:
+            codes, scale = quantize(weight, kind)
+            values, gap = decoded(codes.cpu(), scale.cpu(), columns)
+            error = (values - weight.cpu()).abs().double()
+            yield ratio(error, 0 * error, gap, 1 + 2**-7, f"{kind}: rounding")  # scale: bfloat16
+            low = QuantizedLinear(linear, codes, scale)
+            leaf, u = x.clone().requires_grad_(), draws(4, 3, 5).float().to(device)
+            y = low(leaf)
+            slope = torch.autograd.grad(y, leaf, u)[0].cpu()
+            with torch.no_grad():
+                quick = low(x)
+            right = x.cpu().double() @ values.T + bias.cpu().double()
+            size = x.cpu().double().abs() @ values.abs().T + 4
+            for got in (y.detach(), quick):
+                yield ratio(got.cpu(), right, size, 64 * EPS_32, f"{kind}, {columns} columns")
+            back = u.cpu().double() @ values
+            size = u.cpu().double().abs() @ values.abs()
+            yield ratio(slope, back, size, 16 * EPS_32, f"{kind}, {columns} columns, gradient")
+
+
+def decoded(codes: Tensor, scale: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """The weight of codes (float64), and half the largest step between neighbouring values."""
+    if codes.dtype == torch.int8:
+        return codes.double() * scale.double(), scale.double().expand(-1, columns) / 2
+    rows = []
+    for row, scales in zip(codes.tolist(), scale.tolist(), strict=True):
+        halves = [half for byte in row for half in (byte % 16, byte // 16)]
+        rows.append([LEVELS[half] * scales[i // 64] for i, half in enumerate(halves)][:columns])
+    step = max(b - a for a, b in zip(LEVELS, LEVELS[1:], strict=False))
+    return (torch.tensor(rows, dtype=torch.float64),
+            scale.double().repeat_interleave(64, 1)[:, :columns] * step / 2)  # fmt: skip
+
+
+def cut_heads(_: Op, device: torch.device) -> Errors:
+    """A head cut down to three tokens has their logits, in float32 or wider, tied or not."""
+    batch = prompts(device, 3, 4)
+    for tied in (False, True):
+        for dtype, near in ((torch.float64, EPS), (torch.float32, EPS_32), (torch.bfloat16, 2**-7)):
+            shape = replace(SHAPE, tie_word_embeddings=tied)
+            model = Llama(shape, dtype, device).init_random_(std=0.3)
+            with torch.no_grad():
+                full = class_logits(model, batch, None)
+                cut = class_logits(model.trim_head([*CLASSES]), batch, None)
+            yield exact(cut.dtype in (torch.float32, torch.float64), f"logits in {cut.dtype}")
+            size = full.abs().max().expand_as(full)
+            yield ratio(cut, full, size, 64 * max(near, EPS_32), f"{dtype}, tied: {tied}")
+
+
+def set_means(_: Op, device: torch.device) -> Errors:
+    """An adapter that takes over the mean c B A of another scaling, or of a smaller rank."""
+    x = draws(1, 4, 6).to(device)
+    for config in ({}, {"method": "mle"}, {"method": "blob"}, {"covariance": "full"},
+                   {"method": "dropout", "dropout": 0.2}):  # fmt: skip
+        for rank, scaling in ((3, 0.4), (2, 3.0)):
+            linear = cast(Linear, layers(device, **config)["q_proj"])
+            A, B = draws(3, rank, 6).to(device), draws(4, 5, rank).to(device)
+            cast(Adapter, linear.adapter).set_lora_(A, B, scaling)
+            with torch.no_grad():
+                y = linear(x)
+            right = x @ (linear.weight + scaling * B @ A).T + cast(Tensor, linear.bias)
+            yield ratio(y.detach(), right.detach(), right.abs().max(), 1e3 * EPS, f"{config}")
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+def tensors_on_disk(_: Op, device: torch.device) -> Errors:
+    """A file of safetensors by its own bytes, and as it is read back."""
+    kinds = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16,
+             "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8}  # fmt: skip
+    own = {name: (20 * draws(1, 3, 5)).abs().to(device, kind) for name, kind in kinds.items()}
+    own |= {"none": torch.empty(0, 4), "one": torch.tensor(2.5), "view": draws(2, 6, 4).T[1:]}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "some.safetensors"
+        save_tensors(path, own.items(), {"of": "verify"})
+        (size,) = struct.unpack("<Q", path.read_bytes()[:8])
+        header, body = json.loads(path.read_bytes()[8 : 8 + size]), path.read_bytes()[8 + size :]
+        read, facts = load_tensors(path)
+        later = {name: tensor() for name, tensor in open_tensors(path).items()}
+    yield exact(facts == header.pop("__metadata__") == {"of": "verify"}, "metadata")
+    yield exact(set(read) == set(later) == set(header) == set(own), f"names: {sorted(read)}")
+    for name, tensor in own.items():
+        start, end = header[name]["data_offsets"]
+        raw = tensor.cpu().contiguous().flatten().view(torch.uint8).tolist()
+        yield exact(list(body[start:end]) == raw, f"{name}: bytes")
+        yield exact(header[name]["shape"] == list(tensor.shape), f"{name}: shape")
+        for got in (read[name], later[name]):
+            yield exact(got.dtype == tensor.dtype and torch.equal(got, tensor.cpu()), name)
+
+
+def models_on_disk(_: Op, device: torch.device) -> Errors:
+    """A run that is written and read, and its mean as a LoRA of PEFT: the same model."""
+
+    def base() -> Llama:
+        return Llama(SHAPE, device=device).init_random_(std=0.6)
+
+    batch = prompts(device, 3, 4)
+    for method, cut in (("scalabl", True), ("mle", False), ("blob", True)):
+        model = base().trim_head([*CLASSES]) if cut else base()
+        config = AdapterConfig(method, rank=2, alpha=3.0, targets=("q_proj", "up_proj", "lm_head"))
+        add_adapters(model, config)
+        fill(adapters(model).values(), 4)
+        with tempfile.TemporaryDirectory() as name, torch.no_grad():
+            folder = Path(name)
+            save_run(folder / "run", model, {"model": "the base", "train": {"seed": 3}})
+            back, facts = load_run(folder / "run", model=base())
+            lora = Trained(folder, model, facts, None, folder).loras(0, 0)[0]()
+            write_peft(folder, lora, config, "the base")
+            plain = base()
+            for place, adapter in read_peft(folder, plain)[1].items():
+                cast(Linear, plain.get_submodule(place)).adapter = adapter.to(device)
+        noise = None if method == "mle" else Noise(1, 2)
+        for one in (None, noise):
+            with torch.no_grad():
+                got, right = (class_logits(m, batch, one) for m in (back, model))
+            yield exact(torch.equal(got, right), f"{method}: a run read back")
+        with torch.no_grad():
+            got, right = (class_logits(m, batch, None) for m in (plain, model))
+        yield ratio(got, right, right.abs().max(), NETWORK * EPS_32, f"{method}: PEFT")
+        yield exact(facts["train"]["seed"] == 3 and facts["adapter"]["rank"] == 2, "facts")
+
+
+USE_CHECKS = [
+    Check("continued training", "a run stopped and resumed has the bits of a whole one", continued),
+    Check("records of steps", "(4) NLL, accuracy, KL and rate of a step, row by row", steps_told),
+    Check("order of data", "each epoch has every row once", order_of_data),
+    Check("draw by draw", "(8), (9) draws together, rows together, or alone", draw_by_draw),
+    Check("text", "(8) decoding from the mixture, without a cache", text_without_a_cache),
+    Check("quantised weights", "int8 and nf4: codes, products, gradients", codes_by_hand),
+    Check("cut heads", "the logits of the classes' tokens", cut_heads),
+    Check("means taken over", "c B A of another scaling or rank", set_means),
+    Check("tensors on disk", "safetensors, byte by byte", tensors_on_disk),
+    Check("models on disk", "a run and a LoRA of PEFT, written and read", models_on_disk),
+]
