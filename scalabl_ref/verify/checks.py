@@ -15,7 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -483,6 +485,21 @@ def same_op(_: Op, device: torch.device) -> Errors:
             yield ratio(quick[name], expected, size[name], eps)
 
 
+def same_loops(_: Op, device: torch.device) -> Errors:
+    """y and all gradients of the native core's plain loops, which are for reading."""
+    core = native.core()
+    if core is None or device.type != "cpu":
+        raise LeftOut("it needs the native core, on a CPU")
+
+    def update(**fields: Any) -> SimpleNamespace:
+        op = core.update(**fields)
+        return SimpleNamespace(forward=op.plain_forward, backward=op.plain_backward)
+
+    loops = SimpleNamespace(cuda="", normals=core.normals, few_rows=core.few_rows, update=update)
+    with mock.patch.object(native, "core", lambda: loops):
+        yield from same_op(_, device)
+
+
 def op_and_gradients(case: Case) -> dict[str, Tensor]:
     """y of the op in place, and the gradient of each tensor of the case by its name."""
     names = ("x", "weight", "bias", "A", "B", "s", "sigma")
@@ -564,6 +581,7 @@ OWN_CHECKS = [
     Check("KL", "(5), (6) KL(q || p) and KL(p || q)", kl_values),
     Check("mixture", "(8), (9) probabilities averaged; entropies", mixture),
     Check("fast op", "(1a) to (1e): the fast body equals the plain one", same_op),
+    Check("core's loops", "(1a) to (1e): plain loops in C++ equal the plain op", same_loops),
     Check("fast noise", "noise: the fast bodies have the bits of the plain ones", same_noise),
     Check("fast model", "the model: the fast bodies equal the plain ones", same_model),
 ]

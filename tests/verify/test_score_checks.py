@@ -1,4 +1,4 @@
-"""The checks of scores and decisions: each passes, and notices faults in what it is for."""
+"""The checks of scores and decisions: each notices faults in what it is for."""
 
 from __future__ import annotations
 
@@ -13,12 +13,6 @@ from ..patching import rewrite
 
 CHECKS = {check.name: check for check in SCORE_CHECKS}
 CPU = torch.device("cpu")
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_a_check_passes(name):
-    result = run(CHECKS[name], SubspaceAdapter.op, CPU)
-    assert result.passed and result.cases, result
 
 
 # Fault: the function, its text, the text instead, and the check that must notice.
