@@ -30,7 +30,7 @@ from ..interop.exporting import Trained
 from ..interop.peft import read_peft, write_peft
 from ..methods import Swag
 from ..model.attach import Linear, add_adapters
-from ..model.config import LlamaConfig
+from ..model.config import LlamaConfig, RopeConfig
 from ..model.llama import Llama
 from ..support.tensors import load_tensors, open_tensors, save_tensors
 from ..training import savepoints
@@ -385,6 +385,61 @@ def models_on_disk(_: Op, device: torch.device) -> Errors:
         yield exact(facts["train"]["seed"] == 3 and facts["adapter"]["rank"] == 2, "facts")
 
 
+# As config.json has them, and the shapes that they mean.
+LLAMA3 = {
+    "model_type": "llama", "hidden_size": 12, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 6, "intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": 11,
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                     "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": [2, 3], "hidden_act": "silu",
+}  # fmt: skip
+QWEN = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 11,
+        "num_hidden_layers": 1, "max_position_embeddings": 32, "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6, "use_sliding_window": False, "eos_token_id": 4}  # fmt: skip
+FAR = RopeConfig("default", 1e6)
+IN_HF: list[tuple[dict[str, Any], LlamaConfig]] = [
+    (LLAMA3, LlamaConfig(
+        11, 12, 16, 2, 4, 2, 6, 64, 1e-5, RopeConfig("llama3", 5e5, 8.0, 1.0, 4.0, 16),
+        tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)),
+    ({"model_type": "qwen2", "num_key_value_heads": 1, **QWEN},
+     LlamaConfig(11, 8, 12, 1, 2, 1, 4, 32, rope=FAR, qkv_bias=True, eos_token_id=4)),
+    ({"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 6, **QWEN},
+     LlamaConfig(11, 8, 12, 1, 2, 2, 6, 32, rope=FAR, qk_norm=True, eos_token_id=4)),
+]  # fmt: skip
+NAMES_IN_HF = {"attn": "self_attn", "attn_norm": "input_layernorm",
+               "mlp_norm": "post_attention_layernorm"}  # fmt: skip
+
+
+def folders_of_hugging_face(_: Op, device: torch.device) -> Errors:
+    """Llama 3, Qwen2.5 and Qwen3: config.json and two files of weights; the same model."""
+    for values, config in IN_HF:
+        kind = values["model_type"]
+        yield exact(LlamaConfig.from_hf(values) == config, f"{kind}: the shape is another one")
+        yield exact(LlamaConfig.from_hf(config.to_hf()) == config, f"{kind}: the way back")
+        model = Llama(config, device=device)
+        fill([model], 3)
+        own = {in_hugging_face(n): p for n, p in model.named_parameters()}  # a tied head: once
+        with tempfile.TemporaryDirectory() as name:
+            folder, places = Path(name), dict[str, str]()
+            (folder / "config.json").write_text(json.dumps(values))
+            for i, names in enumerate((list(own)[::2], list(own)[1::2])):
+                file = f"model-{i + 1:05}-of-00002.safetensors"
+                save_tensors(folder / file, [(name, own[name]) for name in names])
+                places |= dict.fromkeys(names, file)
+            index = {"metadata": {}, "weight_map": places}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+            back = Llama.from_pretrained(folder, torch.float32, device)
+        tokens = torch.tensor([[3, 1, 4, 1, 5]], device=device)
+        with torch.no_grad():
+            yield exact(torch.equal(back(tokens), model(tokens)), f"{kind}: logits")
+
+
+def in_hugging_face(name: str) -> str:
+    parts = ".".join(NAMES_IN_HF.get(part, part) for part in name.split("."))
+    return parts if parts.startswith("lm_head") else f"model.{parts}"
+
+
 USE_CHECKS = [
     Check("continued training", "a run stopped and resumed has the bits of a whole one", continued),
     Check("records of steps", "(4) NLL, accuracy, KL and rate of a step, row by row", steps_told),
@@ -395,5 +450,10 @@ USE_CHECKS = [
     Check("cut heads", "the logits of the classes' tokens", cut_heads),
     Check("means taken over", "c B A of another scaling or rank", set_means),
     Check("tensors on disk", "safetensors, byte by byte", tensors_on_disk),
+    Check(
+        "folders of models",
+        "Llama 3, Qwen2.5, Qwen3: config.json and shards",
+        folders_of_hugging_face,
+    ),
     Check("models on disk", "a run and a LoRA of PEFT, written and read", models_on_disk),
 ]

@@ -93,6 +93,15 @@ FAULTS = {
         .replace("t.", "tensor."), "tensors on disk"),
     "facts are lost": (
         "support.tensors:save_tensors", "metadata=metadata", "metadata=None", "tensors on disk"),
+    "head_dim is not read": (
+        "model.config:LlamaConfig.from_hf", 'config.get("head_dim") or config',
+        "config", "folders of models"),
+    "the theta of RoPE is not written": (
+        "model.config:LlamaConfig.to_hf", "self.rope.theta", "10000.0", "folders of models"),
+    "norms exchanged": (
+        "support.folders:hf_to_ours", "_HF_TO_OURS.get(part, part)",
+        '{**_HF_TO_OURS, "q_norm": "k_norm", "k_norm": "q_norm"}.get(part, part)',
+        "folders of models"),
     "alpha for scaling": (
         "interop.peft:write_peft", "config.scaling * config.rank", "config.scaling",
         "models on disk"),
