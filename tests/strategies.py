@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
@@ -49,7 +49,9 @@ class OpCase(Case):
             extra = [1] * (len(shape) - self.draws.dim())
             draws = self.draws.reshape(*self.draws.shape, *extra).expand(shape)
         rows = [
-            Noise(self.noise.seed, self.noise.draw + int(d)).normal(self.layer, g.reshape(1), rank)
+            replace(self.noise, draw=self.noise.draw + int(d)).normal(
+                self.layer, g.reshape(1), rank
+            )
             for g, d in zip(ids.reshape(-1), draws.reshape(-1), strict=True)
         ]
         return torch.cat(rows).double() if rows else torch.zeros(0, rank).double()
