@@ -78,7 +78,7 @@ FAULTS = {
         "fast.quantize:_product", "whole(code, factor, d_in, x.dtype), b)",
         "whole(code, factor, d_in, x.dtype), None)", "quantised weights"),
     "a head of sorted tokens": (
-        "model.llama:Llama.trim_head", "[list(token_ids)]", "[sorted(token_ids)[::-1]]",
+        "model.llama:Llama.trim_head", "[list(token_ids)]", "[sorted(token_ids)]",
         "cut heads"),
     "a head in 16 bits": (
         "model.llama:Llama.trim_head", ".float()", ".bfloat16()", "cut heads"),
