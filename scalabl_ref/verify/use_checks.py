@@ -21,7 +21,7 @@ from ..core.adapter import Adapter, adapters
 from ..core.config import AdapterConfig
 from ..core.layer import SAMPLING
 from ..core.noise import FIRST_TRAINING_DRAW, Noise, philox_words
-from ..core.objective import Batch, class_logits
+from ..core.objective import Batch, class_logits, complexity
 from ..data import Encoded, TrainingOrder, evaluation_batches
 from ..evaluation.generate import TEXT_STREAM, choose, generate, warped
 from ..evaluation.predict import predict, predict_all
@@ -357,36 +357,58 @@ def tensors_on_disk(_: Op, device: torch.device) -> Errors:
             yield exact(got.dtype == tensor.dtype and torch.equal(got, tensor.cpu()), name)
 
 
-def models_on_disk(_: Op, device: torch.device) -> Errors:
-    """A run that is written and read, and its mean as a LoRA of PEFT: the same model."""
+def base_model(device: torch.device) -> Llama:
+    return Llama(SHAPE, device=device).init_random_(std=0.6)
 
-    def base() -> Llama:
-        return Llama(SHAPE, device=device).init_random_(std=0.6)
 
+def adapted_model(device: torch.device, cut: bool, **config: Any) -> Llama:
+    """Four adapted layers of the base, with parameters that are not the initial ones."""
+    model = base_model(device).trim_head([*CLASSES]) if cut else base_model(device)
+    targets = ("q_proj", "up_proj", "lm_head")
+    add_adapters(model, AdapterConfig(rank=2, alpha=3.0, targets=targets, **config))
+    fill(adapters(model).values(), 4)
+    return model
+
+
+METHODS: list[dict[str, Any]] = [
+    {}, {"method": "mle"}, {"method": "blob"}, {"covariance": "full"},
+    {"method": "map", "prior_std": 0.3}, {"prior_std": 0.7, "init_sigma": 0.2},
+]  # fmt: skip
+
+
+def runs_on_disk(_: Op, device: torch.device) -> Errors:
+    """A run that is written and read: the same model, draws, objective and facts."""
     batch = prompts(device, 3, 4)
-    for method, cut in (("scalabl", True), ("mle", False), ("blob", True)):
-        model = base().trim_head([*CLASSES]) if cut else base()
-        config = AdapterConfig(method, rank=2, alpha=3.0, targets=("q_proj", "up_proj", "lm_head"))
-        add_adapters(model, config)
-        fill(adapters(model).values(), 4)
-        with tempfile.TemporaryDirectory() as name, torch.no_grad():
-            folder = Path(name)
-            save_run(folder / "run", model, {"model": "the base", "train": {"seed": 3}})
-            back, facts = load_run(folder / "run", model=base())
-            lora = Trained(folder, model, facts, None, folder).loras(0, 0)[0]()
-            write_peft(folder, lora, config, "the base")
-            plain = base()
-            for place, adapter in read_peft(folder, plain)[1].items():
-                cast(Linear, plain.get_submodule(place)).adapter = adapter.to(device)
-        noise = None if method == "mle" else Noise(1, 2)
-        for one in (None, noise):
-            with torch.no_grad():
-                got, right = (class_logits(m, batch, one) for m in (back, model))
-            yield exact(torch.equal(got, right), f"{method}: a run read back")
+    for i, config in enumerate(METHODS):
+        model = adapted_model(device, cut=i % 2 == 0, **config)
+        with tempfile.TemporaryDirectory() as folder:
+            save_run(folder, model, {"model": "the base", "train": {"seed": 3}})
+            back, facts = load_run(folder, model=base_model(device))
         with torch.no_grad():
-            got, right = (class_logits(m, batch, None) for m in (plain, model))
-        yield ratio(got, right, right.abs().max(), NETWORK * EPS_32, f"{method}: PEFT")
+            for noise in (None, Noise(1, 2)):
+                got, right = (class_logits(m, batch, noise) for m in (back, model))
+                yield exact(torch.equal(got, right), f"{config}: {noise}")
+            yield exact(bool(complexity(back) == complexity(model)), f"{config}: KL")
         yield exact(facts["train"]["seed"] == 3 and facts["adapter"]["rank"] == 2, "facts")
+
+
+def loras_of_peft(_: Op, device: torch.device) -> Errors:
+    """A run's mean and its draws, as folders of PEFT: plain LoRAs that compute the same."""
+    batch = prompts(device, 3, 4)
+    for i, config in enumerate(METHODS):
+        model = adapted_model(device, cut=i % 2 == 0, sampling="batch", **config)
+        own = list(adapters(model).values())
+        run = Trained(Path(), model, {}, None, Path())
+        draws: list[Noise | None] = [Noise(9, 0), Noise(9, 1)] if own[0].random else []
+        made = run.loras(0, 9) + (run.loras(2, 9) if draws else [])
+        for noise, lora in zip([None, *draws], made, strict=True):
+            plain = base_model(device)
+            with tempfile.TemporaryDirectory() as name, torch.no_grad():
+                write_peft(Path(name), lora(), own[0].config, "the base")
+                for place, adapter in read_peft(Path(name), plain)[1].items():
+                    cast(Linear, plain.get_submodule(place)).adapter = adapter.to(device)
+                got, right = (class_logits(m, batch, noise) for m in (plain, model))
+            yield ratio(got, right, right.abs().max(), NETWORK * EPS_32, f"{config}: {noise}")
 
 
 # As config.json has them, and the shapes that they mean.
@@ -459,5 +481,6 @@ USE_CHECKS = [
         "Llama 3, Qwen2.5, Qwen3: config.json and shards",
         folders_of_hugging_face,
     ),
-    Check("models on disk", "a run and a LoRA of PEFT, written and read", models_on_disk),
+    Check("runs on disk", "a run written and read is the same model", runs_on_disk),
+    Check("LoRAs of PEFT", "means and draws, as PEFT's folders", loras_of_peft),
 ]

@@ -104,10 +104,19 @@ FAULTS = {
         "folders of models"),
     "alpha for scaling": (
         "interop.peft:write_peft", "config.scaling * config.rank", "config.scaling",
-        "models on disk"),
+        "LoRAs of PEFT"),
+    "a draw of another layer": (
+        "core.adapter:SubspaceAdapter.lora_A", "noise.normal(self.layer, 1", "noise.normal(0, 1",
+        "LoRAs of PEFT"),
+    "the scales of the mean": (
+        "core.adapter:SubspaceAdapter.lora_A", "if noise is not None:", "if False:",
+        "LoRAs of PEFT"),
     "the head is not cut": (
         "training.runs:load_run", "model.trim_head(facts.head_tokens)",
-        "model.trim_head(facts.head_tokens[::-1])", "models on disk"),
+        "model.trim_head(facts.head_tokens[::-1])", "runs on disk"),
+    "the prior is not kept": (
+        "training.runs:load_run", "AdapterConfig(**facts.adapter)",
+        "AdapterConfig(**{**facts.adapter, 'prior_std': 1.0})", "runs on disk"),
 }  # fmt: skip
 
 
