@@ -15,6 +15,7 @@ from ..support.errors import InputError
 from .body_checks import BODY_CHECKS
 from .check import Check, Error, LeftOut, Op, Result
 from .checks import OP_CHECKS, OWN_CHECKS
+from .file_checks import FILE_CHECKS
 from .level_checks import LEVEL_CHECKS
 from .method_checks import METHOD_CHECKS
 from .score_checks import SCORE_CHECKS
@@ -27,7 +28,8 @@ def verify(op: Op | None = None, device: torch.device | str = "cpu") -> list[Res
     op: a function with the signature of `subspace_lora_linear`. If it raises an exception, the
     check has failed. Gradients of weight and bias are left out if it gives none.
     """
-    own = OWN_CHECKS + BODY_CHECKS + LEVEL_CHECKS + METHOD_CHECKS + USE_CHECKS + SCORE_CHECKS
+    own = OWN_CHECKS + BODY_CHECKS + LEVEL_CHECKS + METHOD_CHECKS
+    own += USE_CHECKS + FILE_CHECKS + SCORE_CHECKS
     checks = OP_CHECKS + (own if op is None else [])
     return [run(check, op or SubspaceAdapter.op, torch.device(device)) for check in checks]
 

@@ -1,12 +1,9 @@
-"""Checks of scores and decisions by loops over rows, and of questions read from files."""
+"""Checks of scores and decisions by loops over rows."""
 
 from __future__ import annotations
 
-import json
 import math
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,10 +11,6 @@ from torch import Tensor
 from ..core.noise import Noise
 from ..core.objective import class_logits
 from ..core.predictive import predictive
-from ..data import encode
-from ..data.formats import load
-from ..data.prompts import Wording
-from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..evaluation import decisions, metrics
 from ..evaluation.inference import difference, holm, non_inferior, student_quantile
 from ..evaluation.predict import Draws, predict
@@ -230,59 +223,6 @@ def least_wealth(draws: list[list[float]], leader: int, tolerance: float) -> flo
     return min(found)
 
 
-# --- Files of questions ---------------------------------------------------------------------------
-
-TEXTS = ['one, "two"', "a line\nand another", "ü \U0001f600", " spaces  kept", "plain"]
-NAMES = ("no", "yes", "maybe")
-
-
-def questions_read(_: Op, device: torch.device) -> Errors:
-    """The same rows from a table and from lines of JSON; their prompts and tokens."""
-    rows = [(text, NAMES[2 * i % 3]) for i, text in enumerate(TEXTS)]
-    quoted = [(text.replace('"', '""'), label) for text, label in rows]
-    table = "text,label\r\n" + "".join(f'"{text}",{label}\r\n' for text, label in quoted)
-    lines = "".join(json.dumps({"prompt": t, "label": n}) + "\n" for t, n in rows)
-    with tempfile.TemporaryDirectory() as name:
-        found = []
-        for format, suffix, text in (("csv", "csv", "\ufeff" + table), ("jsonl", "jsonl", lines)):
-            path = Path(name) / f"rows.{suffix}"
-            path.write_bytes(text.encode())
-            found.append(load(path, format))
-            limited = load(path, format, limit=2, names=NAMES[::-1])
-            labels = [limited[0].choices[e.label] for e in limited]
-            yield exact(labels == [n for _t, n in rows[:2]], f"{format}: names given")
-        tokenizer = byte_tokenizer(Path(name))
-    for format, examples in zip(("csv", "jsonl"), found, strict=True):
-        yield exact([e.question for e in examples] == TEXTS, f"{format}: texts")
-        answers = [e.choices[e.label] for e in examples]
-        yield exact(answers == [n for _t, n in rows], f"{format}: labels {answers}")
-        yield exact(examples[0].choices == tuple(sorted(NAMES)), f"{format}: choices")
-    examples = found[0]
-    data = encode(examples, tokenizer, wording=Wording("Q: {question}\nA:", labels="words"))
-    for row, label, text, name in zip(data.tokens, data.labels, TEXTS, answers, strict=True):
-        yield exact(tokenizer.decode(row) == f"Q: {text}\nA:", f"prompt of {text!r}")
-        first = tokenizer.decode([data.classes[label]])
-        yield exact(first == name[0], f"token of {name!r}: {first!r}")  # " " would be that of all
-    cut = encode(examples, tokenizer, wording=Wording("{question}", "plain", "letters", "bare",
-                                                      max_length=4))  # fmt: skip
-    for short, text in zip(cut.tokens, TEXTS, strict=True):
-        yield exact(short == tokenizer.encode(text)[-4:], f"{text!r} cut on the left")
-    yield exact(cut.cut == 5 and cut.left_out == 0, "prompts that were cut")
-
-
-def byte_tokenizer(folder: Path) -> Tokenizer:
-    """One token a byte, read from a file as other tools write it."""
-    from tokenizers import Tokenizer as Made
-    from tokenizers import decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Made(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.save(str(folder / "tokenizer.json"))
-    return load_tokenizer(folder)
-
-
 SCORE_CHECKS = [
     Check(
         "scores by loops", "risk by coverage, bins, entropy, AUROC, temperature", scores_by_loops
@@ -291,5 +231,4 @@ SCORE_CHECKS = [
     Check("decisions", "tables of answers; thresholds by exact binomial tests", decided_by_loops),
     Check("comparisons", "Holm, Student, two-way intervals of a difference", compared),
     Check("as many as needed", "(22) draws until an answer is settled", as_many_as_needed),
-    Check("questions", "tables and lines of JSON, prompts, tokens", questions_read),
 ]

@@ -63,11 +63,6 @@ FAULTS = {
     "half of the draws": (
         "evaluation.sequential:Auto.looks", "self.most // 2", "self.most // 4",
         "as many as needed"),
-    "names in the order of the file": (
-        "data.formats:_names", "sorted(", "list(", "questions"),
-    "cut on the right": (
-        "data.batches:_rows", "row[len(row) - (limit - start) :]", "row[start:limit]",
-        "questions"),
 }  # fmt: skip
 
 

@@ -88,35 +88,6 @@ FAULTS = {
     "old columns of B stay": (
         "core.adapter:Adapter.set_lora_", "self.B.zero_()[:, :k]", "self.B.fill_(1)[:, :k]",
         "means taken over"),
-    "views lose their order": (
-        "support.tensors:save_tensors", ".contiguous()", ".as_strided(t.shape, t.shape[1:] + (1,))"
-        .replace("t.", "tensor."), "tensors on disk"),
-    "facts are lost": (
-        "support.tensors:save_tensors", "metadata=metadata", "metadata=None", "tensors on disk"),
-    "head_dim is not read": (
-        "model.config:LlamaConfig.from_hf", 'config.get("head_dim") or config',
-        "config", "folders of models"),
-    "the theta of RoPE is not written": (
-        "model.config:LlamaConfig.to_hf", "self.rope.theta", "10000.0", "folders of models"),
-    "norms exchanged": (
-        "support.folders:hf_to_ours", "_HF_TO_OURS.get(part, part)",
-        '{**_HF_TO_OURS, "q_norm": "k_norm", "k_norm": "q_norm"}.get(part, part)',
-        "folders of models"),
-    "alpha for scaling": (
-        "interop.peft:write_peft", "config.scaling * config.rank", "config.scaling",
-        "LoRAs of PEFT"),
-    "a draw of another layer": (
-        "core.adapter:SubspaceAdapter.lora_A", "noise.normal(self.layer, 1", "noise.normal(0, 1",
-        "LoRAs of PEFT"),
-    "the scales of the mean": (
-        "core.adapter:SubspaceAdapter.lora_A", "if noise is not None:", "if False:",
-        "LoRAs of PEFT"),
-    "the head is not cut": (
-        "training.runs:load_run", "model.trim_head(facts.head_tokens)",
-        "model.trim_head(facts.head_tokens[::-1])", "runs on disk"),
-    "the prior is not kept": (
-        "training.runs:load_run", "AdapterConfig(**facts.adapter)",
-        "AdapterConfig(**{**facts.adapter, 'prior_std': 1.0})", "runs on disk"),
 }  # fmt: skip
 
 

@@ -1,0 +1,70 @@
+"""The checks of files: each passes, and notices faults in what it is for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from scalabl_ref import fast
+from scalabl_ref.core.adapter import SubspaceAdapter
+from scalabl_ref.verify.all_checks import run
+from scalabl_ref.verify.file_checks import FILE_CHECKS
+
+from ..patching import rewrite
+
+CHECKS = {check.name: check for check in FILE_CHECKS}
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_check_passes_on_the_plain_bodies(name):
+    """On the others they pass in test_checks.py."""
+    with fast.plain():
+        result = run(CHECKS[name], SubspaceAdapter.op, CPU)
+    assert result.passed and result.cases, result
+
+
+# Fault: the function, its text, the text instead, and the check that must notice.
+FAULTS = {
+    "views lose their order": (
+        "support.tensors:save_tensors", ".contiguous()", ".as_strided(t.shape, t.shape[1:] + (1,))"
+        .replace("t.", "tensor."), "tensors on disk"),
+    "facts are lost": (
+        "support.tensors:save_tensors", "metadata=metadata", "metadata=None", "tensors on disk"),
+    "head_dim is not read": (
+        "model.config:LlamaConfig.from_hf", 'config.get("head_dim") or config',
+        "config", "folders of models"),
+    "the theta of RoPE is not written": (
+        "model.config:LlamaConfig.to_hf", "self.rope.theta", "10000.0", "folders of models"),
+    "norms exchanged": (
+        "support.folders:hf_to_ours", "_HF_TO_OURS.get(part, part)",
+        '{**_HF_TO_OURS, "q_norm": "k_norm", "k_norm": "q_norm"}.get(part, part)',
+        "folders of models"),
+    "alpha for scaling": (
+        "interop.peft:write_peft", "config.scaling * config.rank", "config.scaling",
+        "LoRAs of PEFT"),
+    "a draw of another layer": (
+        "core.adapter:SubspaceAdapter.lora_A", "noise.normal(self.layer, 1", "noise.normal(0, 1",
+        "LoRAs of PEFT"),
+    "the scales of the mean": (
+        "core.adapter:SubspaceAdapter.lora_A", "if noise is not None:", "if False:",
+        "LoRAs of PEFT"),
+    "the head is not cut": (
+        "training.runs:load_run", "model.trim_head(facts.head_tokens)",
+        "model.trim_head(facts.head_tokens[::-1])", "runs on disk"),
+    "the prior is not kept": (
+        "training.runs:load_run", "AdapterConfig(**facts.adapter)",
+        "AdapterConfig(**{**facts.adapter, 'prior_std': 1.0})", "runs on disk"),
+    "names in the order of the file": (
+        "data.formats:_names", "sorted(", "list(", "questions"),
+    "cut on the right": (
+        "data.batches:_rows", "row[len(row) - (limit - start) :]", "row[start:limit]",
+        "questions"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_noticed(fault, monkeypatch):
+    *where, name = FAULTS[fault]
+    rewrite(monkeypatch, *where)
+    assert not run(CHECKS[name], SubspaceAdapter.op, CPU).passed
