@@ -155,6 +155,17 @@ def test_waiting_requests_are_answered_together(clf):
             assert status == 200 and abs(got - want) <= rounding(torch.float32, 64)
 
 
+def test_nothing_waits_once_all_is_answered(clf):
+    """Whatever a request asks: one text, several, or one that is too long."""
+
+    async def use(app):
+        texts = (["one"], ["one", "two", "three"], ["one", "long " * 3000])
+        answers = [await call(app, ask(texts=each)) for each in texts]
+        return [status for status, _, _ in answers], app.state.queue.waiting
+
+    assert served(clf, use) == ([200, 200, 422], 0)
+
+
 def test_a_request_that_is_given_up_hurts_nobody_of_its_batch(clf):
     gate = slow(clf, 4)
 

@@ -43,8 +43,8 @@ def operands(dtype=torch.float32, own=torch.float32):
     return [
         draw(ROWS, D_OUT, to=dtype),
         draw(ROWS, D_IN, to=dtype).flip(0)[:, : D_IN - 1],
-        draw(RANK, D_IN - 1, to=own),
-        draw(D_OUT, RANK, to=own),
+        draw(RANK, D_IN + 1, to=own)[:, 1:D_IN],  # parts of wider arrays
+        draw(D_OUT, RANK + 2, to=own)[:, :RANK],
         draw(RANK, to=own),
         draw(RANK, to=own),
     ]

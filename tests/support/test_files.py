@@ -151,6 +151,19 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_mode_of_the_umask(tmp_path, umask):
+    """As those that open() makes: colleagues may read the results, if the user lets them."""
+    before = os.umask(umask)
+    try:
+        atomic_write_text(tmp_path / "a.json", "{}")
+        save_tensors(tmp_path / "a.safetensors", [("a", torch.zeros(1))])
+    finally:
+        os.umask(before)
+    for path in tmp_path.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
+
+
 @pytest.fixture
 def shut(tmp_path_factory) -> Iterator[Path]:
     """A folder that others than root may list, with files that they may not read."""
