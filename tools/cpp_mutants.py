@@ -133,15 +133,15 @@ class Tree:
         return not done.returncode
 
     def _environment(self) -> dict[str, str]:
-        threads = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}  # other work goes on
+        threads = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}  # waiting threads sleep
         return {**os.environ, "PYTHONPATH": str(self.folder), **threads}
 
     def noticed_by(self) -> str:
         """The compiler, the C++ tests, the Python tests, or nobody."""
         if not self._run("cmake", "--build", str(self.build)):
             return "compiler"
-        programs = sorted(path for path in self.build.glob("test_*") if path.is_file())
-        if not programs or not all(self._run(str(path)) for path in programs):
+        programs = [*sorted(self.build.glob("test_*")), self.build / "example_c"]
+        if not all(self._run(str(path)) for path in programs):
             return "C++"  # without ctest, which keeps all that a failing test prints
         names = ("native", "ops", "segments", "blocks", "linear", "quantize")
         tests = [f"tests/fast/test_{name}.py" for name in names]

@@ -42,7 +42,7 @@ def to_nearest_even(op: Op, device: torch.device) -> Errors:
         x = torch.arange(1, 2048, 2).to(device, dtype)[:, None]
         scale = torch.finfo(dtype).tiny / 64
         most = torch.finfo(dtype).max / largest
-        for b in (1.5, 1.25, scale, 3 * scale, most, 4 * most):  # of the last, some are infinite
+        for b in (1.5, 1.25, scale, 3 * scale, most, 4 * most):  # 4 most: infinite in float16 too
             A, B = (torch.tensor([[t]], device=device).to(dtype) for t in (1.0, b))
             one, zero = (torch.tensor([t], device=device).to(dtype) for t in (1.0, 0.0))
             y = op(x, zero[:, None], None, A, B, one, zero, 1.0, None)

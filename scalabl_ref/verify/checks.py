@@ -476,7 +476,7 @@ def in_both(function: Callable[..., T], *arguments: Any) -> tuple[T, T]:
         return quick, function(*arguments)
 
 
-def same_op(_: Op, device: torch.device) -> Errors:
+def same_op(op: Op, device: torch.device) -> Errors:
     """y and all gradients of both bodies."""
     for case in (*cases(device), *cases(device, noisy=False)):
         quick, plain = in_both(op_and_gradients, case)
@@ -485,8 +485,8 @@ def same_op(_: Op, device: torch.device) -> Errors:
             yield ratio(quick[name], expected, size[name], eps)
 
 
-def same_loops(_: Op, device: torch.device) -> Errors:
-    """y and all gradients of the native core's plain loops, which are for reading."""
+def same_loops(op: Op, device: torch.device) -> Errors:
+    """y and all gradients of the native core's plain loops, which it keeps as code to read."""
     core = native.core()
     if core is None or device.type != "cpu":
         raise LeftOut("it needs the native core, on a CPU")
@@ -497,7 +497,7 @@ def same_loops(_: Op, device: torch.device) -> Errors:
 
     loops = SimpleNamespace(cuda="", normals=core.normals, few_rows=core.few_rows, update=update)
     with mock.patch.object(native, "core", lambda: loops):
-        yield from same_op(_, device)
+        yield from same_op(op, device)
 
 
 def op_and_gradients(case: Case) -> dict[str, Tensor]:

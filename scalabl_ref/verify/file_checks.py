@@ -45,12 +45,14 @@ def tensors_on_disk(_: Op, device: torch.device) -> Errors:
         header, body = json.loads(path.read_bytes()[8 : 8 + size]), path.read_bytes()[8 + size :]
         read, facts = load_tensors(path)
         later = {name: tensor() for name, tensor in open_tensors(path).items()}
-    yield exact(facts == header.pop("__metadata__") == {"of": "verify"}, "metadata")
+    yield exact(facts == header.pop("__metadata__", None) == {"of": "verify"}, "metadata")
     yield exact(set(read) == set(later) == set(header) == set(own), f"names: {sorted(read)}")
     for name, tensor in own.items():
         start, end = header[name]["data_offsets"]
         raw = tensor.cpu().contiguous().flatten().view(torch.uint8).tolist()
         yield exact(list(body[start:end]) == raw, f"{name}: bytes")
+        if name in kinds:
+            yield exact(header[name]["dtype"] == name, f"{name}: dtype")
         yield exact(header[name]["shape"] == list(tensor.shape), f"{name}: shape")
         for got in (read[name], later[name]):
             yield exact(got.dtype == tensor.dtype and torch.equal(got, tensor.cpu()), name)
@@ -61,7 +63,7 @@ def base_model(device: torch.device) -> Llama:
 
 
 def adapted_model(device: torch.device, cut: bool, **config: Any) -> Llama:
-    """Four adapted layers of the base, with parameters that are not the initial ones."""
+    """Five adapted layers of the base, with parameters that are not the initial ones."""
     model = base_model(device).trim_head([*CLASSES]) if cut else base_model(device)
     targets = ("q_proj", "up_proj", "lm_head")
     add_adapters(model, AdapterConfig(rank=2, alpha=3.0, targets=targets, **config))
@@ -92,25 +94,39 @@ def runs_on_disk(_: Op, device: torch.device) -> Errors:
 
 
 def loras_of_peft(_: Op, device: torch.device) -> Errors:
-    """A run's mean and its draws, as folders of PEFT: plain LoRAs that compute the same."""
+    """A run's mean and its draws, as folders of PEFT: plain LoRAs that compute the same.
+
+    The files are merged by hand: W + (lora_alpha / r) B A.
+    """
     batch = prompts(device, 3, 4)
     for i, config in enumerate(METHODS):
         model = adapted_model(device, cut=i % 2 == 0, sampling="batch", **config)
         own = list(adapters(model).values())
         run = Trained(Path(), model, {}, None, Path())
-        draws: list[Noise | None] = [Noise(9, 0), Noise(9, 1)] if own[0].random else []
-        made = run.loras(0, 9) + (run.loras(2, 9) if draws else [])
-        for noise, lora in zip([None, *draws], made, strict=True):
+        noises: list[Noise | None] = [Noise(9, 0), Noise(9, 1)] if own[0].random else []
+        made = run.loras(0, 9) + (run.loras(2, 9) if noises else [])
+        for noise, lora in zip([None, *noises], made, strict=True):
             plain = base_model(device)
-            with tempfile.TemporaryDirectory() as name, torch.no_grad():
-                write_peft(Path(name), lora(), own[0].config, "the base")
-                for place, adapter in read_peft(Path(name), plain)[1].items():
-                    cast(Linear, plain.get_submodule(place)).adapter = adapter.to(device)
+            with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+                write_peft(Path(folder), lora(), own[0].config, "the base")
+                facts = json.loads((Path(folder) / "adapter_config.json").read_text())
+                tensors, _facts = load_tensors(Path(folder) / "adapter_model.safetensors")
+                back = read_peft(Path(folder), base_model(device))[1]
+            yield exact(len(tensors) == 2 * len(back) == 2 * len(own), f"{config}: tensors")
+            scaling = facts["lora_alpha"] / facts["r"]
+            for place, adapter in back.items():
+                name = f"base_model.model.{in_hugging_face(place)}.lora_"
+                A, B = (tensors[f"{name}{part}.weight"].to(device) for part in "AB")
+                same = torch.equal(adapter.A.to(device), A) and torch.equal(adapter.B.to(device), B)
+                yield exact(same and adapter.config.scaling == scaling, f"{config}: {place}")
+                weight = cast(Linear, plain.get_submodule(place)).weight
+                weight.data = weight.data + scaling * B @ A
+            with torch.no_grad():
                 got, right = (class_logits(m, batch, noise) for m in (plain, model))
             yield ratio(got, right, right.abs().max(), NETWORK * EPS_32, f"{config}: {noise}")
 
 
-# As config.json has them, and the shapes that they mean.
+# Contents of config.json, and the configuration that each describes.
 LLAMA3 = {
     "model_type": "llama", "hidden_size": 12, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 6, "intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": 11,
@@ -140,8 +156,13 @@ def folders_of_hugging_face(_: Op, device: torch.device) -> Errors:
     """Llama 3, Qwen2.5 and Qwen3: config.json and two files of weights; the same model."""
     for values, config in IN_HF:
         kind = values["model_type"]
-        yield exact(LlamaConfig.from_hf(values) == config, f"{kind}: the shape is another one")
-        yield exact(LlamaConfig.from_hf(config.to_hf()) == config, f"{kind}: the way back")
+        read = LlamaConfig.from_hf(values)
+        yield exact(read == config, f"{kind}: {read}")
+        if read != config:
+            continue
+        written = config.to_hf()
+        for key in values.keys() - {"eos_token_id", "use_sliding_window"}:
+            yield exact(written.get(key) == values[key], f"{kind}: {key} on the way back")
         model = Llama(config, device=device)
         fill([model], 3)
         own = {in_hugging_face(n): p for n, p in model.named_parameters()}  # a tied head: once
@@ -150,7 +171,7 @@ def folders_of_hugging_face(_: Op, device: torch.device) -> Errors:
             (folder / "config.json").write_text(json.dumps(values))
             for i, names in enumerate((list(own)[::2], list(own)[1::2])):
                 file = f"model-{i + 1:05}-of-00002.safetensors"
-                save_tensors(folder / file, [(name, own[name]) for name in names])
+                save_tensors(folder / file, [(n, own[n]) for n in names])
                 places |= dict.fromkeys(names, file)
             index = {"metadata": {}, "weight_map": places}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -184,8 +205,9 @@ def questions_read(_: Op, device: torch.device) -> Errors:
             path.write_bytes(text.encode())
             found.append(load(path, format))
             limited = load(path, format, limit=2, names=NAMES[::-1])
-            labels = [limited[0].choices[e.label] for e in limited]
-            yield exact(labels == [n for _t, n in rows[:2]], f"{format}: names given")
+            yield exact([e.choices for e in limited] == [NAMES[::-1]] * 2, f"{format}: names given")
+            labels = [e.choices[e.label] for e in limited]
+            yield exact(labels == [n for _t, n in rows[:2]], f"{format}: labels by these names")
         tokenizer = byte_tokenizer(Path(name))
     for format, examples in zip(("csv", "jsonl"), found, strict=True):
         yield exact([e.question for e in examples] == TEXTS, f"{format}: texts")
@@ -194,10 +216,12 @@ def questions_read(_: Op, device: torch.device) -> Errors:
         yield exact(examples[0].choices == tuple(sorted(NAMES)), f"{format}: choices")
     examples = found[0]
     data = encode(examples, tokenizer, wording=Wording("Q: {question}\nA:", labels="words"))
-    for row, label, text, name in zip(data.tokens, data.labels, TEXTS, answers, strict=True):
+    names = [n for _t, n in rows]
+    for row, label, text, name in zip(data.tokens, data.labels, TEXTS, names, strict=True):
         yield exact(tokenizer.decode(row) == f"Q: {text}\nA:", f"prompt of {text!r}")
+        # With a leading space, all answers would begin with the same token.
         first = tokenizer.decode([data.classes[label]])
-        yield exact(first == name[0], f"token of {name!r}: {first!r}")  # " " would be that of all
+        yield exact(first == name[0], f"token of {name!r}: {first!r}")
     cut = encode(examples, tokenizer, wording=Wording("{question}", "plain", "letters", "bare",
                                                       max_length=4))  # fmt: skip
     for short, text in zip(cut.tokens, TEXTS, strict=True):

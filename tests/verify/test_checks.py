@@ -273,7 +273,7 @@ def test_a_fault_in_a_fast_body_is_caught(hook, monkeypatch):
 @pytest.mark.skipif(native.core() is None, reason="the native core was not built")
 @pytest.mark.parametrize("call", ["plain_forward", "plain_backward"])
 def test_a_fault_in_the_loops_of_the_core_is_caught(call, monkeypatch):
-    """They leave out what they are asked for; the fast passes of the same core stay right."""
+    """The faulty loop returns without a result; the fast passes of the same core stay right."""
     core = native.core()
     check = next(check for check in OWN_CHECKS if check.name == "core's loops")
     assert not failed([run(check, None, CPU)])
