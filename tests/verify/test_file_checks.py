@@ -54,8 +54,8 @@ FAULTS = {
     "the prior is not kept": (
         "training.runs:load_run", "AdapterConfig(**facts.adapter)",
         "AdapterConfig(**{**facts.adapter, 'prior_std': 1.0})", "runs on disk"),
-    "names in the order of the file": (
-        "data.formats:_names", "sorted(", "list(", "questions"),
+    "names from the last to the first": (
+        "data.formats:_names", "sorted(found)", "sorted(found)[::-1]", "questions"),
     "cut on the right": (
         "data.batches:_rows", "row[len(row) - (limit - start) :]", "row[start:limit]",
         "questions"),
