@@ -14,6 +14,7 @@ from scalabl_ref.data import Encoded
 from scalabl_ref.model.attach import Linear
 from scalabl_ref.support.tensors import save_tensors
 from scalabl_ref.training.trainer import TrainConfig, Trainer
+from scalabl_ref.verify.file_checks import write_byte_tokenizer
 
 from .tolerances import curve_bound
 
@@ -108,18 +109,12 @@ def trainer(
 
 def tiny_folder(folder: Path, **config) -> Path:
     """A model folder in the converted layout: one id a byte, ids 0 .. 255, and random weights."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     folder.mkdir(parents=True, exist_ok=True)
     shape = dataclasses.replace(TINY, vocab_size=256, max_position_embeddings=128, **config)
     model = Llama(shape).init_random_(0, std=0.3)
     save_tensors(folder / "model.safetensors", model.state_dict().items())
     (folder / "config.json").write_text(json.dumps(shape.to_dict()))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_byte_tokenizer(folder)
     return folder
 
 

@@ -485,17 +485,22 @@ def same_op(op: Op, device: torch.device) -> Errors:
             yield ratio(quick[name], expected, size[name], eps)
 
 
-def same_loops(op: Op, device: torch.device) -> Errors:
-    """y and all gradients of the native core's plain loops, which it keeps as code to read."""
-    core = native.core()
-    if core is None or device.type != "cpu":
-        raise LeftOut("it needs the native core, on a CPU")
+def plain_loops(core: Any) -> SimpleNamespace:
+    """The native core with its plain loops, which it keeps as code to read, as its op."""
 
     def update(**fields: Any) -> SimpleNamespace:
         op = core.update(**fields)
         return SimpleNamespace(forward=op.plain_forward, backward=op.plain_backward)
 
-    loops = SimpleNamespace(cuda="", normals=core.normals, few_rows=core.few_rows, update=update)
+    return SimpleNamespace(cuda="", normals=core.normals, few_rows=core.few_rows, update=update)
+
+
+def same_loops(op: Op, device: torch.device) -> Errors:
+    """y and all gradients of the core's plain loops."""
+    core = native.core()
+    if core is None or device.type != "cpu":
+        raise LeftOut("it needs the native core, on a CPU")
+    loops = plain_loops(core)
     with mock.patch.object(native, "core", lambda: loops):
         yield from same_op(op, device)
 

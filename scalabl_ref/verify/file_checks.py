@@ -17,7 +17,7 @@ from ..core.objective import class_logits, complexity
 from ..data import encode
 from ..data.formats import load
 from ..data.prompts import Wording
-from ..data.tokenizer import Tokenizer, load_tokenizer
+from ..data.tokenizer import load_tokenizer
 from ..interop.exporting import Trained
 from ..interop.peft import read_peft, write_peft
 from ..model.attach import Linear, add_adapters
@@ -208,7 +208,8 @@ def questions_read(_: Op, device: torch.device) -> Errors:
             yield exact([e.choices for e in limited] == [NAMES[::-1]] * 2, f"{format}: names given")
             labels = [e.choices[e.label] for e in limited]
             yield exact(labels == [n for _t, n in rows[:2]], f"{format}: labels by these names")
-        tokenizer = byte_tokenizer(Path(name))
+        write_byte_tokenizer(Path(name))
+        tokenizer = load_tokenizer(name)
     for format, examples in zip(("csv", "jsonl"), found, strict=True):
         yield exact([e.question for e in examples] == TEXTS, f"{format}: texts")
         answers = [e.choices[e.label] for e in examples]
@@ -229,17 +230,15 @@ def questions_read(_: Op, device: torch.device) -> Errors:
     yield exact(cut.cut == 5 and cut.left_out == 0, "prompts that were cut")
 
 
-def byte_tokenizer(folder: Path) -> Tokenizer:
-    """One token a byte, read from a file as other tools write it."""
-    from tokenizers import Tokenizer as Made
-    from tokenizers import decoders, models, pre_tokenizers
+def write_byte_tokenizer(folder: Path) -> None:
+    """tokenizer.json of one token a byte, ids 0 to 255, as other tools write it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Made(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    made = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     made.save(str(folder / "tokenizer.json"))
-    return load_tokenizer(folder)
 
 
 FILE_CHECKS = [

@@ -15,6 +15,7 @@ from ..evaluation import decisions, metrics
 from ..evaluation.inference import difference, holm, non_inferior, student_quantile
 from ..evaluation.sequential import Auto, predict_auto
 from ..evaluation.threshold import lower_bound, threshold
+from . import reference
 from .check import Check, Errors, Op, exact, ratio
 from .method_checks import EPS, draws, prompts, small_model
 
@@ -32,7 +33,7 @@ Row = tuple[list[float], int, float, int]  # probabilities, label, confidence, a
 
 
 def by_rows(probs: Tensor, labels: Tensor) -> list[Row]:
-    return [(p, label, max(p), p.index(max(p)))
+    return [(p, label, max(p), reference.answer(p))
             for p, label in zip(probs.tolist(), labels.tolist(), strict=True)]  # fmt: skip
 
 
@@ -60,7 +61,7 @@ def scores_by_loops(_: Op, device: torch.device) -> Errors:
         yield near(float(curve.risk[k]), risk, f"risk of {k + 1} rows")
         yield near(float(curve.coverage[k]), (k + 1) / n, "coverage")
     yield near(curve.area, sum(risks) / n, "area under it")
-    bins, gap = metrics.reliability(probs, labels, 5), 0.0
+    bins = metrics.reliability(probs, labels, 5)
     for b in range(5):
         own = [r for r in rows if b / 5 <= r[2] < (b + 1) / 5]
         yield exact(int(bins.rows[b]) == len(own), f"rows of bin {b}")
@@ -68,17 +69,11 @@ def scores_by_loops(_: Op, device: torch.device) -> Errors:
             sure, right = sum(r[2] for r in own), sum(r[3] == r[1] for r in own)
             yield near(float(bins.confidence[b]), sure / len(own), "confidence")
             yield near(float(bins.accuracy[b]), right / len(own), f"accuracy of bin {b}")
-            gap += abs(sure - right) / n
-    expected = {
-        "acc": sum(r[3] == r[1] for r in rows) / n,
-        "ece": gap,
-        "nll": -sum(math.log(r[0][r[1]]) for r in rows) / n,
-        "brier": sum((p - (c == r[1])) ** 2 for r in rows for c, p in enumerate(r[0])) / n,
-    }
-    values, columns = metrics.scores(probs, labels, 5), metrics.per_question(probs, labels, 5)
+    expected = reference.scores(probs, labels) | {"ece": reference.ece(probs, labels, 5)}
+    values, each = metrics.scores(probs, labels, 5), metrics.per_question(probs, labels, 5)
     for name, value in expected.items():
         yield near(values[name], value, name)
-        yield near(float(columns[name].mean()), value, f"{name}, mean over rows")
+        yield near(float(each[name].mean()), value, f"{name}, mean over rows")
     for entropy, row in zip(metrics.entropy(probs).tolist(), rows, strict=True):
         yield near(entropy, -sum(p * math.log(p) for p in row[0] if p), "entropy")
     warm = metrics.apply_temperature(probs, 2.5)
@@ -86,14 +81,8 @@ def scores_by_loops(_: Op, device: torch.device) -> Errors:
         powers = [p**0.4 for p in row[0]]
         for one, power in zip(got, powers, strict=True):
             yield near(one, power / sum(powers), "temperature")
-    yield near(metrics.auroc(probs[:, 0], labels.clamp(max=1)), pairs_won(rows), "AUROC")
-
-
-def pairs_won(rows: list[Row]) -> float:
-    """The share of pairs where the row with label 1 or 2 has more of class 0; ties are halves."""
-    ahead, behind = ([r[0][0] for r in rows if (r[1] > 0) == yes] for yes in (True, False))
-    won = sum((a > b) + (a == b) / 2 for a in ahead for b in behind)
-    return won / len(ahead) / len(behind)
+    columns = probs[:, 0], labels.clamp(max=1)
+    yield near(metrics.auroc(*columns), reference.auroc(*columns), "AUROC")
 
 
 def intervals(_: Op, device: torch.device) -> Errors:

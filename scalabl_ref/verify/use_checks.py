@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +21,7 @@ from ..core.config import AdapterConfig
 from ..core.layer import SAMPLING
 from ..core.noise import FIRST_TRAINING_DRAW, Noise, philox_words
 from ..core.objective import Batch, class_logits
-from ..data import Encoded, TrainingOrder, evaluation_batches
+from ..data import Encoded, TrainingOrder, collate, evaluation_batches
 from ..evaluation.generate import TEXT_STREAM, choose, generate, warped
 from ..evaluation.predict import predict, predict_all
 from ..fast.quantize import KINDS, LEVELS, QuantizedLinear, quantize
@@ -84,39 +83,29 @@ def continued(_: Op, device: torch.device) -> Errors:
             yield exact(torch.equal(second.state()[name], value), f"{method}: {name}")
 
 
-RATES = (0, 1 / 2, 1, 6 / 7, 5 / 7, 4 / 7, 3 / 7, 2 / 7, 1 / 7)  # two of nine steps are warm-up
-
-
 def steps_told(_: Op, device: torch.device) -> Errors:
     """The record of a step: NLL and accuracy row by row, KL, rate, of the model before the step."""
-    run = new_trainer(device, "scalabl", steps=len(RATES))
-    for step, rate in enumerate(RATES):
+    run = new_trainer(device, "scalabl", steps=9)
+    for step in range(9):
         at = run.order.indices(step)
         labels = torch.tensor([run.data.labels[i] for i in at])
         noise = Noise(5, FIRST_TRAINING_DRAW + step)
         with torch.no_grad():
-            rows = [class_logits(run.model, one.to(device), noise) for one in alone(run.data, at)]
+            alone = [collate(run.data, [i]).to(device) for i in at]
+            rows = [class_logits(run.model, one, noise) for one in alone]
         log_p = torch.log_softmax(torch.cat(rows).cpu(), -1)
         nll = -log_p[torch.arange(len(at)), labels].mean()
-        right = float((log_p.argmax(1) == labels).double().mean())
+        accuracy = float((log_p.argmax(1) == labels).double().mean())
         scales = [a.scale() for a in run.adapters if isinstance(a, SubspaceAdapter)]
         kl = sum(reference.kl_forward(s.cpu(), sigma.cpu(), 1.0) for s, sigma in scales)
         record = run.step()
         got = torch.tensor(record["nll"], dtype=torch.float64)
         yield ratio(got, nll, log_p.abs().max(), NETWORK * EPS, f"step {step}: nll")
-        # Sums of a few numbers in float64: 16 roundings.
-        for name, value in (("accuracy", right), ("kl", kl), ("lr", 0.02 * rate),
-                            ("loss", record["nll"] + kl / 7)):  # fmt: skip
+        loss, rate = record["nll"] + kl / 7, 0.02 * reference.warmup(step, 9, 0.3)
+        right = {"accuracy": accuracy, "kl": kl, "lr": rate, "loss": loss}
+        for name, value in right.items():  # sums of a few numbers in float64: 16 roundings
             got, expected = torch.tensor([record[name], value], dtype=torch.float64)
             yield ratio(got, expected, expected.abs(), 16 * EPS, f"step {step}: {name}")
-
-
-def alone(data: Encoded, indices: list[int]) -> Iterator[Batch]:
-    """A batch of one row for each index, without padding."""
-    for i in indices:
-        yield Batch(torch.tensor([data.tokens[i]]), torch.tensor([len(data.tokens[i])]),
-                    torch.tensor([data.labels[i]]), torch.tensor([i]),
-                    torch.tensor(data.classes))  # fmt: skip
 
 
 def order_of_data(_: Op, device: torch.device) -> Errors:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,13 +55,7 @@ def composition(*arguments, **named):
 
 def plain_loops(*arguments, **named):
     """The op with the loops of csrc/plain.cpp in place of the fast native passes."""
-    core = native.core()
-
-    def update(**fields):
-        op = core.update(**fields)
-        return SimpleNamespace(forward=op.plain_forward, backward=op.plain_backward)
-
-    loops = SimpleNamespace(cuda="", normals=core.normals, few_rows=core.few_rows, update=update)
+    loops = verify.plain_loops(native.core())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "core", lambda: loops)
         return subspace_lora_linear(*arguments, **named)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from scalabl_ref.core.adapter import SubspaceAdapter
-from scalabl_ref.verify.all_checks import run
 from scalabl_ref.verify.score_checks import SCORE_CHECKS
 
-from ..patching import rewrite
+from .noticing import is_noticed
 
 CHECKS = {check.name: check for check in SCORE_CHECKS}
-CPU = torch.device("cpu")
 
 
 # Fault: the function, its text, the text instead, and the check that must notice.
@@ -68,7 +64,4 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_noticed(fault, monkeypatch):
-    *where, name = FAULTS[fault]
-    rewrite(monkeypatch, *where)
-    result = run(CHECKS[name], SubspaceAdapter.op, CPU)
-    assert not result.passed and result.cases, result  # no exception
+    is_noticed(monkeypatch, CHECKS, *FAULTS[fault])

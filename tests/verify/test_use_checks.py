@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from scalabl_ref import fast
-from scalabl_ref.core.adapter import SubspaceAdapter
-from scalabl_ref.verify.all_checks import run
 from scalabl_ref.verify.use_checks import USE_CHECKS
 
-from ..patching import rewrite
+from .noticing import is_noticed, passes_on_the_plain_bodies
 
 CHECKS = {check.name: check for check in USE_CHECKS}
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_check_passes_on_the_plain_bodies(name):
-    """test_checks.py runs the checks on the fast bodies."""
-    with fast.plain():
-        result = run(CHECKS[name], SubspaceAdapter.op, CPU)
-    assert result.passed and result.cases, result
+    passes_on_the_plain_bodies(CHECKS[name])
 
 
 # Fault: the function, its text, the text instead, and the check that must notice.
@@ -93,7 +85,4 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_noticed(fault, monkeypatch):
-    *where, name = FAULTS[fault]
-    rewrite(monkeypatch, *where)
-    result = run(CHECKS[name], SubspaceAdapter.op, CPU)
-    assert not result.passed and result.cases, result  # no exception
+    is_noticed(monkeypatch, CHECKS, *FAULTS[fault])
