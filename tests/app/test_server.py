@@ -94,11 +94,14 @@ def test_an_answer_is_the_classifiers(clf):
             await call(app, ask(texts=texts)),
             await call(app, ask(text=texts[1])),
             await call(app, ask(text=texts[1], choices=clf.classes_[::-1])),
+            await call(app, ask(texts=texts[1:])),
         ]
 
-    (_, _, many), (status, _, one), (_, _, turned) = served(replace(clf, threshold=0.3), use)
+    answers = served(replace(clf, threshold=0.3), use)
+    (_, _, many), (status, _, one), (_, _, turned), (_, _, list_of_one) = answers
     decisions = replace(clf, threshold=0.3).decide(texts)
     assert status == 200 and many["answers"][1] == one == turned
+    assert list_of_one == {"answers": [one]}
     for told, decision in zip(many["answers"], decisions, strict=True):
         assert told.pop("choices") == clf.classes_
         assert told == json.loads(json.dumps(decision._asdict()))

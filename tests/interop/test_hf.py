@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scalabl_ref import AdapterConfig, InputError, Noise, adapters
 from scalabl_ref.core.config import TARGETS
+from scalabl_ref.core.noise import FIRST_TRAINING_DRAW
 from scalabl_ref.core.objective import Batch, complexity
 from scalabl_ref.fast.ops import subspace_lora_linear
 from scalabl_ref.interop import hf
@@ -449,6 +450,20 @@ def batch() -> Batch:
     lengths, labels = torch.tensor([4, 2, 3]), torch.tensor([2, 0, 1])
     tokens = TOKENS.masked_fill(torch.arange(4) >= lengths[:, None], 0)
     return Batch(tokens, lengths, labels, torch.tensor([6, 2, 8]), torch.tensor(CLASSES))
+
+
+def test_no_batch_of_a_trainers_run_shares_a_draw():
+    """Of three processes, four steps and two batches a step, in whatever order they are seen."""
+    seen = []
+    for process in range(3):
+        made = hf._Draws()
+        made.args = SimpleNamespace(
+            gradient_accumulation_steps=2, world_size=3, process_index=process
+        )
+        for step in range(4):
+            made.state = SimpleNamespace(global_step=step)
+            seen += [made._draw(), made._draw()]
+    assert sorted(seen) == list(range(FIRST_TRAINING_DRAW, FIRST_TRAINING_DRAW + 24))
 
 
 @pytest.mark.parametrize("classes", [CLASSES, None])

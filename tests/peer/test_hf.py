@@ -365,20 +365,6 @@ def test_every_batch_has_a_draw_of_its_own_and_evaluation_none(tmp_path):
     assert hf._CALL.get() is None
 
 
-def test_the_processes_of_a_run_have_draws_of_their_own(tmp_path, monkeypatch):
-    attached = hf.attach(tiny(), AdapterConfig(rank=3), classes=CLASSES)
-    made = trainer(tmp_path, attached, data(), gradient_accumulation_steps=2)
-    seen = set()
-    for process in range(3):
-        monkeypatch.setattr(transformers.TrainingArguments, "world_size", 3)
-        monkeypatch.setattr(transformers.TrainingArguments, "process_index", process)
-        made._at = (-1, -1)
-        for step in range(4):
-            made.state.global_step = step
-            seen |= {made._draw(), made._draw()}
-    assert seen == set(range(FIRST_TRAINING_DRAW, FIRST_TRAINING_DRAW + 24))
-
-
 def test_accumulated_batches_give_the_gradient_of_the_whole(tmp_path):
     """Under the mean model of method "map", whose loss and prior need no draw."""
     results = []

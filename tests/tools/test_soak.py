@@ -18,6 +18,7 @@ def package(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
+@pytest.mark.slow
 def test_a_short_soak_and_a_round_that_goes_on_with_another_seed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(soak, "MOST", 2)
     out = tmp_path / "soak"
