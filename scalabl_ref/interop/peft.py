@@ -59,7 +59,7 @@ _HARMLESS = {
     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
     "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout",
     "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
+    "revision", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
 _REQUIRED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),

@@ -118,6 +118,55 @@ def test_rslora_and_patterns_are_honoured(base, tmp_path, method):
     assert_equal_logits(model, model(TOKENS), expected(TOKENS))
 
 
+UNSET = (
+    "alora_invocation_tokens arrow_config auto_mapping corda_config eva_config exclude_modules"
+    " kasa_config layer_replication layers_pattern layers_to_transform lora_ga_config"
+    " megatron_config modules_to_save monteclora_config revision target_parameters"
+    " trainable_token_indices use_bdlora velora_config"
+)
+AS_PEFT_WRITES = {  # what peft 0.21.2 saves besides rank, alpha and targets
+    **dict.fromkeys(UNSET.split()), "alpha_pattern": {}, "base_model_name_or_path": "gone",
+    "bias": "none", "ensure_weight_tying": False, "fan_in_fan_out": False, "inference_mode": True,
+    "init_lora_weights": True, "loftq_config": {}, "lora_bias": False, "lora_dropout": 0.1,
+    "megatron_core": "megatron.core", "peft_type": "LORA", "peft_version": "0.21.2",
+    "qalora_group_size": 16, "rank_pattern": {}, "task_type": "CAUSAL_LM", "use_dora": False,
+    "use_qalora": False, "use_rslora": False,
+}  # fmt: skip
+
+
+@torch.no_grad()
+def test_the_settings_of_a_folder_are_pefts(base, tmp_path):
+    """All that it writes is read; what we write are names and values of its own."""
+    source, _ = peft_folder(tmp_path / "peft", base, **AS_PEFT_WRITES)
+    model = bring(base, source, tmp_path / "run", options={"method": "mle"})
+    assert_equal_logits(model, model(TOKENS), merged(base, source)(TOKENS))
+    export(trained(base, tmp_path / "run"), tmp_path / "back")
+    written = read_json(tmp_path / "back/adapter_config.json")
+    settings = ("r", "lora_alpha", "target_modules", "base_model_name_or_path", "lora_dropout")
+    assert [written.pop(name) for name in settings] == [3, 5, list(TARGETS), base.name, 0.0]
+    assert written == {name: AS_PEFT_WRITES[name] for name in written} and len(written) == 9
+
+
+@torch.no_grad()
+def test_a_rank_and_an_alpha_that_are_not_told_are_eight(base, tmp_path):
+    source, _ = peft_folder(tmp_path / "peft", base, rank=8, alpha=8)
+    values = read_json(source / "adapter_config.json")
+    (source / "adapter_config.json").write_text(
+        json.dumps({n: v for n, v in values.items() if n not in ("r", "lora_alpha")})
+    )
+    model = bring(base, source, tmp_path / "run")
+    (source / "adapter_config.json").write_text(json.dumps(values))
+    assert_equal_logits(model, model(TOKENS), merged(base, source)(TOKENS))
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+@torch.no_grad()
+def test_targets_that_are_not_listed_are_those_that_are_there(base, tmp_path, targets):
+    source, _ = peft_folder(tmp_path / "peft", base, target_modules=targets)
+    model = bring(base, source, tmp_path / "run")
+    assert_equal_logits(model, model(TOKENS), merged(base, source)(TOKENS))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @torch.no_grad()
 def test_the_head_that_peft_keeps_must_be_the_bases(tmp_path, tied):
