@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -50,7 +51,8 @@ STATEMENT = re.compile(
     rf"^\s*(?=\S)(?!{DECLARED})"
     r"([\w.>\[\]():, +*-]+ [+*/|-]?= [^;{]+|[\w.:>-]+(<[\w:, ]+>)?\([^;{]*\));$"
 )
-LIMIT = 200  # seconds of a build or of the tests
+LIMIT = 200.0  # seconds of a build, and of a test program without a change
+PATIENCE = 6  # a program has so many times the seconds that it needs without a change, and ten
 
 
 class Mutant(NamedTuple):
@@ -109,6 +111,7 @@ class Tree:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.build = folder, folder / "build"
+        self.seconds: dict[str, float] = {}  # of each program without a change
         for name in COPIED:
             source = ROOT / name
             if source.is_dir():
@@ -124,12 +127,17 @@ class Tree:
             raise SystemExit(f"without a change it fails: {by}")
 
     def _run(self, *command: str) -> bool:
+        """Whether it succeeds, in a time that is not much above that of the first call."""
+        start, name = time.monotonic(), " ".join(command)
+        known = self.seconds.get(name)
         try:
             done = subprocess.run(command, cwd=self.folder, stdout=subprocess.DEVNULL,
-                                  stderr=subprocess.DEVNULL, timeout=LIMIT,
-                                  env=self._environment())  # fmt: skip
+                                  stderr=subprocess.DEVNULL, env=self._environment(),
+                                  timeout=LIMIT if known is None else PATIENCE * known + 10,
+                                  )  # fmt: skip
         except subprocess.TimeoutExpired:
             return False
+        self.seconds.setdefault(name, time.monotonic() - start)
         return not done.returncode
 
     def _environment(self) -> dict[str, str]:

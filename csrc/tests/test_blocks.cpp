@@ -314,5 +314,5 @@ void test_bad_arguments() {
 int main() {
     test_every_instruction_set();
     test_bad_arguments();
-    return failures;
+    return end_of_checks();
 }
