@@ -16,7 +16,7 @@ from scalabl_ref.core.objective import Batch
 from scalabl_ref.core.predictive import Prediction
 from scalabl_ref.evaluation import sequential
 from scalabl_ref.evaluation.predict import Draws, log_probs
-from scalabl_ref.evaluation.sequential import BETS, Auto, Race, predict_auto, wins
+from scalabl_ref.evaluation.sequential import Auto, Race, predict_auto, wins
 
 from ..models import tiny_batch, tiny_model
 from ..stats import ZTest
@@ -34,9 +34,9 @@ def test_wealth_is_the_product_of_what_the_bets_win(draws, tolerance, error):
     wealths = {}
     for i, j in itertools.product(range(3), repeat=2):
         wealth = 0.0
-        for k in range(BETS):
-            bet = (k + 0.5) / BETS / (1 - tolerance)
-            wealth += math.prod(1 + bet * (p[i] - p[j] + tolerance) for p in draws) / BETS
+        for k in range(20):
+            bet = (k + 0.5) / 20 / (1 - tolerance)
+            wealth += math.prod(1 + bet * (p[i] - p[j] + tolerance) for p in draws) / 20
         got = float(race.wealth[:, 1, i, j].exp().mean())
         assert abs(got - wealth) <= rounding(torch.float64, 64) * max(1.0, wealth)
         wealths[i, j] = wealth
@@ -98,11 +98,11 @@ def as_documented(table: torch.Tensor, auto: Auto) -> tuple[Prediction, int, boo
     """What one example gets from its draws' probabilities (S, C), by loops and plain products."""
     S, C = table.shape
     p, t = table.tolist(), auto.tolerance
-    bets = [(k + 0.5) / BETS / (1 - t) for k in range(BETS)]
+    bets = [(k + 0.5) / 20 / (1 - t) for k in range(20)]
 
     def wealth(draws: list[list[float]], i: int, j: int) -> float:
         gains = [d[i] - d[j] + t for d in draws]
-        return sum(math.prod(1 + bet * gain for gain in gains) for bet in bets) / BETS
+        return sum(math.prod(1 + bet * gain for gain in gains) for bet in bets) / 20
 
     def wins(draws: list[list[float]], i: int, needed: float) -> bool:
         return all(wealth(draws, i, j) >= needed for j in range(C) if j != i)
