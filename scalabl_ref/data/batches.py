@@ -145,7 +145,7 @@ def _rows(
     limits = (n for n in (max_length, wording.max_length) if n is not None)
     limit = min(limits, default=None)
     bos = wording.style == "plain"  # a chat template writes its own
-    start = len(tokenizer.encode("", bos)) - len(tokenizer.encode("", bos=False))  # 1 if any
+    start = len(tokenizer.encode("", bos))  # 1 with a BOS
     rows: dict[int, list[int]] = {}
     cut = 0
     for i, example in enumerate(asked.examples):

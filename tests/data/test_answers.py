@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Builder
 
+from scalabl_ref.app.demo import ASSETS
 from scalabl_ref.data import Wording, encode, load, question
 from scalabl_ref.data.answers import answer_tokens
 from scalabl_ref.data.tokenizer import load_tokenizer
@@ -136,6 +137,16 @@ def test_words_are_known_by_their_first_token(plain):
     assert found == (ids(plain, "b", "n"), "bare", None)
     with pytest.raises(InputError, match="'billing' and 'bugs' begin with the same token, 'b'"):
         answer_tokens(plain, ["Queue:\n"], ["billing", "bugs"], "bare", words=True)
+
+
+def test_words_alone_are_their_first_tokens_behind_no_bos():
+    """Of the tokenizer in the package, which begins every text with a token of its own."""
+    tokenizer = load_tokenizer(ASSETS)
+    words = ["billing", "network"]
+    first = [tokenizer.encode(word, bos=False)[0] for word in words]
+    assert tokenizer.encode("billing")[1] == first[0] != tokenizer.encode("billing")[0]
+    found = answer_tokens(tokenizer, ["Queue:"], words, "alone", words=True)
+    assert (found.ids, found.kind) == (first, "alone")
 
 
 def examples(rows=40, format="jsonl"):

@@ -228,6 +228,16 @@ def test_split(n, percent, seed):
         assert part == sorted(part, key=examples.index)
 
 
+def test_orders_and_splits_are_those_of_earlier_versions():
+    """A resumed run goes on in its order; a run's own held-out examples stay held out."""
+    order = TrainingOrder([5, 3, 4, 8, 1, 9, 2], 2, seed=7)
+    steps = [order.indices(step) for step in range(8)]
+    assert steps == [[0, 3], [6, 2], [4, 1], [5], [3], [6, 5], [1, 2], [4, 0]]
+    examples = [Example(str(i), 0, str(i), ("A", "B")) for i in range(12)]
+    _, held_out = split(examples, 1 / 3, seed=7)
+    assert [int(example.id) for example in held_out] == [2, 4, 9, 10]
+
+
 def test_split_depends_on_the_seed():
     examples = [Example(str(i), 0, str(i), ("A", "B")) for i in range(40)]
     assert split(examples, 0.5, 0) != split(examples, 0.5, 1)

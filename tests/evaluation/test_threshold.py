@@ -175,6 +175,21 @@ def test_the_best_share_is_named():
     assert best_share(torch.ones(100).double(), torch.arange(100) < 40) == (100, 40)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_the_best_share_parts_no_rows_of_equal_confidence(seed):
+    """By a loop over all confidences that there are."""
+    generator = torch.Generator().manual_seed(seed)
+    sure = torch.randint(9, (50,), generator=generator).double()
+    right = torch.rand(50, generator=generator) < 0.3 + 0.07 * sure
+    shares = []
+    for least in sorted(set(sure.tolist()), reverse=True):
+        chosen = [bool(r) for s, r in zip(sure, right, strict=True) if s >= least]
+        if len(chosen) >= 13:  # a quarter of them
+            shares.append((sum(chosen) / len(chosen), -len(chosen), sum(chosen)))
+    _, rows, correct = max(shares)
+    assert best_share(sure, right) == (-rows, correct)
+
+
 TOLD = {  # the accuracy by confidence, which is uniform; the target
     "calibrated": (lambda c: 0.5 + c / 2, 0.8),
     "good half": (lambda c: torch.where(c > 0.5, 0.9, 0.5), 0.8),
