@@ -1,12 +1,16 @@
-"""Lists in a cell of a table."""
+"""Lists in a cell of a table; blank lines and cells; the lines that errors name."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 
-from scalabl_ref.data.rows import nested
+from scalabl_ref.data.rows import json_rows, nested, streamed_json_rows, table
+from scalabl_ref.support.errors import InputError
+
+FILE = Path("file")
 
 
 @pytest.mark.parametrize(
@@ -17,8 +21,8 @@ from scalabl_ref.data.rows import nested
         ("['a',\n 'b', \"c's\"]", ["a", "b", "c's"]),
         ("{'t': array(['x) array(', 'y'], dtype=object)}", {"t": ["x) array(", "y"]}),
         (
-            r"['\\ \n \' \" \x41 \u00fc \U0001f600 \q \xzz']",
-            ["\\ \n ' \" A ü \U0001f600 \\q \\xzz"],
+            r"['\\ \n\t \' \" \x41 \u00fc \U0001f600 \q \xzz']",
+            ["\\ \n\t ' \" A ü \U0001f600 \\q \\xzz"],
         ),
         ("['a", "['a"),
         ("plain", "plain"),
@@ -34,3 +38,25 @@ def test_a_cell_of_quotes_takes_no_long_time():
     start = time.process_time()
     assert nested(cell) == cell
     assert time.process_time() - start < 5  # under 0.1 s; looked at from each quote on: some 20 s
+
+
+def test_the_format_is_doubted_at_the_first_entry_alone():
+    """And a line that is no object is counted from the start of the file."""
+    for rows in (json_rows, lambda path, text: streamed_json_rows(path, text.splitlines(True))):
+        with pytest.raises(InputError, match=r"^file, line 1: .*: is --format right\?$"):
+            list(rows(FILE, "1\n"))
+        for second in ("1", "{"):
+            found = rows(FILE, '{"a": 1}\n\n' + second + "\n")
+            assert next(found) == ("line 1", {"a": 1})
+            with pytest.raises(InputError, match=r"^file, line 3: (?!.*--format)"):
+                next(found)
+
+
+def test_the_separator_is_looked_for_in_the_first_line_that_is_not_blank():
+    names, rows = table(FILE, "\n \na;b\n1;2\n")
+    assert (names, list(rows)) == (["a", "b"], [("line 4", {"a": "1", "b": "2"})])
+
+
+def test_a_row_of_empty_cells_is_a_row():
+    _, rows = table(FILE, "a,b\n,\n\n1,2\n")
+    assert list(rows) == [("line 2", {"a": "", "b": ""}), ("line 4", {"a": "1", "b": "2"})]
