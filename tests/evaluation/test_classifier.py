@@ -18,7 +18,7 @@ from scalabl_ref.core.predictive import predictive
 from scalabl_ref.data import label_names, load, question
 from scalabl_ref.evaluation import metrics
 from scalabl_ref.evaluation.answering import Answers, chosen, text_keys
-from scalabl_ref.evaluation.classifier import cooled
+from scalabl_ref.evaluation.classifier import cooled, default_samples, open_run
 from scalabl_ref.evaluation.predict import predict
 
 from ..app.commands import TRAIN, ok
@@ -135,6 +135,7 @@ def test_mistakes_are_named(tickets, capsys):
         (lambda: clf(["help"]), "expected one text, not list"),
         (lambda: clf.decisions(["help"]), r"for texts call clf\.decide\(texts\)"),
         (lambda: clf.predict(["help", " "]), "text 1: the question is empty"),
+        (lambda: clf.predict([" "]), "^the question is empty"),
         (lambda: clf.predict(["help", None]), "text 1: the question must be a text, not None"),
         (lambda: clf.predict(["help"], "ab"), "choices must be a list of texts"),
         (lambda: clf.predict(["help"], ["x", "y"]), "leave --choices out, or give the run's"),
@@ -143,6 +144,23 @@ def test_mistakes_are_named(tickets, capsys):
     ):
         with pytest.raises(InputError, match=message):
             ask()
+
+
+def test_draws_of_a_gaussian_over_logits_are_a_thousand_by_default():
+    kinds = {None: 10, "swag": 10, "ensemble": 10, "laplace": 1000, "subspace": 1000}
+    for posterior, samples in kinds.items():
+        assert default_samples({"posterior": posterior}) == samples
+    assert default_samples({"posterior": "subspace", "predicts": "sampled"}) == 10
+
+
+def test_a_posterior_does_not_work_with_a_split_base(tickets, capsys):
+    ok(f"{TICKETS} --method mle --out run", capsys)
+    ok("posterior laplace --run run --out laplace", capsys)
+    split = []
+    assert open_run("run", shard=split.append).posterior is None and len(split) == 1
+    with pytest.raises(InputError, match="^laplace: posterior laplace does not work with --shard"):
+        open_run("laplace", shard=split.append)
+    assert len(split) == 1
 
 
 def test_prompts_that_training_left_out_are_refused(tickets, capsys):

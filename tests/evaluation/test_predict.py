@@ -138,6 +138,14 @@ def test_where_only_the_head_draws_one_pass_serves_very_many(monkeypatch):
     assert passes[:2] == [few, 1] and len(passes[2:]) > 1
 
 
+def test_the_mean_model_takes_one_pass_and_one_draw_is_of_no_design():
+    for model, samples in ((tiny_model(), 0), (tiny_model(method="mle"), 5)):
+        assert predict_module.log_probs(model, tiny_batch(), Draws(samples)).shape == (1, 4, 3)
+    model, batch = tiny_model(init_sigma=1.0), tiny_batch()
+    one = [predict_module.log_probs(model, batch, Draws(1, 5, d)) for d in ("latin", "independent")]
+    assert torch.equal(*one)
+
+
 def test_a_wrong_design_is_refused():
     model, batch = tiny_model(), tiny_batch()
     with pytest.raises(InputError, match="design must be one of"):
@@ -146,13 +154,15 @@ def test_a_wrong_design_is_refused():
         predict(model, batch, posterior=Swag(), design="latin")
 
 
-def test_negative_samples_are_refused():
+def test_too_many_or_negative_samples_are_refused():
     model, batch = tiny_model(method="mle"), tiny_batch()
     swag = Swag()
     swag.collect(model)
     for posterior in (None, swag, Ensemble([swag.mean])):
         with pytest.raises(InputError, match="samples must not be negative"):
             predict(model, batch, samples=-1, posterior=posterior)
+        with pytest.raises(InputError, match="samples must be at most 100,000, and is 100,001"):
+            predict(model, batch, samples=100_001, posterior=posterior)
 
 
 @pytest.mark.parametrize("targets", [TARGETS, ("lm_head",)])

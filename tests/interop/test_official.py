@@ -56,6 +56,9 @@ def test_an_official_state_with_other_labels_alpha_or_a_whole_head(base, tmp_pat
     torch.save(official_state(base, rows=256), tmp_path / "state_dict.pt")
     model = bring(base, tmp_path, tmp_path / "whole", "bayesadapt")
     assert model.config.head_tokens is None and adapters(model)["lm_head"].B.shape == (256, 2)
+    torch.save(official_state(base, rank=1), tmp_path / "state_dict.pt")
+    model = bring(base, tmp_path, tmp_path / "one", "bayesadapt")
+    assert {adapter.config.rank for adapter in adapters(model).values()} == {1}
 
 
 def _first(state, end):

@@ -97,6 +97,12 @@ def test_the_model_ends_with_its_best_step(tmp_path):
     assert same(end, states[best]) and not same(end, states[-1])
 
 
+def test_of_equal_steps_the_first_is_the_best():
+    model, watch = tiny_model(), Watch(HELD, 1, keep=True)
+    assert watch.look(model, 2) == watch.look(model, 3)
+    assert watch.step == 2
+
+
 @pytest.mark.parametrize("stop", [1, 3, 8, 11])
 def test_the_best_step_survives_an_interruption(tmp_path, stop):
     """Whether it was before or after the interruption: the same log and adapters to the bit."""
