@@ -63,6 +63,16 @@ def test_a_run_killed_outright_resumes_from_its_last_checkpoint(tmp_path):
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
 
 
+def test_what_begins_anew_never_goes_on_from_an_older_run(tmp_path):
+    with pytest.raises(MemoryError):
+        fit(trainer(), tmp_path, on_step=die)  # it leaves a checkpoint of 5 steps
+    with pytest.raises(ZeroDivisionError):
+        fit(trainer(), tmp_path, on_step=lambda record: 1 / 0)
+    done = []
+    fit(trainer(), tmp_path, resume=True, on_start=done.append)
+    assert done == [0]
+
+
 DAMAGE = b"\xff\x00 \r \xe2\x80\xa8 \x85"  # no UTF-8, and to some the ends of lines
 
 

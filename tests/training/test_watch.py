@@ -170,6 +170,11 @@ def test_there_are_four_to_twenty_looks(steps, epoch):
         assert interval(steps, epoch) == epoch
 
 
+def test_a_look_is_an_epoch_within_those_limits():
+    assert [interval(2000, epoch) for epoch in (10, 300, 900)] == [100, 300, 500]
+    assert [interval(1, 1), interval(3, 7), interval(2001, 10)] == [1, 1, 101]
+
+
 def test_nothing_to_watch_is_refused():
     with pytest.raises(InputError, match="held-out rows"):
         Watch(HELD, 0)
