@@ -164,7 +164,7 @@ def new_folder(path: Path | str) -> Iterator[Path]:
     try:
         yield temporary
         with writing(path):
-            temporary.chmod(0o755)
+            temporary.chmod(0o777 & ~_umask())
             os.rename(temporary, path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -158,10 +158,13 @@ def test_files_have_the_mode_of_the_umask(tmp_path, umask):
     try:
         atomic_write_text(tmp_path / "a.json", "{}")
         save_tensors(tmp_path / "a.safetensors", [("a", torch.zeros(1))])
+        with new_folder(tmp_path / "folder"):
+            pass
     finally:
         os.umask(before)
     for path in tmp_path.iterdir():
-        assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
+        most = 0o777 if path.is_dir() else 0o666
+        assert path.stat().st_mode & 0o777 == most & ~umask, path
 
 
 @pytest.fixture
@@ -195,6 +198,20 @@ def test_no_permission_is_said_to_be_the_reason(shut):
         make_folder(shut / "more")
 
 
+POINTER = ("version https://git-lfs.github.com/spec/v1", f"oid sha256:{'0' * 64}", "size 3", "")
+
+
 def test_json_may_begin_with_a_byte_order_mark(tmp_path):
     (tmp_path / "a.json").write_text('{"a": "é"}', encoding="utf-8-sig")
     assert read_json(tmp_path / "a.json") == {"a": "é"}
+
+
+def test_what_is_no_json_object_is_refused(tmp_path):
+    path = tmp_path / "a.json"
+    for text, reason in (("[1]", "expected a JSON object, found list"), ("{", "not JSON: "),
+                         ("\n".join(POINTER), "is a git-lfs pointer")):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(InputError, match=f"a.json: {reason}"):
+            read_json(path)
+    with pytest.raises(InputError, match="gone.json: no such file"):
+        read_json(tmp_path / "gone.json")
