@@ -121,8 +121,11 @@ void compare_all(const Forward &forward, const Backward &backward) {
 // Many rows, columns and ranks of numbers out of -1, 0, 1 without noise: a term left out, or taken
 // twice, cannot hide behind rounding.
 void compare_whole_numbers(const Forward &forward, const Backward &backward) {
-    for (const int64_t rows : {int64_t{1}, int64_t{300}, int64_t{700}}) {
-        Problem p(SCALABL_FLOAT32, SCALABL_FLOAT32, rows, 1100, 300, 11, 1, 3);
+    // Of the largest rank, a block of the CPU has 24 rows, and 240 are ten of them.
+    const int64_t sizes[][4] = {
+        {1, 1100, 300, 11}, {300, 1100, 300, 11}, {700, 1100, 300, 11}, {240, 40, 30, 256}};
+    for (const auto &[rows, d_in, d_out, rank] : sizes) {
+        Problem p(SCALABL_FLOAT32, SCALABL_FLOAT32, rows, d_in, d_out, rank, 1, 3);
         for (Matrix *m : {&p.x, &p.A, &p.B, &p.y, &p.grad_y, &p.grad_x, &p.s}) {
             for (int64_t i = 0; i < m->rows; ++i) {
                 for (int64_t j = 0; j < m->columns; ++j) {
