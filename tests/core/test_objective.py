@@ -106,6 +106,13 @@ def test_model_kl_sums_over_the_layers():
         model_kl(model, "reverse")
 
 
+def test_without_a_posterior_the_complexity_is_zero_in_float64():
+    bare = Llama(TINY)
+    for model in (bare, tiny_model(method="mle")):
+        found = model_kl(model)
+        assert (found.item(), found.dtype, found.shape) == (0.0, torch.float64, ())
+
+
 def test_official_kl_stays_finite_where_float32_overflows():
     """The official code's float32 KL is infinite at log sigma = -44.5 (METHOD, section 5)."""
     s, log_sigma = torch.tensor([1.5]), torch.tensor([-44.5])
