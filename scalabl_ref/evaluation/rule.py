@@ -153,8 +153,8 @@ def ruled(clf: Classifier, rule: Rule | None, own_wording: bool = True) -> Class
 
 
 def _option(value: Any) -> str:
-    if isinstance(value, Mapping):  # Auto
-        return "auto " + " ".join(f"--{key} {number}" for key, number in value.items())
+    if isinstance(value, Mapping):  # Auto, whose error is no option
+        return f"auto --tolerance {value['tolerance']} --most {value['most']}"
     return str(value)
 
 

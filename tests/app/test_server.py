@@ -218,6 +218,7 @@ def test_a_failure_is_answered_and_the_server_goes_on(clf, caplog):
     failed, again = served(gate, use)
     assert failed[0] == 500 and "no memory" not in failed[2]["error"]
     assert "no memory" in caplog.text and again[0] == 200
+    assert {record.name for record in caplog.records} == {"scalabl_ref.app.server"}
 
 
 REFUSED = {

@@ -20,6 +20,7 @@ from scalabl_ref.evaluation import metrics
 from scalabl_ref.evaluation.answering import Answers, chosen, text_keys
 from scalabl_ref.evaluation.classifier import cooled, default_samples, open_run
 from scalabl_ref.evaluation.predict import predict
+from scalabl_ref.evaluation.rule import answered, decided
 
 from ..app.commands import TRAIN, ok
 from ..models import tiny_folder, tiny_model
@@ -177,6 +178,17 @@ def test_a_row_chooses_among_its_own_choices():
     places, confidence = chosen(found)
     assert places.tolist() == [1, 2, 0]
     assert (confidence - torch.tensor([0.2, 0.7, 0.4])).abs().max() < 1e-7
+
+
+def test_a_row_as_sure_as_the_threshold_is_answered():
+    probs = torch.tensor([[0.75, 0.25], [0.625, 0.375], [0.125, 0.875]], dtype=torch.float64)
+    examples = [question("q", "ab", "jsonl")] * 3
+    prediction = predictive(probs.log()[None])._replace(probs=probs)
+    found = Answers(examples, torch.tensor([0, 1, 0]), prediction, 1)
+    kept = {"threshold": 0.75, "coverage": 2 / 3, "answered": 2, "right": 1, "acc": 0.5}
+    assert answered(found, 0.75) == kept
+    asked = [decided(confidence, 0.75) for confidence in (0.75, 0.7499)]
+    assert asked == ["answer", "human"] and decided(0.1, None) is None
 
 
 def test_cooling_by_one_changes_nothing():

@@ -37,6 +37,7 @@ def test_probabilities_are_averaged_and_not_logits():
 
 def test_impossible_classes_have_no_entropy():
     result = predictive(torch.tensor([[[0.0, -math.inf]], [[0.0, -math.inf]]]))
+    assert {column.dtype for column in result} == {torch.float64}
     for column in result[1:]:
         assert column.tolist() == [0.0] and not column.signbit().any()  # prints as 0, not as -0
 

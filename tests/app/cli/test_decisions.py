@@ -156,6 +156,9 @@ def test_draws_are_as_many_as_by_default_or_as_the_rule_has(trained, capsys):
         asked = ok("predict --run run --prompt hello", capsys)
         assert ("settled" in asked) == bool(given)
         assert scalabl_ref.load("run").samples == (Auto() if given else 10)
+    auto = "--samples auto --tolerance 0.05 --most 1000"
+    assert f"give {auto}, or" in refused("predict --run run --prompt hello --samples 3", capsys)
+    assert "settled" in ok(f"predict --run run --prompt hello {auto}", capsys)
 
 
 def test_a_new_temperature_removes_the_threshold(trained, capsys):
@@ -264,6 +267,8 @@ def test_a_file_is_answered_as_its_texts_are(trained, capsys):
     ok(PREDICT.replace("out.csv", "out.jsonl"), capsys)
     lines = [json.loads(line) for line in (trained / "out.jsonl").read_text().splitlines()]
     assert [line["confidence"] for line in lines] == [d.confidence for d in expected]
+    ok(PREDICT.replace("out.csv", "again.CSV"), capsys)
+    assert rows("again.CSV")[3]["confidence"] == found[3]["confidence"]
     assert sorted(p.name for p in trained.glob("out*")) == ["out.csv", "out.jsonl"]
     assert "exists already" in refused(PREDICT, capsys)
     assert "key 'body' is missing" in refused(f"{PREDICT} --text-column body", capsys)
