@@ -93,6 +93,35 @@ TESTS = {
     "methods.evidence": ["methods/test_subspace.py", *KIT],
     "fast.blocks": ["fast/test_blocks.py", *KIT],
     "fast.attention": ["fast/test_attention.py", *KIT],
+    "fast.rows": ["fast/test_plain.py", "evaluation/test_predict.py", "model/test_llama.py"],
+    "fast.quantize": ["fast/test_quantize.py", "fast/test_packing.py"],
+    "fast.designs": ["core/test_noise.py", "core/test_adapter.py", "evaluation/test_predict.py"],
+    "model.attach": ["model/test_llama.py", "core/test_adapter.py"],
+    "model.config": ["model", *KIT],
+    "model.inputs": ["model/test_llama.py", "fast/test_plain.py", "evaluation/test_predict.py"],
+    "model.weights": ["model", "support", "fast/test_packing.py", "app/cli/test_mistakes.py"],
+    **{f"data.{name}": ["data", "evaluation/test_classifier.py"]
+       for name in ("answers", "batches", "chat", "formats", "prompts", "rows", "tokenizer")},
+    **{f"evaluation.{name}": [f"evaluation/test_{name}.py", "evaluation/test_evaluate.py"]
+       for name in ("comparison", "decisions", "inference", "quadrature", "report", "sequential",
+                    "threshold")},
+    **{f"evaluation.{name}": ["evaluation/test_predict.py", "evaluation/test_classifier.py",
+                              "evaluation/test_generate.py", "evaluation/test_evaluate.py",
+                              "app/cli/test_decisions.py", "app/cli/test_evaluate.py",
+                              "app/cli/test_mistakes.py"]
+       for name in ("answering", "classifier", "evaluate", "generate", "predict", "rule",
+                    "stream")},
+    **{f"interop.{name}": [f"interop/test_{name}.py" for name in ("peft", "official", "exporting",
+                                                                  "importing")]
+       for name in ("exporting", "importing", "layers", "official", "peft")},
+    **{f"training.{name}": [f"training/test_{name}.py", "training/test_watch.py",
+                            "training/test_trainer.py", "app/cli/test_train.py",
+                            "app/cli/test_runs.py"]
+       for name in ("loop", "runs", "savepoints", "watch")},
+    **{f"support.{name}": ["support", "model/test_weights.py", "training/test_runs.py",
+                           "training/test_savepoints.py", "interop/test_peft.py"]
+       for name in ("fields", "files", "folders", "hub", "tensors")},
+    "app.server": ["app/test_server.py"],
 }  # fmt: skip
 
 
