@@ -180,7 +180,12 @@ void test_half_precision() {
             const double size = exponent ? std::ldexp(1024 + (half & 1023), exponent - 25)
                                          : std::ldexp(half & 1023, -24);
             CHECK(from_f == static_cast<float>(half & 0x8000u ? -size : size));
+        } else {
+            CHECK((half & 1023) ? std::isnan(from_f) : std::isinf(from_f));
+            CHECK(std::signbit(from_f) == (half >> 15 != 0));
         }
+        const uint32_t bits_of_b = bits << 16;
+        CHECK(std::memcmp(&from_b, &bits_of_b, sizeof from_b) == 0);
     }
     const struct {
         float value;
