@@ -228,7 +228,7 @@ def test_the_card_says_what_is_known(base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data = questions_file(tmp_path / "train.jsonl")
     command = "train --model base --data train.jsonl --out run --steps 2 --rank 2 --holdout 0.25"
-    ok(command + " --kl official --seed 11", capsys)
+    ok(command + " --kl official --seed 11 --alpha 5 --prior-std 2 --batch 6 --lr 0.01", capsys)
     ok("evaluate --run run --data train.jsonl --samples 2 --temperature", capsys)
     ok("export --run run --to peft --out some/out --base owner/model", capsys)
     ok("export --run run --to hf --out merged", capsys)
@@ -240,7 +240,10 @@ def test_the_card_says_what_is_known(base, tmp_path, monkeypatch, capsys):
     metrics = read_json(tmp_path / "run" / "metrics.json")
     for words in (
         f"- data: train.jsonl\n- SHA-256 of the data: {digest}\n- examples trained on: 18\n",
-        "- KL: official, ", "- seed: 11\n", "- method: scalabl\n", "- beta: 1.0\n",
+        "- KL: official, ", "- seed: 11\n", "- method: scalabl\n- rank, alpha: 2, 5\n",
+        "- targets: q_proj v_proj lm_head\n- covariance: diagonal\n",
+        "- prior: fixed, standard deviation 2\n", "- objective: elbo\n- beta: 1.0\n"
+        "- steps: 2\n- batch: 6\n- lr: 0.01\n",
         f"| train.jsonl | 24 | {metrics['acc']:.4f} | {metrics['ece']:.4f} | "
         f"{metrics['nll']:.4f} | {metrics['brier']:.4f} |\n",
         "| train.jsonl, temperature | 24 |", "2 draws, seed 0, 15 bins", "- scalabl_ref: 0.1.0\n",

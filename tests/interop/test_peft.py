@@ -118,6 +118,24 @@ def test_rslora_and_patterns_are_honoured(base, tmp_path, method):
     assert_equal_logits(model, model(TOKENS), expected(TOKENS))
 
 
+@torch.no_grad()
+def test_a_pattern_may_have_alternatives(base, tmp_path):
+    """Each of them ends the name, as PEFT reads it, and none is found within a name."""
+    source, tensors = peft_folder(
+        tmp_path / "peft", base,
+        ranks={"q_proj": 2, "down_proj": 2, "layers.0.self_attn.o_proj": 2},
+        rank_pattern={r"q_proj|down_proj|0\.self_attn\.o_proj": 2}, alpha_pattern={"v|lm_head": 9},
+    )  # fmt: skip
+    model = bring(base, source, tmp_path / "run", options={"method": "mle"})
+    expected = Llama.from_pretrained(base).double()
+    for name in adapters(model):
+        hf = name if name == "lm_head" else "model." + name.replace("attn", "self_attn")
+        A, B = (tensors[f"base_model.model.{hf}.lora_{side}.weight"].double() for side in "AB")
+        alpha = 9 if name == "lm_head" else 5
+        expected.get_submodule(name).weight += alpha / len(A) * B @ A
+    assert_equal_logits(model, model(TOKENS), expected(TOKENS))
+
+
 UNSET = (
     "alora_invocation_tokens arrow_config auto_mapping corda_config eva_config exclude_modules"
     " kasa_config layer_replication layers_pattern layers_to_transform lora_ga_config"
