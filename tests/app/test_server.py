@@ -88,6 +88,7 @@ def ask(**fields) -> bytes:
 def test_an_answer_is_the_classifiers(clf):
     """To the bit: alone, in a list, and with the choices given."""
     texts = ["Where is my parcel?", "I want my money back."]
+    charset = ((b"content-type", b"Application/JSON ; charset=utf-8"),)
 
     async def use(app):
         return [
@@ -95,12 +96,14 @@ def test_an_answer_is_the_classifiers(clf):
             await call(app, ask(text=texts[1])),
             await call(app, ask(text=texts[1], choices=clf.classes_[::-1])),
             await call(app, ask(texts=texts[1:])),
+            await call(app, ask(text=texts[1]), headers=charset),
         ]
 
     answers = served(replace(clf, threshold=0.3), use)
-    (_, _, many), (status, _, one), (_, _, turned), (_, _, list_of_one) = answers
+    many, one, turned, list_of_one, with_charset = (told for _, _, told in answers)
     decisions = replace(clf, threshold=0.3).decide(texts)
-    assert status == 200 and many["answers"][1] == one == turned
+    assert [status for status, _, _ in answers] == [200] * 5
+    assert many["answers"][1] == one == turned == with_charset
     assert list_of_one == {"answers": [one]}
     for told, decision in zip(many["answers"], decisions, strict=True):
         assert told.pop("choices") == clf.classes_
