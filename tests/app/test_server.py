@@ -111,6 +111,10 @@ def test_an_answer_is_the_classifiers(clf):
     assert one["decision"] in ("answer", "human")
 
 
+def test_limits_are_those_of_the_guide():
+    assert Limits() == Limits(body=2**20, characters=20_000, waiting=256, seconds=10.0)
+
+
 class Slow(Classifier):
     """Waits, before each batch, until `go`; remembers the size of each."""
 
