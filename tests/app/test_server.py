@@ -258,6 +258,7 @@ def test_bad_requests_are_refused_with_a_reason(clf):
         found = {name: await call(app, body) for name, (body, _) in REFUSED.items()}
         plain = ((b"content-type", b"text/plain"),)
         found["kind"] = await call(app, ask(text="a"), headers=plain)
+        found["no kind"] = await call(app, ask(text="a"), headers=())
         found["slow"] = await call(app, b"", parts=[(0, b"{"), (1, b"}")])
         found["cut"] = await call(app, b"", parts=[])
         found["path"] = await call(app, ask(text="a"), "/nowhere")
@@ -266,9 +267,23 @@ def test_bad_requests_are_refused_with_a_reason(clf):
 
     found = served(clf, use, limits)
     wanted = {name: status for name, (_, status) in REFUSED.items()}
-    wanted |= {"kind": 415, "slow": 408, "cut": 400, "path": 404, "method": 405}
+    wanted |= {"kind": 415, "no kind": 415, "slow": 408, "cut": 400, "path": 404, "method": 405}
     assert {name: status for name, (status, _, _) in found.items()} == wanted
     assert all(isinstance(told["error"], str) and told["error"] for _, _, told in found.values())
+    assert found["cut"][2] == {"error": "the connection ended within the body"}
+
+
+def test_a_limit_itself_is_allowed_and_no_threshold_gives_no_decision(clf):
+    limits = Limits(body=300_000, characters=100, waiting=3)
+    body = ask(text="x" * 100)
+
+    async def use(app):
+        whole = body + b" " * (300_000 - len(body))
+        return [await call(app, data) for data in (whole, ask(texts=["a"] * 3), whole + b" ")]
+
+    one, several, more = served(clf, use, limits)
+    assert (one[0], several[0], more[0]) == (200, 200, 413)
+    assert len(several[2]["answers"]) == 3 and "decision" not in one[2]
 
 
 def body(rng: Random) -> bytes:

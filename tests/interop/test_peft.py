@@ -233,6 +233,7 @@ NAMES = ["layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
         {"layers_to_transform": 1, "layers_pattern": "layers", "ensure_weight_tying": True},
         {"layers_to_transform": [1, 7], "layers_pattern": ["blocks", "layers"]},
         {"exclude_modules": r".*layers\.0\..*", "fan_in_fan_out": True},
+        {"exclude_modules": r".*(layers\.1\.self|layers\.0\..*)"},  # the first is no whole name
         {"exclude_modules": ["layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj"]},
         {"target_modules": NAMES},
         {"target_modules": r".*\.1\.self_attn\.[qv]_proj", "layers_to_transform": []},
