@@ -177,6 +177,14 @@ def test_a_rank_and_an_alpha_that_are_not_told_are_eight(base, tmp_path):
     assert_equal_logits(model, model(TOKENS), merged(base, source)(TOKENS))
 
 
+@torch.no_grad()
+def test_the_smallest_rank_comes_in(base, tmp_path):
+    source, _ = peft_folder(tmp_path / "peft", base, rank=1)
+    model = bring(base, source, tmp_path / "run")
+    assert {adapter.config.rank for adapter in adapters(model).values()} == {1}
+    assert_equal_logits(model, model(TOKENS), merged(base, source)(TOKENS))
+
+
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 @torch.no_grad()
 def test_targets_that_are_not_listed_are_those_that_are_there(base, tmp_path, targets):
