@@ -129,12 +129,11 @@ class Tree:
     def _run(self, *command: str) -> bool:
         """Whether it succeeds, in a time that is not much above that of the first call."""
         start, name = time.monotonic(), " ".join(command)
-        known = self.seconds.get(name)
+        limit = PATIENCE * self.seconds[name] + 10 if name in self.seconds else LIMIT
         try:
             done = subprocess.run(command, cwd=self.folder, stdout=subprocess.DEVNULL,
-                                  stderr=subprocess.DEVNULL, env=self._environment(),
-                                  timeout=LIMIT if known is None else PATIENCE * known + 10,
-                                  )  # fmt: skip
+                                  stderr=subprocess.DEVNULL, timeout=limit,
+                                  env=self._environment())  # fmt: skip
         except subprocess.TimeoutExpired:
             return False
         self.seconds.setdefault(name, time.monotonic() - start)

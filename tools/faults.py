@@ -111,8 +111,8 @@ TESTS = {
                               "app/cli/test_mistakes.py"]
        for name in ("answering", "classifier", "evaluate", "generate", "predict", "rule",
                     "stream")},
-    **{f"interop.{name}": [f"interop/test_{name}.py" for name in ("peft", "official", "exporting",
-                                                                  "importing")]
+    **{f"interop.{name}": ["interop/test_peft.py", "interop/test_official.py",
+                           "interop/test_exporting.py", "interop/test_importing.py"]
        for name in ("exporting", "importing", "layers", "official", "peft")},
     **{f"training.{name}": [f"training/test_{name}.py", "training/test_watch.py",
                             "training/test_trainer.py", "app/cli/test_train.py",

@@ -60,8 +60,11 @@ def trained(base, run, posterior=None, name=None):
 
 
 @torch.no_grad()
-def merged(base, folder):
-    """A plain Llama with the LoRA of a PEFT folder merged by hand, in float64."""
+def merged(base, folder, scaling=None):
+    """A plain Llama with the LoRA of a PEFT folder merged by hand, in float64.
+
+    scaling: of a layer, by its name and rank; without it all have the folder's r and lora_alpha.
+    """
     config = read_json(folder / "adapter_config.json")
     tensors, _ = load_tensors(folder / "adapter_model.safetensors")
     model = Llama.from_pretrained(base).double()
@@ -72,10 +75,15 @@ def merged(base, folder):
     assert len(tensors) == 2 * len(names)
     for name in names:
         ours = name.removeprefix("base_model.model.").removeprefix("model.")
-        layer = model.get_submodule(ours.replace("self_attn", "attn"))
+        ours = ours.replace("self_attn", "attn")
         A, B = (tensors[f"{name}.lora_{side}.weight"].double() for side in "AB")
-        assert A.dtype == B.dtype and len(A) == config["r"] == B.shape[1]
-        layer.weight += config["lora_alpha"] / config["r"] * B @ A
+        assert A.dtype == B.dtype and len(A) == B.shape[1]
+        if scaling is None:
+            assert len(A) == config["r"]
+            factor = config["lora_alpha"] / config["r"]
+        else:
+            factor = scaling(ours, len(A))
+        model.get_submodule(ours).weight += factor * B @ A
     return model
 
 

@@ -47,7 +47,7 @@ def test_an_official_state_comes_in_with_all_its_values(base, tmp_path, method, 
 
 
 @torch.no_grad()
-def test_an_official_state_with_other_labels_alpha_or_a_whole_head(base, tmp_path):
+def test_an_official_state_with_other_labels_alpha_rank_or_a_whole_head(base, tmp_path):
     torch.save(official_state(base), tmp_path / "state_dict.pt")
     options = {"labels": ["y", "n", "?"], "alpha": 1.0}
     model = bring(base, tmp_path, tmp_path / "run", "bayesadapt", **options)
