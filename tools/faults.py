@@ -121,7 +121,29 @@ TESTS = {
     **{f"support.{name}": ["support", "model/test_weights.py", "training/test_runs.py",
                            "training/test_savepoints.py", "interop/test_peft.py"]
        for name in ("fields", "files", "folders", "hub", "tensors")},
-    "app.server": ["app/test_server.py"],
+    "interop.card": ["interop/test_card.py"],
+    "interop.hf": ["interop/test_hf.py"],
+    "data.text": ["data/test_text.py", "data/test_formats.py"],
+    **{f"evaluation.{name}": ["evaluation/test_charts.py", "evaluation/test_plots.py",
+                              "evaluation/test_report.py"] for name in ("charts", "plots")},
+    **{f"evaluation.{name}": ["app/study"] for name in ("papers", "tables")},
+    **{f"app.{name}": [f"app/test_{name}.py"] for name in ("demo", "server", "workers")},
+    "app.plan": ["app/test_plan.py", "app/cli/test_plan.py"],
+    **{f"app.{name}": ["app/study", "app/cli/test_study.py"]
+       for name in ("configs", *(f"study.{part}" for part in (
+           "config", "costs", "jobs", "methods", "paper", "plugins", "sets")))},
+    **{f"app.cli.{name}": [f"app/cli/test_{test}.py" for test in tests.split()]
+       for name, tests in {
+           "calibrate": "decisions serve mistakes", "conformance": "main mistakes",
+           "count": "count main mistakes", "demo": "demo options", "evaluate": "evaluate decisions",
+           "export": "runs posterior mistakes", "generate": "generate mistakes",
+           "import_": "runs posterior mistakes talk", "info": "info main",
+           "loggers": "talk main", "options": "options mistakes train main",
+           "output": "main talk", "parser": "options main mistakes", "plan": "plan mistakes",
+           "posterior": "posterior posterior_answers mistakes", "predict": "predict mistakes",
+           "runs": "runs predict mistakes", "serve": "serve mistakes", "study": "study mistakes",
+           "talk": "talk train", "threshold": "decisions predict mistakes",
+           "train": "train talk mistakes runs", "verify": "main"}.items()},
 }  # fmt: skip
 
 
@@ -183,7 +205,7 @@ def _child(task: Task, folder: Path) -> None:
     seconds = math.ceil(task.limit)
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.alarm(20 * seconds)  # for what sleeps
+    signal.alarm(3 * seconds)  # for what sleeps
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)
     output = os.open(folder / f"{os.getpid()}.log", os.O_WRONLY | os.O_CREAT)
