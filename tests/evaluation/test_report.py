@@ -85,7 +85,7 @@ def full() -> dict:
     return {
         "title": "Report",
         "subtitle": "Of a test",
-        "about": {"model": "tiny", "kl": None, "bins": 10, "n": 60},
+        "about": {"model": "tiny", "kl": None, "bins": 10, "n": 60, "seed": 0},
         "models": [model("mle", ood=ood()), model("scalabl", seed=1), model("mle, T = 2", seed=2)],
         "bounds": {"label": "best possible", "nll": 0.4321, "acc": 0.8765},
         "notes": ["Look at the gaps.", "Then at the line."],
@@ -134,6 +134,11 @@ def check(text: str) -> Page:
     return page
 
 
+def cells(page: Page) -> list[str]:
+    """Of all tables, their heads among them, but not what stands small below."""
+    return [words.replace("\xa0", " ") for tag, words in page.words if tag in ("td", "th")]
+
+
 def test_it_holds_everything_it_was_given(render):
     results = full()
     page = check(render(results))
@@ -141,6 +146,7 @@ def test_it_holds_everything_it_was_given(render):
     for words in ("Report", "Of a test", "tiny", *results["notes"], "best possible", "elsewhere"):
         assert words in text
     assert "kl" not in page.text("dt")  # a fact without a value is left out
+    assert [words for tag, words in page.words if tag == "dd"] == ["tiny", "10", "60", "0"]
     for m in results["models"]:
         assert m["name"] in page.text("th")
         for value in m["metrics"].values():
@@ -152,10 +158,52 @@ def test_it_holds_everything_it_was_given(render):
     assert "[0.125, 0.375]" in page.text("small")
 
 
+def test_scores_say_which_way_is_better(render):
+    results = full()
+    results["models"][1]["metrics"] = {**results["models"][1]["metrics"], "acc": 0.0}
+    page = check(render(results))
+    below = ["higher is better", "lower is better", "nats, lower is better",
+             "0 to 2, lower is better", "lower is better"]  # fmt: skip
+    small = [words for tag, words in page.words if tag == "small" and words[0] != "["]
+    assert small == [*below, *["0.5 is chance"] * 2, "higher is better"]
+    found, names = cells(page), ["ACC", "ECE", "NLL", "Brier", "AURC"]
+    assert found[:6] == ["Model", *names]
+    assert found[6] == "mle" and found[12:14] == ["scalabl", "0.000"]
+    assert found[24:30] == ["best possible", "0.876", "–", "0.432", "–", "–"]
+    start = found.index("AUROC, entropy")
+    assert found[start - 1 : start + 7] == [
+        "Model", "AUROC, entropy", "AUROC, mutual information", "ACC",
+        "mle: elsewhere", "0.812", "0.688", "0.250",
+    ]  # fmt: skip
+    del results["bounds"]["label"], results["models"][0]["ood"]["name"]
+    found = cells(check(render(results)))
+    assert found[24] == "best possible" and found[found.index("AUROC, entropy") + 3] == "mle"
+
+
+def test_intervals_are_drawn_of_all_scores_but_one(render):
+    page = check(render(full()))
+    titles = [words for tag, words in page.words if tag == "title" and "intervals" in words]
+    assert titles == [f"{name} with 95 % intervals" for name in ("ACC", "ECE", "NLL", "Brier")]
+    assert "NLL (nats, lower is better)" in page.text("text")
+    assert (
+        "In brackets: 95 % bootstrap interval over the test questions, for this training alone. "
+        "Resampling raises an ECE, so its interval may lie above its value."
+    ) in page.text("p")
+    one = {"name": "m", **_model(20, 3, 0), "intervals": {}}
+    text = render({"title": "t", "models": [one], "spread": "of replicates"})
+    assert "NLL with of replicates" in named(text) and "Resampling" not in text
+    value = f"{one['metrics']['nll']:.3f}"
+    desc = named(text)["NLL with of replicates"].find("desc").text
+    assert desc == f"m {value} [{value}, {value}]."
+
+
 def test_charts(render):
     results = full()
-    found = named(render(results))
+    text = render(results)
+    found = named(text)
     assert all(c.find("desc").text for c in found.values())
+    names = [m["name"] for m in results["models"]]
+    assert re.findall(r"</svg>([^<]+)</li>", text) == names  # beside the risk's lines
     for m in results["models"]:
         table = metrics.reliability(m["probs"], m["labels"], 10)
         filled = int((table.rows > 0).sum())
@@ -179,6 +227,10 @@ def test_bars_stand_where_the_numbers_are(render):
     labels = torch.tensor([0, 0, 1, 1])
     only = {"name": "m", "probs": probs, "labels": labels, "metrics": {}}
     text = render({"title": "t", "about": {"bins": 2}, "models": [only]})
+    assert cells(check(text)) == [
+        "Model", "m", "Confidence", "Rows", "Mean confidence", "Accuracy", "Gap",
+        "0.500–1.000", "4", "0.750", "0.500", "-0.250",
+    ]  # fmt: skip
     chart = named(text)["Reliability of m"]
     diagonal = chart.find(".//line[@class='diagonal']")
     x0, y0, x1, y1 = (float(diagonal.get(k)) for k in ("x1", "y1", "x2", "y2"))
@@ -216,6 +268,17 @@ def test_histograms_stand_where_the_uncertainties_are(render):
         bin = (x1 - x0) / 30  # the value at the edge of two bins may be in either
         assert abs(left - (x0 + low * (x1 - x0))) <= bin + 0.76
         assert abs(right - (x0 + high * (x1 - x0))) <= bin + 0.76
+
+
+def test_there_are_15_bins_and_all_models_have_one_scale(render):
+    models = [model("m", rows=30), model("n", rows=300, seed=1)]
+    found, heights = named(render({"title": "t", "models": models})), []
+    for m in models:
+        counts = [n for n in metrics.reliability(m["probs"], m["labels"], 15).rows.tolist() if n]
+        bars = found[f"Confidence of {m['name']}"].findall(".//rect[@class='fill']")
+        assert len(bars) == len(counts) and all(float(bar.get("y")) > 0 for bar in bars)
+        heights += [float(bar.get("height")) / n for bar, n in zip(bars, counts, strict=True)]
+    assert max(heights) - min(heights) <= 0.02
 
 
 def test_nothing_is_loaded_and_nothing_runs(render):
@@ -274,15 +337,17 @@ def test_a_report_says_first_what_to_decide(render):
         "1 of the 10 rows (10.0 %) is wrong and sure: wrong with a confidence of at least 0.9.",
         "Whether foreign text is noticed was not measured: --ood FILE does.",
     ]
-    cells = [words.replace("\xa0", " ") for tag, words in page.words if tag in ("td", "th")]
-    start = cells.index("90 %")
-    assert cells[start : start + 6] == ["90 %", "0.940", "4", "40.0 %", "100.0 %", "0"]
-    matrix = cells[cells.index("Label \\ answer") :]
+    found = cells(page)
+    start = found.index("90 %")
+    assert found[start : start + 6] == ["90 %", "0.940", "4", "40.0 %", "100.0 %", "0"]
+    assert [found[start + 6 * i] for i in (1, 2, 3)] == ["95 %", "99 %", "Label \\ answer"]
+    matrix = found[found.index("Label \\ answer") :]
     assert matrix[1:15] == [*NAMES, "red", "8", "·", "·", "·", "green", "1", "·", "·", "·"]
-    scores = cells[cells.index("Precision") - 1 :]
+    scores = found[found.index("Precision") - 1 :]
     assert scores[5:10] == ["red", "0.800", "1.000", "0.889", "8"]
     assert scores[10:15] == ["green", "–", "0.000", "0.000", "1"]
-    errors = cells[cells.index("Text") - 1 :]
+    assert scores[20:30] == ["black", "–", "–", "–", "0", "mean", "0.800", "0.333", "0.296", "10"]
+    errors = found[found.index("Text") - 1 :]
     assert errors[5:15] == ["id4", "question 4", "green", "red", "0.900",
                             "id9", "question 9", "blue", "red", "0.450"]  # fmt: skip
     assert text.index("On these rows, at 95 % accuracy") < text.index("<h2>Scores")
@@ -300,10 +365,10 @@ def test_the_threshold_of_the_run_comes_first(render):
     assert sentences[1].startswith(
         "On these rows, at 95 % accuracy, it can answer 4 of the 10 rows"
     )
-    cells = [words.replace("\xa0", " ") for tag, words in page.words if tag in ("td", "th")]
-    start = cells.index("Accuracy wanted") + 6
+    found = cells(page)
+    start = found.index("Accuracy wanted") + 6
     own = ["87.5 %, kept in the run", "0.700", "8", "80.0 %", "87.5 %", "1"]
-    assert cells[start : start + 7] == [*own, "90 %"]
+    assert found[start : start + 7] == [*own, "90 %"]
     assert "The first threshold is the one that the run keeps." in page.text("p")
     none = {**decision, "threshold": 0.995, "answered": 0, "right": 0}
     page = check(render({**ten_rows(), "decision": none}))
@@ -312,12 +377,58 @@ def test_the_threshold_of_the_run_comes_first(render):
 
 
 def test_the_foreign_sentence_says_what_was_measured(render):
-    for value, words in ((0.95, "is noticed"), (0.8, "is often noticed"),
-                         (0.65, "is hardly noticed"), (0.5, "is not noticed")):  # fmt: skip
+    for value, words in ((0.9, "is noticed"), (0.8999, "is often noticed"),
+                         (0.7, "is often noticed"), (0.6999, "is hardly noticed"),
+                         (0.6, "is hardly noticed"), (0.5999, "is not noticed"),
+                         (0.0, "is not noticed")):  # fmt: skip
         one = model("m", ood={"metrics": {"auroc_entropy": value}})
         page = check(render({"title": "t", "models": [one], "rows": rows(one["labels"], NAMES)}))
         assert f"Foreign text {words}: " in page.text("p")
         assert f"with a probability of {value:.2f} by entropy (AUROC" in page.text("p")
+    page = check(render({**ten_rows(), "models": [{**ten_rows()["models"][0], "ood": ood()}]}))
+    assert "of 0.81 by entropy, 0.69 by mutual information (AUROC;" in page.text("p")
+
+
+def test_thresholds_that_are_not_there_are_said(render):
+    """Two of three wrong, and one of them sure: no accuracy of a half, one row as 1 row."""
+    probs = torch.tensor([[0.9996, 0.0004], [0.95, 0.05], [0.6, 0.4]], dtype=torch.float64)
+    some = [{"name": name, "probs": probs, "labels": torch.tensor(labels), "metrics": {}}
+            for name, labels in (("m", [1, 1, 0]), ("n", [0, 1, 0]))]  # fmt: skip
+    given = {"title": "t", "models": some, "rows": rows(some[0]["labels"], ("a", "b"))}
+    page = check(render(given))
+    assert [words for tag, words in page.words if tag == "p"][:2] == [
+        "On these rows, at 95 % accuracy, it can answer none of the 3 rows.",
+        "2 of the 3 rows (66.7 %) are wrong and sure: wrong with a confidence of at least 0.9.",
+    ]
+    none, found = ["not reached", "0", "0.0 %", "–", "–"], cells(page)
+    start = found.index("Accuracy wanted") + 6
+    assert found[start : start + 18] == ["90 %", *none, "95 %", *none, "99 %", *none]
+    start = found.index("Accuracy wanted", start) + 7
+    assert found[start : start + 5] == ["0.999", "1", "33.3 %", "100.0 %", "0"]  # not 1.000
+    captions = [words for tag, words in page.words if tag == "h3"]
+    assert captions[:2] == ["Thresholds of m", "Thresholds of n"]
+    one = {"name": "m", "probs": probs[:1], "labels": torch.tensor([0]), "metrics": {}}
+    given = {"title": "t", "models": [one], "rows": rows(one["labels"], ("a", "b"))}
+    page = check(render(given))
+    assert "it can answer 1 of the 1 row (100 %): those" in page.text("p")
+    assert "0 of the 1 row (0.0 %) are wrong and sure" in page.text("p")
+    assert "Thresholds of m" not in page.text("h3")
+
+
+@pytest.mark.parametrize("classes", [30, 31])
+def test_a_confusion_matrix_has_30_classes_at_most(render, classes):
+    """Its cells are the darker, the larger their share of the row; all classes have scores."""
+    probs = torch.full((4, classes), 0.01, dtype=torch.float64)
+    probs[:3, 0] = probs[3, 1] = 1 - 0.01 * (classes - 1)
+    one = {"name": "m", "probs": probs, "labels": torch.zeros(4).long(), "metrics": {}}
+    names = tuple(f"class {i}" for i in range(classes))
+    page = check(render({"title": "t", "models": [one], "rows": rows(one["labels"], names)}))
+    found = cells(page)
+    assert found[found.index("Precision") + 4 :][5 * classes - 5] == f"class {classes - 1}"
+    shades = [(td["class"], td["style"]) for td in page.all("td") if "style" in td]
+    assert len(shades) == (900 if classes == 30 else 0)
+    first = [("hit", "--heat:45%"), ("miss", "--heat:15%"), ("miss", "--heat:0%")]
+    assert shades[:3] == (first if classes == 30 else [])
 
 
 def test_rows_with_choices_of_their_own_have_no_confusion_matrix(render):
@@ -332,9 +443,13 @@ def test_rows_with_choices_of_their_own_have_no_confusion_matrix(render):
 def test_long_texts_are_cut_and_no_error_is_said(render):
     probs = torch.tensor([[0.8, 0.2]] * 3, dtype=torch.float64)
     one = {"name": "m", "probs": probs, "labels": torch.tensor([0, 1, 0]), "metrics": {}}
-    given = rows(one["labels"], ("a" * 5000, "b"), text="word  \n" * 10**5)
+    given = rows(one["labels"], ("a" * 5000, "b" * 40), text="word  \n" * 10**5)
     text = render({"title": "t", "models": [one], "rows": given})
     assert "word word" in text and "…" in text and len(text) < 60_000
+    start = cells(check(text)).index("Confidence") + 1
+    assert cells(check(text))[start : start + 5] == [
+        "id1", "word " * 47 + "word…", "b" * 40, "a" * 39 + "…", "0.800"
+    ]  # fmt: skip
     right = {**one, "labels": torch.tensor([0, 0, 0])}
     page = check(render({"title": "t", "models": [right], "rows": rows(one["labels"], ("a", "b"))}))
     assert "No answer is wrong." in page.text("p")
@@ -384,6 +499,7 @@ def test_little_and_infinite_results(render):
     }
     page = check(render({"title": "t", "models": [one]}))
     assert "∞" in page.text("td")
+    assert "confidence 1.000, accuracy 0.000, 1 row." in page.text("desc")
     assert "NLL with 95 % intervals" not in page.text("title")
     two = model("finite", intervals={"nll": (0.5, math.inf)})
     page = check(render({"title": "t", "models": [one, two]}))
@@ -445,6 +561,20 @@ def test_series_stand_where_their_numbers_say(tmp_path):
     infinite = [(1, math.inf), (10, 2.0)]
     assert len(_circles(tmp_path, _series(series=[("a", infinite)]))) == 1
     assert _circles(tmp_path, _series(series=[("a", [(1, math.inf)])])) == []
+
+
+def test_a_series_has_one_number_on_all_plots(tmp_path):
+    """After those of the models, also where two of them have one name, and in order."""
+    pair = [model("m"), model("m", seed=1)]
+    plots = [_series(), _series(series=[("three", [(1, 1.0)]), ("m", [(1, 2.0)]),
+                                        ("two", [(10, 3.0)])])]  # fmt: skip
+    for models, legends in ((pair, ["3 one", "4 two", "1 m", "4 two", "5 three"]),
+                            ([], ["1 one", "2 two", "2 two", "3 three", "4 m"])):  # fmt: skip
+        write_report(tmp_path / "r.html", {"title": "t", "models": models, "plots": plots})
+        page = Page((tmp_path / "r.html").read_text())
+        found = [words for tag, words in page.words if tag == "li"]
+        names = [f"{number}{name}" for number, name in zip(found[::2], found[1::2], strict=False)]
+        assert names[:5] == legends
 
 
 def test_tables_plots_and_the_word_for_intervals(tmp_path):
