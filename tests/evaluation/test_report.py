@@ -344,10 +344,12 @@ def test_a_report_says_first_what_to_decide(render):
     matrix = found[found.index("Label \\ answer") :]
     assert matrix[1:15] == [*NAMES, "red", "8", "·", "·", "·", "green", "1", "·", "·", "·"]
     scores = found[found.index("Precision") - 1 :]
+    assert scores[:5] == ["Label", "Precision", "Recall", "F1", "Rows"]
     assert scores[5:10] == ["red", "0.800", "1.000", "0.889", "8"]
     assert scores[10:15] == ["green", "–", "0.000", "0.000", "1"]
     assert scores[20:30] == ["black", "–", "–", "–", "0", "mean", "0.800", "0.333", "0.296", "10"]
     errors = found[found.index("Text") - 1 :]
+    assert errors[:5] == ["Row", "Text", "Label", "Answer", "Confidence"]
     assert errors[5:15] == ["id4", "question 4", "green", "red", "0.900",
                             "id9", "question 9", "blue", "red", "0.450"]  # fmt: skip
     assert text.index("On these rows, at 95 % accuracy") < text.index("<h2>Scores")
@@ -401,7 +403,9 @@ def test_thresholds_that_are_not_there_are_said(render):
         "2 of the 3 rows (66.7 %) are wrong and sure: wrong with a confidence of at least 0.9.",
     ]
     none, found = ["not reached", "0", "0.0 %", "–", "–"], cells(page)
+    heads = ["Accuracy wanted", "Confidence from", "Answered", "Coverage", "Right", "Wrong"]
     start = found.index("Accuracy wanted") + 6
+    assert found[start - 6 : start] == heads
     assert found[start : start + 18] == ["90 %", *none, "95 %", *none, "99 %", *none]
     start = found.index("Accuracy wanted", start) + 7
     assert found[start : start + 5] == ["0.999", "1", "33.3 %", "100.0 %", "0"]  # not 1.000
