@@ -87,7 +87,7 @@ def full() -> dict:
         "subtitle": "Of a test",
         "about": {"model": "tiny", "kl": None, "bins": 10, "n": 60, "seed": 0},
         "models": [model("mle", ood=ood()), model("scalabl", seed=1), model("mle, T = 2", seed=2)],
-        "bounds": {"label": "best possible", "nll": 0.4321, "acc": 0.8765},
+        "bounds": {"label": "the best", "nll": 0.4321, "acc": 0.8765},
         "notes": ["Look at the gaps.", "Then at the line."],
     }
 
@@ -143,7 +143,7 @@ def test_it_holds_everything_it_was_given(render):
     results = full()
     page = check(render(results))
     text = page.text()
-    for words in ("Report", "Of a test", "tiny", *results["notes"], "best possible", "elsewhere"):
+    for words in ("Report", "Of a test", "tiny", *results["notes"], "the best", "elsewhere"):
         assert words in text
     assert "kl" not in page.text("dt")  # a fact without a value is left out
     assert [words for tag, words in page.words if tag == "dd"] == ["tiny", "10", "60", "0"]
@@ -169,7 +169,7 @@ def test_scores_say_which_way_is_better(render):
     found, names = cells(page), ["ACC", "ECE", "NLL", "Brier", "AURC"]
     assert found[:6] == ["Model", *names]
     assert found[6] == "mle" and found[12:14] == ["scalabl", "0.000"]
-    assert found[24:30] == ["best possible", "0.876", "–", "0.432", "–", "–"]
+    assert found[24:30] == ["the best", "0.876", "–", "0.432", "–", "–"]
     start = found.index("AUROC, entropy")
     assert found[start - 1 : start + 7] == [
         "Model", "AUROC, entropy", "AUROC, mutual information", "ACC",
@@ -182,6 +182,7 @@ def test_scores_say_which_way_is_better(render):
 
 def test_intervals_are_drawn_of_all_scores_but_one(render):
     page = check(render(full()))
+    assert "; the best 0.432." in page.text("desc")
     titles = [words for tag, words in page.words if tag == "title" and "intervals" in words]
     assert titles == [f"{name} with 95 % intervals" for name in ("ACC", "ECE", "NLL", "Brier")]
     assert "NLL (nats, lower is better)" in page.text("text")
