@@ -54,8 +54,8 @@ def read_rule(run: Path | str) -> Rule:
     try:
         check(rule, {"how": dict[str, Any], **dict.fromkeys(_PARTS, dict[str, Any])})
         for name, types in {"how": _HOW, **_PARTS}.items():
-            part = rule.get(name, {} if name != "how" else None)
-            if part is None or (part and set(part) != set(types)):
+            part = rule.get(name, {})
+            if (part or name == "how") and set(part) != set(types):
                 raise InputError(f"{name} must have the keys {', '.join(types)}")
             check(part, types, f"{name}: ")
     except InputError as error:
