@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import scalabl_ref
-from scalabl_ref import InputError
+from scalabl_ref import InputError, Llama
 from scalabl_ref.app import cli
 from scalabl_ref.core.objective import Batch
 from scalabl_ref.core.philox import WORD
@@ -91,6 +92,8 @@ def test_answers_are_those_of_the_probabilities(tickets, texts, capsys):
         assert decision.confidence == max(decision.probs)
         parts = decision.expected_entropy + decision.mutual_information
         assert abs(decision.entropy - parts) <= rounding(torch.float64, 16)
+    turned = clf.predict_proba(iter(texts), clf.classes_[::-1])
+    assert turned.equal(probs)  # in the order of the classes, whatever the order of the choices
     assert clf.decide([]) == [] and clf.predict_proba([]).shape == (0, len(names))
     middle = sorted(d.confidence for d in decisions)[4]
     decided = replace(clf, threshold=middle).decide(texts)
@@ -123,6 +126,9 @@ def test_a_run_of_different_choices_needs_them(tickets, capsys):
     assert clf("hello", ["one", "two", "three"]).answer in ("one", "two", "three")
     two = clf("hello", ["one", "two"])
     assert len(two.probs) == 2 and sum(two.probs) < 1 and two.confidence == max(two.probs)
+    assert clf.predict_proba(["hello"], ["one", "two"]).tolist() == [list(two.probs)]
+    assert clf.predict_proba([], ["one", "two"]).shape == (0, 2)
+    assert clf.predict(iter(["hello"]), ["one", "two"]) == [two.answer]
     with pytest.raises(InputError, match="run: can answer 3 choices, not 4"):
         clf.predict(["hello"], ["a", "b", "c", "d"])
 
@@ -147,6 +153,43 @@ def test_mistakes_are_named(tickets, capsys):
             ask()
 
 
+def test_a_run_is_opened_as_it_was_trained(tickets, capsys, monkeypatch):
+    """With its dtype and quantisation, on the device that is asked for; split, on the CPU."""
+    ok(f"{TICKETS} --dtype bfloat16 --quantize int8 --out run", capsys)
+    (tickets / "model").rename("moved")
+    real, asked = Llama.from_pretrained, []
+
+    def opened(*arguments):
+        asked.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(Llama, "from_pretrained", opened)
+    base, device = Path("moved"), torch.device("cpu")
+    found = scalabl_ref.load("run", base, device=device).model
+    assert found.norm.weight.dtype == torch.bfloat16
+    open_run("run", base, torch.device("meta"), shard=lambda model: None)
+    assert asked == [(base, torch.bfloat16, where, "int8") for where in (device, "cpu")]
+
+
+def test_a_run_is_asked_as_its_rule_was_fitted(tickets, capsys):
+    ok(f"{TICKETS} --out run", capsys)
+    clf = scalabl_ref.load("run")
+    assert (clf.samples, clf.seed, clf.design, clf.batch) == (10, 0, "independent", 1)
+    fit = "calibrate --run run --data others.jsonl --samples 4 --seed 5 --design latin"
+    value = ok(fit, capsys)["temperature"]["value"]
+    clf = scalabl_ref.load("run", batch=7)
+    assert (clf.samples, clf.seed, clf.design, clf.batch) == (4, 5, "latin", 7)
+    assert clf.temperature == value and clf.run == "run"
+    raw = scalabl_ref.load("run", raw=True)
+    assert (raw.samples, raw.seed, raw.design, raw.temperature) == (10, 0, "independent", None)
+    raw = scalabl_ref.load("run", samples=0, seed=3, design="antithetic", raw=True)
+    assert (raw.samples, raw.seed, raw.design) == (0, 3, "antithetic")
+    for given, message in (({"seed": 0}, "give --seed 5, or"), ({"samples": 0}, "give --samples 4"),
+                           ({"design": "independent"}, "give --design latin")):  # fmt: skip
+        with pytest.raises(InputError, match=f"is of other draws: {message}"):
+            scalabl_ref.load("run", **given)
+
+
 def test_draws_of_a_gaussian_over_logits_are_a_thousand_by_default():
     kinds = {None: 10, "swag": 10, "ensemble": 10, "laplace": 1000, "subspace": 1000}
     for posterior, samples in kinds.items():
@@ -169,6 +212,9 @@ def test_prompts_that_training_left_out_are_refused(tickets, capsys):
     clf = scalabl_ref.load("run", samples=2)
     with pytest.raises(InputError, match="row 1: its prompt has 110 tokens, and the run leaves"):
         clf.predict(["x", "x" * 102])
+    with pytest.raises(InputError, match="row 0: its prompt has 101 tokens, and the run leaves"):
+        clf.predict(["x" * 93])
+    assert len(clf.predict(["x" * 92])) == 1  # as long as the run takes
 
 
 def test_a_row_chooses_among_its_own_choices():
