@@ -34,6 +34,9 @@ def test_thresholds_by_hand():
     assert answered_at(PROBS, 1 - LABELS, 0.95) is None
     assert wrong_and_sure(PROBS, LABELS) == 1 and wrong_and_sure(PROBS, LABELS, 0.8) == 2
     assert worst_errors(PROBS, LABELS) == [1, 3] and worst_errors(PROBS, LABELS, 1) == [1]
+    many = PROBS[[0]].expand(12, 2), torch.ones(12).long()
+    assert worst_errors(*many) == list(range(10)) and worst_errors(*many, 12)[11] == 11
+    assert wrong_and_sure(PROBS, 1 - LABELS, 0.95) == 1  # as sure as asked for
     with pytest.raises(InputError, match="must sum to one"):
         answered_at(2 * PROBS, LABELS, 0.9)
 

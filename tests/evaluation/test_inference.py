@@ -238,6 +238,10 @@ def test_where_only_replicates_vary_it_is_the_paired_t_test():
     limit, p = non_inferior(first, torch.zeros(3, 50), margin=10.0)
     assert math.isclose(limit, 3 + 2.919985580353726 * math.sqrt(7 / 3), rel_tol=TEN_DIGITS)
     assert math.isclose(p, student_tail(7 / math.sqrt(7 / 3), 2), rel_tol=TEN_DIGITS)
+    standard = non_inferior(first, torch.zeros(3, 50))  # of the margin .03
+    assert standard.limit == limit and math.isclose(
+        standard.p, 1 - student_tail(2.97 / math.sqrt(7 / 3), 2), rel_tol=TEN_DIGITS
+    )
     _, worse = non_inferior(first, torch.zeros(3, 50), margin=-4.0)  # as far beyond the margin
     assert math.isclose(worse, 1 - p, rel_tol=TEN_DIGITS)
 

@@ -34,7 +34,12 @@ def test_a_reliability_diagram_has_the_bins_and_the_ece_of_the_metrics():
         assert f"<LoRA> & co: ECE {found.ece:.3f}" in texts
         filled = int((metrics.reliability(one["probs"], one["labels"], bins).rows > 0).sum())
         assert sum(e.get("class") == "fill" for e in svg.iter()) == filled
-    assert "ECE" in figure() and figure()._repr_svg_() == figure()
+    found = figure()
+    assert found.ece == metrics.ece(one["probs"], one["labels"], 15)
+    svg = ElementTree.fromstring(found)
+    assert f"ECE {found.ece:.3f}" in [text.text for text in svg.iter(f"{SVG}text")]
+    assert svg.find(f"{SVG}title").text == "Reliability of the answers"
+    assert found._repr_svg_() == found and found.endswith("</svg>\n")
 
 
 def test_a_figure_needs_no_other_file_and_has_the_colours_of_the_page():
@@ -53,6 +58,13 @@ def test_a_figure_of_intervals_stands_where_the_numbers_are():
     (a0, a1), (b0, b1), (c0, c1) = [(float(e.get("x1")), float(e.get("x2"))) for e in lines]
     assert abs(a1 - b0) <= 0.02 and abs((a1 - a0) - (b1 - b0)) <= 0.02 and c0 == c1
     assert [g.get("class") for g in svg.iter(f"{SVG}g")] == ["c0", "c4", "c3"]
+    assert svg.find(f"{SVG}desc").text.startswith("a 1.000 [0.000, 2.000]; b 3.000 [2.000, 4.000];")
+    assert svg.find(f"{SVG}title").text == "NLL"
+    plain = plots.intervals(rows, "NLL")
+    assert [g.get("class") for g in ElementTree.fromstring(plain).iter(f"{SVG}g")] == [
+        "c0", "c1", "c2"
+    ]  # fmt: skip
+    assert plain.ece is None
     with pytest.raises(InputError, match="needs rows"):
         plots.intervals([], "NLL")
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scalabl_ref import InputError, Noise, adapters, predict, subspace_lora_linear
+from scalabl_ref.core.adapter import adapter_state
 from scalabl_ref.core.config import TARGETS
 from scalabl_ref.core.objective import class_logits
 from scalabl_ref.core.predictive import predictive
@@ -81,16 +82,25 @@ def test_predictive_equals_the_reference(seed, draws, rows, classes):
 
 def test_an_example_does_not_depend_on_its_batch():
     """Any batching, any order: predict_all puts rows back and their draws follow them."""
-    model, batch = tiny_model(), tiny_batch(rows=6)
-    whole = predict(model, batch, samples=3)
+    model, batch = tiny_model(init_sigma=1.0), tiny_batch(rows=6)
+    others = Ensemble([adapter_state(tiny_model(seed)) for seed in (0, 1)])
+    parts = [batch.rows(torch.tensor(rows)) for rows in ([5, 2], [0], [4, 1, 3])]
+    for more in ({"design": "latin"}, {"posterior": others}):
+        told: list[int] = []
+        whole = predict(model, batch, samples=3, seed=2, **more)
+        pieces = predict_all(model, parts, samples=3, seed=2, progress=told.append, **more)
+        assert told == [2, 1, 3]
+        for a, b in zip(whole, pieces, strict=True):
+            assert (a - b).abs().max() <= rounding(torch.float32, 256)
 
-    def part(rows):
-        picked = [t[rows] for t in (batch.tokens, batch.lengths, batch.labels, batch.ids)]
-        return type(batch)(*picked, batch.classes)
 
-    pieces = predict_all(model, [part([5, 2]), part([0]), part([4, 1, 3])], samples=3)
-    for a, b in zip(whole, pieces, strict=True):
-        assert (a - b).abs().max() <= rounding(torch.float32, 256)
+def test_there_are_ten_independent_draws_of_seed_0_unless_others_are_asked_for():
+    model, batch = tiny_model(init_sigma=1.0), tiny_batch()
+    noises = [Noise(0, i) for i in range(10)]
+    logits = torch.stack([class_logits(model, batch, noise).double() for noise in noises])
+    expected = predictive(logits.log_softmax(-1)).probs
+    for found in (predict(model, batch), predict_all(model, [batch])):
+        assert (found.probs - expected).abs().max() <= rounding(torch.float32, 200)
 
 
 def test_a_draw_of_twice_the_weight_is_the_draw_twice():
@@ -203,6 +213,7 @@ def test_generation_stops():
         written[: written.index(other)]
     )
     assert list(generate(model, [1], 12, stop=(other, first))) == []
+    assert list(generate(model, [1], 0)) == []
     limit = model.config.max_position_embeddings
     assert len(list(generate(model, [1] * (limit - 2), 50))) == 3
     with pytest.raises(InputError, match="prompt is empty"):
@@ -213,7 +224,7 @@ def test_generation_stops():
     with pytest.raises(InputError, match=f"has {limit + 1} tokens, .* at most {limit}$"):
         list(generate(model, [1] * (limit + 1), 5))
     with pytest.raises(InputError, match="max_new_tokens must not be negative"):
-        list(generate(model, [1], -1))
+        generate(model, [1], -1)  # when it is called, not at the first token
 
 
 # --- convergence: errors fall as 1 / sqrt S -----------------------------------------------------

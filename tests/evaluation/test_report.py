@@ -206,6 +206,8 @@ def test_charts(render):
     names = [m["name"] for m in results["models"]]
     assert re.findall(r"</svg>([^<]+)</li>", text) == names  # beside the risk's lines
     for m in results["models"]:
+        area = f"{m['name']}: area {m['metrics']['aurc']:.3f}"
+        assert area in found["Risk and coverage"].find("desc").text
         table = metrics.reliability(m["probs"], m["labels"], 10)
         filled = int((table.rows > 0).sum())
         for kind in ("Reliability", "Confidence"):
@@ -232,7 +234,16 @@ def test_bars_stand_where_the_numbers_are(render):
         "Model", "m", "Confidence", "Rows", "Mean confidence", "Accuracy", "Gap",
         "0.500–1.000", "4", "0.750", "0.500", "-0.250",
     ]  # fmt: skip
-    chart = named(text)["Reliability of m"]
+    found = named(text)
+    assert [found[title].find("desc").text for title in (
+        "Reliability of m", "Confidence of m", "Risk and coverage")] == [
+        "Accuracy and mean confidence in each bin of confidence. Widest gap: confidence 0.750, "
+        "accuracy 0.500, 4 rows.",
+        "Histogram of the confidence of the 4 rows.",
+        "Error rate on the most confident share of the rows. m: area 0.500.",
+    ]  # fmt: skip
+    assert found["Confidence of m"].find("g/title").text == "0.500–1.000: 4 rows"
+    chart = found["Reliability of m"]
     diagonal = chart.find(".//line[@class='diagonal']")
     x0, y0, x1, y1 = (float(diagonal.get(k)) for k in ("x1", "y1", "x2", "y2"))
     assert x0 < x1 and y0 > y1  # to the right and up
@@ -260,6 +271,9 @@ def test_bars_stand_where_the_numbers_are(render):
 def test_histograms_stand_where_the_uncertainties_are(render):
     """Familiar ones fill 0 to 1 of an axis that ends at 1.5, foreign ones .5 to 1.5, empty at 0."""
     chart = named(render(full()))["mutual information inside and outside"]
+    about = "Filled for familiar examples, outlined for foreign ones: mutual information of mle."
+    assert chart.find("desc").text == about
+    assert "mutual information (nats)" in [text.text for text in chart.iter("text")]
     axis = chart.find(".//line[@class='axis']")
     x0, x1 = float(axis.get("x1")), float(axis.get("x2"))
     for css, low, high in (("fill", 0, 2 / 3), ("outline", 1 / 3, 1)):
@@ -455,9 +469,10 @@ def test_long_texts_are_cut_and_no_error_is_said(render):
     assert cells(check(text))[start : start + 5] == [
         "id1", "word " * 47 + "word…", "b" * 40, "a" * 39 + "…", "0.800"
     ]  # fmt: skip
-    right = {**one, "labels": torch.tensor([0, 0, 0])}
+    right = {**one, "labels": torch.tensor([0, 0, 0]), "probs": probs.round()}
     page = check(render({"title": "t", "models": [right], "rows": rows(one["labels"], ("a", "b"))}))
     assert "No answer is wrong." in page.text("p")
+    assert "Widest gap: no gap." in page.text("desc")
 
 
 HOSTILE = "</title></style><script>alert(1)</script>\"'><img src=x onerror=y>&amp; \x00\x1b\x85"

@@ -158,7 +158,8 @@ def test_how_many_rows_would_do():
     sure = torch.arange(100, 0, -1, dtype=torch.float64)
     right = torch.arange(100) != 7
     needed = [rows_needed(sure, right, accuracy) for accuracy in (0.9, 0.95, 0.99)]
-    assert needed[0] > 100 and needed == sorted(needed) and needed[0] < needed[2]
+    assert needed == [243, 938, module.MOST_ROWS + 1]
+    assert [rows_needed(sure, right, accuracy, 0.8) for accuracy in (0.9, 0.95)] == [113, 446]
     assert rows_needed(sure, right, 0.995) is None  # of all of them, .99 are right
     assert rows_needed(sure, torch.arange(100) < 12, 0.5) is None  # of 25, 12 are right
     assert rows_needed(sure, torch.arange(100) < 13, 0.5) == module.MOST_ROWS + 1
@@ -243,6 +244,10 @@ def test_what_cannot_be_a_threshold_is_refused():
         (lambda: threshold(sure, right, 0.9, 0.0), "confidence must be between 0 and 1"),
         (lambda: threshold(sure, right, math.nan), "accuracy must be between 0 and 1"),
         (lambda: threshold(sure, right[:2]), "two equally long vectors"),
+        (lambda: threshold(sure[None], right[None]), r"the shapes \(1, 3\) and \(1, 3\)"),
+        (lambda: rows_needed(sure, right[:2]), r"the shapes \(3,\) and \(2,\)"),
+        (lambda: rows_needed(sure, right, 0.9, 1.0), "confidence must be between 0 and 1"),
+        (lambda: rows_needed(sure, right, 0.0), "accuracy must be between 0 and 1, and is 0.0"),
     ):
         with pytest.raises(InputError, match=message):
             ask()
