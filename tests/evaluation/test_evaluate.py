@@ -156,6 +156,10 @@ def test_all_files_are_written_or_none(tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
         results.write(tmp_path / "empty", tmp_path / "missing")
     assert not list((tmp_path / "empty").iterdir())
+    (tmp_path / "empty" / "predictions.jsonl").mkdir()
+    with pytest.raises(InputError, match="cannot be written"):
+        results.write(tmp_path / "empty")
+    assert not (tmp_path / "empty" / "metrics.json").exists()  # it says that the others are there
 
 
 @pytest.mark.parametrize("bins", [1, 4, 10, 15])

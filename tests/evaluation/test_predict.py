@@ -174,6 +174,7 @@ def test_too_many_or_negative_samples_are_refused():
             predict(model, batch, samples=-1, posterior=posterior)
         with pytest.raises(InputError, match="samples must be at most 100,000, and is 100,001"):
             predict(model, batch, samples=100_001, posterior=posterior)
+    predict_module.check_samples(100_000)
 
 
 @pytest.mark.parametrize("targets", [TARGETS, ("lm_head",)])

@@ -111,8 +111,8 @@ def test_what_is_not_the_heads_alone_is_refused():
     for model in (tiny_model(), tiny_model(targets=("lm_head",), method="blob")):
         with pytest.raises(InputError, match="lm_head alone"):
             predict_exact(model, tiny_batch())
-    with pytest.raises(InputError, match="at most 4 classes"):
-        integrate(torch.zeros(1, 6), torch.ones(1, 6, 8))
+    with pytest.raises(InputError, match="at most 4 classes, or 3 scales"):
+        integrate(torch.zeros(1, 5), torch.ones(1, 5, 4))
 
 
 @pytest.mark.parametrize("classes, rank", [(1, 3), (6, 3)])

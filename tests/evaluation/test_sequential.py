@@ -235,13 +235,18 @@ def test_an_open_race_ends_at_the_most():
 
 def test_looks_end_at_the_most():
     assert Auto(most=40).looks() == [4, 6, 9, 13, 20]
-    assert Auto(most=7).looks() == [3]
+    assert Auto(most=7).looks() == [3] and Auto(most=2).looks() == [1]
+    assert Auto(most=8).looks() == Auto(most=9).looks() == [4]
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("most", 1), *itertools.product(("tolerance", "error"), (0, 1, -0.1, math.nan, 1.5))],
+    [
+        ("most", 1),
+        ("most", 100_001),
+        *itertools.product(("tolerance", "error"), (0, 1, -0.1, math.nan, 1.5)),
+    ],
 )
 def test_impossible_settings_are_refused(field, value):
-    with pytest.raises(InputError, match=field):
+    with pytest.raises(InputError, match=f"^{field} must"):
         dataclasses.replace(Auto(), **{field: value})
