@@ -309,6 +309,7 @@ def test_nothing_is_loaded_and_nothing_runs(render):
 def test_it_can_be_read_by_a_screen_reader(render):
     page = check(render(full()))
     assert page.all("html") == [{"lang": "en"}]
+    assert page.all("meta")[0] == {"charset": "utf-8"}
     assert all(th.get("scope") in ("row", "col") for th in page.all("th"))
     assert len(page.all("caption")) == len(page.all("table"))
     for svg in page.all("svg"):
@@ -390,7 +391,9 @@ def test_the_threshold_of_the_run_comes_first(render):
     none = {**decision, "threshold": 0.995, "answered": 0, "right": 0}
     page = check(render({**ten_rows(), "decision": none}))
     assert "answers 0 of the 10 rows (0 %); the others go to a human" in page.text("p")
-    assert "kept in the run" not in check(render(ten_rows())).text("th", "p")
+    page = check(render(ten_rows()))
+    assert "kept in the run" not in page.text("th", "p")
+    assert "These thresholds were read off these rows." in page.text("p")
 
 
 def test_the_foreign_sentence_says_what_was_measured(render):
