@@ -62,7 +62,7 @@ def answered_at(probs: Tensor, labels: Tensor, accuracy: float) -> Answered | No
     levels, level, rows = torch.unique(confidence, return_inverse=True, return_counts=True)
     right = level[chosen == labels].bincount(minlength=len(levels))
     rows, right = (counts.flip(0).cumsum(0).flip(0) for counts in (rows, right))  # at least so sure
-    enough = (right >= accuracy * rows - 1e-9).nonzero()[:, 0]
+    enough = (right >= accuracy * rows.double() - 1e-9).nonzero()[:, 0]
     if not len(enough):
         return None
     first = int(enough[0])

@@ -32,6 +32,9 @@ def test_thresholds_by_hand():
     assert answered_at(PROBS, LABELS, 0.6) == Answered(0.6, 5, 3)
     assert answered_at(PROBS, LABELS, 0.5) == Answered(0.6, 5, 3)
     assert answered_at(PROBS, 1 - LABELS, 0.95) is None
+    for share, count in ((0.56, 14), (0.6, 15)):  # .56 times 25 rounds to above 14
+        tied, right = PROBS[[0]].expand(25, 2), (torch.arange(25) >= count).long()
+        assert answered_at(tied, right, share) == Answered(0.95, 25, count)
     assert wrong_and_sure(PROBS, LABELS) == 1 and wrong_and_sure(PROBS, LABELS, 0.8) == 2
     assert worst_errors(PROBS, LABELS) == [1, 3] and worst_errors(PROBS, LABELS, 1) == [1]
     many = PROBS[[0]].expand(12, 2), torch.ones(12).long()
