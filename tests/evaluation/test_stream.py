@@ -94,7 +94,8 @@ def test_without_a_threshold_a_decision_is_empty(clf, source, tmp_path):
     source = replace(source, limit=1)
     for name in ("out.csv", "out.jsonl"):
         assert predict_file(clf, source, tmp_path / name) == 1
-    assert (tmp_path / "out.csv").read_text().splitlines()[1].endswith(",")
+    header, row = (tmp_path / "out.csv").read_text().splitlines()
+    assert header == "id,answer,confidence,entropy,mutual_information,decision" and row[-1] == ","
     assert json.loads((tmp_path / "out.jsonl").read_text())["decision"] is None
 
 
@@ -104,8 +105,11 @@ def test_rows_with_choices_of_their_own(clf, tmp_path):
     rows = [{"prompt": "x", "choices": names} for names in choices]
     source = Texts(written(tmp_path / "own.jsonl", rows), "jsonl", Columns())
     clf = replace(clf, wording=replace(clf.wording, names=None))
-    with pytest.raises(InputError, match="--probs in a .csv file needs the same choices in all"):
-        predict_file(clf, source, tmp_path / "out.csv", probs=True)
+    for name in ("out.csv", "out.CSV"):
+        with pytest.raises(InputError, match="--probs in a .csv file needs the same choices in"):
+            predict_file(clf, source, tmp_path / name, probs=True)
+    with pytest.raises(InputError, match="out.json: must end in .csv or .jsonl"):
+        predict_file(clf, source, tmp_path / "out.json")
     assert predict_file(clf, source, tmp_path / "out.csv") == 2
     assert predict_file(clf, source, tmp_path / "out.jsonl", probs=True) == 2
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
