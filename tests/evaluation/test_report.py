@@ -276,13 +276,16 @@ def test_histograms_stand_where_the_uncertainties_are(render):
     assert "mutual information (nats)" in [text.text for text in chart.iter("text")]
     axis = chart.find(".//line[@class='axis']")
     x0, x1 = float(axis.get("x1")), float(axis.get("x2"))
+    heights = []
     for css, low, high in (("fill", 0, 2 / 3), ("outline", 1 / 3, 1)):
         bars = chart.findall(f".//rect[@class='{css}']")
+        heights.append(sum(float(bar.get("height")) for bar in bars))
         left = min(float(bar.get("x")) for bar in bars)
         right = max(float(bar.get("x")) + float(bar.get("width")) for bar in bars)
         bin = (x1 - x0) / 30  # the value at the edge of two bins may be in either
         assert abs(left - (x0 + low * (x1 - x0))) <= bin + 0.76
         assert abs(right - (x0 + high * (x1 - x0))) <= bin + 0.76
+    assert abs(heights[0] / heights[1] - 1) < 0.01  # shares, of 30 values and of 20
 
 
 def test_there_are_15_bins_and_all_models_have_one_scale(render):
@@ -579,6 +582,8 @@ def test_series_stand_where_their_numbers_say(tmp_path):
     assert abs(2 * (y0 - y1) - (y1 - y2)) <= 0.02 and y0 > y1
     linear = _circles(tmp_path, _series(series=[("a", points)], log=False))
     assert abs((linear[2][0] - linear[1][0]) - 10 * (linear[1][0] - linear[0][0])) <= 0.1
+    (_, y0), (_, y1), (_, y2) = _circles(tmp_path, _series(series=[("a", points)], log_y=True))
+    assert abs((y0 - y1) - (y1 - y2)) <= 0.02 and y0 > y1
     zero = [(0, 1.0), (10, 2.0)]
     assert len(_circles(tmp_path, _series(series=[("a", zero)]))) == 2  # no logarithm of 0
     infinite = [(1, math.inf), (10, 2.0)]
@@ -613,7 +618,9 @@ def test_tables_plots_and_the_word_for_intervals(tmp_path):
     assert "In brackets: least and greatest replicate." in page.text("p")
     assert "bootstrap" not in page.text()
     assert [w for tag, w in page.words if tag == "li" and w in ("one", "two")] == ["one", "two"]
-    assert "two (10, 3)" in page.text("desc")
+    assert "one (10, 2), (100, 1); two (10, 3)." in page.text("desc")
+    texts = [text.text for text in named((tmp_path / "r.html").read_text())["NLL and size"].iter()]
+    assert [words for words in texts if words in ("examples", "NLL")] == ["examples", "NLL"]
 
 
 def test_a_page_without_models_has_its_plots(tmp_path):
