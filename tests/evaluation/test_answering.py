@@ -58,7 +58,8 @@ def test_each_row_has_its_own_answer(samples: Samples):
             assert found.draws is None and found.settled is None
         else:
             assert len(set(draws.tolist())) > 1 and len(set(settled.tolist())) == 2
-            assert found.draws.equal(draws) and found.settled.equal(settled)
+            assert found.draws.equal(draws) and found.settled.tolist() == settled.tolist()
+            assert found.settled.dtype == torch.bool  # true and false in predictions.jsonl
 
 
 def test_a_design_and_a_posterior_are_handed_on():

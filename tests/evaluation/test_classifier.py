@@ -19,7 +19,7 @@ from scalabl_ref.core.predictive import predictive
 from scalabl_ref.data import label_names, load, question
 from scalabl_ref.evaluation import metrics
 from scalabl_ref.evaluation.answering import Answers, chosen, text_keys
-from scalabl_ref.evaluation.classifier import cooled, default_samples, open_run
+from scalabl_ref.evaluation.classifier import classifier, cooled, default_samples, open_run
 from scalabl_ref.evaluation.predict import predict
 from scalabl_ref.evaluation.rule import answered, decided
 
@@ -136,6 +136,7 @@ def test_a_run_of_different_choices_needs_them(tickets, capsys):
 def test_mistakes_are_named(tickets, capsys):
     ok(f"{TICKETS} --out run", capsys)
     clf = scalabl_ref.load("run", samples=2)
+    tiny_folder(tickets / "other", rms_norm_eps=1e-3)
     for ask, message in (
         (lambda: clf.predict("help"), "expected a list of texts, not one text"),
         (lambda: clf.predict_proba("help"), "expected a list of texts, not one text"),
@@ -147,6 +148,10 @@ def test_mistakes_are_named(tickets, capsys):
         (lambda: clf.predict(["help"], "ab"), "choices must be a list of texts"),
         (lambda: clf.predict(["help"], ["x", "y"]), "leave --choices out, or give the run's"),
         (lambda: clf.predict(["x", "x" * 200]), "its prompt has 208 tokens"),
+        (
+            lambda: scalabl_ref.load("run", "other"),
+            "trained on .*model; other is another model: gi",
+        ),
         (lambda: scalabl_ref.load("absent"), "absent: no such folder: expected a run"),
     ):
         with pytest.raises(InputError, match=message):
@@ -188,6 +193,12 @@ def test_a_run_is_asked_as_its_rule_was_fitted(tickets, capsys):
                            ({"design": "independent"}, "give --design latin")):  # fmt: skip
         with pytest.raises(InputError, match=f"is of other draws: {message}"):
             scalabl_ref.load("run", **given)
+    opened, other = open_run("run"), replace(clf.wording, max_length=50)
+    own = classifier(opened, "run", None, 5, "latin", wording=replace(clf.wording))
+    assert own.temperature == value and own.wording == clf.wording
+    assert classifier(opened, "run", wording=other, raw=True).wording == other
+    with pytest.raises(InputError, match="is of the run's own prompts"):
+        classifier(opened, "run", None, 5, "latin", wording=other)
 
 
 def test_draws_of_a_gaussian_over_logits_are_a_thousand_by_default():

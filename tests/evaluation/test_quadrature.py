@@ -42,6 +42,7 @@ def test_the_gaussian_is_what_draws_are_made_of(trim, covariance):
     if covariance == "full":
         model.lm_head.adapter.lower.data.copy_(torch.tensor([0.5, -0.7, 0.9]))
     mean, factor = head_gaussian(model, batch)
+    assert not model.lm_head._forward_pre_hooks  # which would keep every hidden state
     eps = noise.normal(model.lm_head.adapter.layer, batch.ids, 3).double()
     drawn = class_logits(model, batch, noise).double()
     expected = mean + torch.einsum("bcr,br->bc", factor, eps)
