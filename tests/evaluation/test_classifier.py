@@ -146,7 +146,7 @@ def test_mistakes_are_named(tickets, capsys):
         (lambda: clf.predict([" "]), "^the question is empty"),
         (lambda: clf.predict(["help", None]), "text 1: the question must be a text, not None"),
         (lambda: clf.predict(["help"], "ab"), "choices must be a list of texts"),
-        (lambda: clf.predict(["help"], ["x", "y"]), "leave --choices out, or give the run's"),
+        (lambda: clf.predict(["help"], ["x", "y"]), "or give the run's labels: .*'Network, Wi-Fi"),
         (lambda: clf.predict(["x", "x" * 200]), "its prompt has 208 tokens"),
         (
             lambda: scalabl_ref.load("run", "other"),
