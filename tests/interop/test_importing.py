@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import math
 
 import pytest
@@ -10,8 +12,9 @@ import torch
 from scalabl_ref import AdapterConfig, InputError, Llama, Noise, adapters, add_adapters
 from scalabl_ref.app import cli
 from scalabl_ref.core.config import COVARIANCES
-from scalabl_ref.interop.importing import read_run, start_from
+from scalabl_ref.interop.importing import import_adapter, read_run, start_from
 from scalabl_ref.support.files import read_json
+from scalabl_ref.training.runs import fingerprint, run_facts
 
 from ..app.commands import ok, refused
 from ..models import questions_file, tiny_folder
@@ -48,14 +51,18 @@ def test_a_start_can_widen_the_rank_and_change_alpha(base, tmp_path):
         assert (new(TOKENS) - old(TOKENS)).abs().max() <= bound(old, old(TOKENS))
     small = Llama.from_pretrained(base).trim_head(LETTERS)
     add_adapters(small, AdapterConfig("mle", rank=2, targets=TARGETS))
-    with pytest.raises(InputError, match="run: .*a LoRA of rank 3 does not fit into one of rank 2"):
+    words = "run: layers.0.attn.q_proj: a LoRA of rank 3 does not fit into one of rank 2"
+    with pytest.raises(InputError, match=words):
         start_from(small, read_run(tmp_path / "run", small), "run")
 
 
 def test_a_start_from_another_base_head_or_layers_is_refused(base, tmp_path):
     a_run(base, tmp_path / "run")
     for model, words in (
-        (Llama.from_pretrained(tiny_folder(tmp_path / "b", rms_norm_eps=1e-3)), "another base"),
+        (
+            Llama.from_pretrained(tiny_folder(tmp_path / "b", rms_norm_eps=1e-3)),
+            f"another base model, {base}",
+        ),
         (Llama.from_pretrained(base), "its head has the tokens .*, and the model's all"),
         (Llama.from_pretrained(base).trim_head([3, 4, 5]), r"and the model's \(3, 4, 5\)"),
     ):
@@ -65,6 +72,44 @@ def test_a_start_from_another_base_head_or_layers_is_refused(base, tmp_path):
     add_adapters(model, AdapterConfig(rank=3, targets=("q_proj",)))
     with pytest.raises(InputError, match="run: has an adapter of "):
         start_from(model, read_run(tmp_path / "run", model), "run")
+
+
+def test_a_run_says_what_it_was_made_of(base, tmp_path):
+    source, _ = peft_folder(tmp_path / "peft", base)
+    info = {"model": str(base), "format": "arc", "note": 1}
+    facts = import_adapter("peft", source, base, tmp_path / "run", {"method": None}, info)
+    weights = (source / "adapter_model.safetensors").read_bytes()
+    digest = hashlib.sha256(weights).hexdigest()
+    made = {"from": "peft", "file": "adapter_model.safetensors", "sha256": digest, "method": "mle"}
+    written = read_json(tmp_path / "run/run.json")
+    assert written["imported"] == made and {key: written[key] for key in info} == info
+    assert written["train"] == {"kl": None, "objective": None, "seed": None}
+    adapter = AdapterConfig("scalabl", 3, 5, TARGETS)
+    assert facts.pop("adapter") == dataclasses.asdict(adapter) and facts == {**made, "layers": 9}
+
+
+def test_a_base_is_loaded_as_asked(base, tmp_path):
+    source, _ = peft_folder(tmp_path / "peft", base)
+    given = ("peft", source, base, tmp_path / "run", {}, {"model": str(base)})
+    with pytest.raises(RuntimeError, match="device type at start of device string: nowhere"):
+        import_adapter(*given, device="nowhere")
+    import_adapter(*given, dtype=torch.bfloat16)
+    half = Llama.from_pretrained(base, torch.bfloat16)
+    assert run_facts(tmp_path / "run").fingerprint == fingerprint(half)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("lora", {}, "from must be one of peft, bayesadapt, not 'lora'"),
+        ("peft", {"labels": []}, "alpha and labels are for bayesadapt"),
+        ("peft", {"alpha": 0.0}, "alpha and labels are for bayesadapt"),
+    ],
+)
+def test_what_cannot_be_imported_is_refused(base, tmp_path, kind, options, words):
+    source, _ = peft_folder(tmp_path / "peft", base)
+    with pytest.raises(InputError, match=words):
+        import_adapter(kind, source, base, tmp_path / "run", {}, {}, **options)
 
 
 @pytest.fixture

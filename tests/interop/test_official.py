@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -43,7 +45,30 @@ def test_an_official_state_comes_in_with_all_its_values(base, tmp_path, method, 
     assert config.method == ("scalabl" if method == "mle" else method)
     assert config.prior_std == (0.2 if method == "blob" else 1.0)
     kl = {"scalabl": "official", "blob": "forward", "mle": None}[method]
-    assert info["train"]["kl"] == kl and info["imported"]["method"] == method
+    objective = None if kl is None else "official"
+    assert info["train"] == {"kl": kl, "objective": objective, "seed": None}
+    assert info["imported"]["method"] == method
+
+
+@pytest.mark.parametrize("method", ["scalabl", "blob"])
+def test_the_kl_of_another_distribution_is_not_known(base, tmp_path, method):
+    """Not the one under which SRC was trained."""
+    torch.save(official_state(base, method), tmp_path / "state_dict.pt")
+    options = {"method": "scalabl", "covariance": "full"}
+    bring(base, tmp_path, tmp_path / "run", "bayesadapt", options)
+    train = read_json(tmp_path / "run/run.json")["train"]
+    assert train == {"kl": None, "objective": None, "seed": None}
+
+
+def test_the_answers_are_entries_of_the_vocabulary(base, tmp_path):
+    """Whatever text precedes them: a token for an answer behind a space is another one."""
+    values = read_json(base / "tokenizer.json")
+    values["model"]["vocab"]["\u0120A"] = values["model"]["vocab"].pop("~")
+    values["model"]["merges"] = [["\u0120", "A"]]
+    (base / "tokenizer.json").write_text(json.dumps(values))
+    torch.save(official_state(base, rows=1), tmp_path / "state_dict.pt")
+    model = bring(base, tmp_path, tmp_path / "run", "bayesadapt")
+    assert model.config.head_tokens == (LETTERS[0],)
 
 
 @torch.no_grad()
