@@ -10,6 +10,7 @@ import torch
 
 from scalabl_ref import AdapterConfig, InputError, Llama, adapters, add_adapters
 from scalabl_ref.interop.exporting import export
+from scalabl_ref.interop.peft import read_peft
 from scalabl_ref.support.files import read_json
 from scalabl_ref.support.tensors import load_tensors, save_tensors
 
@@ -158,6 +159,40 @@ def test_the_settings_of_a_folder_are_pefts(base, tmp_path):
     assert written == {name: AS_PEFT_WRITES[name] for name in written} and len(written) == 9
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"init_lora_weights": how} for how in (False, None, "gaussian", "eva", "orthogonal")),
+        {"task_type": None, "bias": None, "rank_pattern": None, "alpha_pattern": None},
+        {"auto_mapping": {"base_model_class": "LlamaForCausalLM"}, "revision": "main"},
+        {"loftq_config": {"loftq_bits": 4}, "eva_config": {"rho": 2.0}, "megatron_core": "mine"},
+        {"ensure_weight_tying": True},  # the head is not tied to the embedding
+        {"exclude_modules": ["proj", "head"]},  # parts of names, which are those of no layer
+    ],
+)
+def test_settings_that_change_nothing_are_taken(base, tmp_path, values):
+    """Of two files of weights PEFT's usual one is read."""
+    source, _ = peft_folder(tmp_path / "peft", base, **values)
+    (source / "adapter_model.bin").touch()
+    file, found, left_out = read_peft(source, Llama.from_pretrained(base))
+    assert file.name == "adapter_model.safetensors" and len(found) == 9 and left_out == []
+
+
+def test_only_an_adapter_of_the_head_ties_the_embedding(tmp_path):
+    base = tiny_folder(tmp_path / "base", tie_word_embeddings=True)
+    config = {"targets": ("q_proj",), "ensure_weight_tying": True}
+    source, _ = peft_folder(tmp_path / "peft", base, **config)
+    found = read_peft(source, Llama.from_pretrained(base))[1]
+    assert list(found) == ["layers.0.attn.q_proj", "layers.1.attn.q_proj"]
+
+
+def test_settings_that_are_not_told_are_pefts(base, tmp_path):
+    source, _ = peft_folder(tmp_path / "peft", base)
+    (source / "adapter_config.json").write_text(json.dumps({"r": 3, "lora_alpha": 6}))
+    found = read_peft(source, Llama.from_pretrained(base))[1]
+    assert {adapter.config for adapter in found.values()} == {AdapterConfig("mle", 3, 6)}
+
+
 @torch.no_grad()
 def test_a_rank_and_an_alpha_that_are_not_told_are_eight(base, tmp_path):
     source, _ = peft_folder(tmp_path / "peft", base, rank=8, alpha=8)
@@ -170,11 +205,12 @@ def test_a_rank_and_an_alpha_that_are_not_told_are_eight(base, tmp_path):
     assert_equal_logits(model, model(TOKENS), merged(base, source)(TOKENS))
 
 
+@pytest.mark.parametrize(("rank", "targets"), [(1, TARGETS), (16, ("q_proj", "lm_head"))])
 @torch.no_grad()
-def test_the_smallest_rank_comes_in(base, tmp_path):
-    source, _ = peft_folder(tmp_path / "peft", base, rank=1)
+def test_the_smallest_and_the_largest_rank_come_in(base, tmp_path, rank, targets):
+    source, _ = peft_folder(tmp_path / "peft", base, rank=rank, targets=targets)
     model = bring(base, source, tmp_path / "run")
-    assert {adapter.config.rank for adapter in adapters(model).values()} == {1}
+    assert {adapter.config.rank for adapter in adapters(model).values()} == {rank}
     assert_equal_logits(model, model(TOKENS), merged(base, source)(TOKENS))
 
 
@@ -194,7 +230,7 @@ def test_the_head_that_peft_keeps_must_be_the_bases(tmp_path, tied):
     source, tensors = peft_folder(tmp_path / "peft", base)
     own = Llama.from_pretrained(base)
     tensors["base_model.model.lm_head.base_layer.weight"] = own.lm_head.weight.clone()
-    tensors["base_model.model.model.embed_tokens.weight"] = own.embed_tokens.weight.clone()
+    tensors["base_model.model.model.embed_tokens.weight"] = own.embed_tokens.weight.double()
     save_tensors(source / "adapter_model.safetensors", tensors.items())
     model = bring(base, source, tmp_path / "run")
     assert_equal_logits(model, model(TOKENS), merged_without_extras(base, source)(TOKENS))
@@ -396,6 +432,10 @@ HOSTILE = {
     "dora": (_config(use_dora=True), "use_dora is set, and is more than a plain LoRA"),
     "bias": (_config(bias="lora_only"), "bias is 'lora_only', expected 'none'"),
     "modules_to_save": (_config(modules_to_save=["embed_tokens"]), "modules_to_save is set"),
+    "alpha True": (_config(lora_alpha=True), "must be a number above 0: True"),
+    "not the first layer": (
+        _config(layers_to_transform=0), r"has an adapter of layers\.1\.\S+, which adapter_config"
+    ),
     "not chosen": (
         _config(layers_to_transform=[1]),
         r"has an adapter of layers\.0\.\S+, which adapter_config.json does not choose",
