@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 import scalabl_ref
@@ -114,3 +116,23 @@ def test_a_merged_draw_of_a_posterior():
     assert "\n\nA model with a LoRA merged into its weights: draw 1 of seed 8 of a laplace" in text
     loader = text.split("```python\n")[1].split("```")[0]
     assert loader.endswith('\n\nmodel = AutoModelForCausalLM.from_pretrained("m")\n')
+
+
+def test_what_some_runs_have_more():
+    """Of where they come from, in JSON, and of other data."""
+    more = {"prompt_template": "Frage: \u00e4 {prompt}", "init": {"run": "first", "seed": None}}
+    made = card("mle", posterior="subspace", trained_as="map", imported={"from": "peft"}, **more)
+    ood = {"n": 5, "acc": 0.25, "ece": 0.5, "nll": 2.0, "brier": 1.5, "auroc": 0.5}
+    text = dataclasses.replace(made, metrics={**METRICS, "data": None, "ood": ood}).text(
+        "peft", "the mean", "out"
+    )
+    for line in (
+        "- method: map", "- posterior: subspace", '- prompt template: "Frage: \u00e4 {prompt}"',
+        '- started from: {"run": "first", "seed": null}', '- imported: {"from": "peft"}',
+        "| test | 24 | 0.5000 | 0.1250 | inf | 0.7500 |",
+        "| test, temperature | 24 | 0.5000 | 0.0625 | 1.0000 | 0.7000 |",
+        "| other data | 5 | 0.2500 | 0.5000 | 2.0000 | 1.5000 |",
+    ):  # fmt: skip
+        assert line in text.splitlines(), line
+    bare = dataclasses.replace(made, info={"train": None}, metrics={"n": 1, "temperature": None})
+    assert "- steps" not in bare.text("hf", "the mean", "out")

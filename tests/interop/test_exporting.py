@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ import torch
 from scalabl_ref import AdapterConfig, InputError, Llama, Noise, adapters, add_adapters, save_run
 from scalabl_ref.core.adapter import adapter_state
 from scalabl_ref.core.noise import Keys
+from scalabl_ref.core.objective import complexity
 from scalabl_ref.interop.exporting import export
 from scalabl_ref.methods import Ensemble, Laplace, Swag
 from scalabl_ref.support.files import read_json
+from scalabl_ref.support.folders import ours_to_hf
 from scalabl_ref.support.tensors import load_tensors, save_tensors
 
 from ..app.commands import ok, refused
@@ -104,7 +107,7 @@ def posteriors(base, tmp_path):
 def test_swag_and_ensembles_go_out(base, tmp_path):
     models, ensemble, swag = posteriors(base, tmp_path)
     for i, name in enumerate(export(trained(base, tmp_path / "run0", ensemble), tmp_path / "e",
-                                    samples=2)):  # fmt: skip
+                                    samples=3)):  # fmt: skip
         theirs = merged(base, tmp_path / "e" / name)
         assert_equal_logits(models[i], models[i](TOKENS), theirs(TOKENS))
         assert f"member {i}" in (tmp_path / "e" / name / "README.md").read_text()
@@ -119,6 +122,19 @@ def test_swag_and_ensembles_go_out(base, tmp_path):
             )[:, LETTERS]
             difference = (logits.log_softmax(-1) - expected[i]).abs().max()
             assert difference <= 2 * bound(models[0], logits)
+
+
+@torch.no_grad()
+def test_draws_of_an_ensembles_members_go_out_in_turn(base, tmp_path):
+    models = [a_run(base, tmp_path / f"run{i}", seed=i) for i in range(2)]
+    ensemble = Ensemble([adapter_state(model) for model in models])
+    names = export(trained(base, tmp_path / "run0", ensemble), tmp_path / "out", samples=3)
+    for i, name in enumerate(names):
+        ours = models[i % 2](TOKENS, noise=Noise(0, i))
+        assert_equal_logits(models[0], ours, merged(base, tmp_path / "out" / name)(TOKENS))
+        text = (tmp_path / "out" / name / "README.md").read_text()
+        assert f"# out/{name}: draw {i} of seed 0 of member {i % 2} of a scalabl run" in text
+        assert f'PeftModel.from_pretrained(base, "out/{name}")' in text
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -185,6 +201,35 @@ def test_merged_weights_are_rounded_once_to_the_dtype_asked_for(tmp_path):
                     * expected.abs() + 1e-9).all()  # fmt: skip
 
 
+@pytest.mark.parametrize("layout", ["theirs", "ours"])
+def test_the_bases_settings_go_out_with_merged_weights(base, tmp_path, layout):
+    """Those that this package does not read too; but the dtype is that of the weights."""
+    values = read_json(base / "config.json")
+    theirs = Llama.from_pretrained(base).config.to_hf() | {"bos_token_id": 7, "dtype": "float32"}
+    tensors, _ = load_tensors(base / "model.safetensors")
+    if layout == "theirs":
+        values, tensors = theirs, {ours_to_hf(name): value for name, value in tensors.items()}
+    else:
+        values |= {"format": "scalabl_ref", "hf_config": theirs}
+    (base / "config.json").write_text(json.dumps(values))
+    save_tensors(base / "model.safetensors", tensors.items())
+    a_run(base, tmp_path / "run")
+    for dtype in (None, torch.bfloat16):
+        export(trained(base, tmp_path / "run"), tmp_path / str(dtype), "hf", dtype=dtype)
+        written = read_json(tmp_path / str(dtype) / "config.json")
+        assert written == theirs | {"dtype": "bfloat16" if dtype else "float32"}
+
+
+@torch.no_grad()
+def test_a_quantised_base_keeps_its_adapters_apart(base, tmp_path):
+    model = add_adapters(Llama.from_pretrained(base, quantize="int8"), AdapterConfig(rank=2))
+    save_run(tmp_path / "run", model, {**INFO, "model": str(base), "quantize": "int8"})
+    made = trained(base, tmp_path / "run")
+    with pytest.raises(InputError, match="merged weights would not be those of its int8 base"):
+        export(made, tmp_path / "out", "hf")
+    assert export(made, tmp_path / "out") == ["."]
+
+
 @pytest.mark.parametrize(
     "config, posterior, options, words",
     [
@@ -195,6 +240,7 @@ def test_merged_weights_are_rounded_once_to_the_dtype_asked_for(tmp_path):
         ({}, None, {"to": "gguf"}, "to must be one of peft, hf"),
         ({}, None, {"dtype": torch.bfloat16}, "a PEFT adapter is float32"),
         ({"method": "mle"}, "ensemble", {}, "mean of an ensemble is no LoRA"),
+        ({"sampling": "token"}, "ensemble", {"samples": 1}, "differ from token to token"),
         ({"method": "mle"}, "ensemble", {"samples": 3}, "samples can be 1 to 2"),
         ({"method": "mle"}, "laplace", {"samples": 1}, "a draw of laplace is of logits"),
     ],
@@ -221,6 +267,32 @@ def test_two_rows_of_one_token_are_refused(base, tmp_path):
     save_run(tmp_path / "run", model, {**INFO, "model": str(base)})
     with pytest.raises(InputError, match="two rows of its head are the same token"):
         export(trained(base, tmp_path / "run"), tmp_path / "out")
+
+
+def test_the_name_of_a_base_is_that_of_the_hub_or_its_folders(base, tmp_path, monkeypatch):
+    a_run(base, tmp_path / "run")
+    made = trained(base, tmp_path / "run")
+    cached = tmp_path / "models--some--model" / "snapshots" / "0f"
+    (tmp_path / "link").symlink_to(cached)
+    monkeypatch.chdir(base)
+    for folder, name, expected in (
+        (base, None, "base"), (Path(), None, "base"), (cached, None, "some/model"),
+        (tmp_path / "link", None, "some/model"), (cached, "own/name", "own/name"),
+    ):  # fmt: skip
+        assert dataclasses.replace(made, base=folder, name=name).base_name == expected
+
+
+@pytest.mark.parametrize("kl", ["forward", "official", None])
+def test_the_card_has_the_kl_of_its_run(base, tmp_path, kl):
+    """In the direction that was trained, forward if that is not known."""
+    model = a_run(base, tmp_path / "run")
+    made = trained(base, tmp_path / "run")
+    made = dataclasses.replace(made, info={**made.info, "train": {"kl": kl}})
+    nats = complexity(model, kl or "forward").item()
+    found = made.card(None)
+    assert found.kl == f"{kl or 'forward'}, {nats:.6g} nats"
+    assert found.answers == [str(token) for token in LETTERS]
+    assert dataclasses.replace(made, posterior=Swag()).card(None).kl is None
 
 
 def test_the_card_says_what_is_known(base, tmp_path, monkeypatch, capsys):
