@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from scalabl_ref import AdapterConfig, InputError, Noise, adapters
+from scalabl_ref.core.adapter import MIN_LOG_SIGMA
 from scalabl_ref.core.config import TARGETS
 from scalabl_ref.core.noise import FIRST_TRAINING_DRAW
 from scalabl_ref.core.objective import Batch, complexity
@@ -63,11 +65,11 @@ class Net(nn.Module):
         return SimpleNamespace(logits=self.lm_head(x[:, -logits_to_keep:]))
 
 
-def net(seed: int = 0, **config) -> hf.Attached:
+def net(seed: int = 0, kind: type = Net, **config) -> hf.Attached:
     """A small Net with adapters that do something, in evaluation mode."""
     attach = {key: config.pop(key) for key in ("targets", "classes") if key in config}
     torch.manual_seed(seed)
-    model = Net().eval()
+    model = kind().eval()
     config = AdapterConfig(**{"rank": 3, "targets": ("q_proj", "down_proj", "lm_head"), **config})
     return wake(hf.attach(model, config, seed, **attach), seed)
 
@@ -165,6 +167,59 @@ def test_token_draws_are_numbered_by_row_and_position():
         logits(attached, noise=NOISE, groups=torch.tensor([0, 1, 2**27]))
     with pytest.raises(InputError, match="33 tokens, but the model has only 32 positions"):
         logits(attached, torch.zeros(1, 33, dtype=torch.int64), noise=NOISE)
+
+
+class Continued(Net):
+    """With the arguments of a model that has a cache, or is given embeddings."""
+
+    def forward(
+        self, input_ids=None, attention_mask=None, inputs_embeds=None, past_key_values=None,
+        cache=None,
+    ):  # fmt: skip
+        if inputs_embeds is not None:
+            self.embed.forward = lambda _: inputs_embeds
+        return super().forward(input_ids)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_token_draws_go_on_behind_what_is_cached(name):
+    """By the mask of the whole rows, if it is given: the first one begins with two of padding."""
+    attached = net(kind=Continued, sampling="token")
+    whole, rest = logits(attached, noise=NOISE), TOKENS[:, 2:]
+    cached = {name: SimpleNamespace(get_seq_length=lambda: 2), "noise": NOISE}
+    assert close(logits(attached, rest, **cached), whole[:, 2:])
+    mask = torch.ones_like(TOKENS)
+    assert close(logits(attached, rest, attention_mask=mask, **cached), whole[:, 2:])
+    mask[0, :2] = 0
+    padded = logits(attached, rest, attention_mask=mask, **cached)
+    assert close(padded[0], logits(attached, rest, noise=NOISE)[0])
+    assert close(padded[1:], whole[1:, 2:])
+    cached[name] = SimpleNamespace(get_seq_length=lambda: 29)
+    with pytest.raises(InputError, match="33 tokens, but the model has only 32 positions"):
+        logits(attached, TOKENS, **cached)
+    logits(attached, TOKENS[:, :3], **cached)
+
+
+@pytest.mark.parametrize("sampling", ["example", "token"])
+def test_rows_can_be_given_as_embeddings(sampling):
+    attached = net(kind=Continued, sampling=sampling)
+    expected = logits(attached, noise=NOISE)
+    given = {"inputs_embeds": attached.model.embed(TOKENS), "noise": NOISE}
+    for mask in (None, torch.zeros(3, 1, 4, 4)):
+        assert close(attached(attention_mask=mask, **given).logits, expected)
+    with pytest.raises(InputError, match="the model was called without a tensor"):
+        attached(noise=NOISE)
+
+
+def test_a_model_that_says_nothing_of_positions_has_room_for_many():
+    class Silent(Net):
+        def __init__(self):
+            super().__init__()
+            del self.config
+
+    rows, positions = torch.arange(3)[:, None] * hf.POSITIONS, torch.arange(4)
+    by_hand = logits(net(), noise=NOISE, groups=rows + positions)
+    assert close(logits(net(kind=Silent, sampling="token"), noise=NOISE), by_hand)
 
 
 def test_no_draw_is_left_behind():
@@ -294,6 +349,21 @@ def test_a_fresh_adapter_changes_nothing_but_what_trains():
     assert isinstance(model.blocks[0].q_proj, nn.Linear)
 
 
+def test_the_seed_decides_the_start():
+    starts = []
+    for seed in ({}, {"seed": 0}, {"seed": 1}):
+        torch.manual_seed(0)
+        starts.append(adapters(hf.attach(Net(), net().config, **seed).model)["lm_head"].A)
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[1], starts[2])
+
+
+def test_a_head_that_was_cut_is_untied_and_may_have_fewer_rows_than_the_rank():
+    attached = net(classes=CLASSES, rank=5)
+    assert not attached.model.config.tie_word_embeddings
+    assert adapters(attached.model)["lm_head"].B.shape == (3, 5)
+    assert net().model.config.tie_word_embeddings
+
+
 def test_weights_and_layers_that_are_shared_stay_shared():
     """A head tied to the embedding, and one layer in two places."""
     torch.manual_seed(0)
@@ -367,6 +437,7 @@ def replaced(model):
          "layer blocks.1.mix is a Quantised, expected"),
         (None, {"targets": ("mix",), "rank": 13}, r"rank 13 is larger .* blocks.0.mix \(12, 12\)"),
         (None, {"classes": [5, 20]}, "id 20 is outside the head's 20 ids"),
+        (None, {"classes": [5, -1]}, "id -1 is outside the head's 20 ids"),
         (None, {"classes": []}, "there are no classes, of the head's 20 ids"),
         (lambda m: m.add_module("lm_head", None), {"targets": ("mix",), "classes": [1]},
          "head is a NoneType, expected an nn.Linear"),
@@ -482,6 +553,13 @@ def test_the_objective_is_nll_plus_beta_kl_over_n(classes):
     loss = hf.Objective(attached, 40, beta=0.5)
     bound = rounding(torch.float32, 2 * V) * (expected + beta_kl)
     assert (loss(out, given["labels"]) - expected - beta_kl).abs() <= bound
+    usual = hf.Objective(attached, 40)(out, given["labels"])
+    assert (usual - expected - 2 * beta_kl).abs() <= 2 * bound
+    other = hf.Objective(attached, 40, 0.5, "official")(out, given["labels"])
+    kl = complexity(attached.model, "official")
+    assert (other - expected - 0.5 * kl / 40).abs() <= bound * (1 + kl / 40)
+    half = SimpleNamespace(logits=out.logits.bfloat16())
+    assert loss(half, given["labels"]).dtype == torch.float32
     # In two batches of one step, each with its share of the KL.
     parts = [
         loss(SimpleNamespace(logits=out.logits[rows]), given["labels"][rows], torch.tensor(3))
@@ -496,7 +574,10 @@ def test_the_objective_is_nll_plus_beta_kl_over_n(classes):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"num_examples": 0}, "num_examples must be at least 1"), ({"beta": -1.0}, "beta must be")],
+    [
+        ({"num_examples": 0}, "num_examples must be at least 1"),
+        *(({"beta": beta}, f"and is {beta}") for beta in (-1.0, float("nan"), float("inf"))),
+    ],
 )
 def test_bad_objectives_are_named(change, message):
     with pytest.raises(InputError, match=message):
@@ -532,6 +613,32 @@ def test_the_predictive_is_the_average_at_the_last_real_token(sampling, classes)
     assert (mean.mutual_information == 0).all() and (got.mutual_information > 0).all()
 
 
+def test_predictions_are_of_ten_draws_of_all_tokens_by_default():
+    attached = net(classes=CLASSES)
+    mask = torch.ones_like(TOKENS)
+    expected = hf.predict(attached, {"input_ids": TOKENS, "attention_mask": mask}, 10, 0)
+    assert torch.equal(hf.predict(attached, {"input_ids": TOKENS}).probs, expected.probs)
+
+
+def test_a_model_is_asked_only_for_what_it_knows():
+    class Plain(Net):
+        def forward(self, input_ids, attention_mask=None):
+            return super().forward(input_ids)
+
+    given = {
+        "input_ids": TOKENS,
+        "attention_mask": torch.tensor([[1] * 4, [0, 1, 1, 0], [0, 0, 1, 1]]),
+    }
+    seen, attached = [], net(classes=CLASSES)
+    attached.model.register_forward_pre_hook(lambda m, a, k: seen.append(k), with_kwargs=True)
+    expected = hf.predict(attached, given, 2)
+    found = hf.predict(net(classes=CLASSES, kind=Plain), given, 2)
+    assert close(found.probs, expected.probs)
+    positions = [[0, 1, 2, 3], [0, 0, 1, 1], [0, 0, 0, 1]]
+    assert all(call["position_ids"].tolist() == positions for call in seen)
+    assert [call["logits_to_keep"] for call in seen] == [2] * len(seen)
+
+
 def test_predictions_need_classes_once_and_tokens():
     given = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}
     with pytest.raises(InputError, match="no classes were given"):
@@ -541,6 +648,54 @@ def test_predictions_need_classes_once_and_tokens():
     given["attention_mask"][1] = 0
     with pytest.raises(InputError, match="row 1 of the batch has no token"):
         hf.predict(net(classes=CLASSES), given)
+
+
+class Stub:
+    """What `hf.trainer` needs of a transformers Trainer."""
+
+    optimizer = None
+
+    def __init__(self, model, compute_loss_func, args) -> None:
+        self.model, self.compute_loss_func, self.args = model, compute_loss_func, args
+        self.state = SimpleNamespace(global_step=0)
+
+    def compute_loss(self, model, inputs):
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        return self.compute_loss_func(model(**given), inputs["labels"])
+
+    def get_optimizer_cls_and_kwargs(self, args, model):
+        return torch.optim.AdamW, {"eps": args.adam_epsilon}
+
+
+@pytest.mark.parametrize("rate", [None, 0.5])
+def test_a_trainer_steps_under_its_draws_with_two_rates_and_bounds(monkeypatch, rate):
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(Trainer=Stub))
+    attached = net(classes=CLASSES)
+    args = SimpleNamespace(learning_rate=0.1, weight_decay=0.3, adam_epsilon=1e-3, world_size=1,
+                           gradient_accumulation_steps=2, process_index=0)  # fmt: skip
+    made = hf.trainer(attached, 40, 0.5, 7, "official", rate, args=args)
+    assert isinstance(made, Stub)
+    loss, given = hf.Objective(attached, 40, 0.5, "official"), hf.inputs(attached, batch())
+    model, tokens = attached.model, {n: value for n, value in given.items() if n != "labels"}
+    for training in (True, False):
+        model.train(training)
+        for draw in (FIRST_TRAINING_DRAW, FIRST_TRAINING_DRAW + 1):
+            noise = Noise(7, draw) if training else None
+            expected = loss(attached(**tokens, noise=noise), given["labels"])
+            assert torch.equal(made.compute_loss(model, given), expected)
+    optimizer = made.create_optimizer()
+    assert made.create_optimizer() is optimizer
+    found = [(g["lr"], g["weight_decay"], g["eps"]) for g in optimizer.param_groups]
+    assert found == [(0.1, 0.3, 1e-3), (0.4 if rate is None else rate, 0.3, 1e-3)]
+    width = adapters(model)["lm_head"].log_sigma
+    width.data.fill_(-1e4)
+    optimizer.step()
+    assert (width == MIN_LOG_SIGMA).all()
+    assert type(hf.trainer(attached, 40, base=Other, args=args)).__mro__[2] is Other
+
+
+class Other(Stub):
+    pass
 
 
 # --- on disk -------------------------------------------------------------------------------------
@@ -577,9 +732,10 @@ def test_broken_folders_are_named(tmp_path):
         torch.manual_seed(0)
         with pytest.raises(InputError, match=message):
             hf.load(Net(), tmp_path)
-    path.write_text(json.dumps({key: record[key] for key in ("adapter", "targets")}))
-    with pytest.raises(InputError, match="adapter.json: key 'classes' is missing"):
-        hf.load(Net(), tmp_path)
+    for key in record:
+        path.write_text(json.dumps({k: value for k, value in record.items() if k != key}))
+        with pytest.raises(InputError, match=f"adapter.json: key '{key}' is missing"):
+            hf.load(Net(), tmp_path)
     path.write_text(json.dumps(record))
     tensors, _ = load_tensors(file := tmp_path / "adapter.safetensors")
     del tensors["lm_head.base"]
