@@ -59,6 +59,18 @@ def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
 
 
+def test_a_holder_that_has_not_said_who_it_is_holds_it(tmp_path):
+    """And a number that was left there is no part of the next one."""
+    (tmp_path / ".lock").write_text("")
+    with open(tmp_path / ".lock") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match=r"another process \(pid unknown\)"), alone(tmp_path):
+            pass
+    (tmp_path / ".lock").write_text("9" * 30)
+    with alone(tmp_path):
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+
 def test_without_locks_all_may_go_on(tmp_path, monkeypatch):
     def flock(*_) -> None:
         raise OSError(errno.ENOLCK, "No locks available")

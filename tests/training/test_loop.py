@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 from scalabl_ref import InputError
 from scalabl_ref.core.adapter import adapter_state
 from scalabl_ref.support.errors import Interrupted
+from scalabl_ref.training import savepoints
 from scalabl_ref.training.loop import fit
 
 from ..models import tiny_data, trainer
@@ -120,12 +123,41 @@ def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "new") == log_of(tmp_path / "parts")
 
 
+def test_what_changes_no_function_may_be_another(tmp_path):
+    fit(trainer(steps=1), tmp_path)
+    for name, value in (
+        ("checkpoint_every", 3), ("micro_batch", 2), ("recompute", True),
+        ("offload_activations", True), ("compile", True),
+    ):  # fmt: skip
+        made, done = trainer(steps=1), []
+        made.config = replace(made.config, **{name: value})
+        fit(made, tmp_path, resume=True, on_start=done.append)
+        assert done == [1], name
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_checkpoints_are_written_beside_the_training_if_asked(tmp_path, monkeypatch, beside):
+    write, threads = savepoints.save_tensors, []
+
+    def noted(*arguments):
+        threads.append(threading.current_thread())
+        write(*arguments)
+
+    monkeypatch.setattr(savepoints, "save_tensors", noted)
+    fit(trainer(steps=1), tmp_path, beside=beside)
+    assert [thread is threading.main_thread() for thread in threads] == [not beside]
+
+
 def test_resuming_something_else_is_refused(tmp_path):
     fit(trainer(), tmp_path)
+    data = tiny_data()
     for change, message in (
         ({"lr": 0.5}, r"train.lr was 0.01 and now is 0.5"),
         ({"model": {"rank": 2}}, r"adapter.rank was 3 and now is 2"),
+        ({"model": {"seed": 1}}, "model differs"),
         ({"data": tiny_data(seed=1)}, "data differs"),
+        ({"data": replace(data, tokens=data.tokens[::-1])}, "data differs"),
+        ({"data": replace(data, labels=data.labels[::-1])}, "data differs"),
     ):
         with pytest.raises(InputError, match=message):
             fit(trainer(**change), tmp_path, resume=True)

@@ -131,6 +131,25 @@ def test_without_torchrun_there_is_one_rank():
         assert distributed.share([5, 6]) == ([5, 6], 2)
 
 
+@pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan"), float("inf"), 1000001.0])
+def test_a_timeout_that_cannot_be_is_refused(timeout):
+    words = f"timeout must be above 0 s and at most 1e6 s, and is {timeout}"
+    with pytest.raises(InputError, match=words), distributed.joined(CPU, timeout):
+        pass
+    with distributed.joined(CPU, 1e6):
+        pass
+
+
+def test_each_rank_has_a_gpu_of_its_machine(monkeypatch):
+    """Unless a GPU is named, or torchrun did not start it."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    gpu, named = torch.device("cuda"), torch.device("cuda", 1)
+    assert distributed.own_device(gpu) == gpu
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    found = [distributed.own_device(device) for device in (gpu, named, CPU)]
+    assert found == [torch.device("cuda", 3), named, CPU]
+
+
 # --- a sharded base ----------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from scalabl_ref import AdapterConfig, InputError, Llama, Noise, add_adapters, l
 from scalabl_ref.core.adapter import adapter_state
 from scalabl_ref.support.folders import ours_to_hf
 from scalabl_ref.support.tensors import save_tensors
-from scalabl_ref.training.runs import fingerprint, run_facts
+from scalabl_ref.training.runs import fingerprint, keep_command, resume_command, run_facts
 
 from ..models import TINY, tiny_folder, tiny_model
 
@@ -27,9 +27,44 @@ def saved_run(tmp_path):
 def test_a_run_comes_back_as_it_was(tmp_path):
     base, model = saved_run(tmp_path)
     loaded, info = load_run(tmp_path, base)
-    assert info["note"] == 1
+    assert info["note"] == 1 and not loaded.training
     tokens = torch.arange(1, 9)[None]
     assert torch.equal(loaded(tokens, noise=Noise(1, 1)), model(tokens, noise=Noise(1, 1)))
+
+
+def test_a_base_is_loaded_as_asked(tmp_path):
+    base = tiny_folder(tmp_path / "base")
+    model = add_adapters(Llama.from_pretrained(base, torch.bfloat16), AdapterConfig(rank=2))
+    save_run(tmp_path / "run", model, {"model": str(base)})
+    assert (
+        load_run(tmp_path / "run", dtype=torch.bfloat16).model.norm.weight.dtype == torch.bfloat16
+    )
+    with pytest.raises(RuntimeError, match="device type at start of device string: nowhere"):
+        load_run(tmp_path / "run", device="nowhere")
+
+
+def test_a_base_that_has_left_the_hubs_cache_is_asked_for_by_name(tmp_path):
+    folder = tmp_path / "models--some--model" / "snapshots" / "0f"
+    save_run(tmp_path / "run", tiny_model(), {"model": str(folder)})
+    words = f"its base model {folder} is not there: give --model some/model"
+    with pytest.raises(InputError, match=words):
+        load_run(tmp_path / "run")
+
+
+def test_facts_of_another_run_do_not_stand_for_a_models_own(tmp_path):
+    saved_run(tmp_path / "first")
+    first = run_facts(tmp_path / "first")
+    save_run(tmp_path / "second", tiny_model(rank=2, trim=False), first)
+    second = run_facts(tmp_path / "second")
+    assert (second.adapter["rank"], second.head_tokens, second["note"]) == (2, None, 1)
+
+
+def test_a_command_is_repeated_as_it_was_typed(tmp_path):
+    keep_command(tmp_path, ["scalabl", "train", "--resume", "--out", "my run", "--lr", "0.1"])
+    expected = "go on with `scalabl train --out 'my run' --lr 0.1 --resume`"
+    assert resume_command(tmp_path) == expected
+    (tmp_path / "command.txt").write_bytes(b"\xff")
+    assert resume_command(tmp_path) == "go on with `train --resume`"
 
 
 def test_another_base_is_refused(tmp_path):
@@ -47,7 +82,7 @@ def test_another_base_is_refused(tmp_path):
 def test_broken_runs_are_named(tmp_path):
     base, model = saved_run(tmp_path)
     record = json.loads((tmp_path / "run.json").read_text())
-    for key in ("adapter", "fingerprint"):
+    for key in ("model", "adapter", "head_tokens", "fingerprint"):
         rest = {name: value for name, value in record.items() if name != key}
         (tmp_path / "run.json").write_text(json.dumps(rest))
         with pytest.raises(InputError, match=f"key '{key}' is missing"):
@@ -75,6 +110,10 @@ def test_broken_runs_are_named(tmp_path):
         ({"holdout": [0.5]}, "holdout must be a finite number, not [0.5]"),
         ({"train": "long"}, "train must be an object"),
         ({"train": {"kl": "sideways"}}, "train: kl must be forward or official or null, not"),
+        (
+            {"train": {"objective": "best"}},
+            "train: objective must be elbo or official or null, not 'best'",
+        ),
         ({"train": {"seed": 0.5}}, "train: seed must be a whole number or null, not 0.5"),
         ({"adapter": []}, "adapter must be an object"),
         ({"adapter": {"method": "mle", "rank": 2.5}}, "adapter: rank must be a whole number, not"),

@@ -175,8 +175,11 @@ def test_a_full_disk_ends_the_run_and_costs_little(tmp_path, ranks, where, besid
     codes = on_ranks(ranks, job, tmp_path, "disk_full", where, False, beside, out=tmp_path)
     assert codes == [BAD_INPUT] * ranks
     for rank in range(ranks):
-        assert "the checkpoint cannot be written" in (tmp_path / f"out{rank}").read_text()
-    assert "File too large" in (tmp_path / f"out{where}").read_text()
+        why = "File too large" if rank == where else "another rank could not write"
+        said = (tmp_path / f"out{rank}").read_text()
+        assert "checkpoint: the checkpoint cannot be written: " in said and why in said
+        assert ".tmp" not in said, "nobody knows that name"
+    assert not list(tmp_path.glob("checkpoint/.*")), "the disk is still full"
     resumed(tmp_path, ranks, most=2 * EVERY if beside else EVERY)
 
 
@@ -285,6 +288,18 @@ def test_pytorchs_own_checkpoints_read_ours(finished):
     assert len(ours) > 20 and all(torch.equal(ours[name], tensors[name]) for name in tensors)
 
 
+def test_a_checkpoint_of_one_process_is_one_file_and_a_manifest(tmp_path):
+    with pytest.raises(InputError, match="checkpoint: no checkpoint to resume from"):
+        savepoints.load(tmp_path)
+    for step in (9, 10, 100):
+        savepoints.Saver(tmp_path).save(step, {"b": torch.ones(2), "a": torch.zeros(1)}, {"x": 1})
+    assert {path.name for path in (tmp_path / "checkpoint").iterdir()} == {"00000010", "00000100"}
+    files = {path.name for path in (tmp_path / "checkpoint" / "00000100").iterdir()}
+    assert files == {"model-00001-of-00001.safetensors", "manifest.json"}
+    tensors, done, identity = savepoints.load(tmp_path)
+    assert (sorted(tensors), done, identity) == (["a", "b"], 100, {"x": 1})
+
+
 def test_a_checkpoint_beside_the_training_is_of_its_own_step(tmp_path):
     """Not of what the tensors are when it is written."""
     tensors = {"a": torch.zeros(3)}
@@ -338,7 +353,7 @@ def test_torchrun_ends_when_a_rank_is_killed_and_resumes(tmp_path):
 
 def test_what_is_not_a_checkpoint_stays_where_it_is(tmp_path):
     folder = tmp_path / "checkpoint"
-    for name in ("best", "123", ".00000007.tmp", "00000007", "00000003"):
+    for name in ("best", "123", ".00000007.tmp", "00000007", "00000005", "00000003"):
         (folder / name).mkdir(parents=True)
     savepoints.Saver(tmp_path).forget_after(5)
-    assert {path.name for path in folder.iterdir()} == {"best", "123", "00000003"}
+    assert {path.name for path in folder.iterdir()} == {"best", "123", "00000003", "00000005"}

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,7 +71,10 @@ def test_the_hook_gets_what_the_log_gets(tmp_path):
     records: list[dict[str, float]] = []
     begun: list[int] = []
     watch = Watch(HELD, every=5)
+    started = time.perf_counter()
     fit(trainer(), tmp_path, on_step=records.append, watch=watch, on_start=begun.append)
+    seconds = [record["seconds"] for record in records]
+    assert min(seconds) > 0 and sum(seconds) < time.perf_counter() - started
     lines = (tmp_path / "train.jsonl").read_text().splitlines()
     assert records == [json.loads(line) for line in lines] and begun == [0]
     assert [r["step"] for r in records if "heldout_nll" in r] == [4, 9, 11]
@@ -130,6 +135,10 @@ def test_the_best_of_other_rows_is_not_resumed(tmp_path):
     for watch in (Watch(tiny_data(7, seed=4), 2, keep=True), Watch(HELD, 3, keep=True)):
         with pytest.raises(InputError, match="settings: keep"):
             fit(trainer(), tmp_path, resume=True, watch=watch)
+    for name in ("tokens", "labels"):
+        watch = Watch(replace(HELD, **{name: getattr(HELD, name)[::-1]}), 2, keep=True)
+        with pytest.raises(InputError, match="settings: keep.rows was '.*' and now is"):
+            fit(trainer(), tmp_path, resume=True, watch=watch)
     made = trainer()
     fit(made, tmp_path, resume=True)  # the last step is there as well
     last = savepoints.load(tmp_path).tensors
@@ -176,5 +185,6 @@ def test_a_look_is_an_epoch_within_those_limits():
 
 
 def test_nothing_to_watch_is_refused():
-    with pytest.raises(InputError, match="held-out rows"):
-        Watch(HELD, 0)
+    for held, every in ((HELD, 0), (tiny_data(0), 1)):
+        with pytest.raises(InputError, match="held-out rows"):
+            Watch(held, every)
