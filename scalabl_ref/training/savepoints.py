@@ -152,7 +152,8 @@ def load(run: Path) -> Savepoint:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(filter(_is_checkpoint, folder.glob("*")), reverse=True)
+    found = filter(_is_checkpoint, folder.glob("*"))
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 
 def _is_checkpoint(path: Path) -> bool:

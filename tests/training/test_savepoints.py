@@ -351,6 +351,15 @@ def test_torchrun_ends_when_a_rank_is_killed_and_resumes(tmp_path):
     assert (tmp_path / "run" / "metrics.json").exists()
 
 
+def test_the_newest_checkpoint_is_that_of_the_highest_number(tmp_path):
+    """Not that of the last name: steps can have more than eight digits."""
+    for step in (99_999_998, 99_999_999, 100_000_000):
+        savepoints.Saver(tmp_path).save(step, {"a": torch.zeros(1)}, {})
+    names = {path.name for path in (tmp_path / "checkpoint").iterdir()}
+    assert names == {"99999999", "100000000"}
+    assert savepoints.load(tmp_path).done == 100_000_000
+
+
 def test_what_is_not_a_checkpoint_stays_where_it_is(tmp_path):
     folder = tmp_path / "checkpoint"
     for name in ("best", "123", ".00000007.tmp", "00000007", "00000005", "00000003"):
