@@ -10,7 +10,7 @@ import torch
 
 from scalabl_ref import AdapterConfig, InputError, Llama, adapters, add_adapters
 from scalabl_ref.interop.exporting import export
-from scalabl_ref.interop.peft import read_peft
+from scalabl_ref.interop.peft import read_peft, write_peft
 from scalabl_ref.support.files import read_json
 from scalabl_ref.support.tensors import load_tensors, save_tensors
 
@@ -191,6 +191,16 @@ def test_settings_that_are_not_told_are_pefts(base, tmp_path):
     (source / "adapter_config.json").write_text(json.dumps({"r": 3, "lora_alpha": 6}))
     found = read_peft(source, Llama.from_pretrained(base))[1]
     assert {adapter.config for adapter in found.values()} == {AdapterConfig("mle", 3, 6)}
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "written"), [(49, 16.0, "16"), (3, 4.5, "4.5"), (5, None, "10")]
+)
+def test_alpha_goes_out_as_it_was_given(tmp_path, rank, alpha, written):
+    """Not as a product of the scaling, which is rounded: 16 / 49 * 49 is not 16."""
+    lora = {"lm_head": (torch.ones(rank, 2), torch.ones(2, rank))}
+    write_peft(tmp_path, lora, AdapterConfig("mle", rank, alpha), "base")
+    assert f'"lora_alpha": {written},' in (tmp_path / "adapter_config.json").read_text()
 
 
 @torch.no_grad()
