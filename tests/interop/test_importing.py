@@ -77,7 +77,13 @@ def test_a_start_from_another_base_head_or_layers_is_refused(base, tmp_path):
 def test_a_run_says_what_it_was_made_of(base, tmp_path):
     source, _ = peft_folder(tmp_path / "peft", base)
     info = {"model": str(base), "format": "arc", "note": 1}
-    facts = import_adapter("peft", source, base, tmp_path / "run", {"method": None}, info)
+    options = {
+        "method": None,
+        "rank": 9,
+        "alpha": 1.0,
+        "targets": ("k_proj",),
+    }  # those of SRC count
+    facts = import_adapter("peft", source, base, tmp_path / "run", options, info)
     weights = (source / "adapter_model.safetensors").read_bytes()
     digest = hashlib.sha256(weights).hexdigest()
     made = {"from": "peft", "file": "adapter_model.safetensors", "sha256": digest, "method": "mle"}
