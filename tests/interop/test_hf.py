@@ -193,6 +193,7 @@ def test_token_draws_go_on_behind_what_is_cached(name):
     mask[0, :2] = 0
     padded = logits(attached, rest, attention_mask=mask, **cached)
     assert close(padded[0], logits(attached, rest, noise=NOISE)[0])
+    assert close(padded, logits(attached, attention_mask=mask, noise=NOISE)[:, 2:])
     assert close(padded[1:], whole[1:, 2:])
     cached[name] = SimpleNamespace(get_seq_length=lambda: 29)
     with pytest.raises(InputError, match="33 tokens, but the model has only 32 positions"):
@@ -205,7 +206,7 @@ def test_rows_can_be_given_as_embeddings(sampling):
     attached = net(kind=Continued, sampling=sampling)
     expected = logits(attached, noise=NOISE)
     given = {"inputs_embeds": attached.model.embed(TOKENS), "noise": NOISE}
-    for mask in (None, torch.zeros(3, 1, 4, 4)):
+    for mask in (None, torch.ones(3, 1, 4, 4, dtype=torch.bool)):
         assert close(attached(attention_mask=mask, **given).logits, expected)
     with pytest.raises(InputError, match="the model was called without a tensor"):
         attached(noise=NOISE)
@@ -559,7 +560,8 @@ def test_the_objective_is_nll_plus_beta_kl_over_n(classes):
     kl = complexity(attached.model, "official")
     assert (other - expected - 0.5 * kl / 40).abs() <= bound * (1 + kl / 40)
     half = SimpleNamespace(logits=out.logits.bfloat16())
-    assert loss(half, given["labels"]).dtype == torch.float32
+    rounded = SimpleNamespace(logits=half.logits.float())
+    assert torch.equal(loss(half, given["labels"]), loss(rounded, given["labels"]))
     # In two batches of one step, each with its share of the KL.
     parts = [
         loss(SimpleNamespace(logits=out.logits[rows]), given["labels"][rows], torch.tensor(3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from scalabl_ref.core.adapter import adapter_state
 from scalabl_ref.evaluation import answering
 from scalabl_ref.fast.quantize import quantize_model
 from scalabl_ref.methods import Swag
+from scalabl_ref.support.errors import RankLost
 from scalabl_ref.training import ranks as distributed
 from scalabl_ref.training.loop import fit
 from scalabl_ref.training.runs import fingerprint, load_run
 from scalabl_ref.training.trainer import TrainConfig, Trainer
 
+from ..conftest import ROOT
 from ..models import TINY, questions_file, steps_and_bound, tiny_data, tiny_folder, tiny_model
 from ..ranks import on_ranks
 from ..tolerances import logits_bound
@@ -138,6 +141,49 @@ def test_a_timeout_that_cannot_be_is_refused(timeout):
         pass
     with distributed.joined(CPU, 1e6):
         pass
+
+
+@pytest.fixture
+def joining(monkeypatch):
+    """What is asked of PyTorch, which does nothing."""
+    calls = []
+
+    def note(owner, name):
+        monkeypatch.setattr(owner, name, lambda *a, **k: calls.append((name, *a, *k.values())))
+
+    for name in ("init_process_group", "barrier", "destroy_process_group"):
+        note(torch.distributed, name)
+    note(torch.cuda, "set_device")
+    monkeypatch.setattr(distributed, "_timeout", None)
+    monkeypatch.setenv("RANK", "0")
+    return calls
+
+
+def test_ranks_join_through_gloo_and_on_gpus_through_nccl(joining):
+    gpu, timeout = torch.device("cuda", 1), timedelta(seconds=5)
+    end = [("barrier",), ("destroy_process_group",)]
+    with distributed.joined(CPU, 5):
+        pass
+    assert joining == [("init_process_group", "gloo", timeout), *end]
+    joining.clear()
+    with distributed.joined(gpu, 5):
+        pass
+    start = [("set_device", gpu), ("init_process_group", "cpu:gloo,cuda:nccl", timeout)]
+    assert joining == [*start, *end]
+
+
+def test_only_an_error_of_the_exchange_is_a_lost_rank(joining):
+    for error in (RuntimeError("of gloo"), torch.distributed.DistError("other")):
+        with pytest.raises(RankLost, match="within 5 s"), distributed.joined(CPU, 5):
+            raise error
+    with pytest.raises(RuntimeError, match="^mine$"), distributed.joined(CPU, 5):
+        raise RuntimeError("mine")
+    assert joining == [("init_process_group", "gloo", timedelta(seconds=5))] * 3
+
+
+def test_ranks_wait_as_long_as_is_documented():
+    text = (ROOT / "docs" / "scale.md").read_text()
+    assert f"`--timeout` ({distributed.TIMEOUT:g} s)" in text
 
 
 def test_each_rank_has_a_gpu_of_its_machine(monkeypatch):
