@@ -609,6 +609,7 @@ def test_the_predictive_is_the_average_at_the_last_real_token(sampling, classes)
     assert left["attention_mask"][:, -1].all()
     for given in (right, left):
         got = hf.predict(attached, given, 4, 9, b.ids, None if classes else CLASSES)
+        assert (got.probs.sum(1) - 1).abs().max() <= rounding(torch.float64, 16)
         assert (got.probs - expected).abs().max() <= rounding(torch.float32, 4 * (D + H))
     assert [module.training for module in attached.model.modules()] == modes
     mean = hf.predict(attached, right, 0, classes=None if classes else CLASSES)
