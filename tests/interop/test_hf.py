@@ -483,6 +483,8 @@ def test_rows_that_cannot_be_told_apart_are_refused():
         attached.model.lm_head(x)
     with pytest.raises(InputError, match=r"groups of shape \(2,\) for 3 sequences of 4 tokens"):
         logits(attached, noise=NOISE, groups=torch.arange(2))
+    with pytest.raises(InputError, match=r"groups of shape \(3, 5\) .* \(3,\) or \(3, 4\)"):
+        logits(attached, noise=NOISE, groups=torch.zeros(3, 5, dtype=torch.int64))
     replica = attached.model._replicate_for_data_parallel()
     with pytest.raises(InputError, match="one process for each device"):
         replica(TOKENS)

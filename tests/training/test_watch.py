@@ -80,7 +80,8 @@ def test_the_hook_gets_what_the_log_gets(tmp_path):
     assert [r["step"] for r in records if "heldout_nll" in r] == [4, 9, 11]
     scores = [(r["heldout_nll"], r["heldout_accuracy"]) for r in records if "heldout_nll" in r]
     assert watch.nll == min(nll for nll, _ in scores) and watch.best == {}
-    fit(trainer(), tmp_path, resume=True, on_start=begun.append)
+    other = Watch(HELD, every=3)  # which keeps nothing
+    fit(trainer(), tmp_path, resume=True, watch=other, on_start=begun.append)
     assert begun == [0, 12]
 
 
