@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import threading
+import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -121,6 +123,25 @@ def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
     assert len(log_of(tmp_path / "parts")) == 4
     fit(trainer(), tmp_path / "parts", resume=True)
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "new") == log_of(tmp_path / "parts")
+
+
+@pytest.mark.parametrize("steps", [1, 12])
+def test_a_run_ends_when_its_checkpoint_is_on_disk(tmp_path, monkeypatch, steps):
+    """Written beside the training, at its end or after a signal in its first step."""
+    write = savepoints.save_tensors
+
+    def slow(*arguments):
+        time.sleep(0.2)
+        write(*arguments)
+
+    def stop(record):
+        if steps > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(savepoints, "save_tensors", slow)
+    with pytest.raises(Interrupted) if steps > 1 else nullcontext():
+        fit(trainer(steps=steps), tmp_path, on_step=stop, beside=True)
+    assert savepoints.load(tmp_path).done == 1
 
 
 def test_what_changes_no_function_may_be_another(tmp_path):
