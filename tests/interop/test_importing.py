@@ -14,6 +14,7 @@ from scalabl_ref.app import cli
 from scalabl_ref.core.config import COVARIANCES
 from scalabl_ref.interop.importing import import_adapter, read_run, start_from
 from scalabl_ref.support.files import read_json
+from scalabl_ref.support.tensors import load_tensors, save_tensors
 from scalabl_ref.training.runs import fingerprint, run_facts
 
 from ..app.commands import ok, refused
@@ -72,6 +73,16 @@ def test_a_start_from_another_base_head_or_layers_is_refused(base, tmp_path):
     add_adapters(model, AdapterConfig(rank=3, targets=("q_proj",)))
     with pytest.raises(InputError, match="run: has an adapter of "):
         start_from(model, read_run(tmp_path / "run", model), "run")
+
+
+def test_a_start_without_one_of_its_tensors_is_refused(base, tmp_path):
+    model = a_run(base, tmp_path / "run")
+    tensors, _ = load_tensors(tmp_path / "run" / "adapter.safetensors")
+    del tensors["layers.1.attn.q_proj.log_s"]
+    save_tensors(tmp_path / "run" / "adapter.safetensors", tensors.items())
+    words = "adapter.safetensors: tensor layers.1.attn.q_proj.log_s is missing"
+    with pytest.raises(InputError, match=words):
+        read_run(tmp_path / "run", model)
 
 
 def test_a_run_says_what_it_was_made_of(base, tmp_path):

@@ -104,7 +104,7 @@ OFFICIAL = {
                "has an adapter of rank 0"),
     "another method": (lambda s: s.update({Q0 + ".lora_A.default.members": torch.ones(2)}),
                        "lora_A.default.members is unexpected"),
-    "not a LoRA": (lambda s: s.update({"model.norm.weight": torch.ones(2)}),
+    "not a LoRA": (lambda s: s.update({n: torch.ones(2) for n in ("z", "model.norm.weight", "x")}),
                    "tensor model.norm.weight is not of a LoRA"),
     "many answers": (lambda s: s.update({_first(s, "lm_head.lora_B.default.weight"):
                                          torch.ones(27, 2)}),
