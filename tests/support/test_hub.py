@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from fnmatch import fnmatch
 from types import SimpleNamespace
 
 import pytest
@@ -51,9 +52,43 @@ def test_a_name_becomes_a_folder(hub):
         model_folder("some/other")
 
 
+def test_a_revision_is_a_branch_a_tag_or_a_commit(hub):
+    """As an argument, which goes before that of the name, or behind an @."""
+    assert model_folder("some/model@refs/pr/1") == hub.folder
+    model_folder("some/model", "v2")
+    model_folder("some/model@v1", "v2")
+    assert [revision for _, revision in hub.asked] == ["refs/pr/1", "v2", "v2"]
+
+
+SMALL = ["chat_template.jinja", "config.json", "merges.txt", "tokenizer.model"]
+OTHERS = ["README.md", "consolidated.safetensors", "onnx/model.safetensors", "original/params.json"]
+SHARD, PICKLE = "model-00001-of-00002.safetensors", "pytorch_model-00001-of-00002.bin"
+
+
+@pytest.mark.parametrize(
+    ("weights", "fetched"), [([SHARD, PICKLE], [SHARD]), ([SHARD], [SHARD]), ([PICKLE], [PICKLE])]
+)
+def test_only_what_a_model_needs_is_fetched(tmp_path, monkeypatch, weights, fetched):
+    """Its safetensors or, where there are none, its pickles; nothing in folders."""
+
+    def snapshot_download(name, revision, allow_patterns, ignore_patterns):
+        for file in (*SMALL, *OTHERS, *weights):
+            allowed = any(fnmatch(file, pattern) for pattern in allow_patterns)
+            if allowed and not (ignore_patterns and fnmatch(file, ignore_patterns)):
+                (tmp_path / file).parent.mkdir(exist_ok=True)
+                (tmp_path / file).touch()
+        return str(tmp_path)
+
+    fake = SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    assert model_folder("some/model") == tmp_path
+    assert sorted(os.listdir(tmp_path)) == sorted([*SMALL, *fetched])
+
+
 def test_what_is_here_or_is_no_name_is_not_looked_for_there(hub, tmp_path):
     (tmp_path / "some" / "model").mkdir(parents=True)
-    for path in ("some/model", "model", "/some/other", "a/b/c", "some/tokenizer.json", "./model"):
+    files = [f"some/file.{end}" for end in "json model bin gguf pth pt safetensors".split()]
+    for path in ("some/model", "model", "/some/other", "a/b/c", "./model", *files):
         assert str(model_folder(path)) == path.removeprefix("./")
     assert hub.asked == []
 
@@ -68,6 +103,7 @@ def test_a_folder_of_the_cache_knows_its_name(tmp_path):
     folder = tmp_path / "models--some--model--x" / "snapshots" / COMMIT
     assert hub_name(folder) == "some/model--x"
     assert hub_name(folder.parent) is None and hub_name(tmp_path) is None
+    assert hub_name(tmp_path / "other--some--model" / "snapshots" / COMMIT) is None
 
 
 def test_commands_take_a_name_and_a_run_keeps_the_folder(tmp_path):
