@@ -29,6 +29,7 @@ def test_numbers_that_are_not_finite_become_null():
     assert value["a"][0] == math.inf
     assert strict(json_text(RiskCoverage(1, 2, math.inf))) == [1, 2, None]
     assert json_text([True, "\u0434"]) == '[true, "\\u0434"]'
+    assert json_text([1], indent=2) == "[\n  1\n]"
 
 
 LARGE, BEYOND = 2**63 - 1, 2**63

@@ -55,6 +55,29 @@ def test_without_a_terminal_a_line_comes_every_thirty_seconds(capsys, monkeypatc
     ]
 
 
+def test_the_end_is_no_line(capsys, monkeypatch):
+    """However long the last step took: the command prints its result."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    bar = progress_bar(2, "train", "step")
+    for said in ("train: step 1 of 2, about 40 seconds left\n", ""):
+        clock.now += 40
+        bar.update()
+        assert capsys.readouterr() == ("", said)
+    bar.write("a line")
+    bar.write("a warning", file=sys.stderr)
+    assert capsys.readouterr() == ("a line\n", "a warning\n")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_without_a_title_nothing_is_shown(capsys, monkeypatch, terminal):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with progress_bar(3, "", "step") as bar:
+        bar.update()
+    assert capsys.readouterr().err == ""
+
+
 def test_other_ranks_show_nothing(capsys, monkeypatch):
     monkeypatch.setattr(progress, "EVERY", 0.0)
     monkeypatch.setenv("RANK", "1")
@@ -69,6 +92,10 @@ def test_other_ranks_show_nothing(capsys, monkeypatch):
 
 def test_a_terminal_gets_a_bar(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with progress_bar(3, "train", "step") as bar:
-        bar.update(3)
-    assert "\r" in capsys.readouterr().err
+    with progress_bar(5, "train", "step", done=2) as bar:
+        bar.update(2)
+    first, *_, last = capsys.readouterr().err.split("\r")[1:]
+    assert first.startswith("train:  40%|") and "| 2/5 [00:00<?, ?step/s]" in first
+    assert last.strip() == "", "the line is free again"
+    progress_bar(3_000_000, "copy", "B").close()
+    assert "| 0.00/3.00M [00:00<?, ?B/s]" in capsys.readouterr().err
