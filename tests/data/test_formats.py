@@ -9,12 +9,12 @@ from collections import Counter
 
 import pytest
 
-from scalabl_ref import data
 from scalabl_ref.data import (
     FORMATS,
     Columns,
     Example,
     encode,
+    files,
     format_of,
     label_names,
     load,
@@ -40,6 +40,7 @@ def without(row, key):
 
 
 GAP = {"qID": "w-1", "sentence": "The _ is big.", "option1": "cup", "option2": "tree"}
+TYPES = ("abbreviation", "description", "entity", "human", "location", "number")
 HEADER = "question,choice0,choice1,choice2,choice3,answer\n"
 # format, content of the file, its examples
 FIXTURES = [
@@ -123,7 +124,7 @@ FIXTURES = [
         "trec",
         "".join(f"{c}:x Who ?\n" for c in ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")),
         [
-            Example("Who ?\nType:", label, str(label), data.FIXED_CHOICES["trec"])
+            Example("Who ?\nType:", label, str(label), TYPES)
             for label in range(6)
         ],
     ),
@@ -215,9 +216,14 @@ HUB = [
         Example("a , fine film\nSentiment:", 1, "0", ("negative", "positive")),
     ),
     (
+        "sst2",
+        {"text": "a , fine film ", "label": 0},
+        Example("a , fine film\nSentiment:", 0, "0", ("negative", "positive")),
+    ),
+    (
         "trec",
         {"text": "Who ?", "coarse_label": 1, "fine_label": 7},
-        Example("Who ?\nType:", 2, "0", data.FIXED_CHOICES["trec"]),
+        Example("Who ?\nType:", 2, "0", TYPES),
     ),
 ]
 
@@ -240,6 +246,12 @@ def test_the_hubs_order_of_question_types(tmp_path):
     path = tmp_path / "file"
     path.write_text(lines(*({"text": "Who ?", "coarse_label": i} for i in (*range(6), "ENTY"))))
     assert [e.label for e in load(path, "trec")] == [0, 2, 1, 3, 4, 5, 2]
+
+
+def test_true_and_false_as_spreadsheets_write_them(tmp_path):
+    path = tmp_path / "file.csv"
+    path.write_text("passage,question,answer\np,q,TRUE\np,q,FALSE\np,q,True\np,q,false\n")
+    assert [e.label for e in load(path, "boolq")] == [1, 0, 1, 0]
 
 
 def test_glue_s_own_files(tmp_path):
@@ -269,6 +281,9 @@ def test_winogrande_labels_beside_the_file(tmp_path):
     rows = [{**GAP, "qID": str(i)} for i in range(3)]
     (tmp_path / "train.jsonl").write_text(lines(*rows))
     (tmp_path / "train-labels.lst").write_text("2\n1\n2\n")
+    both = [tmp_path / "train.jsonl", tmp_path / "train-labels.lst"]
+    assert files(both[0], "winogrande") == both and files(both[0], "jsonl") == both[:1]
+    assert files(tmp_path / "dev.jsonl", "winogrande") == [tmp_path / "dev.jsonl"]
     assert [e.label for e in load(tmp_path / "train.jsonl", "winogrande")] == [1, 0, 1]
     assert [e.label for e in load(tmp_path / "train.jsonl", "winogrande", 2)] == [1, 0]
 
@@ -532,6 +547,8 @@ MALFORMED = [
     ("csv", 'text,label\na,x\n"b,y\nc,x\n', ", line 3: not CSV: unexpected end of data"),
     ("csv", "body,label\na,x\n", ": no column is called text, .*: give --text-column one of .'bod"),
     ("csv", "text,y\na,x\n", ": no column is called label, labels, class, .*: give --label-column"),
+    ("csv", "id,text,y\n1,a,x\n", ": no column is called label, .*--label-column one of .'y'.$"),
+    ("csv", "id,text\n1,a\n", ": has no column of labels: there are .'id', 'text'.$"),
     (
         "csv",
         "text,Sentence,label\na,b,x\n",
@@ -550,6 +567,8 @@ MALFORMED = [
     ),
     ("csv", "text,label\na,0.25\nb,1e0\n", ": 'label' must have names or whole numbers, not 0.25"),
     ("csv", b"text,label\ncaf\xe9,x\n", ", line 2: expected UTF-8 text"),
+    ("csv", lines(LONE), ": holds JSON, not a table: give --format jsonl$"),
+    ("boolq", b'{"passage": "\xe9", "question": "q", "answer": true}', ", line 1: expected UTF-8"),
 ]
 
 
@@ -617,6 +636,21 @@ def test_labels_of_the_file_are_the_choices(tmp_path, name, content):
         load(path, format, names=["b", "aa"])
 
 
+def test_the_usual_columns_are_found_by_their_names(tmp_path):
+    path = tmp_path / "file.csv"
+    for text in ("text", "sentence", "prompt", "question"):
+        for label in ("label", "labels", "class", "category", "target"):
+            path.write_text(f"{text.upper()},{label.title()},n\nu,b,1\nv,a,2\n")
+            assert labels(path) == ([1, 0], ("a", "b")), (text, label)
+
+
+def test_there_may_be_as_many_labels_as_letters(tmp_path):
+    path = tmp_path / "file.csv"
+    path.write_text("text,label\n" + "".join(f"a,{i}\n" for i in range(26)))
+    assert labels(path) == ([*range(26)], tuple(map(str, range(26))))
+    assert load(path, "csv")[0].prompt.endswith("\nZ. 25\nAnswer:")
+
+
 def test_numbers_as_labels_are_sorted_as_numbers(tmp_path):
     path = tmp_path / "file.csv"
     path.write_text("text,label\na,10\nb,9\nc,-1\n")
@@ -654,6 +688,8 @@ def test_columns_by_name(tmp_path):
     assert example.prompt.startswith("u\n") and example.label == 1
     with pytest.raises(InputError, match="are for formats csv and jsonl, not for arc"):
         load(path, "arc", columns=Columns("text"))
+    with pytest.raises(InputError, match="are for formats csv and jsonl, not for sst2"):
+        load(path, "sst2", columns=Columns(label="sort"))
 
 
 def test_a_tsv_file_with_lone_quotes(tmp_path):
@@ -709,6 +745,45 @@ def test_rows_need_no_label_to_be_answered(tmp_path, format, text):
     if format not in ("csv", "jsonl"):
         with pytest.raises(InputError):
             load(path, format)
+
+
+def test_a_text_has_its_rows_own_choices_and_id(tmp_path):
+    path = tmp_path / "file"
+    path.write_text(lines({"prompt": "p", "text": "t", "choices": [*"uv"], "id": 7}, {"text": "q"}))
+    rows = [(e.question, e.choices, e.id) for _, e in texts(path, "jsonl", names=("x", "y"))]
+    assert rows == [("p", ("u", "v"), "7"), ("q", ("x", "y"), "1")]
+    for format, content in (("csv", "id,text,body\nr,t,p\n,t,q\n"),
+                            ("jsonl", lines({"id": "r", "text": "t", "body": "p"},
+                                            {"text": "t", "body": "q"}))):  # fmt: skip
+        path.write_text(content)
+        found = [e for _, e in texts(path, format, Columns("body"), ("x", "y"))]
+        assert [(e.question, e.id) for e in found] == [("p", "r"), ("q", "1")]
+
+
+@pytest.mark.parametrize(
+    "format, content, message",
+    [
+        ("squad", "p", "the format must be one of jsonl, arc, .*, not 'squad'"),
+        ("csv", lines({"text": "p"}), "file: holds JSON, not a table: give --format jsonl"),
+        ("csv", "", "file: holds no texts"),
+        ("csv", "text\n", "file: holds no texts"),
+        ("csv", "id,body\n1,p\n", "file: no column is called text, .*: give --text-column one"),
+        ("csv", "text,n\np,1\n ,2\n", "file, line 3: 'text' is empty"),
+        ("jsonl", lines({"prompt": "p"}, {"body": "p"}), "file, line 2: key 'prompt' is missing"),
+        ("trec", "\n", "file: holds no texts"),
+        ("boolq", lines({"passage": "p", "question": ""}), "file, line 1: 'question' is empty"),
+    ],
+)
+def test_texts_that_cannot_be_read(tmp_path, format, content, message):
+    (tmp_path / "file").write_text(content)
+    with pytest.raises(InputError, match=message):
+        list(texts(tmp_path / "file", format, names=("x", "y")))
+
+
+def test_a_text_without_choices_of_any_kind(tmp_path):
+    (tmp_path / "file").write_text(lines({"prompt": "p"}))
+    with pytest.raises(InputError, match="file, line 1: key 'choices' is missing"):
+        list(texts(tmp_path / "file", "jsonl"))
 
 
 def test_labels_are_not_part_of_a_text(tmp_path):
