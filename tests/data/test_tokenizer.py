@@ -8,7 +8,13 @@ import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from scalabl_ref.data.tokenizer import LETTERS, import_sentencepiece, load_tokenizer
+from scalabl_ref.data.tokenizer import (
+    LETTERS,
+    companion_files,
+    import_sentencepiece,
+    load_tokenizer,
+    tokenizer_files,
+)
 from scalabl_ref.support.errors import InputError
 
 CORPUS = [
@@ -94,6 +100,7 @@ def test_sentencepiece_text_comes_back(model, text):
 
 def test_sentencepiece_ids(model):
     assert (model.bos_id, model.eos_id) == (1, 2)
+    assert model.special == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     assert model.encode("") == [1] and model.encode("", bos=False) == []
 
 
@@ -210,6 +217,17 @@ def test_eos(tmp_path, name, config, eos):
     assert tokenizer.eos_ids == eos and tokenizer.eos_id == next(iter(eos), None)
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config", "generation_config", "config"])
+def test_bos_by_its_id(tmp_path, name):
+    """Which a name goes before; no text begins with it unless the post-processor says so."""
+    (tmp_path / "tokenizer.json").write_text(byte_level())
+    (tmp_path / f"{name}.json").write_text('{"bos_token_id": 2}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.bos_id == 2 and tokenizer.encode("") == []
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<s>"}')
+    assert load_tokenizer(tmp_path).bos_id == 1
+
+
 @pytest.mark.parametrize(
     "named, eos", [({"bos_token": "<s>"}, (8, 7)), ({"eos_token": "</s>"}, (2, 8, 7))]
 )
@@ -271,6 +289,24 @@ def test_one_file_is_named_as_in_a_folder(tmp_path, model_file):
     (tmp_path / "any.model").write_bytes(model_file.read_bytes())
     tokenizer = load_tokenizer(tmp_path / "any.model")
     assert tokenizer.files == {"tokenizer.model": tmp_path / "any.model"}
+    (tmp_path / "any.json").write_text(byte_level())
+    tokenizer = load_tokenizer(tmp_path / "any.json")
+    assert tokenizer.files == {"tokenizer.json": tmp_path / "any.json"}
+
+
+def test_files_that_go_with_a_model(tmp_path):
+    names = [
+        *["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"],
+        *["added_tokens.json", "chat_template.jinja"],
+    ]
+    others = ["generation_config.json", "vocab.json", "merges.txt"]
+    for name in (*names, *others, "config.json", "model.safetensors", "README.md"):
+        (tmp_path / name).touch()
+    assert tokenizer_files(tmp_path) == {name: tmp_path / name for name in names}
+    assert companion_files(tmp_path) == {name: tmp_path / name for name in (*names, *others)}
+    for name in (*names, *others):
+        (tmp_path / name).unlink()
+    assert tokenizer_files(tmp_path) == companion_files(tmp_path) == {}
 
 
 def test_add_bos_token_false(tmp_path, model_file):
@@ -410,6 +446,23 @@ def test_tokens_that_a_folder_adds_to_a_tokenizer_json(tmp_path, without_bos):
     assert tokenizer.eos_ids == (first,) and tokenizer.vocab_size == first + 2
     assert tokenizer.decode(ids) == "AB"
     assert tokenizer.special == {"eos_token": "<|end|>", "pad_token": "<pad>"}
+
+
+@pytest.mark.parametrize(
+    "key, extra, special",
+    [
+        ("additional_special_tokens", ["<a>", {"content": "<b>"}], {}),
+        ("extra_special_tokens", ["<a>", "<b>"], {}),
+        ("extra_special_tokens", {"image": "<a>", "x": "<b>"}, {"image": "<a>", "x": "<b>"}),
+    ],
+)
+def test_more_special_tokens(tmp_path, without_bos, key, extra, special):
+    """Under the key of transformers before its version 5, or since then."""
+    tokenizer = load_tokenizer(folder(tmp_path, byte_level(), **{key: extra}))
+    first = without_bos.vocab_size
+    ids = tokenizer.encode("<b>A<a>")
+    assert ids == [first + 1, *without_bos.encode("A"), first]
+    assert tokenizer.decode(ids) == "A" and tokenizer.special == special
 
 
 def test_what_says_the_flags_of_a_token(tmp_path):
