@@ -57,6 +57,14 @@ def test_the_separator_is_looked_for_in_the_first_line_that_is_not_blank():
     assert (names, list(rows)) == (["a", "b"], [("line 4", {"a": "1", "b": "2"})])
 
 
+def test_a_tsv_file_is_known_by_its_name():
+    """Its header may have more commas than tabs."""
+    for name in ("a.tsv", "a.TSV"):
+        names, rows = table(Path(name), "x, y, z\tn\n1, 2\t3\n")
+        assert names == ["x, y, z", "n"]
+        assert list(rows) == [("line 2", {"x, y, z": "1, 2", "n": "3"})]
+
+
 def test_a_row_of_empty_cells_is_a_row():
     _, rows = table(FILE, "a,b\n,\n\n1,2\n")
     assert list(rows) == [("line 2", {"a": "", "b": ""}), ("line 4", {"a": "1", "b": "2"})]
