@@ -156,8 +156,9 @@ def examples(rows=40, format="jsonl"):
     ]
 
 
-def test_labels_are_words_where_every_row_has_the_same(plain):
-    encoded = encode(examples(), plain, wording=Wording(answer_tokens="bare"))
+@pytest.mark.parametrize("format", ["jsonl", "csv"])
+def test_labels_are_words_where_every_row_has_the_same(plain, format):
+    encoded = encode(examples(format=format), plain, wording=Wording(answer_tokens="bare"))
     assert encoded.wording.labels == "words" and encoded.wording.names == tuple(QUEUES)
     assert encoded.classes == ids(plain, *"HSAIN") and encoded.notice is None
     row = tickets(1, 0)[0]
@@ -180,6 +181,9 @@ def test_letters_where_words_cannot_be_told_apart(plain, rows, kind, notice):
     assert encoded.wording.labels == kind
     assert notice is None if encoded.notice is None else notice in encoded.notice
     assert encoded.wording.names == tuple(rows), "kept, for `predict` and for other files"
+    others = [question("q", ["x", "y"], "jsonl")]
+    kept = encode(others, plain, wording=encoded.wording, answerable=False).wording
+    assert kept == encoded.wording
 
 
 def test_letters_where_rows_have_choices_of_their_own_or_are_published_sets(plain):
@@ -192,7 +196,8 @@ def test_letters_where_rows_have_choices_of_their_own_or_are_published_sets(plai
     words = encode(boolq, plain, wording=Wording(labels="words", answer_tokens="bare"))
     assert words.classes == ids(plain, "N", "Y") and words.examples[0].prompt == "q\nAnswer:"
     whole = [question("whole prompt:", "AB", "jsonl")] * 2
-    assert encode(whole, plain, wording=Wording()).examples[0].prompt == "whole prompt:"
+    encoded = encode(whole, plain, wording=Wording())
+    assert encoded.examples[0].prompt == "whole prompt:" and encoded.wording.names is None
     with pytest.raises(InputError, match="the choices are letters"):
         encode(whole, plain, wording=Wording(labels="words"))
 
@@ -218,6 +223,11 @@ def test_a_chat(qwen_like, plain):
         "<|assistant|>\n"
     )
     assert encoded.wording.answer_tokens == "bare" and encoded.classes == ids(qwen_like, "A", "B")
+    row = question("Why?", ["x", "y"], "jsonl", 1)
+    words = encode([row], qwen_like, wording=Wording(style="chat"))
+    assert words.wording.labels == "words" and words.examples[0].prompt == (
+        "<|user|>\nWhy?\nAnswer with one of: x, y.\n<|assistant|>\n"
+    )
     own = Wording("{question}!", style="chat")
     assert "<|user|>\nWhy?!\n" in encode([row], qwen_like, wording=own).examples[0].prompt
     with pytest.raises(InputError, match="has no chat template: use --prompt-style plain"):
@@ -232,6 +242,28 @@ def test_a_chat_begins_with_what_its_template_writes(tmp_path):
     (chat,) = encode([row], tokenizer, wording=Wording(style="chat")).tokens
     (plain,) = encode([row], tokenizer, wording=Wording()).tokens
     assert chat[:2] == tokenizer.encode("~<", bos=False) and plain[:2] == tokenizer.encode("W")
+
+
+def test_a_chat_template_gets_the_tokenizers_names_and_asks_for_no_draft(tmp_path):
+    source = "{{ eos_token }} {{ enable_thinking }} {{ date_string }}: {{ messages[0].content }}"
+    tokenizer = byte_tokenizer(tmp_path / "names", chat=source)
+    tokenizer.special["eos_token"] = "</s>"
+    row = question("Why?", "AB", "jsonl")
+    (found,) = encode([row], tokenizer, wording=Wording(style="chat")).examples
+    assert found.prompt == "</s> False 26 Jul 2024: Why?"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"style": "Chat"}, "the prompt style must be one of plain, chat, not 'Chat'"),
+        ({"labels": "word"}, "the kind of labels must be one of auto, letters, words, not"),
+        ({"answer_tokens": "any"}, "the answer tokens must be one of auto, space, bare, alone, "),
+    ],
+)
+def test_a_wording_has_settings_of_known_kinds(setting, message):
+    with pytest.raises(InputError, match=message):
+        Wording(**setting)
 
 
 @pytest.mark.parametrize(
@@ -270,6 +302,7 @@ def test_long_prompts_are_cut_or_left_out(plain):
         Wording(style="chat", max_length=6)
     with pytest.raises(InputError, match="max_length must be at least 1"):
         Wording(max_length=0)
+    assert encode(some, plain, wording=Wording(max_length=1)).tokens[0] == plain.encode(":")
 
 
 def test_a_template_keeps_its_second_last_line_break(tmp_path, qwen_like):
