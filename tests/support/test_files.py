@@ -21,6 +21,7 @@ from scalabl_ref.support.files import (
     new_folder,
     open_log,
     read_json,
+    sha256,
 )
 from scalabl_ref.support.tensors import Stored, load_tensors, save_tensors, write_tensors
 
@@ -88,6 +89,36 @@ def test_a_copy_names_the_file_that_is_at_fault(tmp_path):
         copy_file(tmp_path / "absent", tmp_path / "copy")
 
 
+def test_a_log_goes_on_where_it_was_and_each_line_is_there_at_once(tmp_path):
+    path = tmp_path / "log"
+    path.write_text("one\n")
+    with open_log(path) as log:
+        log.write("zwölf\n")
+        assert path.read_bytes() == b"one\nzw\xc3\xb6lf\n"
+
+
+def test_a_folder_is_made_with_its_parents_unless_it_is_there(tmp_path):
+    for _ in range(2):
+        make_folder(tmp_path / "a" / "b")
+        assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_the_digest_of_a_file(tmp_path):
+    """Those of SHA-256's standard; a block at a time, and each is told of."""
+    path, told = tmp_path / "file", []
+    path.write_bytes(b"abc")
+    abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256(path, told.append) == abc and told == [3]
+    path.write_bytes(b"a" * 1_000_000)
+    million = "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0"
+    assert sha256(path) == million
+    path.write_bytes(bytes(2**20 + 5))
+    sha256(path, told.append)
+    assert told == [3, 2**20, 5]
+    with pytest.raises(InputError, match="/gone: no such file"):
+        sha256(tmp_path / "gone")
+
+
 def test_a_blocks_own_errors_are_not_those_of_the_file_it_writes(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "out"):
         (tmp_path / "absent").read_bytes()
@@ -109,6 +140,8 @@ def test_a_file_cannot_become_a_folder(tmp_path):
 def test_several_files_are_written_or_none(tmp_path):
     """The first one appears last: where it is, all are."""
     one, two = tmp_path / "one", tmp_path / "two"
+    atomic_write_texts({one: "é", two: ""})
+    assert (one.read_bytes(), two.read_bytes()) == (b"\xc3\xa9", b"")
     atomic_write_texts({one: "1", two: "2"})
     for texts in ({one: "3", two: "4" * 2 * ROOM}, {one: "3" * 2 * ROOM, two: "4"}):
         with full_disk(), pytest.raises(InputError, match="cannot be written"):
