@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from functools import partial
 
 import pytest
@@ -27,6 +28,36 @@ def test_other_broken_pickles_are_named(tmp_path, content):
         load_pickle(tmp_path / "x.bin")
 
 
+@pytest.mark.parametrize(
+    ("read", "name", "message"),
+    [(load_pickle, "a.pth", "Is a directory"), (load_tensors, "a.safetensors", "is a folder, exp")],
+)
+def test_what_is_no_file_is_named(tmp_path, read, name, message):
+    with pytest.raises(InputError, match=f"/{name}: no such file"):
+        read(tmp_path / name)
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=f"/{name}: .*{message}"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("how", ["compressed", "one member many times"])
+def test_a_pickle_that_would_grow_in_memory_is_refused(tmp_path, how):
+    path, packed = tmp_path / "a.pth", how == "compressed"
+    torch.save({"a": torch.zeros(99)}, path)
+    with zipfile.ZipFile(path) as file:
+        members = {member.filename: file.read(member) for member in file.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED) as new:
+        for name, data in members.items():
+            new.writestr(name, data)
+    if not packed:
+        assert load_pickle(path)["a"].shape == (99,)
+        with zipfile.ZipFile(path, "a") as new:
+            new.filelist += new.filelist * 9
+            new.writestr("last", "")
+    with pytest.raises(InputError, match=r"a\.pth: refused: torch\.save never compresses"):
+        load_pickle(path)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_tensors_survive_a_file(tmp_path, dtype):
     generator = torch.Generator().manual_seed(0)
@@ -41,6 +72,8 @@ def test_tensors_survive_a_file(tmp_path, dtype):
     assert metadata == {"key": "value"} and loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert loaded[name].dtype == dtype and torch.equal(loaded[name], tensor)
+    save_tensors(tmp_path / "x.safetensors", tensors.items())
+    assert load_tensors(tmp_path / "x.safetensors")[1] == {}
 
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
