@@ -87,7 +87,8 @@ def test_only_what_a_model_needs_is_fetched(tmp_path, monkeypatch, weights, fetc
 
 def test_what_is_here_or_is_no_name_is_not_looked_for_there(hub, tmp_path):
     (tmp_path / "some" / "model").mkdir(parents=True)
-    files = [f"some/file.{end}" for end in "json model bin gguf pth pt safetensors".split()]
+    endings = ("json", "model", "bin", "gguf", "pth", "pt", "safetensors")
+    files = [f"some/file.{end}" for end in endings]
     for path in ("some/model", "model", "/some/other", "a/b/c", "./model", *files):
         assert str(model_folder(path)) == path.removeprefix("./")
     assert hub.asked == []
