@@ -123,10 +123,7 @@ FIXTURES = [
     (
         "trec",
         "".join(f"{c}:x Who ?\n" for c in ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")),
-        [
-            Example("Who ?\nType:", label, str(label), TYPES)
-            for label in range(6)
-        ],
+        [Example("Who ?\nType:", label, str(label), TYPES) for label in range(6)],
     ),
     (
         "csv",
@@ -222,7 +219,7 @@ HUB = [
     ),
     (
         "trec",
-        {"text": "Who ?", "coarse_label": 1, "fine_label": 7},
+        {"text": "Who ? ", "coarse_label": 1, "fine_label": 7},
         Example("Who ?\nType:", 2, "0", TYPES),
     ),
 ]
@@ -291,6 +288,7 @@ def test_winogrande_labels_beside_the_file(tmp_path):
 @pytest.mark.parametrize(
     "labels, row, message",
     [
+        ("\n", GAP, r"set-labels\.lst: 0 labels for the 1 rows of .*set\.jsonl"),
         ("2\n1\n", GAP, r"set-labels\.lst: 2 labels for the 1 rows of .*set\.jsonl"),
         ("2\n", GAP | {"answer": "1"}, r"set\.jsonl, line 1: set-labels\.lst gives another answer"),
         ("3\n", GAP, r"set\.jsonl, line 1: 'answer' must be one of 1, 2, not '3'"),
@@ -482,7 +480,7 @@ MALFORMED = [
     ("mmlu", HEADER + " ,a,b,c,d,1\n", ", line 2: 'question' is empty"),
     ("mmlu", HEADER + 'q,a,b,"c,d,1\n', ", line 2: not CSV: unexpected end of data"),
     ("sst2", "2 text\n", ", line 1: the label before the text must be one of 0, 1, not '2'"),
-    ("sst2", "1 text\n0\n", ", line 2: the text is empty"),
+    ("sst2", "1 text\n \n0\n", ", line 3: the text is empty"),
     ("trec", "HUM:ind Who ?\nWho ?\n", ", line 2: the type before the question must be one of"),
     ("trec", "HUM:ind\n", ", line 1: the question is empty"),
     ("jsonl", lines(ROW).encode("utf-16"), ": is UTF-16 text: save it as UTF-8$"),
@@ -699,6 +697,8 @@ def test_a_tsv_file_with_lone_quotes(tmp_path):
     assert labels(path) == ([0, 1, 0], ("x", "y"))
     path.write_text('text\tlabel\n"u ""1""\n2"\tx\nv\ty\n')
     assert load(path, "csv")[0].prompt.startswith('u "1"\n2\nA. x')
+    path.write_text('text\tlabel\n"u\tw"\tx\nv\ty\n')
+    assert load(path, "csv")[0].question == "u\tw"
 
 
 def test_the_format_follows_from_the_name():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scalabl_ref.data.rows import json_rows, nested, streamed_json_rows, table
+from scalabl_ref.data.rows import is_json, json_rows, nested, streamed_json_rows, table
 from scalabl_ref.support.errors import InputError
 
 FILE = Path("file")
@@ -55,6 +55,12 @@ def test_the_format_is_doubted_at_the_first_entry_alone():
 def test_the_separator_is_looked_for_in_the_first_line_that_is_not_blank():
     names, rows = table(FILE, "\n \na;b\n1;2\n")
     assert (names, list(rows)) == (["a", "b"], [("line 4", {"a": "1", "b": "2"})])
+
+
+def test_json_is_known_by_its_first_object():
+    """Which may be behind blank lines; a text in braces or brackets is none."""
+    assert all(map(is_json, ['{"a": 1}', '\n {\n "a', '[{"a"', '\r\n [\n {"a"']))
+    assert not any(map(is_json, ["", "{a}", '["a"]', "[1]", 'a,"{""b"": 1}"', "{'a'"]))
 
 
 def test_a_tsv_file_is_known_by_its_name():

@@ -28,6 +28,7 @@ def test_lines_join_to_the_text_and_end_where_lines_do(tmp_path, data, mark):
 def test_what_is_no_utf_8_is_named(tmp_path, read):
     path = tmp_path / "file"
     for data, reason in (("a".encode("utf-16"), "file: is UTF-16 text"),
+                         ("\ufeffa".encode("utf-16-be"), "file: is UTF-16 text"),
                          (b"a\n\nb\xff\n", "file, line 3: expected UTF-8 text"),
                          (b"\n\xff", "file, line 2: expected UTF-8 text")):  # fmt: skip
         path.write_bytes(data)
