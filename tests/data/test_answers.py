@@ -9,7 +9,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Builder
 
 from scalabl_ref.app.demo import ASSETS
-from scalabl_ref.data import Wording, encode, load, question
+from scalabl_ref.data import Example, Wording, encode, load, question
 from scalabl_ref.data.answers import answer_tokens
 from scalabl_ref.data.tokenizer import load_tokenizer
 from scalabl_ref.support.errors import InputError
@@ -198,6 +198,7 @@ def test_letters_where_rows_have_choices_of_their_own_or_are_published_sets(plai
     whole = [question("whole prompt:", "AB", "jsonl")] * 2
     encoded = encode(whole, plain, wording=Wording())
     assert encoded.examples[0].prompt == "whole prompt:" and encoded.wording.names is None
+    assert encoded.notice is None, "nobody asked for words"
     with pytest.raises(InputError, match="the choices are letters"):
         encode(whole, plain, wording=Wording(labels="words"))
 
@@ -206,6 +207,9 @@ def test_another_order_of_the_same_labels_is_read_by_name(plain):
     wording = encode(examples(), plain, wording=Wording(answer_tokens="bare")).wording
     turned = question("q", list(QUEUES)[::-1], "jsonl", 0)
     assert encode([turned], plain, wording=wording).labels == [4]
+    both = [question("q", names, "csv", 0) for names in (["x", "y"], ["y", "x"])]
+    encoded = encode(both, plain, wording=Wording())
+    assert encoded.labels == [0, 1] and encoded.wording.words == ("x", "y")
     foreign = question("q", ["x", "y"], "jsonl", 1, "f")
     with pytest.raises(InputError, match=r"\(id f\): its answer is 'y', but there are 5 classes"):
         encode([foreign], plain, wording=wording)
@@ -251,6 +255,12 @@ def test_a_chat_template_gets_the_tokenizers_names_and_asks_for_no_draft(tmp_pat
     row = question("Why?", "AB", "jsonl")
     (found,) = encode([row], tokenizer, wording=Wording(style="chat")).examples
     assert found.prompt == "</s> False 26 Jul 2024: Why?"
+
+
+def test_an_example_that_is_a_whole_prompt_stays_as_it_is(plain):
+    example = Example("Is it so?\nSay x or y:", 1, "i", ("x", "y"))
+    (found,) = encode([example], plain, wording=Wording("{question}!", labels="letters")).examples
+    assert found == example
 
 
 @pytest.mark.parametrize(
