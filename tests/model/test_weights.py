@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from scalabl_ref import InputError, Llama, LlamaConfig
 from scalabl_ref.data.tokenizer import load_tokenizer
-from scalabl_ref.support.folders import Weights, hf_to_ours, ours_to_hf
-from scalabl_ref.support.tensors import save_tensors
+from scalabl_ref.support.folders import Weights, hf_to_ours, ours_to_hf, with_dtype, write_model
+from scalabl_ref.support.tensors import Stored, save_tensors
 
 from ..conftest import ROOT
 from ..models import TINY
@@ -69,6 +69,41 @@ def test_every_layout_gives_the_same_model(tmp_path, layout):
     assert torch.equal(model(tokens), base()(tokens))
     assert not any(p.requires_grad for p in model.parameters()) and not model.training
     assert Llama.from_pretrained(tmp_path, dtype=torch.bfloat16).norm.weight.dtype == torch.bfloat16
+
+
+def test_safetensors_go_before_pickles_and_one_file_before_its_shards(tmp_path):
+    def names() -> list[str]:
+        return [file.name for file in Weights(tmp_path).files]
+
+    sharded(tmp_path, "bin")
+    assert names() == [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    pickled(tmp_path)
+    assert names() == ["pytorch_model.bin"]
+    sharded(tmp_path)
+    assert names() == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    single(tmp_path)
+    assert names() == ["model.safetensors"]
+
+
+def test_a_folder_of_a_model_is_filled(tmp_path):
+    """With its configuration last: where it is, all is."""
+    tensors, told = {"a": Stored.held(torch.ones(3))}, []
+    source = tmp_path / "source"
+    with pytest.raises(InputError, match="/source: cannot be copied"):
+        write_model(tmp_path, {}, tensors, {"merges.txt": source})
+    assert not (tmp_path / "config.json").exists()
+    source.write_text("a b")
+    write_model(tmp_path, {"é": [1]}, tensors, {"merges.txt": source}, torch.half, told.append)
+    assert (tmp_path / "config.json").read_text("utf-8") == '{\n  "é": [\n    1\n  ]\n}\n'
+    assert (tmp_path / "merges.txt").read_text() == "a b" and told == [6]
+    assert Weights(tmp_path)["a"].dtype == torch.float16
+
+
+def test_a_configuration_states_the_dtype_of_its_weights_under_either_key():
+    values = {"torch_dtype": "float32", "x": 1, "dtype": "float16"}
+    expected = {"torch_dtype": "bfloat16", "x": 1, "dtype": "bfloat16"}
+    assert with_dtype(values, torch.bfloat16) == expected
+    assert with_dtype(values, None) == values and with_dtype({"x": 1}, torch.half) == {"x": 1}
 
 
 def test_a_lying_layer_count_is_refused_at_once(tmp_path):
@@ -252,10 +287,13 @@ def test_a_folder_that_was_quantised_elsewhere_is_refused_by_its_method(
     ("name", "method"),
     [
         ("weight.absmax", "bitsandbytes"),
+        ("weight.quant_map", "bitsandbytes"),
         ("SCB", "bitsandbytes"),
         ("qweight", "GPTQ or AWQ"),
+        ("qzeros", "GPTQ or AWQ"),
         ("weight_packed", "compressed-tensors"),
         ("weight_scale", "compressed-tensors or in FP8"),
+        ("weight_scale_inv", "an FP8 method"),
         ("scales", "MLX, or another method"),
     ],
 )
