@@ -87,7 +87,12 @@ def test_the_vocabularys_own_letters_where_nothing_goes(tmp_path):
 def test_bare_letters_asked_for_and_joined_are_taken_alone(qwen_like):
     found = answer_tokens(qwen_like, ["Answer:"], "AB", "bare")
     assert found[:2] == (ids(qwen_like, "A", "B"), "alone")
-    assert "choice 'A' is not a single token after 'Answer:'" in found.notice
+    alone = "choice 'A' is not a single token after 'Answer:': the token of 'A' alone stands for it"
+    assert found.notice == alone
+    row, wording = question("Q", "xy", "arc"), Wording("{question}\nAnswer:", answer_tokens="bare")
+    encoded = encode([row], qwen_like, wording=wording)
+    assert encoded.classes == found.ids and encoded.wording.answer_tokens == "alone"
+    assert encoded.notice == alone.replace("'Answer:'", repr("Q\nAnswer:"))
 
 
 def test_after_a_line_break_the_bare_letter_goes_first(qwen_like):
@@ -98,7 +103,7 @@ def test_after_a_line_break_the_bare_letter_goes_first(qwen_like):
 
 def test_one_prompt_that_ends_otherwise_is_enough_for_a_space(tmp_path):
     tokenizer = byte_tokenizer(tmp_path / "both", SPACED, joining=False)  # either kind holds
-    assert answer_tokens(tokenizer, ["Answer:\n"], "AB").kind == "bare"
+    assert answer_tokens(tokenizer, ["Answer:\n", "Answer:\t"], "AB").kind == "bare"
     assert answer_tokens(tokenizer, ["Answer:\n", "Answer:"], "AB").kind == "space"
 
 
@@ -107,6 +112,7 @@ def test_every_kind_of_end_is_looked_at(plain, tmp_path):
     joins_after_b = byte_tokenizer(tmp_path / "b", [("b", "A")], joining=False)
     assert answer_tokens(joins_after_b, ["a", "c"], "AB").kind == "bare"
     assert answer_tokens(joins_after_b, ["a", "b", "c"], "AB").kind == "alone"
+    assert answer_tokens(joins_after_b, ["x a", "x b"], "AB").kind == "alone"
     with pytest.raises(InputError, match="choice ' A' is not a single token.*--answer-tokens bare"):
         answer_tokens(plain, ["Answer:"], "AB", "space")
 
@@ -139,6 +145,13 @@ def test_words_are_known_by_their_first_token(plain):
         answer_tokens(plain, ["Queue:\n"], ["billing", "bugs"], "bare", words=True)
 
 
+def test_a_word_that_the_prompts_end_joins_is_taken_alone(tmp_path):
+    tokenizer = byte_tokenizer(tmp_path / "joined", JOINED)
+    found = answer_tokens(tokenizer, ["Queue:"], ["Apps", "Billing"], "bare", words=True)
+    assert found[:2] == (ids(tokenizer, "A", "B"), "alone")
+    assert "label 'Apps' does not begin with a token after 'Queue:'" in found.notice
+
+
 def test_words_alone_are_their_first_tokens_behind_no_bos():
     """Of the tokenizer in the package, which begins every text with a token of its own."""
     tokenizer = load_tokenizer(ASSETS)
@@ -147,6 +160,10 @@ def test_words_alone_are_their_first_tokens_behind_no_bos():
     assert tokenizer.encode("billing")[1] == first[0] != tokenizer.encode("billing")[0]
     found = answer_tokens(tokenizer, ["Queue:"], words, "alone", words=True)
     assert (found.ids, found.kind) == (first, "alone")
+    entry = tokenizer.token_id("a")  # within a word; it goes before the first token of " a"
+    assert [entry] != tokenizer.encode("a", bos=False)
+    found = answer_tokens(tokenizer, ["Queue:"], ["a", *words], "alone", words=True)
+    assert found.ids == [entry, *first]
 
 
 def examples(rows=40, format="jsonl"):
@@ -193,6 +210,8 @@ def test_letters_where_rows_have_choices_of_their_own_or_are_published_sets(plai
         encode(other, plain, wording=Wording(labels="words"))
     boolq = [question("q", ["No", "Yes"], "boolq")] * 2
     assert encode(boolq, plain, wording=Wording()).wording.labels == "letters"
+    sst2 = [question("a gem .", ["negative", "positive"], "sst2")]
+    assert encode(sst2, plain, wording=Wording()).examples[0].prompt == "a gem .\nSentiment:"
     words = encode(boolq, plain, wording=Wording(labels="words", answer_tokens="bare"))
     assert words.classes == ids(plain, "N", "Y") and words.examples[0].prompt == "q\nAnswer:"
     whole = [question("whole prompt:", "AB", "jsonl")] * 2
