@@ -17,6 +17,7 @@ from scalabl_ref.data import (
     collate,
     encode,
     evaluation_batches,
+    hold_out,
     split,
 )
 from scalabl_ref.data.tokenizer import Tokenizer
@@ -52,6 +53,9 @@ def test_encode():
     with pytest.raises(InputError, match=r"example 0 \(id id0\): its answer is B.*1 classes, to A"):
         encode(examples, Characters(), classes=1)
     assert encode(examples, Characters(), classes=1, answerable=False).labels == [1, 1]
+    with pytest.raises(InputError, match=r"example 2 \(id id1\): its answer is B, but there are 1"):
+        encode([*prompts("a:"), *prompts("b:", "c:")[:1], *prompts("b:", "c:", label=1)[1:]],
+               Characters(), classes=1)  # fmt: skip
     with pytest.raises(InputError, match="27 answer classes: there are letters for 26"):
         encode(examples, Characters(), classes=27)
 
@@ -236,6 +240,17 @@ def test_orders_and_splits_are_those_of_earlier_versions():
     examples = [Example(str(i), 0, str(i), ("A", "B")) for i in range(12)]
     _, held_out = split(examples, 1 / 3, seed=7)
     assert [int(example.id) for example in held_out] == [2, 4, 9, 10]
+
+
+def test_so_many_examples_are_held_out():
+    """All of them, if so many are asked for, or none."""
+    examples = prompts(*"abcde")
+    assert [len(part) for part in hold_out(examples, 2, 0)] == [3, 2]
+    assert hold_out(examples, 5, 0) == ([], examples) and hold_out(examples, 0, 0) == (examples, [])
+    with pytest.raises(InputError, match="5 examples are too few to hold out 6"):
+        hold_out(examples, 6, 0)
+    with pytest.raises(InputError, match="batch must be at least 1, and is 0"):
+        evaluation_batches(some_encoded([1]), 0)
 
 
 def test_split_depends_on_the_seed():

@@ -23,8 +23,9 @@ def test_question():
     assert question("Why?", ["x", "y"], "arc").prompt == "Why?\nA. x\nB. y\nAnswer:"
     assert question("whole prompt", ["A", "B"], "arc").prompt == "whole prompt"
     assert question("who ?", ["a"] * 6, "trec").prompt == "who ?\nType:"
-    with pytest.raises(InputError, match="format trec has 6 choices, not 2"):
-        question("who ?", ["x", "y"], "trec")
+    for count in (2, 5, 7):
+        with pytest.raises(InputError, match=f"format trec has 6 choices, not {count}"):
+            question("who ?", ["x"] * count, "trec")
     with pytest.raises(InputError, match="the question is empty"):
         question("", ["A", "B"], "arc")
     with pytest.raises(InputError, match="the format must be one of"):
