@@ -425,6 +425,25 @@ def test_the_space_behind_an_added_token(tmp_path, model_file, model, config, mo
         assert once == (text.replace(">", "> ") if legacy else text)
 
 
+def test_the_class_of_a_tokenizer_may_be_in_the_models_configuration(tmp_path, model_file, model):
+    files = {
+        "tokenizer_config": {"added_tokens_decoder": LISTED},
+        "config": {"tokenizer_class": "LlamaTokenizer"},
+    }
+    tokenizer = load_tokenizer(added_folder(tmp_path, model_file, files))
+    assert tokenizer.encode("<note>Type", bos=False)[1:] != [model.token_id("▁Type")]
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_an_added_token_is_looked_for_in_the_text_or_in_the_normalised_one(tmp_path, normalized):
+    file = tokenizers.Tokenizer.from_str(byte_level())
+    file.normalizer = tokenizers.normalizers.Lowercase()
+    i = file.get_vocab_size()
+    listed = {str(i): added("<x>", normalized=normalized)}
+    tokenizer = load_tokenizer(folder(tmp_path, file.to_str(), added_tokens_decoder=listed))
+    assert tokenizer.encode("<x>") == [i] and (tokenizer.encode("<X>") == [i]) is normalized
+
+
 def test_flags_of_the_models_own_tokens_and_of_ends(tmp_path, model_file, model):
     """The list has flags for control tokens too; what ends a text is special, listed so or not."""
     listed = {"1": added("<s>", rstrip=True, special=True), "400": added("<|end|>")}
