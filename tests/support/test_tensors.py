@@ -14,6 +14,8 @@ from scalabl_ref import InputError
 from scalabl_ref.support.tensors import (
     PIECE,
     Stored,
+    check_names,
+    check_tensor,
     load_pickle,
     load_tensors,
     save_tensors,
@@ -103,6 +105,35 @@ def test_tensor_by_tensor_gives_the_same_file(tmp_path_factory, kinds, dtype):
     write_tensors(folder / "pieces", pieces, dtype, told.append)
     assert (folder / "pieces").read_bytes() == (folder / "whole").read_bytes()
     assert sum(told) == sum(stored.nbytes(dtype) for stored in pieces.values())
+
+
+def test_what_can_take_the_place_of_a_tensor():
+    """Floats of 16 bits or more for others, or the very integers; finite, in a dtype if given."""
+    floats, integers = (torch.empty(2, dtype=dtype, device="meta") for dtype in (None, torch.int64))
+    large = torch.tensor([0.0, 1e6])
+    for tensor in (large, large.double(), large.bfloat16()):
+        check_tensor("file", "a", tensor, floats)
+        check_tensor("file", "a", tensor, floats, torch.bfloat16)
+    check_tensor("file", "a", large.long(), integers)
+    check_tensor("file", "a", torch.empty(0), torch.empty(0))
+    for tensor, like, dtype, said in (
+        (large[:1], floats, None, r"has shape \(1,\), expected \(2,\)"),
+        (large, floats, torch.float16, "has NaN or infinite values"),
+        (-large / 0, floats, None, "has NaN or infinite values"),
+        (large.long(), floats, None, "is torch.int64, expected floats of 16 bits or more"),
+        (large.to(torch.float8_e5m2), floats, None, "is torch.float8_e5m2, expected floats of 16"),
+        (large.int(), integers, None, "is torch.int32, expected torch.int64"),
+    ):
+        with pytest.raises(InputError, match=f"^file: tensor a {said}"):
+            check_tensor("file", "a", tensor, like, dtype)
+
+
+def test_names_that_are_missing_or_unexpected():
+    check_names("file", ["b", "a"], ["a", "b"])
+    with pytest.raises(InputError, match="^file: tensor b is missing$"):
+        check_names("file", ["a", "c"], ["a", "b"])
+    with pytest.raises(InputError, match="^file: tensor c is unexpected$"):
+        check_names("file", ["a", "c"], ["a"])
 
 
 def test_tensors_are_read_in_the_order_given(tmp_path):
