@@ -111,6 +111,7 @@ def test_variables_go_before_special_tokens_and_messages_before_all():
         ("{{ [] | first | nothing }}", "No filter named 'nothing'"),
         ("{% for m in messages %}", "Unexpected end of template"),
         ("{{ raise_exception('a\nb' * 99) }}", "ab|a b"),
+        ("{{ raise_exception('') }}", "fails: TemplateError$"),
     ],
 )
 def test_a_template_that_fails_is_one_line(source, message):

@@ -73,6 +73,13 @@ def test_a_regular_expression_takes_no_longer_than_it_may(pattern):
     assert match("a", "ab", whole=True) is None and match("(?i)A", "a", whole=True) == ["a"]
 
 
+def test_half_of_a_surrogate_pair_comes_back():
+    """Whoever encodes the text refuses it, and names it."""
+    assert render("{{ '\\ud800' }}x{{ messages[0].content }}", [{"content": "\udfffé"}]) == (
+        "\ud800x\udfffé"
+    )
+
+
 def test_a_process_that_was_ended_starts_anew():
     assert render("{{ messages | length }}") == "1"
     process = limited._processes[os.getpid()]
