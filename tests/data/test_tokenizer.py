@@ -467,6 +467,20 @@ def test_tokens_that_a_folder_adds_to_a_tokenizer_json(tmp_path, without_bos):
     assert tokenizer.special == {"eos_token": "<|end|>", "pad_token": "<pad>"}
 
 
+def test_added_tokens_get_ids_in_the_order_of_their_numbers(tmp_path):
+    """Not of their digits, nor of the file."""
+    bpe = tokenizers.models.BPE({"a": 0}, [])
+    listed = {str(i): added(f"<{i}>") for i in reversed(range(1, 12))}
+    whole = tokenizers.Tokenizer(bpe).to_str()
+    tokenizer = load_tokenizer(folder(tmp_path, whole, added_tokens_decoder=listed))
+    for i in range(1, 12):
+        assert tokenizer.encode(f"a<{i}>") == [0, i] and tokenizer.token_id(f"<{i}>") == i
+    (tmp_path / "tokenizer_config.json").unlink()
+    ids = {text["content"]: int(i) for i, text in listed.items()}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(ids))
+    assert load_tokenizer(tmp_path).encode("<2><10>") == [2, 10]
+
+
 @pytest.mark.parametrize(
     "key, extra, special",
     [
