@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 
 import pytest
@@ -14,6 +15,7 @@ from scalabl_ref.support.errors import (
     RankLost,
     ending,
     expected,
+    leave_command,
     on_signals,
     out_of_memory,
 )
@@ -41,6 +43,27 @@ def test_how_a_command_ends(error, code, line):
 
 def test_a_fault_of_ours_has_no_line():
     assert ending(KeyError("memory")) is None and ending(ValueError("is bad")) is None
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["/bin/scalabl info", "-m scalabl_ref info", "-X dev tools/convert_hf.py a", "convert_gguf.py"],
+)
+def test_what_ends_the_import_of_the_package_is_a_line_of_our_commands(
+    capsys, monkeypatch, command
+):
+    monkeypatch.setattr(sys, "orig_argv", ["python", *command.split()])
+    leave_command(KeyError("a fault"))
+    with pytest.raises(SystemExit) as left:
+        leave_command(RankLost("rank 2 ended"))
+    assert left.value.code == 3 and capsys.readouterr() == ("", "error: rank 2 ended\n")
+
+
+def test_the_import_in_another_program_ends_nothing(capsys, monkeypatch):
+    for command in ("mine.py a b c scalabl", "scalabl.py", "-c import_scalabl_ref"):
+        monkeypatch.setattr(sys, "orig_argv", ["python", *command.split()])
+        leave_command(KeyboardInterrupt())
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
