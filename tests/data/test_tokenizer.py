@@ -425,6 +425,13 @@ def test_the_space_behind_an_added_token(tmp_path, model_file, model, config, mo
         assert once == (text.replace(">", "> ") if legacy else text)
 
 
+def test_the_vocabulary_is_no_smaller_for_tokens_that_it_has(tmp_path, model_file):
+    listed = {"tokenizer_config": {"added_tokens_decoder": {"1": added("<s>", special=True)}}}
+    assert load_tokenizer(added_folder(tmp_path, model_file, listed)).vocab_size == 400
+    named = {"tokenizer_config": {"additional_special_tokens": ["<note>", "▁Type"]}}
+    assert load_tokenizer(added_folder(tmp_path, model_file, named)).vocab_size == 401
+
+
 def test_the_class_of_a_tokenizer_may_be_in_the_models_configuration(tmp_path, model_file, model):
     files = {
         "tokenizer_config": {"added_tokens_decoder": LISTED},
@@ -702,8 +709,9 @@ def test_bad_text_and_ids(request, fixture):
     tokenizer = request.getfixturevalue(fixture)
     with pytest.raises(InputError, match="half of a surrogate pair"):
         tokenizer.encode("\ud800")
-    with pytest.raises(InputError, match="token id -3 is negative"):
-        tokenizer.decode([5, -3])
+    for i in (-1, -3):
+        with pytest.raises(InputError, match=f"token id {i} is negative"):
+            tokenizer.decode([5, i])
 
 
 # --- against transformers ------------------------------------------------------------------------
