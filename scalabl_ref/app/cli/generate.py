@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="draw each token from the probabilities to the power 1/T, a function of --seed; 0 "
         "takes the most probable token (default: 0)")  # fmt: skip
     add("--top-p", type=float, default=1.0, metavar="P",
-        help="draw from the most probable tokens alone, whose probabilities together reach P "
-        "(default: 1, all tokens)")  # fmt: skip
+        help="draw from the most probable tokens alone, whose probabilities together reach P; 1 "
+        "takes all")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> Result:

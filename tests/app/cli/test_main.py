@@ -40,6 +40,47 @@ def test_every_command_has_help(capsys):
         assert ("--seed" in out) == bool(draws), f"{name}: --seed must be there if it is used"
 
 
+DRAWS = "tolerance 0.05, most 1000, design independent"
+PROMPTS = "prompt-style plain, labels auto, answer-tokens auto"
+ADAPTER = "sampling example, covariance diagonal, prior fixed, dropout 0.1, init-sigma 0.05"
+DEFAULTS = {  # of options, where they are one word
+    "demo": "out scalabl-demo, model tiny, samples 10",
+    "train": f"holdout 0, keep last, {PROMPTS}, method scalabl, {ADAPTER}, head classes, "
+    "steps 1000, batch 8, micro-batch --batch, lr 0.001, warmup 0.06, weight-decay 0, beta 1, "
+    "kl forward, objective elbo, swag 0, kl-lr 0.2, kl-gamma 8, checkpoint-every 200, "
+    "timeout 600.0",
+    "evaluate": f"{DRAWS}, bins 15, batch 32, timeout 600.0",
+    "calibrate": f"{DRAWS}, batch 32",
+    "threshold": f"{DRAWS}, batch 32, accuracy 0.95, confidence 0.95",
+    "predict": f"batch 1, {DRAWS}, timeout 600.0",
+    "serve": "host 127.0.0.1, port 8000, batch 8, max-waiting 256, max-characters 20000, " + DRAWS,
+    "posterior": "precision evidence, groups all, directions all, predicts linear, layers all, "
+    "curvature expand, kron-rank all, tolerance 0.003, samples 10, batch 8, timeout 600.0",
+    "generate": "max-new-tokens 100, samples 0, temperature 0, top-p 1.0",
+    "export": "samples 0",
+    "import": f"{ADAPTER}, format jsonl, prompt-style plain",
+    "count": "rank 8",
+    "plan": "gpus 1, rows 8, tokens 128, classes 2, rank 8",
+    "conformance": "precision float32",
+    "study": "jobs 1, tasks all",
+}
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_options_have_the_defaults_that_their_help_tells(capsys, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    found = {}
+    for option in re.split(r"^  (?=-)", capsys.readouterr().out, flags=re.M)[1:]:
+        told = re.findall(r"\(default: (.*?)\)", option)
+        assert len(told) < 2, option
+        if told and " " not in told[0]:
+            found[re.findall(r"--([\w-]+)", option)[0]] = told[0]
+    assert found.pop("device") == "cpu" and found.pop("seed", "0") == "0"
+    assert found == dict(pair.split() for pair in DEFAULTS.get(name, "").split(", ") if pair)
+
+
 @pytest.mark.parametrize(
     "command",
     [
