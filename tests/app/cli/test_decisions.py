@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import re
@@ -51,6 +52,14 @@ def test_a_temperature_is_kept_and_applied(trained, capsys):
     fitted = metrics.fit_temperature(answers.prediction.probs.log(), answers.labels)
     assert abs(told["value"] - fitted) < 1e-4 and told["n"] == 60  # batches of 32 and of 1
     assert told["nll"][1] <= told["nll"][0]
+    digest = hashlib.sha256((trained / "fit.jsonl").read_bytes()).hexdigest()
+    assert (told["data"], told["data_sha256"]) == ("fit.jsonl", digest)
+    _, out, _ = run("calibrate --run run --data fit.jsonl --samples 3", capsys)
+    assert out.splitlines()[-3:] == [  # the second fit is of the same answers, without the first
+        f"temperature {told['value']:.4f}, fitted on 60 rows of fit.jsonl",
+        *(f"{name.upper()} {told[name][0]:.4f} before, {told[name][1]:.4f} after"
+          for name in ("nll", "ece")),
+    ]  # fmt: skip
     assert "rows" not in told and len(fits("temperature")["rows"].split()) == 60
     clf = scalabl_ref.load("run")
     assert (clf.samples, clf.temperature, clf.threshold) == (3, told["value"], None)
@@ -66,18 +75,48 @@ def test_a_temperature_is_kept_and_applied(trained, capsys):
     assert json.loads(lines[5])["probs"] == list(
         clf.decisions(load("test.jsonl", "jsonl"))[5].probs
     )
-    said = refused("evaluate --run run --data test.jsonl --calibrate fit.jsonl", capsys)
-    assert "has a temperature already" in said
+    for option in ("--calibrate fit.jsonl", "--temperature"):
+        said = refused(f"evaluate --run run --data test.jsonl {option}", capsys)
+        assert "has a temperature already" in said
+    both = "evaluate --run run --data test.jsonl --raw --calibrate fit.jsonl --samples 3"
+    both = ok(both, capsys)
+    assert "stored_temperature" not in both
+    assert both["temperature"]["value"] == pytest.approx(told["value"], abs=1e-4)
+    own = "warning: the run's temperature was fitted on this file"
+    for name, warns in (("fit", True), ("test", False)):
+        assert (own in run(f"evaluate --run run --data {name}.jsonl", capsys)[1]) == warns
+    _, out, _ = run("predict --run run --prompt hello", capsys)
+    assert out.startswith(f"the run's temperature {told['value']:.4f} is applied\n")
     assert ok("calibrate --run run --clear", capsys) == {"cleared": True}
     assert not (trained / "run" / rule.FILE).exists()
     assert ok("calibrate --run run --clear", capsys) == {"cleared": False}
+    assert run("threshold --run run --clear", capsys)[1] == "run: there is nothing to clear\n"
 
 
 def test_a_threshold_is_kept_and_decides(trained, capsys):
     told = ok("threshold --run run --data choose.jsonl --samples 3 --accuracy 0.1", capsys)
     kept = told["threshold"]
     assert kept["bound"] >= 0.1 and kept["n"] == 90 and 0 < kept["coverage"] <= 1
+    assert (kept["accuracy"], kept["level"]) == (0.1, 0.95) and "rows" not in kept
     assert [entry["accuracy"] for entry in told["table"]] == [0.1, 0.9, 0.95, 0.99]
+    first = told["table"][0]
+    assert first["confidence"] == kept["value"] and first["bound"] == kept["bound"]
+    bold = "threshold --run run --data choose.jsonl --samples 3 --accuracy 0.1 --confidence 0.2"
+    less = ok(bold, capsys)["threshold"]
+    assert less["level"] == 0.2 and less["bound"] > kept["bound"]
+    assert "confidence must be between 0 and 1, and is 1.0" in refused(
+        bold.replace("0.2", "1"), capsys
+    )
+    _, out, _ = run(bold.removesuffix(" --confidence 0.2"), capsys)
+    lines = out.splitlines()
+    assert lines[2].split() == [  # below a warning and the heads
+        "0.1", f"{kept['value']:.4f}", f"{kept['coverage']:.1%}", f"{kept['bound']:.4f}"
+    ]  # fmt: skip
+    assert lines[-2:] == [
+        f"kept: {kept['value']:.4f}; {kept['answered']} rows are answered, {kept['right']} of them "
+        "right; the promise holds with 0.95 confidence",
+        'predict and serve now say "answer" from that confidence on, and "human" below it',
+    ]
     clf = scalabl_ref.load("run")
     assert clf.threshold == kept["value"] and clf.temperature is None
     decisions = clf.decisions(load("choose.jsonl", "jsonl"))
@@ -86,7 +125,8 @@ def test_a_threshold_is_kept_and_decides(trained, capsys):
     command = "evaluate --run run --data choose.jsonl --batch 1"
     assert "warning: the run's threshold was chosen on this file" in run(command, capsys)[1]
     scores = ok(f"{command} --force", capsys)["decision"]
-    assert scores["answered"] == sum(answered)
+    assert scores["answered"] == sum(answered) == kept["answered"]
+    assert scores["right"] == kept["right"]
     assert scores["coverage"] == sum(answered) / 90
     report = (trained / "run/report.html").read_text()
     assert f"answers {sum(answered)} of the 90 rows" in report
@@ -161,6 +201,29 @@ def test_draws_are_as_many_as_by_default_or_as_the_rule_has(trained, capsys):
     assert "settled" in ok(f"predict --run run --prompt hello {auto}", capsys)
 
 
+def test_seed_and_design_are_those_of_the_fit(trained, capsys):
+    """In `calibrate` and `threshold`, which keep them; every command then needs the same."""
+    draws = "--samples 3 --seed 5 --design latin"
+    told = ok(f"calibrate --run run --data fit.jsonl {draws}", capsys)["temperature"]
+    how = rule.read_rule("run")["how"]
+    assert (how["samples"], how["seed"], how["design"]) == (3, 5, "latin")
+    plain = scalabl_ref.load("run", samples=3, seed=5, design="latin", batch=32, raw=True)
+    answers = plain.ask(load("fit.jsonl", "jsonl"))
+    assert told["value"] == metrics.fit_temperature(answers.prediction.probs.log(), answers.labels)
+    ok(f"threshold --run run --data choose.jsonl --accuracy 0.1 {draws}", capsys)
+    assert rule.read_rule("run")["how"] == how and fits("temperature")["value"] == told["value"]
+    clf = scalabl_ref.load("run")
+    assert clf.threshold is not None
+    asked = ok(f"predict --run run --prompt hello {draws}", capsys)
+    assert asked["probs"] == list(clf("hello").probs) and asked["decision"] == clf("hello").decision
+    scores = ok(f"evaluate --run run --data test.jsonl {draws}", capsys)
+    assert (scores["seed"], scores["design"], scores["samples"]) == (5, "latin", 3)
+    ok("threshold --run run --clear", capsys)
+    ok("calibrate --run run --clear", capsys)
+    ok(f"threshold --run run --data choose.jsonl --accuracy 0.1 {draws}", capsys)
+    assert rule.read_rule("run")["how"] == how
+
+
 def test_a_new_temperature_removes_the_threshold(trained, capsys):
     ok("calibrate --run run --data fit.jsonl --samples 3", capsys)
     ok("threshold --run run --data choose.jsonl --samples 3 --accuracy 0.1", capsys)
@@ -203,6 +266,21 @@ def test_rows_that_are_not_fit_for_it_are_told(trained, capsys):
     assert "fitted on 6 rows" in out and "were trained on" not in out
     _, out, _ = run("threshold --run run --samples 2", capsys)
     assert "warning: the temperature was fitted on 6 of 6 rows: the promise needs rows that" in out
+    few = "rows are few: 50 or more make a better fit"
+    for limit, warns in ((49, True), (50, False)):
+        for command in ("calibrate", "threshold"):
+            options = f"--run run --data choose.jsonl --limit {limit} --samples 0"
+            _, out, _ = run(f"{command} {options}", capsys)
+            assert (f"warning: {limit} {few}" in out) == warns == ("are few" in out)
+            assert fits("temperature" if command == "calibrate" else "threshold")["n"] == limit
+    clf, end = scalabl_ref.load("run", samples=0, raw=True), "warning: this is the end of the range"
+    assert end not in out
+    questions = [json.loads(row) for row in (trained / "fit.jsonl").read_text().splitlines()]
+    answers = clf.predict([row["prompt"] for row in questions])
+    rows = [{**row, "label": row["choices"].index(answer)}
+            for row, answer in zip(questions, answers, strict=True)]  # fmt: skip
+    (trained / "right.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert end in run("calibrate --run run --data right.jsonl --samples 0", capsys)[1]
 
 
 def test_rows_that_the_promise_cannot_use_are_counted(trained, capsys):
@@ -267,6 +345,10 @@ def test_a_file_is_answered_as_its_texts_are(trained, capsys):
     ok(PREDICT.replace("out.csv", "out.jsonl"), capsys)
     lines = [json.loads(line) for line in (trained / "out.jsonl").read_text().splitlines()]
     assert [line["confidence"] for line in lines] == [d.confidence for d in expected]
+    assert not {"probs", "choices"} & lines[0].keys()
+    few = PREDICT.replace("out.csv", "few.csv") + " --limit 4"
+    assert run(few, capsys)[:2] == (0, "written: few.csv, 4 rows\n")
+    assert [row["id"] for row in rows("few.csv")] == ["0", "1", "2", "3"]
     ok(PREDICT.replace("out.csv", "again.CSV"), capsys)
     assert rows("again.CSV")[3]["confidence"] == found[3]["confidence"]
     assert sorted(p.name for p in trained.glob("out*")) == ["out.csv", "out.jsonl"]
@@ -350,6 +432,7 @@ def test_a_bad_row_stops_it_before_it_starts(trained, capsys):
         (PREDICT.replace("out.csv", "out.txt"), "must end in .csv or .jsonl"),
         (f"{PREDICT} --prompt x", "give --prompt TEXT, or --data FILE"),
         (f"{PREDICT} --batch 0", "batch must be at least 1"),
+        (f"{PREDICT} --limit 0", "the limit must be at least 1 example, and is 0"),
     ):
         assert message in refused(command, capsys)
 
