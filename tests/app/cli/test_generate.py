@@ -8,9 +8,19 @@ from ..commands import TRAIN, ok, refused, run
 
 
 def test_generation(work, capsys):
-    ok(TRAIN + " --head full", capsys)
-    result = ok("generate --run run --prompt hello --max-new-tokens 5 --samples 3", capsys)
+    ok(TRAIN + " --head full --lr 0.02 --init-sigma 1", capsys)
+    generate = "generate --run run --prompt hello --max-new-tokens 5"
+    result = ok(f"{generate} --samples 3", capsys)
     assert len(result["tokens"]) == 5 and result["text"].startswith("hello")
+    draws = [[token["mutual_information"] for token in ok(f"{generate} {more}", capsys)["tokens"]]
+             for more in ("--samples 3", "--samples 3 --seed 1", "--samples 4", "")]  # fmt: skip
+    assert len({each[0] for each in draws}) == 4 and draws[0][0] > 0 and set(draws[3]) == {0}
+    means = (sum(token[name] for token in result["tokens"]) / 5
+             for name in ("entropy", "mutual_information"))  # fmt: skip
+    code, out, _ = run(f"{generate} --samples 3", capsys)
+    assert code == 0 and out.splitlines()[-1] == (
+        "mean per token: entropy {:.4f}, mutual information {:.4f} nats".format(*means)
+    )
     plain = ok("generate --model model --prompt hello --max-new-tokens 5", capsys)
     assert all(token["mutual_information"] == 0 for token in plain["tokens"])
     ids = [token["id"] for token in plain["tokens"]]

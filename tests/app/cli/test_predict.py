@@ -15,7 +15,7 @@ from scalabl_ref.methods import POSTERIORS
 
 from ...models import questions_file
 from ...tolerances import rounding
-from ..commands import TRAIN, ok, refused
+from ..commands import TRAIN, ok, refused, run
 
 LAPLACE, SUBSPACE = "mle | posterior laplace", "scalabl | posterior subspace"
 RUNS = {  # options of `train`, and of the `posterior` of one run
@@ -55,6 +55,26 @@ def test_more_choices_and_fewer_than_the_head_has(work, capsys):
     two, three = (ok(f"{predict} {choices}", capsys) for choices in ("A B", "A B C"))
     assert "others" not in three and two["probs"] == three["probs"][:2]
     assert two["others"] == three["probs"][2] > 0
+    assert (two["choices"], two["samples"]) == (["A", "B"], 3) and "settled" not in two
+    _, out, _ = run(f"{predict} A B", capsys)
+    assert out.splitlines() == [
+        f"{two['probs'][0]:.4f}  A",
+        f"{two['probs'][1]:.4f}  B",
+        f"{two['others']:.4f}  all other answers of the run",
+        f"entropy: {two['entropy']:.4f} nats",
+        f"expected entropy: {two['expected_entropy']:.4f} nats",
+        f"mutual information: {two['mutual_information']:.4f} nats",
+    ]
+    _, out, _ = run(f"{predict} A B C --samples auto --most 4", capsys)
+    assert "\nopen after 4 draws: more could change the answer\n" in out
+    (work / "texts.jsonl").write_text('{"text": "hello"}\n{"text": "you"}\n')
+    ok(
+        f"{predict} x y z --data texts.jsonl --out o.jsonl --probs".replace("--prompt hello ", ""),
+        capsys,
+    )
+    found = [json.loads(line) for line in (work / "o.jsonl").read_text().splitlines()]
+    assert [row["choices"] for row in found] == [["x", "y", "z"]] * 2
+    assert {row["answer"] for row in found} <= {"x", "y", "z"}
 
 
 # --- every method ---------------------------------------------------------------------------------

@@ -48,12 +48,20 @@ def test_a_runs_facts_are_checked_before_its_base_is_read(work, capsys):
 
 
 def test_a_moved_base_is_found_by_model(work, capsys):
-    ok(TRAIN, capsys)
+    """By every command that opens a run."""
+    ok(f"{TRAIN} --method mle --head full", capsys)
     (work / "model").rename(work / "elsewhere")
     said = refused("evaluate --run run --data test.jsonl", capsys)
     gone = f"run: its base model {work / 'model'} is not there: give --model FOLDER, its folder now"
     assert said == f"error: {gone}\n"
     assert ok("evaluate --run run --data test.jsonl --model elsewhere", capsys)["n"] == 9
+    for command in ("predict --prompt a --choices b c", "generate --prompt a",
+                    "calibrate --data test.jsonl", "threshold --data test.jsonl",
+                    "posterior laplace --out laplace", "export --to peft --out peft"):  # fmt: skip
+        assert refused(f"{command} --run run", capsys) == said
+        ok(f"{command} --run run --model elsewhere", capsys)
+    config = json.loads((work / "peft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "elsewhere"
 
 
 def test_a_folder_in_use_is_refused_at_once(work, capsys):
