@@ -13,8 +13,20 @@ from ..commands import ok, run
 def test_counts(capsys):
     count = ok("count --config llama-2-7b", capsys)
     assert count["scalabl"] - count["lora"] == 1040
-    code, out, _ = run("count --config smollm2-135m --rank 4 --targets q_proj", capsys)
-    assert code == 0 and "134,515,008" in out
+    assert count["adapted_layers"] == 65
+    command = "count --config smollm2-135m --rank 4 --targets q_proj"
+    lora = 30 * 2 * 576 * 4
+    counts = {"lora": lora, "scalabl": lora + 30 * 2 * 4, "blob": lora + 30 * 576 * 4}
+    assert ok(command, capsys).items() >= {"adapted_layers": 30, **counts}.items()
+    code, out, _ = run(command, capsys)
+    assert code == 0 and out.splitlines() == [
+        "smollm2-135m, rank 4, q_proj",
+        "base            134,515,008  (0.25 GiB in bfloat16)",
+        "adapted layers           30",
+        "lora                138,240  (0.53 MiB in float32)",
+        "scalabl             138,480  (0.53 MiB in float32)  (+240)",
+        "blob                207,360  (0.79 MiB in float32)  (+69,120)",
+    ]
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-7b"])

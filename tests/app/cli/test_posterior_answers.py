@@ -19,6 +19,7 @@ from scalabl_ref.methods import Laplace, Swag, fit_tfb, load_posterior
 
 from ...models import questions_file, tiny_folder
 from ..commands import ok, refused
+from ..commands import run as ran
 
 TRAIN = "train --model model --data train.jsonl --steps 8 --batch 4 --rank 2 --lr 0.02"
 
@@ -81,11 +82,29 @@ def test_laplace(work, capsys):
     for precision, said in (("validation", "evidence or a number"), ("0", "a number above 0")):
         command = f"posterior laplace --run run0 --precision {precision} --out no"
         assert said in refused(command, capsys)
-    last = ok("posterior laplace --run run0 --layers last --kron-rank 2 --out last", capsys)
-    assert last["precision"] != told["precision"]
-    assert set(load_posterior("last", {"posterior": "laplace"}).curvature) == {
+    rest, _ = split(load(work / "train.jsonl", "jsonl"), 0.25, 0)
+    encoded = encode(rest, load_tokenizer(work / "model"), classes=3)
+    for layers, rank in (("last", None), ("last", 2), ("all", 2)):
+        more = f"--layers {layers} --out {layers}{rank}" + (f" --kron-rank {rank}" if rank else "")
+        part = ok(f"posterior laplace --run run0 {more}", capsys)
+        batches = list(evaluation_batches(encoded, 8))
+        posterior = Laplace.fit(model, batches, layers, rank).optimise_prior()
+        assert part["precision"] == posterior.precision not in precisions
+        precisions.add(part["precision"])
+    assert set(load_posterior("last2", {"posterior": "laplace"}).curvature) == {
         "lm_head.A", "lm_head.B"
     }  # fmt: skip
+
+
+def test_a_posterior_is_told_and_recorded_with_its_runs(work, capsys):
+    told = ok("posterior ensemble --run run0 run1 --out both", capsys)
+    assert told == {"run": "both", "made_by": "ensemble", "from": ["run0", "run1"]}
+    record = json.loads((work / "both" / "run.json").read_text())
+    assert record["posterior"] == record["made_by"] == "ensemble"
+    assert record["from"] == ["run0", "run1"]
+    _, said, _ = ran("posterior swag --run run1 --out swag", capsys)
+    assert said == "written: swag, a run for `evaluate` and `predict`\n"
+    assert json.loads((work / "swag" / "run.json").read_text())["from"] == ["run1"]
 
 
 def test_without_data_it_is_the_runs_own_less_its_hold_out(work, capsys):
@@ -147,6 +166,10 @@ def test_tfb(work, capsys):
     told = ok("posterior tfb --run run0 --data train.jsonl --tolerance 0.05 --out made", capsys)
     model, _ = load_run("run0")
     assert told["sigma"] == fit_tfb(model, data(work, "train.jsonl", 8), 0.05)
+    draws = "--samples 2 --seed 1 --data train.jsonl --out drawn"
+    drawn = ok(f"posterior tfb --run run0 --tolerance 0.05 {draws}", capsys)
+    other, _ = load_run("run0")
+    assert drawn["sigma"] == fit_tfb(other, data(work, "train.jsonl", 8), 0.05, 2, 1)
     assert torch.equal(probabilities(work / "made", capsys), expected(work, model))
     kinds = {type(adapter).__name__ for adapter in adapters(load_run("made")[0]).values()}
     assert kinds == {"TfbAdapter"}
