@@ -42,6 +42,21 @@ def test_the_demo_speaks(tmp_path, capsys):
         assert part in text
 
 
+def test_the_demo_does_what_its_options_say(capsys, monkeypatch):
+    given = []
+
+    def run(out, model, steps, samples, seed, device, say):
+        given.append((str(out), model, steps, samples, seed, str(device)))
+        say("told")
+        return {"best": 1}
+
+    monkeypatch.setattr(demo, "run", run)
+    options = "--out there --model smollm2 --steps 7 --samples 3 --seed 5"
+    assert cli.main(["demo", *options.split()]) == 0
+    assert given == [("there", "smollm2", 7, 3, 5, "cpu")]
+    assert capsys.readouterr().out == "told\n"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import platform
+
 import torch
+
+from scalabl_ref import __version__
+from scalabl_ref.fast.native import native_status
 
 from ..commands import ok, run
 
 
 def test_versions_and_the_native_core(capsys):
-    info = ok("info", capsys)
-    assert info["torch"] == torch.__version__ and isinstance(info["native"]["built"], bool)
+    info, status = ok("info", capsys), native_status()
+    path = f"native core, {status['isa']}" if status["used"] else "PyTorch"
+    expected = {"scalabl_ref": __version__, "python": platform.python_version(),
+                "torch": torch.__version__, "threads": torch.get_num_threads(),
+                "cuda": torch.cuda.is_available(), "path": path}  # fmt: skip
+    assert info == {**expected, "native": status} and isinstance(status["built"], bool)
     code, out, _ = run("info", capsys)
-    assert code == 0 and f"torch        {torch.__version__}\n" in out
+    lines = out.splitlines()
+    assert code == 0 and lines[:6] == [f"{key:12} {value}" for key, value in expected.items()]
+    told = [f"native {name:9} {value}" for name, value in status.items() if value != ""]
+    assert lines[6:] == told

@@ -6,7 +6,10 @@ import json
 
 import pytest
 
+from scalabl_ref import AdapterConfig
 from scalabl_ref.app import cli
+from scalabl_ref.app.configs import find_config
+from scalabl_ref.app.plan import BASES, Rates, Workload, plans, subspace
 
 PLAN = "plan --config llama-2-7b --rate 500 --bandwidth 2000 --json"
 
@@ -32,6 +35,37 @@ def test_the_command_says_what_fits(capsys):
     assert ways == {(1, False), (4, False), (4, True)}
     took = {(p["shards"], p["offloaded"]): p["seconds"] for p in both if p["kind"] == "bfloat16"}
     assert took[1, False] < took[4, False] < took[4, True]
+
+
+def without_fits(plan: dict) -> dict:
+    return {key: value for key, value in plan.items() if key != "fits"}
+
+
+def test_a_plan_is_for_the_work_and_the_rates_that_are_given(capsys):
+    adapter = AdapterConfig(rank=4, targets=("q_proj", "lm_head"))
+    work = Workload(find_config("llama-2-7b"), rows=3, tokens=50, adapter=adapter, classes=7)
+    rates = dict.fromkeys(BASES, Rates(500e12, 500e12, 2000e9, 5 / 2000e9, link=25e9))
+    given = "--memory 13.8 --rows 3 --tokens 50 --classes 7 --rank 4 --targets q_proj lm_head"
+    for gpus in (2, 1):
+        found = plan(f"{given} --gpus {gpus} --link 25", capsys)
+        ways = [made._asdict() for made in plans(work, rates, gpus)]
+        assert [without_fits(each) for each in found["plans"]] == ways
+        assert [each["fits"] for each in found["plans"]] == [
+            made["peak"] <= 13.8e9 for made in ways
+        ]
+        posteriors = [subspace(work, base, rates[base], "cuda") for base in BASES]
+        assert found["subspace"] == [made._asdict() for made in posteriors]
+    assert cli.main([*PLAN.removesuffix(" --json").split(), *given.split()]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "llama-2-7b: 3 rows of 50 tokens per step and device"
+    assert lines[1] == "rank 4, q_proj lm_head; GB on each of 1,"
+    found = plan(given, capsys)
+    for line, each in zip(lines[5:], found["plans"], strict=False):
+        sizes = (each[name] / 1e9 for name in ("base", "activations", "workspace", "peak"))
+        marks = ["fits"] * each["fits"] + ["<-"] * (found["best"] == without_fits(each))
+        cells = [*(f"{size:.2f}" for size in sizes), f"{each['seconds']:.3g}", *marks]
+        assert line.split()[0] == each["kind"] and line.split()[-len(cells) :] == cells
+        assert ("recomputed" in line) == each["checkpointing"]
 
 
 @pytest.mark.parametrize(
