@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,62 @@ def test_others_results_are_not_written_over(work, capsys):
     (work / "both" / "metrics.json").write_text("{}")
     assert "both: holds results of another data file" in refused(again, capsys)
     assert ok(f"{again} --force", capsys)["n"] == 9
+
+
+def test_people_are_told_what_the_json_says(work, capsys):
+    ok(f"{TRAIN} --holdout 0.25", capsys)
+    evaluate = "evaluate --run run --data test.jsonl --ood train.jsonl --temperature --samples 3"
+    found = ok(f"{evaluate} --bins 7 --batch 5", capsys)
+    code, out, _ = run(f"{evaluate} --bins 7 --batch 5", capsys)
+    assert code == 0 and found["bins"] == 7
+    lines = out.splitlines()[-10:]
+    columns = (found, found["temperature"], found["ood"])
+    temperature = f"temperature {found['temperature']['value']:.3f}"
+    heads = (found["method"], temperature, f"ood ({found['ood']['n_scored']} scored)")
+    assert lines[0] == " " * 6 + "".join(f"{head:>24}" for head in heads)
+    assert lines[1].split() == ["n", "9", "9", "24"]
+    for line, key in zip(lines[2:6], ("acc", "ece", "nll", "brier"), strict=True):
+        cells = [
+            "{:.3f} [{:.3f}, {:.3f}]".format(part[key], *part["intervals"][key])
+            for part in columns
+        ]  # fmt: skip
+        assert line == f"{key.upper():6}" + "".join(f"{cell:>24}" for cell in cells)
+    assert lines[7:] == [
+        f"AUROC, entropy: {found['ood']['auroc_entropy']:.4f}",
+        f"AUROC, mutual information: {found['ood']['auroc_mutual_information']:.4f}",
+        "written: run/test/metrics.json, predictions.jsonl, report.html",
+    ]
+
+
+def test_results_keep_the_settings_that_made_them(work, capsys, monkeypatch):
+    ok(TRAIN, capsys)
+
+    def digest(name: str) -> str:
+        return hashlib.sha256((work / name).read_bytes()).hexdigest()
+
+    evaluate = "evaluate --run run --data test.jsonl --samples 2 --limit 8 --bins 7 --seed 3"
+    evaluate += " --ood train.jsonl --design latin --calibrate train.jsonl --max-length 99"
+    found = ok(evaluate, capsys)
+    own = {"labels": "letters", "answer_tokens": "bare", "label_names": None}
+    wording = {key: found["settings"][key] for key in own}
+    whole = {
+        "data_sha256": digest("test.jsonl"), "model": None, "dtype": None,
+        "adapter_sha256": digest("run/adapter.safetensors"), "posterior": None, "format": "jsonl",
+        "limit": 8, "design": "latin", "seed": 3, "bins": 7, "temperature": True, "samples": 2,
+        "calibrate_sha256": digest("train.jsonl"), "ood_sha256": digest("train.jsonl"),
+        "ood_format": "jsonl", "max_length": 99, "drop_long": False, "prompt_template": None,
+        "prompt_style": "plain", **wording,
+    }  # fmt: skip
+    assert found["settings"] == whole and found["n"] == found["ood"]["n"] == 8
+    assert found["temperature"]["n_fit"] == 8
+    found = ok("evaluate --model model --data test.jsonl --dtype bfloat16 --limit 7", capsys)
+    assert found["settings"]["model"] == "model" and found["settings"]["dtype"] == "bfloat16"
+    base = ok("evaluate --model model --data test.jsonl --limit 7 --out base", capsys)
+    assert base["settings"]["dtype"] is None and base["nll"] != found["nll"]
+    monkeypatch.chdir(work / "run")
+    ok("evaluate --run . --data ../test.jsonl --samples 2 --out ../there", capsys)
+    facts = re.findall(r"<dt>(.*?)</dt>\s*<dd>(.*?)</dd>", (work / "there/report.html").read_text())
+    assert ("run", "run") in facts
 
 
 def test_samples_zero_is_the_mean_model(work, capsys):

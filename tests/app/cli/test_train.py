@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import math
 import os
@@ -14,9 +16,10 @@ import time
 import pytest
 import torch
 
+from scalabl_ref.data import split
 from scalabl_ref.support.tensors import load_tensors, save_tensors
 
-from ..commands import TRAIN, contents, ok, refused, run
+from ..commands import NEXT, TRAIN, contents, facts, ok, refused, run
 
 
 def test_seeds_decide_everything(work, capsys):
@@ -24,6 +27,59 @@ def test_seeds_decide_everything(work, capsys):
     for seed, out in ((1, "a"), (1, "b"), (2, "c")):
         losses.append(ok(f"{TRAIN} --seed {seed}".replace("run", out), capsys)["last"]["loss"])
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_seed_decides_which_rows_are_held_out(work, capsys):
+    """In training, and where the held-out rows are used again: as if both were files."""
+    rows = [json.loads(line) for line in (work / "train.jsonl").read_text().splitlines()]
+    for name, part in zip(("rest", "held"), split(rows, 0.25, 3), strict=True):
+        (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    train = f"{TRAIN.replace('--steps 6', '--steps 16')} --seed 3 --lr 0.05"
+    whole = ok(f"{train} --holdout 0.25", capsys)
+    parts = ok(train.replace("--out run", "--out parts").replace("train.jsonl", "rest.jsonl"),
+               capsys)  # fmt: skip
+    assert whole["examples"] == parts["examples"] == 18
+    assert whole["last"]["nll"] == parts["last"]["nll"]
+    fits = [ok(f"evaluate --run run --data test.jsonl --force {more}", capsys)["temperature"]
+            for more in ("--temperature", "--calibrate held.jsonl")]  # fmt: skip
+    assert fits[0] == fits[1] and fits[0]["n_fit"] == 6 and 0.1 < fits[0]["value"] < 19
+
+
+def test_a_run_records_the_settings_that_are_given(work, capsys):
+    adapter = {"method": "scalabl", "rank": 3, "alpha": 5.0, "targets": ["v_proj", "lm_head"],
+               "sampling": "batch", "covariance": "full", "prior": "layer", "prior_std": 2.0,
+               "init_sigma": 0.2, "dropout": 0.3}  # fmt: skip
+    train = {"steps": 4, "batch": 6, "micro_batch": 2, "lr": 0.01, "variational_lr": 0.02,
+             "warmup": 0.25, "weight_decay": 0.1, "beta": 0.5, "kl_lr": 0.03, "kl_gamma": 4.0,
+             "checkpoint_every": 3, "seed": 7, "swag": 0.5, "swag_lr": 0.005}  # fmt: skip
+    command = "train --model model --data train.jsonl --out run --recompute --offload-activations"
+    for name, value in {**adapter, **train}.items():
+        text = " ".join(value) if isinstance(value, list) else value
+        command += f" --{name.replace('_', '-')} {text}"
+    ok(f"{command} --limit 12 --answer-tokens bare --labels letters", capsys)
+    record = facts(work / "run")
+    assert record["adapter"] == adapter
+    flags = {"recompute": True, "offload_activations": True, "compile": False}
+    same = {"kl": "forward", "objective": "elbo", "adam_eps": 1e-6}
+    assert record["train"] == {**train, **flags, **same}
+    assert (record["limit"], record["holdout"], record["examples"]) == (12, 0, 12)
+    assert (record["labels"], record["answer_tokens"]) == ("letters", "bare")
+    assert record["model"] == str(work / "model") and record["data"] == str(work / "train.jsonl")
+    official = ("official", "official", 1, False)
+    ok(f"{NEXT} --kl official --objective official", capsys)
+    keys = ("kl", "objective", "beta", "recompute")
+    assert tuple(facts(work / "next")["train"][key] for key in keys) == official
+
+
+@pytest.mark.parametrize("option", ["", " --checkpoints-beside"])
+def test_checkpoints_are_written_beside_if_asked(work, capsys, monkeypatch, option):
+    module, asked = importlib.import_module("scalabl_ref.app.cli.train"), []
+    real = module.fit
+    names = list(inspect.signature(real).parameters)
+    monkeypatch.setattr(module, "fit", lambda *given: asked.append(
+        dict(zip(names, given, strict=False))) or real(*given))  # fmt: skip
+    ok(TRAIN + option, capsys)
+    assert [given["beside"] for given in asked] == [bool(option)]
 
 
 def test_a_bfloat16_base_keeps_float32_adapters(work, capsys):
