@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from contextlib import closing, contextmanager
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -43,9 +44,10 @@ class Server:
         assert found, line + self.process.stderr.read()
         self.port = int(found[1])
 
-    def ask(self, text: str) -> tuple[int, dict]:
+    def ask(self, text: str | list[str]) -> tuple[int, dict]:
+        body = {"text" if isinstance(text, str) else "texts": text}
         with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
-            connection.request("POST", "/predict", json.dumps({"text": text}), HEADERS)
+            connection.request("POST", "/predict", json.dumps(body), HEADERS)
             response = connection.getresponse()
             return response.status, json.loads(response.read())
 
@@ -60,7 +62,10 @@ class Server:
         self.process.send_signal(signal.SIGTERM)
         out, err = self.process.communicate(timeout=60)
         assert self.process.returncode == 0, err
-        return json.loads(out)
+        told = json.loads(out)
+        counts = f"ended: {told['accepted']:,} requests accepted, {told['answered']:,} answered\n"
+        assert err.endswith(counts)
+        return told
 
 
 @contextmanager
@@ -149,13 +154,23 @@ def test_malformed_requests_are_refused(trained):
 
 
 def test_the_runs_temperature_is_applied(trained, capsys):
-    """And --raw leaves it out."""
-    ok("calibrate --run run --data others.jsonl --samples 2", capsys)
-    for options, key in ((("--samples", "2"), True), (("--samples", "2", "--raw"), False)):
-        with serving(*options) as server:
-            answer = server.ask("ticket 7")[1]
-        clf = scalabl_ref.load("run", samples=2, raw=not key)
-        assert tuple(answer["probs"]) == clf("ticket 7").probs
+    """And --raw leaves it out; seed, design, base and limits are those of the options."""
+    draws = "--samples 2 --seed 5 --design latin"
+    ok(f"calibrate --run run --data others.jsonl {draws}", capsys)
+    with serving(*draws.split()) as server:
+        answer = server.ask("ticket 7")[1]
+    assert tuple(answer["probs"]) == scalabl_ref.load("run")("ticket 7").probs
+    Path("model").rename("moved")
+    options = f"{draws} --raw --model moved --max-characters 20 --max-waiting 3"
+    with serving(*options.split()) as server:
+        answer = server.ask("ticket 7")[1]
+        assert server.ask("x" * 20)[0] == 200 and server.ask("x" * 21)[0] == 413
+        assert server.ask(["a", "b", "c"])[0] == 200 and server.ask([*"abcd"])[0] == 413
+        told = server.end()
+    assert (told["accepted"], told["answered"]) == (3, 3)
+    assert told["address"] == f"127.0.0.1:{server.port}"
+    clf = scalabl_ref.load("run", "moved", samples=2, seed=5, design="latin", raw=True)
+    assert tuple(answer["probs"]) == clf("ticket 7").probs
 
 
 def test_what_cannot_be_served_is_refused(trained, capsys, monkeypatch):
@@ -165,8 +180,11 @@ def test_what_cannot_be_served_is_refused(trained, capsys, monkeypatch):
         port = other.getsockname()[1]
         taken = f"serve --run run --port {port}"
         assert f"cannot listen at 127.0.0.1, port {port}" in refused(taken, capsys)
+        there = f"cannot listen at 203.0.113.1, port {port}"  # an address of no machine
+        assert there in refused(f"{taken} --host 203.0.113.1", capsys)
+        for option in ("--batch", "--max-waiting", "--max-characters"):
+            assert f"{option} must be at least 1" in refused(f"{taken} {option} 0", capsys)
     assert "between 0 and 65535" in refused("serve --run run --port 99999", capsys)
-    assert "--batch must be" in refused("serve --run run --port 0 --batch 0", capsys)
     assert "no such folder" in refused("serve --run nowhere --port 0", capsys)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert "pip install -e '.[serve]' in the clone" in refused("serve --run run --port 0", capsys)
