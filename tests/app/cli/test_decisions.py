@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+from argparse import Namespace
 
 import pytest
 
@@ -16,6 +17,7 @@ from scalabl_ref.app import cli
 from scalabl_ref.data import load, split
 from scalabl_ref.evaluation import classifier, metrics, rule, stream
 from scalabl_ref.evaluation.sequential import Auto
+from scalabl_ref.evaluation.threshold import MOST_ROWS, Threshold
 
 from ...models import questions_file
 from ..commands import TRAIN, ok, refused, run
@@ -138,7 +140,9 @@ def test_a_threshold_is_kept_and_decides(trained, capsys):
 
 def test_where_no_threshold_keeps_its_promise_all_go_to_a_human(trained, capsys):
     command = "threshold --run run --data choose.jsonl --samples 3 --accuracy 0.999"
-    assert ok(command, capsys)["threshold"] is None
+    told = ok(command, capsys)
+    assert told["threshold"] is None
+    assert told["table"][-1] == {"accuracy": 0.999, "rows_needed": None}
     _, out, _ = run(command, capsys)
     assert "no threshold keeps the promise of 0.999: predict and serve now send every row" in out
     assert "   0.999  none: no number of rows like these would do" in out
@@ -164,6 +168,25 @@ def test_where_no_threshold_keeps_its_promise_all_go_to_a_human(trained, capsys)
     _, out, _ = run(PREDICT.replace("out.csv", "next.csv"), capsys)
     assert "the decisions are empty: `scalabl threshold --run run --data FILE` chooses" in out
     assert {row["decision"] for row in rows("next.csv")} == {""}
+
+
+def test_rows_that_a_promise_would_need_are_told(capsys):
+    from scalabl_ref.app.cli.threshold import _lines
+
+    args = Namespace(accuracy=0.9, confidence=0.95)
+    table = [(0.8, Threshold(0.7, 0.5, 20, 18, 0.81), None), (0.9, None, 1234),
+             (0.99, None, MOST_ROWS + 1)]  # fmt: skip
+    assert _lines(args, table, 40, 37)[1:] == [
+        "     0.8            0.7000     50.0%  0.8100",
+        "     0.9  none: about 1,234 rows like these would do",
+        "    0.99  none: the surest rows are right too little more often",
+        "no threshold keeps the promise of 0.9: predict and serve now send every row to a human",
+    ]
+    lines = _lines(args, [*table, (0.999, None, None)], 40, 37)
+    assert lines[5:7] == [
+        "At best 92.5% are right, among the 40 most confident. More rows do not raise that.",
+        "A threshold answers at least 25% of the rows.",
+    ]
 
 
 def test_an_interrupted_file_does_not_go_on_without_the_rule(trained, capsys, monkeypatch):
@@ -216,6 +239,8 @@ def test_seed_and_design_are_those_of_the_fit(trained, capsys):
     assert clf.threshold is not None
     asked = ok(f"predict --run run --prompt hello {draws}", capsys)
     assert asked["probs"] == list(clf("hello").probs) and asked["decision"] == clf("hello").decision
+    _, out, _ = run(f"predict --run run --prompt hello {draws}", capsys)
+    assert out.endswith(f"\ndecision: {asked['decision']}\n")
     scores = ok(f"evaluate --run run --data test.jsonl {draws}", capsys)
     assert (scores["seed"], scores["design"], scores["samples"]) == (5, "latin", 3)
     ok("threshold --run run --clear", capsys)

@@ -17,7 +17,7 @@ from scalabl_ref.evaluation.predict import MOST_SAMPLES
 
 from ...data.test_answers import CHAT
 from ...tickets import QUEUES
-from ..commands import NEXT, TRAIN, facts, ok, refused, scores
+from ..commands import NEXT, TRAIN, facts, ok, refused, run, scores
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,8 @@ def test_long_prompts_in_training_and_evaluation(work, capsys):
     assert ok(f"{long} --max-length 100 --drop-long --out short", capsys)["examples"] == 23
     assert ok("evaluate --run run --data long.jsonl --samples 0", capsys)["n"] == 24
     assert ok("evaluate --run short --data long.jsonl --samples 0", capsys)["n"] == 23
+    _, said, _ = run("evaluate --run short --data long.jsonl --samples 0", capsys)
+    assert "\nprompts longer than 100 tokens: 0 cut, 1 dropped\n" in said
     answers = (work / "short/predictions.jsonl").read_text().splitlines()
     assert [json.loads(a)["id"] for a in answers] == [str(i) for i in range(24) if i != 3]
 
@@ -202,6 +204,11 @@ def test_a_table_of_texts_and_labels(work, capsys):
         f"{train} --label-column sort", capsys
     )
     assert ok(train, capsys)["examples"] == 8
+    named = train.replace("--out run", "--out next").replace("set.csv", "set.txt --format csv")
+    told = run(named, capsys)[1].splitlines()[-1]
+    more = "--format csv --text-column body"
+    assert told == f"next: scalabl evaluate --run next --data TEST_FILE {more}"
+    assert facts(work / "next")["format"] == "csv"
     assert json.loads((work / "run" / "run.json").read_text())["format"] == "csv"
     evaluate = "evaluate --run run --text-column body --samples 2 --data"
     metrics = ok(f"{evaluate} set.csv --ood set.csv", capsys)
@@ -209,6 +216,13 @@ def test_a_table_of_texts_and_labels(work, capsys):
     assert ok(f"{evaluate} set.txt --format csv", capsys)["acc"] == metrics["acc"]
     assert "set.txt, line 1: not JSON" in refused(f"{evaluate} set.txt", capsys)
     assert ok(f"{evaluate} set.csv --ood sst2 --ood-format sst2", capsys)["ood"]["n"] == 2
+    (work / "set.jsonl").write_text('{"prompt": "text 3"}\n')
+    answers = []
+    for data in ("set.csv", "set.txt --format csv", "set.jsonl"):  # the column is of csv alone
+        ok(f"predict --run run --samples 2 --data {data} --out {len(answers)}.csv", capsys)
+        answers.append((work / f"{len(answers)}.csv").read_text().splitlines()[1:])
+    assert len(answers[0]) == 8 and answers[0] == answers[1]
+    assert answers[2][0].partition(",")[2] == answers[0][3].partition(",")[2]
 
 
 def test_a_table_that_lacks_a_label_is_asked_with_all(work, capsys):
@@ -223,6 +237,10 @@ def test_a_table_that_lacks_a_label_is_asked_with_all(work, capsys):
     answers = (work / "run/predictions.jsonl").read_text().splitlines()
     assert [json.loads(a)["label"] for a in answers] == [1, 2]
     assert [json.loads(a)["id"] for a in answers] == ["r1", "r2"]
+    (work / "one.jsonl").write_text('{"prompt": "text 1", "label": "y queue"}\n')
+    ok("evaluate --run run --data one.jsonl --samples 0", capsys)  # the columns are of csv alone
+    (row,) = (work / "run/predictions.jsonl").read_text().splitlines()
+    assert json.loads(row)["label"] == 1
     (work / "new.csv").write_text("body,queue\nt,w queue\n")
     assert "'w queue' is not one of" in refused("evaluate --run run --data new.csv", capsys)
 

@@ -10,6 +10,7 @@ from scalabl_ref import AdapterConfig, Llama, add_adapters, save_run
 from scalabl_ref.data import encode, load
 from scalabl_ref.data.tokenizer import load_tokenizer
 from scalabl_ref.support.tensors import load_tensors, save_tensors
+from scalabl_ref.training import ranks
 from scalabl_ref.training.lock import alone
 
 from ..commands import NEXT, TRAIN, contents, ok, refused
@@ -81,6 +82,25 @@ def test_a_folder_in_use_is_refused_at_once(work, capsys):
             assert contents(work) == before
         assert (work / out).exists() == (out == "run")
     ok(f"{TRAIN} --method mle --resume", capsys)
+
+
+def test_what_ranks_cannot_do_is_refused(work, capsys, monkeypatch):
+    """The ranks are pretended ones."""
+    ok(f"{TRAIN} --method mle", capsys)
+    monkeypatch.setattr(ranks, "need_ranks", lambda: None)
+    for option in ("--shard", "--offload-weights"):
+        said = refused(f"evaluate --model model --data test.jsonl {option}", capsys)
+        assert said == "error: --shard and --offload-weights need a --run\n"
+        said = refused(f"{NEXT} --compile {option}", capsys)
+        assert "--compile does not work with --shard or --offload-weights yet" in said
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    for command, message in (
+        ("predict --data test.jsonl --out out.csv", "predict --data works in one process"),
+        ("posterior laplace --out out", "posterior laplace takes one process"),
+        ("posterior tfb --out out", "posterior tfb takes one process"),
+    ):
+        said = refused(f"{command} --run run", capsys)
+        assert said == f"error: {message}: start it without torchrun\n"
 
 
 def test_what_is_no_finished_run_is_said_to_be_what_it_is(work, capsys):
