@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scalabl_ref import Llama
+from scalabl_ref import Llama, __version__
 from scalabl_ref.app import cli
 from scalabl_ref.app.cli import info
 from scalabl_ref.support.tensors import load_pickle
@@ -274,4 +274,16 @@ def test_a_closed_pipe_is_no_traceback(work):
     reader.wait()
     result = subprocess.run(command, stdout=reader.stdin, stderr=subprocess.PIPE, text=True)
     reader.stdin.close()
-    assert "Traceback" not in result.stderr
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_the_version_and_all_commands_are_told(capsys):
+    for option in ("--version", "--help"):
+        with pytest.raises(SystemExit) as caught:
+            cli.main([option])
+        assert caught.value.code == 0
+        out = capsys.readouterr().out
+        if option == "--version":
+            assert out == f"scalabl_ref {__version__}\n"
+    told = dict(re.findall(r"^    (\w+)\s+(\S.*(?:\n {10,}\S.*)*)$", out, re.M))
+    assert {name: " ".join(words.split()) for name, words in told.items()} == cli.COMMANDS
