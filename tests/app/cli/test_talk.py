@@ -49,11 +49,15 @@ def test_a_run_is_told_from_its_data_to_the_next_command(work, capsys):
     choices = [f"  | {letter}. {text}" for letter, text in zip("ABC", row["choices"], strict=True)]
     assert lines[1:6] == [f"  | {row['prompt']}", *choices, "  | Answer:"]
     assert lines[6] == f"its answer: {'ABC'[row['label']]!r}"
+    assert lines[7] == "answer tokens: 'A' 32, 'B' 33, 'C' 34"
     assert "defaults: --beta 1 (the loss is the evidence lower bound)" in lines
     assert any(line.startswith(("learnt: ", "not learnt: ")) and "6 held-out rows" in line
                for line in lines)  # fmt: skip
     kept = facts(work / "run")["kept"]
-    assert f"kept: the adapters after step {kept['step']} of 6, with" in out
+    best = f"with the lowest held-out NLL ({kept['heldout_nll']:.4f})"
+    assert f"kept: the adapters after step {kept['step']} of 6, {best}" in lines
+    assert "trained 6 steps on 18 examples: run" in lines
+    assert "written: run/adapter.safetensors, run.json, train.jsonl (each step)" in lines
     assert lines[-1] == "next: scalabl evaluate --run run --data TEST_FILE --temperature"
 
 
@@ -66,6 +70,35 @@ def test_the_longest_of_the_rows_is_counted_and_a_cut_prompt_is_shown_cut(work, 
     first = out.splitlines()[1]
     assert first == f"  | ... {'x' * (50 - len(chr(10) + 'Answer:'))}"
     assert "its answer: 'b'" in out or "its answer: 'B'" in out
+    assert "\nprompts longer than 50 tokens: 2 cut, 0 dropped\n" in out
+
+
+def test_the_verdict_is_a_sentence():
+    found = {"learnt": True, "rows": 40, "right": 30, "chance": 0.5, "p": 0.0009, "nll": 0.51234,
+             "guessing": math.log(3), "held_out": True}  # fmt: skip
+    assert talk._sentence(found) == (
+        "learnt: 75.0 % of the 40 held-out rows are answered right, by chance 50.0 % "
+        "(p < 0.001); NLL 0.512, guessing 1.099"
+    )
+    assert "(p = 0.002); NLL" in talk._sentence({**found, "p": 0.002})
+    assert talk._sentence({**found, "learnt": False, "p": 0.0342, "held_out": False}) == (
+        "not learnt: 75.0 % of the 40 training rows of the last epoch are answered right, by "
+        "chance 50.0 % (p = 0.034); NLL 0.512, guessing 1.099; --holdout 0.2 would measure new rows"
+    )
+
+
+def test_the_verdict_is_in_the_json_too(work, capsys):
+    told = ok(f"{TRAIN} --lr 0", capsys)
+    found, log = told["verdict"], (work / "run" / "train.jsonl").read_text().splitlines()
+    assert (found["learnt"], found["rows"], found["held_out"]) == (False, 24, False)
+    assert found["guessing"] == math.log(3) and found["chance"] == 1 / 3
+    assert told["last"] == json.loads(log[-1]) and told["run"] == "run"
+    records = [json.loads(line) for line in log]
+    assert found["right"] == round(sum(4 * each["accuracy"] for each in records))
+    assert found["nll"] == pytest.approx(sum(each["nll"] for each in records) / 6)
+    _, out, _ = run(f"{TRAIN} --lr 0".replace("--out run", "--out next"), capsys)
+    assert f"\n{talk._sentence(found)}\n" in out
+    assert "\ntry other settings: more --steps, another --lr or --prompt-template\nnext: " in out
 
 
 def test_long_prompts_are_shown_in_part():
@@ -129,6 +162,11 @@ def test_the_bar_shows_the_terms_of_the_loss():
     assert bar.shown == {
         "nll": "1.000", "acc": "0.25", "KL/N": "2 x 2", "sigma": "0.05"
     }  # fmt: skip
+    other = Bar()
+    talk.Talk(ARGS, trainer(tiny_data(20), objective="official"), other).on_step(record(0, 1.0))
+    assert other.shown["KL/N"] == "2", "its weight is not beta"
+    talk.Talk(ARGS, trainer(), other).on_step({**record(0, 1.0), "kl": 0.0, "sigma": 0.0})
+    assert other.shown == {"nll": "1.000", "acc": "0.25"}
     told.on_step(record(30, 1.2, heldout_nll=1.5))
     told.on_step(record(31, 1.0))
     assert bar.shown["held-out"] == "1.500" and bar.shown["nll"] == "1.010" and bar.n == 32
