@@ -165,6 +165,22 @@ def test_waiting_requests_are_answered_together(clf):
             assert status == 200 and abs(got - want) <= rounding(torch.float32, 64)
 
 
+def test_texts_fill_a_batch_and_not_requests(clf):
+    """Three texts wait, then two, then one: the first five go together, as three are too few."""
+    gate = slow(clf, 4)
+
+    async def use(app):
+        calls = []
+        for count, waiting in ((1, 1), (3, 4), (2, 6), (1, 7)):
+            calls.append(asyncio.create_task(call(app, ask(texts=["a"] * count))))
+            await until(lambda: app.state.queue.waiting == waiting)  # noqa: B023
+            await until(lambda: gate.sizes == [1])
+        gate.go.set()
+        return [(await each)[0] for each in calls]
+
+    assert served(gate, use) == [200] * 4 and gate.sizes == [1, 5, 1]
+
+
 def test_nothing_waits_once_all_is_answered(clf):
     """Whatever a request asks: one text, several, or one that is too long."""
 
@@ -240,6 +256,7 @@ REFUSED = {
     "no list": (ask(texts="abc"), 400),
     "a list of others": (ask(texts=["a", None]), 400),
     "choices of another kind": (ask(text="a", choices="ab"), 400),
+    "choices of others": (ask(text="a", choices=["b", 1]), 400),
     "no texts": (ask(texts=[]), 400),
     "too many texts": (ask(texts=["a"] * 4), 413),
     "a long text": (ask(text="a" * 101), 413),
@@ -270,7 +287,16 @@ def test_bad_requests_are_refused_with_a_reason(clf):
     wanted |= {"kind": 415, "no kind": 415, "slow": 408, "cut": 400, "path": 404, "method": 405}
     assert {name: status for name, (status, _, _) in found.items()} == wanted
     assert all(isinstance(told["error"], str) and told["error"] for _, _, told in found.values())
-    assert found["cut"][2] == {"error": "the connection ended within the body"}
+    said = {
+        "unknown field": "unknown field 'seed'",
+        "no texts": "expected 1 to 3 texts",
+        "too many texts": "expected 1 to 3 texts",
+        "a long choice": "a text has more than 100 characters",
+        "a long body": "the body has more than 300,000 bytes",
+        "slow": "the body took more than 0.05 s",
+        "cut": "the connection ended within the body",
+    }
+    assert {name: found[name][2]["error"] for name in said} == said
 
 
 def test_a_limit_itself_is_allowed_and_no_threshold_gives_no_decision(clf):
