@@ -123,8 +123,8 @@ class Study:
             raise InputError(
                 f"validation must be a fraction or a number of rows, and is {self.validation}"
             )
-        if min(*self.seeds, *self.tuning_seeds) < 0:
-            raise InputError(f"seeds must not be negative, and one is {min(self.seeds)}")
+        if (least := min(*self.seeds, *self.tuning_seeds)) < 0:
+            raise InputError(f"seeds must not be negative, and one is {least}")
         self._check_sets()
         self._check_settings()
 

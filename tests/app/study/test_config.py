@@ -31,7 +31,7 @@ from .studies import config, quick
         ({"seeds": [1, 1]}, "seeds must have values, each only once"),
         ({"seeds": [-1]}, "seeds must not be negative"),
         ({"seeds": [True]}, "seeds must be a list (each a whole number), not [True]"),
-        ({"tuning_seeds": [-1]}, "seeds must not be negative"),
+        ({"tuning_seeds": [3, -1]}, "seeds must not be negative, and one is -1"),
         ({"tuning_seeds": [1, 1]}, "tuning_seeds must have values, each only once"),
         ({"trials": 0}, "trials must be at least 1"),
         ({"finalists": 0}, "finalists must be at least 1"),
