@@ -148,6 +148,8 @@ class Study:
                 raise InputError(f"{name} must be at least 1, and is {count}")
         if self.limit is None and (self.held_out or self.passes):
             raise InputError("held_out and passes need a limit")
+        if self.passes is not None and self.passes <= 0:
+            raise InputError(f"passes must be above 0, and is {self.passes:g}")
         check_samples(self.samples)
         checked_bins(self.bins)
 

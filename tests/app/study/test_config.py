@@ -47,6 +47,7 @@ from .studies import config, quick
         ({"variants": {"x": {"rnk": 1}}}, "variants: x: unknown field 'rnk': did you mean rank?"),
         ({"variants": {"x": {"seed": 1}}}, "settings: seed has no effect"),
         ({"limit": 9, "passes": 1}, "settings: steps has no effect"),
+        ({"limit": 9, "passes": 0, "settings": {}}, "passes must be above 0, and is 0"),
         ({"limit": "5"}, "limit must be a whole number or null, not '5'"),
         ({"limit": 0}, "limit must be at least 1"),
         ({"test_limit": -1}, "test_limit must be at least 1"),
