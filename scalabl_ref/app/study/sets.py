@@ -36,14 +36,15 @@ def base_model(study: Study, device: str) -> Llama:
 
 def _parts(study: Study, rows: list[Example], replicate: int) -> dict[str, list[Example]]:
     """The sets that are parts of the training file. Raises InputError if it has too few rows."""
-    rest, held = hold_out(rows, study.validation_rows(len(rows)), 0)
-    parts = {"train": rest, "validation": held}
-    if study.held_out:
-        rest, parts["test"] = hold_out(rest, study.held_out, 1)
-        assert study.limit is not None  # of Study
-        _, parts["train"] = hold_out(rest, study.limit, 2 + replicate)
-    if not all(parts.values()):
+    held, limit = study.validation_rows(len(rows)), study.limit or 0
+    others = study.held_out + limit if study.held_out else 1
+    if not held or len(rows) < held + others:
         raise InputError(f"{study.train}: {len(rows)} rows are too few for the study's sets")
+    parts: dict[str, list[Example]] = {}
+    parts["train"], parts["validation"] = hold_out(rows, held, 0)
+    if study.held_out:
+        rest, parts["test"] = hold_out(parts["train"], study.held_out, 1)
+        _, parts["train"] = hold_out(rest, limit, 2 + replicate)
     return parts
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from scalabl_ref import InputError
 from scalabl_ref.app.study import Study
+from scalabl_ref.app.study.sets import encoded_sets
 from scalabl_ref.support.files import sha256
 from scalabl_ref.support.tensors import load_tensors, save_tensors
 
@@ -96,6 +97,13 @@ def test_a_setting_that_some_methods_heed_is_theirs(tmp_path):
     trials = {name: study.tried(name)[0] for name in study.methods}
     beta = {name: study.configs(name, trial, 0)[1].beta for name, trial in trials.items()}
     assert beta == {"scalabl": trials["scalabl"]["beta"], "map": 2, "dropout": 2}
+
+
+def test_too_few_rows_for_the_sets_are_refused_by_the_files_name(tmp_path):
+    for few in ({"validation": 20}, {"validation": 21}, {"limit": 4, "held_out": 13}):
+        with pytest.raises(InputError, match="train.jsonl: 20 rows are too few for the study's s"):
+            encoded_sets(quick(tmp_path, **few), [])
+    assert encoded_sets(quick(tmp_path, limit=4, held_out=12), [])
 
 
 def test_winograndes_labels_are_contents(tmp_path):
