@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 
@@ -14,6 +15,7 @@ from scalabl_ref.app.study.sets import encoded_sets
 from scalabl_ref.support.files import sha256
 from scalabl_ref.support.tensors import load_tensors, save_tensors
 
+from ...models import questions_file
 from .studies import config, quick
 
 
@@ -38,6 +40,7 @@ from .studies import config, quick
         ({"finalists": 0}, "finalists must be at least 1"),
         ({"ranges": {"lr": 0.001}}, "ranges must be an object (each a list (each a finite num"),
         ({"ranges": {"lr": []}}, "ranges: lr must be two positive numbers, the lower first"),
+        ({"ranges": {"lr": [1, 2, 3]}}, "ranges: lr must be two positive numbers"),
         ({"ranges": {"lr": [-1, 1]}}, "ranges: lr must be two positive numbers"),
         ({"ranges": {"lr": [2, 1]}}, "ranges: lr must be two positive numbers"),
         ({"ranges": {"lr": [1, 10**400]}}, "ranges must be an object (each a list"),
@@ -66,7 +69,9 @@ from .studies import config, quick
         ({"ood": {"x": {"path": 3}}}, "ood: x: path must be a text"),
         ({"ood": {"x": {"path": "y", "limit": 0}}}, "ood: x: limit must be at least 1"),
         ({"ood": {"x": {"path": "y", "format": "z"}}}, "ood: x: format must be one of"),
-        ({"ood": {"../x": {"path": "y"}}}, "cannot be the name of a set"),
+        ({"ood": {"../x": {"path": "y"}}}, "ood: '../x' cannot be the name of a set"),
+        ({"ood": {"validation": {"path": "y"}}}, "ood: 'validation' cannot be the name of a set"),
+        ({"ood": {"shifted": {"path": "y"}}}, "ood: 'shifted' cannot be the name of a set"),
         ({"methods": ["mle stopped early"], "ranges": {"share_of_steps": [2, 3]}},
          "share_of_steps must be in (0, 1], and is 2."),
         ({"settings": {"step": 4}}, "settings: unknown field 'step': did you mean steps?"),
@@ -99,11 +104,78 @@ def test_a_setting_that_some_methods_heed_is_theirs(tmp_path):
     assert beta == {"scalabl": trials["scalabl"]["beta"], "map": 2, "dropout": 2}
 
 
+def test_settings_of_a_trial_come_before_a_methods_a_variants_and_the_studys(tmp_path):
+    methods = ["mle", "dropout", "mle stopped early", "scalabl", "ensemble of scalabl"]
+    settings = {"rank": 3, "sampling": "batch", "steps": 6, "batch": 4}
+    variants = {"a": {"rank": 1, "sampling": "example"}, "b": {}}
+    study = Study.read(config(tmp_path, methods=methods, settings=settings, variants=variants))
+
+    def found(arm, seed=7, **trial):
+        adapter, train = study.configs(arm, trial, seed)
+        return adapter.rank, adapter.sampling, train
+
+    assert found("mle, b", lr=0.5)[:2] == (3, "batch")
+    assert found("mle, a", lr=0.5)[:2] == (1, "example")
+    assert found("dropout, a", lr=0.5)[:2] == (1, "token")  # the method's own
+    train = found("mle stopped early, b", lr=0.5, share_of_steps=0.4)[2]
+    assert (train.lr, train.seed, train.batch, train.steps) == (0.5, 7, 4, 2)
+    train = found("scalabl, a", lr=0.5, variational_ratio=3.0, beta=2.0)[2]
+    assert (train.variational_lr, train.beta, train.steps) == (1.5, 2.0, 6)
+    assert study.like("ensemble of scalabl, a") == "scalabl, a" and study.like("mle, a") is None
+
+
+def test_passes_are_over_the_rows_that_train(tmp_path):
+    """Of 10 rows, 2 or 4 are for tuning."""
+    few = {"limit": 10, "passes": 2, "settings": {"rank": 2, "batch": 4}}
+
+    def steps(**changes):
+        return quick(tmp_path, **{**few, **changes}).configs("mle", {"lr": 0.1}, 0)[1].steps
+
+    assert steps() == 4 and steps(validation=4) == 3 and steps(passes=0.01) == 1
+    assert steps(settings={}) == 2  # of 8 rows
+
+
+def test_sets_have_as_many_rows_as_their_limits_say(tmp_path):
+    limits = {"limit": 10, "test_limit": 4}
+
+    def rows(study):
+        return {name: len(d.labels) for name, d in encoded_sets(study, study.sets).items()}
+
+    first = {"train": 8, "validation": 2, "test": 4, "other": 5}
+    assert rows(quick(tmp_path, **limits)) == first
+    held = quick(tmp_path, **{**limits, "held_out": 6})  # the other 10 rows are not limited
+    assert rows(held) == {"train": 10, "validation": 4, "test": 6, "shifted": 4, "other": 5}
+
+
 def test_too_few_rows_for_the_sets_are_refused_by_the_files_name(tmp_path):
     for few in ({"validation": 20}, {"validation": 21}, {"limit": 4, "held_out": 13}):
         with pytest.raises(InputError, match="train.jsonl: 20 rows are too few for the study's s"):
             encoded_sets(quick(tmp_path, **few), [])
     assert encoded_sets(quick(tmp_path, limit=4, held_out=12), [])
+
+
+def test_columns_are_those_of_the_sets_in_the_studys_format(tmp_path):
+    """A set out of distribution has its usual ones."""
+    other = questions_file(tmp_path / "plain.jsonl", rows=6)
+    columns = {"text_column": "question", "label_column": "answer"}
+    study = quick(tmp_path, **columns, ood={"other": {"path": str(other)}})
+    for name in ("train", "test"):
+        path = tmp_path / f"{name}.jsonl"
+        text = path.read_text().replace('"prompt"', '"question"').replace('"label"', '"answer"')
+        path.write_text(text)
+    found = encoded_sets(study, study.sets)
+    assert [len(data.labels) for data in found.values()] == [16, 4, 9, 6]
+    assert found["test"].examples[:6] == found["other"].examples
+
+
+@pytest.mark.parametrize("name", ["model", "train", "test"])
+def test_a_required_field_that_is_missing_is_named(tmp_path, name):
+    path = config(tmp_path)
+    values = json.loads(path.read_text())
+    del values[name]
+    path.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=f"study.json: field '{name}' is missing"):
+        Study.read(path)
 
 
 def test_winograndes_labels_are_contents(tmp_path):
