@@ -236,6 +236,7 @@ def test_an_exchange_has_the_gradients_in_double_precision():
     """Twice their size for each of two copies, beside themselves: more than the optimiser has."""
     work = Workload(SHAPE, 1, 1, AdapterConfig(rank=8, targets=ALL))
     alone, shared = memory(work, "float32"), memory(work, "float32", devices=2)
+    assert alone.workspace + alone.activations == alone.adapters  # gradients and two copies
     assert shared.workspace - alone.workspace == pytest.approx(2 / 3 * alone.adapters)
 
 
@@ -314,6 +315,9 @@ def test_exchanges_are_counted_by_hand():
     slow = Rates(math.inf, math.inf, math.inf, link=2.0)
     free = seconds(work, "float32", slow)
     assert seconds(work, "float32", slow, devices=4) == free + 0.75 * ring / 2
+    narrow = Rates(math.inf, math.inf, 2.0)  # the base is read twice, whatever its products take
+    read = 2 * blocks + work_of(work, "float32").bytes
+    assert seconds(work, "float32", narrow) == pytest.approx(free + read / 2)
 
 
 def test_time_follows_the_rates():
