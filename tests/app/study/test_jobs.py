@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 
 import pytest
 import torch
 
-from scalabl_ref import InputError
+from scalabl_ref import InputError, Llama
 from scalabl_ref.app.study import METHODS, Fit, Job, Study, run_study
 from scalabl_ref.app.study.methods import Made
 from scalabl_ref.app.study.sets import base_model, encoded_sets
+from scalabl_ref.data import evaluation_batches
 from scalabl_ref.evaluation import metrics
-from scalabl_ref.methods import Swag
+from scalabl_ref.evaluation.predict import predict_all
+from scalabl_ref.methods import Laplace, Subspace, Swag, to_points
 from scalabl_ref.support.tensors import load_tensors
 from scalabl_ref.training.runs import load_run
 from scalabl_ref.training.trainer import Trainer
 
 from ...tickets import QUEUES
 from ..commands import facts
-from .studies import config, quick, relabel
+from .studies import FEW, config, quick, relabel
 
 
 def test_scores_are_those_of_the_kept_answers(done):
     config, out, results = done
     trial = results["methods"]["scalabl"]["trial"]
+    data = encoded_sets(config, ["test"])["test"]
     for seed, scores in zip(config.seeds, results["methods"]["scalabl"]["replicates"], strict=True):
-        folder = Job(config, "scalabl", trial, seed, ("test",), out).folder
-        answers, _ = load_tensors(folder / "test.safetensors")
+        job = Job(config, "scalabl", trial, seed, ("test",), out)
+        answers, _ = load_tensors(job.folder / "test.safetensors")
         assert scores["nll"] == metrics.nll(answers["probs"], answers["labels"])
+        model, _ = load_run(job.fits()[0].folder, base_model(config, "cpu"))
+        again = predict_all(model, evaluation_batches(data, 32), config.samples, seed)
+        assert torch.equal(answers["probs"], again.probs)
 
 
 def test_members_of_an_ensemble_differ_and_are_averaged(done):
@@ -37,7 +44,7 @@ def test_members_of_an_ensemble_differ_and_are_averaged(done):
     trial = results["methods"]["ensemble"]["trial"]
     job = Job(config, "ensemble", trial, 1, ("test",), out)
     fits = job.fits()
-    assert len({fit.train.seed for fit in fits}) == 3
+    assert [fit.train.seed for fit in fits] == [1, 1001, 2001]
     states = [load_tensors(fit.folder / "adapter.safetensors")[0] for fit in fits]
     values = [state["lm_head.A"] for state in states]
     assert not torch.equal(values[0], values[1]) and not torch.equal(values[1], values[2])
@@ -107,10 +114,141 @@ def test_parameters_count_all_that_answering_needs(done):
     config, out, results = done
     counts = {name: row["parameters"] for name, row in results["methods"].items()}
     assert counts["ensemble"] == 3 * counts["mle"] and counts["swag"] == 2 * counts["mle"]
-    assert counts["mle"] == counts["map"] == counts["dropout"]
+    A, B = 2 * (2 * 16) + 2 * 16, 2 * (16 * 2) + 3 * 2  # rank 2 on two layers and the head
+    assert counts["mle"] == counts["map"] == counts["dropout"] == A + B
+    assert counts["scalabl"] == counts["scalabl layer prior"] == A + B + 2 * 2 * 3  # s and sigma
+    assert counts["scalabl full"] == A + B + (2 + 2 + 1) * 3
+    assert counts["blob"] == 2 * A + B and counts["tfb"] == counts["point"] == A + B + 2 * 3
+    assert counts["subspace"] == A + B + 3 * 6 + 6 * 6  # s, precision, values; vectors
     assert counts["ensemble of subspace"] == 3 * counts["subspace"] > counts["ensemble"]
     assert counts["laplace"] > counts["laplace last layer"] > counts["map"]
     assert counts["mle"] < counts["scalabl"] < counts["blob"]
+
+
+def test_draws_are_those_of_the_method(done):
+    """Of logits 1000, of the model as many as the study says, one for each member of ensembles."""
+    config, out, results = done
+    draws = dict.fromkeys(config.methods, 2)
+    draws |= {name: 1000 for name in draws if name.startswith(("laplace", "subspace"))}
+    draws |= {name: 0 for name in draws if name.startswith(("mle", "map", "point"))}
+    draws |= {"subspace sampled": 2, "ensemble": 3, "ensemble of dropout": 3}
+    draws["ensemble of subspace"] = 1002  # equally many of each of three
+    assert {name: results["methods"][name]["draws"] for name in draws} == draws
+
+
+def test_posteriors_are_of_the_kind_that_a_methods_name_says(done):
+    config, out, results = done
+    job = Job(config, "mle", results["methods"]["mle"]["trial"], 0, (), out)
+    run, sets = job.fits()[0].folder, encoded_sets(config, ["train"])
+
+    def batches():
+        return evaluation_batches(sets["train"], 8)
+
+    def made(method):
+        model, _ = load_run(run, base_model(config, "cpu"))
+        return METHODS[method].after(Made(model, None, (run,), sets, {}, samples=4, seed=0))
+
+    model, _ = load_run(run, base_model(config, "cpu"))
+    for method, kind in {"laplace": ("all", "expand"), "laplace exact": ("all", "exact"),
+                         "laplace last token": ("all", "last"),
+                         "laplace last layer": ("last", "expand")}.items():  # fmt: skip
+        found = Laplace.fit(model, batches(), kind[0], curvature=kind[1]).optimise_prior()
+        assert made(method).precision == found.precision, method
+    to_points(model)
+    for method, groups, predicts in (("subspace", "all", "linear"),
+                                     ("subspace by target", "target", "linear"),
+                                     ("subspace sampled", "all", "sampled")):  # fmt: skip
+        found, wanted = made(method), Subspace.fit(model, batches(), groups=groups)
+        assert torch.equal(found.precision, wanted.precision), method
+        assert found.predicts == predicts
+
+
+def test_what_a_run_and_its_answers_record(tmp_path):
+    """As much as `evaluate` needs to find a run's data again, and what the tables are made of."""
+    study = quick(tmp_path, limit=15, validation=0.4, dtype="bfloat16", methods=["ensemble"])
+    out = tmp_path / "out"
+    results = run_study(study, out)
+    (answers,) = (out / "answers").iterdir()
+    about = json.loads((answers / "answers.json").read_text())
+    assert answers.name.startswith("ensemble-") and answers.name.endswith("-0")
+    runs = [facts(out / "runs" / name) for name in about["runs"]]
+    for info, seed in zip(runs, (0, 1000, 2000), strict=True):
+        place = info["model"], info["data"], info["format"], info["limit"], info["holdout"]
+        assert place == (study.model, study.train, "jsonl", 15, 0.4)
+        assert (info["text_column"], info["label_column"], info["dtype"]) == (
+            None,
+            None,
+            "bfloat16",
+        )
+        assert info["train"]["seed"] == seed and info["train"]["steps"] == 3
+        assert info["adapter"]["rank"] == 2 and info["peak_bytes"] > 1e7
+    (trial,) = study.tried("ensemble")
+    assert (about["method"], about["trial"], about["seed"]) == ("ensemble", trial, 0)
+    assert about["train_seconds"] == sum(info["seconds"] for info in runs)
+    assert about["fit_seconds"] > 0 and 0 < about["answer_seconds"] < 60 and about["widths"] == {}
+    assert about["peak_bytes"] >= max(info["peak_bytes"] for info in runs)
+    row = results["methods"]["ensemble"]
+    for key in ("train_seconds", "fit_seconds", "answer_seconds", "peak_bytes", "parameters"):
+        assert row[key] == about[key]
+    held = quick(tmp_path, limit=5, held_out=6, validation=3)
+    (fit,) = Job(held, "mle", {"lr": 0.01}, 0, (), out).fits()
+    fit.run()
+    info = facts(fit.folder)
+    assert (info["data"], info["limit"], info["holdout"], info["dtype"]) == (None, 5, 0.0, None)
+
+
+# Fields of a study, and whether a change makes another run and other answers.
+IDENTITY = [
+    ({"limit": 10}, True, True), ({"validation": 0.3}, True, True),
+    ({"dtype": "bfloat16"}, True, True),
+    ({"labels": "letters"}, True, True), ({"answer_tokens": "bare"}, True, True),
+    ({"max_length": 99}, True, True), ({"drop_long": False}, True, True),
+    ({"text_column": "prompt"}, True, True), ({"label_column": "label"}, True, True),
+    ({"prompt_style": "chat"}, True, True), ({"limit": 10, "held_out": 5}, True, True),
+    ({"settings": {**FEW, "rank": 3}}, True, True), ({"settings": {**FEW, "batch": 5}}, True, True),
+    ({"test_limit": 4}, False, True), ({"samples": 3}, False, True), ({"ood": {}}, False, True),
+    ({"ood": {"other": {"path": "test.jsonl", "limit": 4}}}, False, True),
+    ({"bins": 5}, False, False), ({"methods": ["mle", "map"]}, False, False),
+    ({"seeds": [0, 1]}, False, False), ({"trials": 3}, False, False),
+    ({"settings": {**FEW, "recompute": False}}, False, False),  # its default
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "run", "answers"), IDENTITY)
+def test_a_change_makes_anew_what_depends_on_it(tmp_path, monkeypatch, changes, run, answers):
+    monkeypatch.chdir(tmp_path)
+
+    def folders(**changes):
+        values = {"max_length": 100, "drop_long": True, **changes}
+        job = Job(quick(tmp_path, **values), "mle", {"lr": 0.01}, 0, ("test",), tmp_path)
+        return job.fits()[0].folder, job.folder
+
+    before, after = folders(), folders(**changes)
+    assert (before[0] != after[0], before[1] != after[1]) == (run, answers)
+
+
+def test_replicates_have_runs_of_their_own_where_they_draw_rows(tmp_path):
+    """The seed of a run is a part of its name anyway; that of its rows only then."""
+
+    def names(**changes):
+        study = quick(tmp_path, **changes)
+        fits = [Job(study, "mle", {"lr": 0.01}, seed, (), tmp_path).fits()[0] for seed in (0, 1)]
+        return {dataclasses.replace(fit, train=fits[0].train).folder for fit in fits}
+
+    assert len(names()) == 1 and len(names(limit=5, held_out=6)) == 2
+
+
+def test_the_base_is_loaded_as_the_study_and_its_command_say(tmp_path, monkeypatch):
+    asked, real = [], Llama.from_pretrained
+
+    def loads(folder, dtype, device):
+        asked.append((folder, dtype, device))
+        return real(folder, dtype)
+
+    monkeypatch.setattr(Llama, "from_pretrained", loads)
+    study = quick(tmp_path, dtype="bfloat16")
+    run_study(study, tmp_path / "out", device="cuda:1")
+    assert asked == [(study.model, torch.bfloat16, "cuda:1")] * 2  # to train, and to answer
 
 
 def test_the_precision_of_laplaces_prior_is_the_trials_or_the_evidences(done):
