@@ -34,8 +34,9 @@ def replicate(folder, number, noise, gain, luck=0):
                    "mutual_information": metrics.entropy(probs) / 2}  # fmt: skip
         save_tensors(folder / f"{name}.safetensors", tensors.items())
     about = {"seed": number, "trial": {"lr": 0.01}, "parameters": 10 + number, "draws": 4,
-             "train_seconds": 3.0, "fit_seconds": 0.5, "answer_seconds": 0.1, "peak_bytes": 1,
-             "widths": {}}  # fmt: skip
+             "train_seconds": 3.0 + number, "fit_seconds": 0.5 + number,
+             "answer_seconds": 0.1 + number, "peak_bytes": 5 - number,
+             "widths": {"lm_head": 0.25 * number}}  # fmt: skip
     (folder / "answers.json").write_text(json.dumps(about))
     return folder
 
@@ -88,7 +89,7 @@ def test_a_verdict_is_the_test_of_common_replicates_after_holm(models, results, 
     entries = [e for e in part["verdict"] if e["score"] == score][:3]
     assert [e["rival"] for e in entries] == ["wild", "twin", "sure"]
     assert [e["replicates"] for e in entries] == [3, 3, 2]
-    p = []
+    p, p_margin = [], []
     for entry in entries:
         numbers = (0, 2) if entry["rival"] == "sure" else (0, 1, 2)
         pair = [matrix(models[m], name, score, numbers) for m in ("ours", entry["rival"])]
@@ -97,7 +98,9 @@ def test_a_verdict_is_the_test_of_common_replicates_after_holm(models, results, 
         p.append(d.p)
         if score == "nll":
             assert entry["limit"] == non_inferior(*pair).limit
+            p_margin.append(non_inferior(*pair, 0.03).p)
     assert [e["p"] for e in entries] == holm(p)
+    assert [e["p_margin"] for e in entries if "p_margin" in e] == holm(p_margin)
 
 
 def test_words_follow_the_tests(results):
@@ -182,7 +185,9 @@ def test_a_row_is_the_mean_over_replicates(models, results):
                             rel_tol=1e-9)  # fmt: skip  # a difference loses some of 16 digits
     about = results["methods"]["ours"]
     cost = (about["draws"], about["train_seconds"], about["fit_seconds"], about["answer_seconds"])
-    assert cost == (4, 3.0, 0.5, pytest.approx(0.1))
+    assert cost == (4, 4.0, 1.5, pytest.approx(1.1))
+    assert about["peak_bytes"] == 5 and about["widths"] == {"lm_head": 0.25}
+    assert about["parameters"] == 10 and about["trial"] == {"lr": 0.01}
 
 
 def test_temperature_is_fitted_on_the_validation_answers_of_each_replicate(models, results):
@@ -192,6 +197,22 @@ def test_temperature_is_fitted_on_the_validation_answers_of_each_replicate(model
         temperature = metrics.fit_temperature(held["probs"].log(), held["labels"])
         probs = metrics.apply_temperature(test["probs"], temperature)
         assert got["nll"] == metrics.nll(probs, test["labels"]) and temperature > 2
+
+
+def test_rows_that_cannot_be_answered_are_not_scored(models, tmp_path):
+    """Those with a label that is none of the model's classes: a third of them, then all."""
+    (folder,) = method(tmp_path / "ours", 0.5, numbers=(0,))
+    answers = load_tensors(folder / "other.safetensors")[0]
+    rows = []
+    for strange in (slice(0, 50), slice(0, 150)):
+        labels = answers["labels"].clone()
+        labels[strange] = CLASSES
+        save_tensors(folder / "other.safetensors", {**answers, "labels": labels}.items())
+        rows.append(summary({"ours": [folder]}, {}, 15, ("other",))["methods"]["ours"]["ood"])
+    first, second = (row["other"] for row in rows)
+    assert first["scored"] == pytest.approx(2 / 3) and second["scored"] == 0
+    assert first["nll"] == metrics.nll(answers["probs"][50:], answers["labels"][50:])
+    assert set(second) == {"auroc_entropy", "auroc_mutual_information", "scored"}
 
 
 def test_the_tables_have_every_part(results):

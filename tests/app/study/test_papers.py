@@ -73,7 +73,9 @@ def test_a_csv_table_has_all_digits(finished, tmp_path, capsys):
     assert [row["method"] for row in rows] == list(results["methods"])
     for row in rows:
         expected = results["methods"][row["method"]]
-        assert {float(row[key]) for key in metrics.SCORES} == {expected[k] for k in metrics.SCORES}
+        assert {key: float(row[key]) for key in metrics.SCORES} == {
+            key: expected[key] for key in metrics.SCORES
+        }
         assert float(row["nll_sd"]) == expected["sd"]["nll"] and row["replicates"] == "2"
     assert rows[0]["ours"] == "scalabl" and float(rows[0]["nll_p"]) <= 1
     file = tmp_path / "table.csv"
