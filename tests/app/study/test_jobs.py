@@ -9,14 +9,14 @@ import shutil
 import pytest
 import torch
 
-from scalabl_ref import InputError, Llama
+from scalabl_ref import InputError, Llama, adapters
 from scalabl_ref.app.study import METHODS, Fit, Job, Study, run_study
 from scalabl_ref.app.study.methods import Made
 from scalabl_ref.app.study.sets import base_model, encoded_sets
 from scalabl_ref.data import evaluation_batches
 from scalabl_ref.evaluation import metrics
 from scalabl_ref.evaluation.predict import predict_all
-from scalabl_ref.methods import Laplace, Subspace, Swag, to_points
+from scalabl_ref.methods import Laplace, Subspace, Swag, fit_tfb, to_points
 from scalabl_ref.support.tensors import load_tensors
 from scalabl_ref.training.runs import load_run
 from scalabl_ref.training.trainer import Trainer
@@ -161,6 +161,13 @@ def test_posteriors_are_of_the_kind_that_a_methods_name_says(done):
         found, wanted = made(method), Subspace.fit(model, batches(), groups=groups)
         assert torch.equal(found.precision, wanted.precision), method
         assert found.predicts == predicts
+    sets = encoded_sets(config, ["validation"])
+    first, second = (load_run(run, base_model(config, "cpu"))[0] for _ in range(2))
+    sigma = fit_tfb(second, evaluation_batches(sets["validation"], 32), 0.05, samples=3, seed=5)
+    METHODS["tfb"].after(Made(first, None, (run,), sets, {"tolerance": 0.05}, samples=3, seed=5))
+    assert 1e-4 < sigma < 1
+    for ours, theirs in zip(adapters(first).values(), adapters(second).values(), strict=True):
+        assert torch.equal(ours.widths(), theirs.widths()) and len(ours.widths())
 
 
 def test_what_a_run_and_its_answers_record(tmp_path):
@@ -270,10 +277,15 @@ def test_what_is_there_is_not_done_again(tmp_path, monkeypatch):
     path, out = config(tmp_path, methods=["mle"], trials=1), tmp_path / "out"
     first = run_study(Study.read(path), out)
     calls = []
-    for kind in (Fit, Job):
-        monkeypatch.setattr(kind, "run", lambda self: calls.append(self))
-    again = run_study(Study.read(path), out)
+    with monkeypatch.context() as patch:
+        for kind in (Fit, Job):
+            patch.setattr(kind, "run", lambda self: calls.append(self))
+        again = run_study(Study.read(path), out)
     assert calls == [] and again == first
+    for about in out.glob("answers/*/answers.json"):  # as if killed before it was written
+        about.unlink()
+    third = run_study(Study.read(path), out)["methods"]["mle"]
+    assert third["replicates"] == first["methods"]["mle"]["replicates"]
 
 
 def test_what_has_changed_is_done_again(tmp_path):
