@@ -16,7 +16,7 @@ from scalabl_ref.app import cli
 from scalabl_ref.app.study import Study, run_study
 from scalabl_ref.evaluation import metrics, papers
 from scalabl_ref.evaluation.tables import table
-from scalabl_ref.support.tensors import load_tensors
+from scalabl_ref.support.tensors import load_tensors, save_tensors
 
 from .studies import config
 
@@ -116,6 +116,35 @@ def test_figures_show_all_replicates(finished, tmp_path, capsys):
         labels.append(answers["labels"])
     ece = metrics.ece(torch.cat(probs), torch.cat(labels), 15)
     assert f"scalabl: ECE {ece:.3f}" in (tmp_path / "figures/reliability-scalabl.svg").read_text()
+
+
+def test_figures_are_of_the_answers_that_were_scored(finished, tmp_path, monkeypatch):
+    """Not of others with the same method, settings and seed; in the study's bins."""
+    out, name = tmp_path / "out", "mle, (small)"
+    shutil.copytree(finished[1], out)
+    results = papers.read_results(out)
+    results["methods"] = {name: results["methods"]["mle"]}
+    results["study"]["bins"] = 4
+    probs, labels = [], []
+    for i, file in enumerate(list(out.glob("answers/mle-*/test.safetensors"))):
+        folder = file.parent
+        about = json.loads((folder / "answers.json").read_text())
+        (folder / "answers.json").write_text(json.dumps({**about, "method": name}))
+        answers = load_tensors(file)[0]
+        probs.append(answers["probs"])
+        labels.append(answers["labels"])
+        other = shutil.copytree(folder, out / "answers" / f"a-{i}")
+        answers["probs"] = answers["probs"].flip(1)
+        save_tensors(other / "test.safetensors", answers.items())
+    saved = []
+    monkeypatch.setattr(papers.plots.Figure, "save", lambda *about: saved.append(about))
+    paths = papers.write_figures(out, results, tmp_path / "figures", pdf=True)
+    stems = ["nll", "reliability-mle-small"]
+    wanted = [tmp_path / "figures" / f"{stem}{end}" for stem in stems for end in (".svg", ".pdf")]
+    assert paths == wanted == [path for _, path in saved]
+    assert len(probs) == 2
+    ece = metrics.ece(torch.cat(probs), torch.cat(labels), 4)
+    assert f"{name}: ECE {ece:.3f}" in str(saved[-1][0])
 
 
 def test_what_is_not_there_is_said_in_a_line(finished, tmp_path, capsys):
