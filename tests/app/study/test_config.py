@@ -11,6 +11,7 @@ import pytest
 
 from scalabl_ref import InputError
 from scalabl_ref.app.study import Study
+from scalabl_ref.app.study.config import digest
 from scalabl_ref.app.study.sets import encoded_sets
 from scalabl_ref.support.files import sha256
 from scalabl_ref.support.tensors import load_tensors, save_tensors
@@ -176,6 +177,11 @@ def test_a_required_field_that_is_missing_is_named(tmp_path, name):
     path.write_text(json.dumps(values))
     with pytest.raises(InputError, match=f"study.json: field '{name}' is missing"):
         Study.read(path)
+
+
+def test_a_digest_is_as_ever():
+    """Folders of finished studies have it in their names; the order of keys does not count."""
+    assert digest({"b": 1, "a": [1.5, None]}) == digest({"a": [1.5, None], "b": 1}) == "ad3879169f"
 
 
 def test_winograndes_labels_are_contents(tmp_path):
