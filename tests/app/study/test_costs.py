@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from scalabl_ref import InputError
+from scalabl_ref import InputError, Llama
 from scalabl_ref.app import cli, plan
 from scalabl_ref.app.plan import product_rate
 from scalabl_ref.app.study import Study, cost, run_study
+from scalabl_ref.app.study.costs import _passes
 from scalabl_ref.app.study.sets import encoded_sets
 from scalabl_ref.support.progress import duration
 
@@ -52,16 +53,39 @@ def test_the_cost_told_first_is_what_is_done(tmp_path):
     assert abs(cost(alone)["flop"] - flop) <= rounding(torch.float64, 64) * flop
 
 
-def machine(monkeypatch, others: float, threads: int = 1) -> None:
-    """Let products of 1024 rows take 20 ms of each thread's time.
+@pytest.mark.parametrize(
+    ("method", "once", "each"),
+    [
+        ("mle", {}, 1), ("map", {}, 1), ("point", {}, 1), ("ensemble", {}, 3),
+        ("dropout", {}, 7), ("ensemble of dropout", {}, 7), ("swag", {}, 7), ("scalabl", {}, 7),
+        ("ensemble of scalabl", {}, 7), ("tfb", {"validation": 15 * 7}, 7),
+        ("laplace exact", {"train": 4}, 4), ("subspace", {"train": 4}, 4),
+        ("subspace sampled", {"train": 4}, 7), ("ensemble of subspace", {"train": 12}, 12),
+    ],
+)  # fmt: skip
+def test_passes_are_counted_by_method(method, once, each):
+    """Of 7 draws and 3 classes: a forward pass for each draw, or one and a backward for each."""
+    assert _passes(method, 7, 3) == (once, each)
+
+
+def test_a_study_of_float32_has_four_bytes_a_weight(tmp_path):
+    study = quick(tmp_path)
+    count = sum(p.numel() for p in Llama.from_pretrained(study.model).parameters())
+    assert cost(study)["bytes"] == 4 * count
+
+
+def machine(monkeypatch, others: float, threads: int = 1, first: float = 0.02) -> list[int]:
+    """Let products of 1024 rows take `first` s of each thread's time. Returns the sizes, as asked.
 
     Of ten products, nine wait for other programs, `others` times as long as they compute.
     """
+    sizes: list[int] = []
     clock = SimpleNamespace(wall=0.0, cpu=0.0, calls=0)
 
     def product(self, other):
         clock.calls += 1
-        took = 0.02 * (len(self) / 1024) ** 3
+        sizes.append(len(self))
+        took = first * (len(self) / 1024) ** 3
         clock.wall += took * (1 + (others if clock.calls % 10 else 0))
         clock.cpu += took * threads
         return torch.zeros(1, 1)
@@ -69,6 +93,17 @@ def machine(monkeypatch, others: float, threads: int = 1) -> None:
     now = SimpleNamespace(perf_counter=lambda: clock.wall, process_time=lambda: clock.cpu)
     monkeypatch.setattr(plan, "time", now)
     monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    return sizes
+
+
+@pytest.mark.parametrize(("first", "last"), [(0.011, 1024), (0.009, 2048), (1e-6, 8192)])
+def test_products_grow_until_they_take_10_ms(monkeypatch, first, last):
+    """And no further than 8192 rows; then ten of that size are timed."""
+    monkeypatch.setattr(torch, "ones", lambda n, *_, **__: torch.empty(1).expand(n, n))
+    sizes = machine(monkeypatch, 0.0, first=first)
+    assert product_rate() == pytest.approx(2 * 1024**3 / first)
+    grown = [n for n in (1024, 2048, 4096, 8192) if n <= last for _ in range(3)]
+    assert sizes == grown + 10 * [last]
 
 
 @pytest.mark.parametrize("others", [0.0, 1.0, 400.0])
