@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +63,34 @@ def test_openbookqa_is_tested_on_seven_other_sets(tmp_path):
         arc_file(tmp_path / file, 4)
     studies = paper.studies("model", tmp_path, ("openbookqa",))
     assert set(studies["openbookqa"].ood) == set(paper.OUT_OF_DISTRIBUTION)
-    assert studies["openbookqa"].settings == {"steps": 5000, "batch": 4, "rank": 8}
+    study = studies["openbookqa"]
+    assert study.settings == {"steps": 5000, "batch": 4, "rank": 8}
+    assert study.ranges == {"lr": [1e-4, 1e-4]} and study.methods == paper.METHODS
+    assert (study.model, study.dtype, study.samples) == ("model", "bfloat16", 10)
+    assert (study.seeds, study.trials, study.limit) == ((0, 1, 2), 4, None)
+    for name, about in study.ood.items():
+        kind, path = about["format"], about["path"]
+        assert path.endswith("Test.jsonl" if kind == "arc" else f"mmlu/{name}_test.csv"), name
+        assert (kind == "arc") == name.startswith("arc"), name
     with pytest.raises(InputError, match="unknown task 'chess'"):
         paper.studies("model", tmp_path, ("chess",))
+
+
+def test_every_task_has_its_own_files(tmp_path):
+    """A test set is a development set where test labels are not public."""
+    tests = {"winogrande": "dev", "boolq": "dev", "arc": "Test", "openbookqa": "test"}
+    for parts in (*paper.TASKS.values(), *paper.OUT_OF_DISTRIBUTION.values()):
+        for file in parts[:-1]:
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).touch()
+    studies = paper.studies("model", tmp_path)
+    assert list(studies) == list(paper.TASKS) and len({s.train for s in studies.values()}) == 6
+    for task, study in studies.items():
+        train, test = (Path(path).relative_to(tmp_path) for path in (study.train, study.test))
+        folder = test.parent.name
+        assert train.parent == test.parent and tests[folder] in test.stem, task
+        assert "train" in train.stem.lower() and task.startswith(folder), task
+        assert study.format == {"openbookqa": "obqa"}.get(folder, folder), task
+        assert (study.ood != {}) == (task == "openbookqa"), task
+        if task != folder:  # winogrande_s, arc_easy
+            assert task.split("_")[1] in train.stem.lower(), task
