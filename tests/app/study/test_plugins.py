@@ -156,6 +156,8 @@ def test_a_plugin_that_changed_is_refused(tmp_path, plugin):
         (ADD + "METHODS['mle'] = Method({'method': 'mle'})", r"replaces the method 'mle'"),
         (ADD + "del METHODS['mle']", r"replaces the method 'mle'"),
         (ADD + "METHODS['a, b'] = Method({'method': 'mle'})", r"name without commas"),
+        (ADD + "METHODS['a + temperature'] = Method({'method': 'mle'})", r"has 'a \+ temperature'"),
+        (ADD + "METHODS[''] = Method({'method': 'mle'})", r"a method needs a name .* has ''"),
         (ADD + "METHODS['a'] = 3", r"METHODS\['a'\] must be a Method"),
         (ADD + "METHODS['a'] = Method({'method': 'b'})", r"need 'method', one of"),
         (ADD + "from scalabl_ref.core.config import ADAPTERS\nADAPTERS['a'] = int", r"subclass of"),
@@ -180,6 +182,9 @@ def test_a_file_of_data_names_no_code(tmp_path, plugin):
     assert not plugins._LOADED
     with pytest.raises(InputError, match="no such file: --plugin needs a Python file"):
         Study.read(path, [tmp_path / "none.py"])
+    (tmp_path / "method.txt").write_text(plugin.read_text())
+    with pytest.raises(InputError, match="method.txt: is not a Python file: its name must end in"):
+        Study.read(path, [tmp_path / "method.txt"])
 
 
 def test_a_study_without_plugins_has_the_same_folders_as_ever(tmp_path):
