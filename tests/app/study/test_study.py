@@ -57,7 +57,10 @@ def test_the_best_trials_are_tried_again_with_other_seeds(tmp_path):
     """The mean over both seeds chooses among them; seeds of tuning are not those of the test."""
     path = config(tmp_path, methods=["mle"], trials=3, finalists=2, tuning_seeds=[5, 6])
     study, out = Study.read(path), tmp_path / "out"
-    tried = run_study(study, out)["tuning"]["mle"]
+    results = run_study(study, out)
+    tried = results["tuning"]["mle"]
+    rates = sorted(trial["lr"] for trial in study.tried("mle"))
+    assert results["at_edge"] == {"mle": [] if tried[0]["trial"]["lr"] == rates[1] else ["lr"]}
     assert sorted(t["seeds"] for t in tried) == [1, 2, 2] and tried[2]["seeds"] == 1
     nll = {}
     for trial in study.tried("mle"):
@@ -87,8 +90,12 @@ def test_a_study_takes_the_trials_that_another_chose(tmp_path, done):
     assert {arm: found["methods"][arm]["trial"] for arm in chosen} == chosen
     assert found["methods"]["ensemble of scalabl"]["trial"] == chosen["scalabl"]
     assert [len(trials) for trials in found["tuning"].values()] == [1, 1, 1]
+    only = {"trial": chosen["mle"], "nll": None, "seeds": 0}
+    assert found["tuning"]["mle"] == [only] and found["at_edge"]["mle"] == []
     for name in ("tuning.json", "results.json"):
-        assert json.loads((out / name).read_text())["tuning"] == results["tuning"]
+        kept = json.loads((out / name).read_text())
+        assert kept["tuning"] == results["tuning"]
+        assert kept["study"] == json.loads(json.dumps(dataclasses.asdict(before)))
 
 
 @pytest.mark.parametrize(
@@ -125,6 +132,11 @@ def test_variants_are_compared_with_settings_of_their_own(tmp_path):
     assert results["methods"]["mle untuned, small"]["trial"] == {}
 
 
+def test_ours_are_the_methods_of_this_project():
+    ours = {name for name, method in METHODS.items() if method.ours}
+    assert ours == {name for name in METHODS if "scalabl" in name or "subspace" in name}
+
+
 def test_arms_are_compared_within_their_variant_and_kind(tmp_path):
     methods = ["mle", "mle untuned", "ensemble", "ensemble of dropout", "dropout"]
     variants = {"small": {"rank": 1}, "large": {"rank": 3}}
@@ -158,6 +170,9 @@ def test_replicates_draw_their_training_rows_anew_and_share_the_test(tmp_path):
     results = run_study(dataclasses.replace(study, methods=("mle",)), tmp_path / "out")
     shifted = Job(study, "mle", results["methods"]["mle"]["trial"], 1, (), tmp_path / "out").folder
     assert len(load_tensors(shifted / "shifted.safetensors")[0]["labels"]) == 9
+    row = results["methods"]["mle"]
+    assert list(results["shifted"]) == list(row["shifted"]) == ["shifted"]
+    assert list(row["ood"]) == ["other"]
 
 
 def test_an_ensemble_may_take_the_settings_of_its_members(tmp_path, monkeypatch):
@@ -175,6 +190,8 @@ def test_a_range_may_span_all_floats():
     """Its ratio is no float: 616 decades. The middle of the logarithms is 1."""
     whole = Range(1e-308, 1e308)
     assert [whole.at(u) for u in (0.0, 0.25, 0.5, 1.0)] == [1e-308, 1e-154, 1.0, 1e308]
+    assert Range(1e-3, 1e-1).at(1 / 3) == 0.00464  # to three digits
+    assert Range(0.0, 2.0, log=False).at(1 / 3) == 0.667
 
 
 def test_trials_cover_the_ranges_and_are_shared(tmp_path):
@@ -189,6 +206,26 @@ def test_trials_cover_the_ranges_and_are_shared(tmp_path):
         assert sorted(int(p) for p in place) == list(range(8))
     assert [t["lr"] for t in random_trials({"lr": tuned["lr"]}, 8)] == [t["lr"] for t in trials]
     assert random_trials({}, 8) == [{}]
+
+
+def test_trials_and_ranges_are_those_of_finished_studies():
+    """Or they would be trained anew when they are continued."""
+    assert random_trials(METHODS["dropout"].tuned, 3) == [
+        {"lr": 0.00136, "dropout": 0.333},
+        {"lr": 0.00505, "dropout": 0.442},
+        {"lr": 0.0198, "dropout": 0.162},
+    ]
+    ranges: dict[str, set] = {}
+    for method in METHODS.values():
+        for name, r in method.tuned.items():
+            ranges.setdefault(name, set()).add((r.low, r.high))
+            assert r.log == (name != "dropout")
+    assert ranges == {
+        "lr": {(5e-4, 2e-2)}, "share_of_steps": {(0.05, 1.0)}, "dropout": {(0.1, 0.6)},
+        "prior_std": {(0.03, 1.0), (0.05, 1.0)}, "precision": {(0.03, 30.0), (1.0, 1000.0)},
+        "variational_ratio": {(0.3, 30.0)}, "beta": {(0.03, 100.0)}, "kl_lr": {(1e-3, 1.0)},
+        "init_sigma": {(0.01, 0.2)}, "tolerance": {(0.003, 1.5)}, "swag_lr": {(1e-3, 0.1)},
+    }  # fmt: skip
 
 
 SIZED = {"methods": ["mle", "scalabl", "blob"]}
@@ -347,6 +384,9 @@ def test_a_replicate_that_fails_is_left_out_and_reported(tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "laplace", dataclasses.replace(METHODS["laplace"], after=fails))
     results = run_study(Study.read(path), tmp_path / "out")
     assert results["failed"] == {"laplace": [1]}
+    (note,) = (tmp_path / "out").glob("answers/laplace-*-1/failed.json")
+    reason = {"error": "no precision of the prior maximises the evidence"}
+    assert json.loads(note.read_text()) == reason
     assert [r["replicate"] for r in results["methods"]["laplace"]["replicates"]] == [0, 2]
     assert len(results["methods"]["mle untuned"]["replicates"]) == 3
 
