@@ -121,3 +121,4 @@ def test_a_fault_of_ours_is_a_traceback(capfd):
 def test_there_are_limits(most):
     with pytest.raises(InputError, match=f"at least 1 and at most 256, not {most}"):
         Workers(most)
+    assert Workers(256)
