@@ -118,7 +118,7 @@ def test_settings_of_a_trial_come_before_a_methods_a_variants_and_the_studys(tmp
     assert found("mle, b", lr=0.5)[:2] == (3, "batch")
     assert found("mle, a", lr=0.5)[:2] == (1, "example")
     assert found("dropout, a", lr=0.5)[:2] == (1, "token")  # the method's own
-    train = found("mle stopped early, b", lr=0.5, share_of_steps=0.4)[2]
+    train = found("mle stopped early, b", lr=0.5, share_of_steps=0.3)[2]
     assert (train.lr, train.seed, train.batch, train.steps) == (0.5, 7, 4, 2)
     train = found("scalabl, a", lr=0.5, variational_ratio=3.0, beta=2.0)[2]
     assert (train.variational_lr, train.beta, train.steps) == (1.5, 2.0, 6)
@@ -144,6 +144,7 @@ def test_sets_have_as_many_rows_as_their_limits_say(tmp_path):
 
     first = {"train": 8, "validation": 2, "test": 4, "other": 5}
     assert rows(quick(tmp_path, **limits)) == first
+    assert rows(quick(tmp_path, **limits, validation=1)) == {**first, "train": 9, "validation": 1}
     held = quick(tmp_path, **{**limits, "held_out": 6})  # the other 10 rows are not limited
     assert rows(held) == {"train": 10, "validation": 4, "test": 6, "shifted": 4, "other": 5}
 
