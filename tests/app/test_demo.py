@@ -121,8 +121,16 @@ def test_the_rows_are_what_the_runs_answer(tmp_path, monkeypatch):
     counts = {"TRAIN_EXAMPLES": 20, "HELD_OUT": 10, "TEST_EXAMPLES": 15, "EARLY": 3}
     for name, count in counts.items():
         monkeypatch.setattr(demo, name, count)
-    out, said = tmp_path / "demo", []
-    result = demo.run(out, steps=4, samples=3, seed=5, say=said.append)
+    out, said, devices, real = tmp_path / "demo", [], [], Llama.from_pretrained
+
+    def load(folder, device):
+        devices.append(str(device))
+        return real(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Llama, "from_pretrained", load)
+        result = demo.run(out, "tiny", 4, 3, 5, torch.device("cuda:1"), said.append)
+    assert devices == ["cuda:1"] * 3
     for name, method, steps in (("mle", "mle", 4), ("scalabl", "scalabl", 4),
                                 ("mle-early", "mle", 2)):  # fmt: skip
         info, log = facts(out / name), (out / name / "train.jsonl").read_text()
@@ -160,6 +168,30 @@ def test_the_rows_are_what_the_runs_answer(tmp_path, monkeypatch):
     page = (out / "report.html").read_text()
     assert "4 classes, 30% label noise, 15 test questions" in page
     assert "20 questions, 4 steps of 32" in page and "forward, beta 5" in page
+
+
+class Asked(Exception):
+    """Instead of a training."""
+
+
+def test_each_model_has_its_own_questions(tmp_path, monkeypatch):
+    asked = []
+
+    def models(setup, train, held_out, tests, say):
+        assert train + held_out == demo.examples(300, seed=6)
+        assert tests == demo.examples(len(tests), seed=7)
+        asked.append((setup.model, setup.config.batch, len(train), len(tests), setup.samples))
+        raise Asked
+
+    monkeypatch.setattr(demo, "_models", models)
+    monkeypatch.setattr(demo, "smollm2", lambda say: tmp_path)
+    for name in ("tiny", "smollm2"):
+        with pytest.raises(Asked):
+            demo.run(tmp_path / "out", name, seed=3, say=lambda text: None)
+    assert asked == [(demo.ASSETS, 32, 200, 1000, 10), (tmp_path, 8, 200, 200, 10)]
+    with pytest.raises(InputError, match="--samples must be at most 100,000"):
+        demo.run(tmp_path / "other", samples=100_001)
+    assert not (tmp_path / "other").exists()
 
 
 def test_settings_are_long_enough_for_wrong_labels():
