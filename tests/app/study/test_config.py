@@ -170,6 +170,34 @@ def test_columns_are_those_of_the_sets_in_the_studys_format(tmp_path):
     assert found["test"].examples[:6] == found["other"].examples
 
 
+def test_labels_are_those_of_the_training_file(tmp_path):
+    """A test set may have only one; a set out of distribution may have others."""
+    study = quick(tmp_path)
+    words = {"train": "cabcab" * 3, "test": "cc", "other": "cbx"}
+    for name, labels in words.items():
+        lines = "".join(f"ticket {i},{label}\n" for i, label in enumerate(labels))
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + lines)
+    train, test, other = (str(tmp_path / f"{name}.csv") for name in words)
+    ood = {"other": {"path": other, "format": "csv"}}
+    study = dataclasses.replace(study, train=train, test=test, format="csv", ood=ood)
+    found = encoded_sets(study, ["test", "other"])
+    assert list(found["test"].labels) == [2, 2] and list(found["other"].labels)[:2] == [2, 1]
+    assert found["other"].labels[2] >= 3 and found["train"].wording.names == ("a", "b", "c")
+
+
+def test_a_row_that_cannot_be_encoded_is_of_the_training_file(tmp_path):
+    """Also where it is among those that are set apart."""
+    study, path = quick(tmp_path), tmp_path / "train.jsonl"
+    prompt = encoded_sets(study, ["validation"])["validation"].examples[0].prompt
+    row = next(
+        line for line in path.read_text().splitlines() if json.loads(line)["prompt"] in prompt
+    )
+    question = json.loads(row)["prompt"]
+    path.write_text(path.read_text().replace(f'"{question}"', f'"{128 * "?"}"'))
+    with pytest.raises(InputError, match=r"train.jsonl: example \d+ .*its prompt has 1\d\d tokens"):
+        encoded_sets(dataclasses.replace(study), ["validation"])
+
+
 @pytest.mark.parametrize("name", ["model", "train", "test"])
 def test_a_required_field_that_is_missing_is_named(tmp_path, name):
     path = config(tmp_path)
