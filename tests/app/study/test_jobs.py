@@ -11,6 +11,7 @@ import torch
 
 from scalabl_ref import InputError, Llama, adapters
 from scalabl_ref.app.study import METHODS, Fit, Job, Study, run_study
+from scalabl_ref.app.study.jobs import _set
 from scalabl_ref.app.study.methods import Made
 from scalabl_ref.app.study.sets import base_model, encoded_sets
 from scalabl_ref.data import evaluation_batches
@@ -19,7 +20,7 @@ from scalabl_ref.evaluation.predict import predict_all
 from scalabl_ref.methods import Laplace, Subspace, Swag, fit_tfb, to_points
 from scalabl_ref.support.tensors import load_tensors
 from scalabl_ref.training.runs import load_run
-from scalabl_ref.training.trainer import Trainer
+from scalabl_ref.training.trainer import TrainConfig, Trainer
 
 from ...tickets import QUEUES
 from ..commands import facts
@@ -217,7 +218,6 @@ IDENTITY = [
     ({"ood": {"other": {"path": "test.jsonl", "limit": 4}}}, False, True),
     ({"bins": 5}, False, False), ({"methods": ["mle", "map"]}, False, False),
     ({"seeds": [0, 1]}, False, False), ({"trials": 3}, False, False),
-    ({"settings": {**FEW, "recompute": False}}, False, False),  # its default
 ]  # fmt: skip
 
 
@@ -232,6 +232,11 @@ def test_a_change_makes_anew_what_depends_on_it(tmp_path, monkeypatch, changes, 
 
     before, after = folders(), folders(**changes)
     assert (before[0] != after[0], before[1] != after[1]) == (run, answers)
+
+
+def test_only_settings_that_differ_from_their_defaults_make_a_name():
+    """So a new one changes no name."""
+    assert _set(TrainConfig(steps=TrainConfig.steps, lr=0.5)) == {"lr": 0.5}
 
 
 def test_replicates_have_runs_of_their_own_where_they_draw_rows(tmp_path):
