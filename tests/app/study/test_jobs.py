@@ -216,22 +216,23 @@ IDENTITY = [
     ({"settings": {**FEW, "rank": 3}}, True, True), ({"settings": {**FEW, "batch": 5}}, True, True),
     ({"test_limit": 4}, False, True), ({"samples": 3}, False, True), ({"ood": {}}, False, True),
     ({"ood": {"other": {"path": "test.jsonl", "limit": 4}}}, False, True),
-    ({"bins": 5}, False, False), ({"methods": ["mle", "map"]}, False, False),
-    ({"seeds": [0, 1]}, False, False), ({"trials": 3}, False, False),
+    ({"bins": 5}, False, False), ({"methods": ("mle", "map")}, False, False),
+    ({"seeds": (0, 1)}, False, False), ({"trials": 3}, False, False),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("changes", "run", "answers"), IDENTITY)
-def test_a_change_makes_anew_what_depends_on_it(tmp_path, monkeypatch, changes, run, answers):
+def test_a_change_makes_anew_what_depends_on_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    study = quick(tmp_path, max_length=100, drop_long=True)
 
-    def folders(**changes):
-        values = {"max_length": 100, "drop_long": True, **changes}
-        job = Job(quick(tmp_path, **values), "mle", {"lr": 0.01}, 0, ("test",), tmp_path)
+    def folders(study):
+        job = Job(study, "mle", {"lr": 0.01}, 0, ("test",), tmp_path)
         return job.fits()[0].folder, job.folder
 
-    before, after = folders(), folders(**changes)
-    assert (before[0] != after[0], before[1] != after[1]) == (run, answers)
+    run, answers = folders(study)
+    for changes, other_run, other_answers in IDENTITY:
+        after = folders(dataclasses.replace(study, **changes))
+        assert (run != after[0], answers != after[1]) == (other_run, other_answers), changes
 
 
 def test_only_settings_that_differ_from_their_defaults_make_a_name():
