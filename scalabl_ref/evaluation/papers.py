@@ -209,7 +209,7 @@ def _folders(out: Path, method: str, results: Mapping[str, Any]) -> Iterator[Pat
             )  # fmt: skip
             if same and (folder / "test.safetensors").exists():
                 nll = scores(folder, "test", bins)["nll"]
-                if nll == _value(replicate["nll"]):
+                if nll == _value(replicate.get("nll")):
                     yield folder
                     break
         else:

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from scalabl_ref import InputError
 from scalabl_ref.app import cli
 from scalabl_ref.app.study import Study, run_study
 from scalabl_ref.evaluation import metrics, papers
@@ -145,6 +146,9 @@ def test_figures_are_of_the_answers_that_were_scored(finished, tmp_path, monkeyp
     assert len(probs) == 2
     ece = metrics.ece(torch.cat(probs), torch.cat(labels), 4)
     assert f"{name}: ECE {ece:.3f}" in str(saved[-1][0])
+    results["methods"][name]["replicates"] = [{"replicate": 0}]  # whose NLL is not known
+    with pytest.raises(InputError, match=r"has no answers of 'mle, \(small\)', replicate 0"):
+        papers.write_figures(out, results, tmp_path / "figures", pdf=False)
 
 
 def test_what_is_not_there_is_said_in_a_line(finished, tmp_path, capsys):
