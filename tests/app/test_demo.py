@@ -12,15 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from scalabl_ref import InputError, Llama
+from scalabl_ref import AdapterConfig, InputError, Llama, add_adapters
 from scalabl_ref.app import demo
+from scalabl_ref.core.adapter import adapter_state
 from scalabl_ref.data import encode, evaluation_batches
 from scalabl_ref.data.tokenizer import load_tokenizer
 from scalabl_ref.evaluation import metrics
 from scalabl_ref.evaluation.metrics import brier, nll
 from scalabl_ref.evaluation.predict import predict_all
+from scalabl_ref.support.tensors import load_tensors
 from scalabl_ref.training.runs import load_run
-from scalabl_ref.training.trainer import TrainConfig
+from scalabl_ref.training.trainer import TrainConfig, Trainer
 
 from ..stats import ZTest
 from .commands import facts
@@ -116,9 +118,19 @@ def test_the_verdict_follows_the_figures(nll, ece, verdict):
     assert f': {verdict}. The row "mle, stopped" has NLL 1.000.' in second
 
 
+def plain_lora(questions: list, steps: int, seed: int) -> dict[str, torch.Tensor]:
+    """The adapters of the shipped model, trained on these questions."""
+    model, data = Llama.from_pretrained(demo.ASSETS), encode(questions, load_tokenizer(demo.ASSETS))
+    add_adapters(model.trim_head(data.classes), AdapterConfig("mle"), seed)
+    trainer = Trainer(model, data, demo._training("tiny", steps, seed))
+    for _ in range(steps):
+        trainer.step()
+    return adapter_state(model)
+
+
 def test_the_rows_are_what_the_runs_answer(tmp_path, monkeypatch):
-    """Of 20 training, 10 held-out and 15 test questions of a seed, asked again with its runs."""
-    counts = {"TRAIN_EXAMPLES": 20, "HELD_OUT": 10, "TEST_EXAMPLES": 15, "EARLY": 3}
+    """Of 20 training, 40 held-out and 15 test questions of a seed, asked again with its runs."""
+    counts = {"TRAIN_EXAMPLES": 20, "HELD_OUT": 40, "TEST_EXAMPLES": 15, "EARLY": 3}
     for name, count in counts.items():
         monkeypatch.setattr(demo, name, count)
     out, said, devices, real = tmp_path / "demo", [], [], Llama.from_pretrained
@@ -136,10 +148,13 @@ def test_the_rows_are_what_the_runs_answer(tmp_path, monkeypatch):
         info, log = facts(out / name), (out / name / "train.jsonl").read_text()
         assert info["adapter"]["method"] == method and info["model"] == str(demo.ASSETS)
         assert log.count("\n") == steps
-    made, tests = demo.examples(30, seed=10), demo.examples(15, seed=11)
+    made, tests = demo.examples(60, seed=10), demo.examples(15, seed=11)
     labels = torch.tensor([example.label for example in tests])
     held_labels = torch.tensor([example.label for example in made[20:]])
     tokenizer = load_tokenizer(demo.ASSETS)
+    kept = load_tensors(out / "mle-early" / "adapter.safetensors")[0]
+    again = plain_lora(made[:20], steps=2, seed=5)
+    assert all(torch.equal(kept[name], p) for name, p in again.items())
 
     def asked(name, samples=3, of=tests):
         model = load_run(out / name)[0]
