@@ -121,7 +121,7 @@ def page(tmp_path, monkeypatch):
     folders = [tmp_path / str(n) for n in range(2)]
     for number, folder in enumerate(folders):
         folder.mkdir()
-        tensors = {"probs": probs[number].double(), "labels": torch.tensor([0, 0])}
+        tensors = {"probs": probs[number].double(), "labels": torch.tensor([0, 1])}
         save_tensors(folder / "test.safetensors", tensors.items())
         (folder / "answers.json").write_text(json.dumps({"seed": number}))
     tables.write_page(tmp_path / "page.html", RESULTS, {"ours": folders})
@@ -136,7 +136,7 @@ def test_the_page_has_the_answers_of_all_replicates(page):
     }  # fmt: skip
     assert page["notes"] == tables.sentences(RESULTS)[1:]
     (ours,) = page["models"]
-    assert ours["name"] == "ours" and ours["labels"].tolist() == [0, 0, 0, 0]
+    assert ours["name"] == "ours" and ours["labels"].tolist() == [0, 1, 0, 1]
     assert ours["probs"][:, 0].tolist() == pytest.approx([0.9, 0.4, 0.7, 0.2])
     row = RESULTS["methods"]["ours"]
     area = metrics.risk_coverage(ours["probs"], ours["labels"]).area
