@@ -213,6 +213,10 @@ def test_rows_that_cannot_be_answered_are_not_scored(models, tmp_path):
     assert first["scored"] == pytest.approx(2 / 3) and second["scored"] == 0
     assert first["nll"] == metrics.nll(answers["probs"][50:], answers["labels"][50:])
     assert set(second) == {"auroc_entropy", "auroc_mutual_information", "scored"}
+    inside = load_tensors(folder / "test.safetensors")[0]["entropy"]
+    foreign = torch.arange(2 * QUESTIONS) // QUESTIONS
+    auroc = metrics.auroc(torch.cat((inside, answers["entropy"])), foreign)
+    assert first["auroc_entropy"] == second["auroc_entropy"] == auroc != 0.5
 
 
 def test_the_tables_have_every_part(results):
