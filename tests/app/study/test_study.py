@@ -59,8 +59,10 @@ def test_the_best_trials_are_tried_again_with_other_seeds(tmp_path):
     study, out = Study.read(path), tmp_path / "out"
     results = run_study(study, out)
     tried = results["tuning"]["mle"]
-    rates = sorted(trial["lr"] for trial in study.tried("mle"))
-    assert results["at_edge"] == {"mle": [] if tried[0]["trial"]["lr"] == rates[1] else ["lr"]}
+    by_rate = sorted(study.tried("mle"), key=lambda trial: trial["lr"])
+    edges = [study_package._edges(study, Job(study, "mle", t, 5, (), out)) for t in by_rate]
+    assert edges == [["lr"], [], ["lr"]]
+    assert results["at_edge"] == {"mle": edges[by_rate.index(tried[0]["trial"])]}
     assert sorted(t["seeds"] for t in tried) == [1, 2, 2] and tried[2]["seeds"] == 1
     nll = {}
     for trial in study.tried("mle"):
