@@ -145,7 +145,7 @@ def test_words_are_known_by_their_first_token(plain):
         answer_tokens(plain, ["Queue:\n"], ["billing", "bugs"], "bare", words=True)
 
 
-def test_a_word_that_the_prompts_end_joins_is_taken_alone(tmp_path):
+def test_a_word_that_merges_with_the_prompts_end_is_taken_alone(tmp_path):
     tokenizer = byte_tokenizer(tmp_path / "joined", JOINED)
     found = answer_tokens(tokenizer, ["Queue:"], ["Apps", "Billing"], "bare", words=True)
     assert found[:2] == (ids(tokenizer, "A", "B"), "alone")
@@ -160,7 +160,7 @@ def test_words_alone_are_their_first_tokens_behind_no_bos():
     assert tokenizer.encode("billing")[1] == first[0] != tokenizer.encode("billing")[0]
     found = answer_tokens(tokenizer, ["Queue:"], words, "alone", words=True)
     assert (found.ids, found.kind) == (first, "alone")
-    entry = tokenizer.token_id("a")  # within a word; it goes before the first token of " a"
+    entry = tokenizer.token_id("a")  # inside words; preferred to the first token of " a"
     assert [entry] != tokenizer.encode("a", bos=False)
     found = answer_tokens(tokenizer, ["Queue:"], ["a", *words], "alone", words=True)
     assert found.ids == [entry, *first]

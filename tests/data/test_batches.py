@@ -242,8 +242,8 @@ def test_orders_and_splits_are_those_of_earlier_versions():
     assert [int(example.id) for example in held_out] == [2, 4, 9, 10]
 
 
-def test_so_many_examples_are_held_out():
-    """All of them, if so many are asked for, or none."""
+def test_hold_out_takes_the_number_asked_for():
+    """That may be all examples, or none."""
     examples = prompts(*"abcde")
     assert [len(part) for part in hold_out(examples, 2, 0)] == [3, 2]
     assert hold_out(examples, 5, 0) == ([], examples) and hold_out(examples, 0, 0) == (examples, [])

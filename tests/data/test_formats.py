@@ -774,13 +774,13 @@ def test_a_text_has_its_rows_own_choices_and_id(tmp_path):
         ("boolq", lines({"passage": "p", "question": ""}), "file, line 1: 'question' is empty"),
     ],
 )
-def test_texts_that_cannot_be_read(tmp_path, format, content, message):
+def test_texts_that_cannot_be_read_are_refused(tmp_path, format, content, message):
     (tmp_path / "file").write_text(content)
     with pytest.raises(InputError, match=message):
         list(texts(tmp_path / "file", format, names=("x", "y")))
 
 
-def test_a_text_without_choices_of_any_kind(tmp_path):
+def test_a_text_without_choices_is_refused(tmp_path):
     (tmp_path / "file").write_text(lines({"prompt": "p"}))
     with pytest.raises(InputError, match="file, line 1: key 'choices' is missing"):
         list(texts(tmp_path / "file", "jsonl"))

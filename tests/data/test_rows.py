@@ -58,7 +58,7 @@ def test_the_separator_is_looked_for_in_the_first_line_that_is_not_blank():
 
 
 def test_json_is_known_by_its_first_object():
-    """Which may be behind blank lines; a text in braces or brackets is none."""
+    """Blank lines may come first. Other text in braces or brackets does not count."""
     assert all(map(is_json, ['{"a": 1}', '\n {\n "a', '[{"a"', '\r\n [\n {"a"']))
     assert not any(map(is_json, ["", "{a}", '["a"]', "[1]", 'a,"{""b"": 1}"', "{'a'"]))
 

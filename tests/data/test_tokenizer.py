@@ -219,7 +219,7 @@ def test_eos(tmp_path, name, config, eos):
 
 @pytest.mark.parametrize("name", ["tokenizer_config", "generation_config", "config"])
 def test_bos_by_its_id(tmp_path, name):
-    """Which a name goes before; no text begins with it unless the post-processor says so."""
+    """A name counts more than an id. Texts begin with it only if the post-processor says so."""
     (tmp_path / "tokenizer.json").write_text(byte_level())
     (tmp_path / f"{name}.json").write_text('{"bos_token_id": 2}')
     tokenizer = load_tokenizer(tmp_path)
@@ -425,7 +425,7 @@ def test_the_space_behind_an_added_token(tmp_path, model_file, model, config, mo
         assert once == (text.replace(">", "> ") if legacy else text)
 
 
-def test_the_vocabulary_is_no_smaller_for_tokens_that_it_has(tmp_path, model_file):
+def test_tokens_listed_again_do_not_change_the_vocabulary_size(tmp_path, model_file):
     listed = {"tokenizer_config": {"added_tokens_decoder": {"1": added("<s>", special=True)}}}
     assert load_tokenizer(added_folder(tmp_path, model_file, listed)).vocab_size == 400
     named = {"tokenizer_config": {"additional_special_tokens": ["<note>", "▁Type"]}}

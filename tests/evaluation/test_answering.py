@@ -86,7 +86,7 @@ def test_draws_that_are_taken():
     assert draws_taken(drawn, AUTO, None) == AUTO and draws_taken(drawn, "exact", None) == "exact"
 
 
-def test_what_cannot_be_had_of_a_posterior_is_said():
+def test_samples_that_a_posterior_or_a_design_cannot_give_are_refused():
     model, data = tiny_model(), tiny_data(2)
     subspace = object.__new__(Subspace)
     for samples, design, posterior, message in (

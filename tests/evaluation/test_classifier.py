@@ -159,7 +159,7 @@ def test_mistakes_are_named(tickets, capsys):
 
 
 def test_a_run_is_opened_as_it_was_trained(tickets, capsys, monkeypatch):
-    """With its dtype and quantisation, on the device that is asked for; split, on the CPU."""
+    """It keeps dtype and quantisation. It goes to the given device, or to the CPU to be sharded."""
     ok(f"{TICKETS} --dtype bfloat16 --quantize int8 --out run", capsys)
     (tickets / "model").rename("moved")
     real, asked = Llama.from_pretrained, []

@@ -27,7 +27,7 @@ INFO = {
 
 
 def answers(seed: int, rows: int = 12, classes: int = 3, labels_from: int = 3) -> Answers:
-    """Of four draws, every second one right; other labels may be outside the classes."""
+    """Answers of four draws. Every second row is right; other labels may be outside the classes."""
     generator = torch.Generator().manual_seed(seed)
     log_probs = (2 * torch.randn(4, rows, classes, generator=generator)).double().log_softmax(-1)
     labels = torch.randint(labels_from, (rows,), generator=generator)
@@ -131,7 +131,7 @@ def test_a_row_has_its_answer_and_its_uncertainty(tmp_path):
     assert list(rows[0]) == list(rows[1]) and (tmp_path / "metrics.json").read_text()[-2:] == "}\n"
 
 
-def test_results_of_no_settings_are_those_of_another(tmp_path):
+def test_results_without_settings_are_refused(tmp_path):
     for text in ('{"settings": ["data_sha256"]}', "{}"):
         (tmp_path / "metrics.json").write_text(text)
         with pytest.raises(InputError, match="holds results of another data file"):

@@ -135,7 +135,7 @@ def check(text: str) -> Page:
 
 
 def cells(page: Page) -> list[str]:
-    """Of all tables, their heads among them, but not what stands small below."""
+    """All cells of all tables with their heads, without the small print below."""
     return [words.replace("\xa0", " ") for tag, words in page.words if tag in ("td", "th")]
 
 
@@ -180,7 +180,7 @@ def test_scores_say_which_way_is_better(render):
     assert found[24] == "best possible" and found[found.index("AUROC, entropy") + 3] == "mle"
 
 
-def test_intervals_are_drawn_of_all_scores_but_one(render):
+def test_intervals_are_drawn_for_all_scores_except_aurc(render):
     page = check(render(full()))
     assert "; the best 0.432." in page.text("desc")
     titles = [words for tag, words in page.words if tag == "title" and "intervals" in words]
@@ -414,7 +414,7 @@ def test_the_foreign_sentence_says_what_was_measured(render):
 
 
 def test_thresholds_that_are_not_there_are_said(render):
-    """Two of three wrong, and one of them sure: no accuracy of a half, one row as 1 row."""
+    """m is wrong and sure in two of three rows; the threshold of n, 0.9996, is shown as 0.999."""
     probs = torch.tensor([[0.9996, 0.0004], [0.95, 0.05], [0.6, 0.4]], dtype=torch.float64)
     some = [{"name": name, "probs": probs, "labels": torch.tensor(labels), "metrics": {}}
             for name, labels in (("m", [1, 1, 0]), ("n", [0, 1, 0]))]  # fmt: skip
@@ -593,7 +593,7 @@ def test_series_stand_where_their_numbers_say(tmp_path):
 
 
 def test_a_series_has_one_number_on_all_plots(tmp_path):
-    """After those of the models, also where two of them have one name, and in order."""
+    """Numbers go on after the models', in order, even if two models have the same name."""
     pair = [model("m"), model("m", seed=1)]
     plots = [_series(), _series(series=[("three", [(1, 1.0)]), ("m", [(1, 2.0)]),
                                         ("two", [(10, 3.0)])])]  # fmt: skip

@@ -26,7 +26,7 @@ BOTH = {"how": HOW, "temperature": TEMPERATURE, "threshold": THRESHOLD}
 
 
 def clf(**changes) -> Classifier:
-    """Which answers nothing: a rule asks for its settings alone."""
+    """A classifier that answers nothing: a rule needs only its settings."""
     settings = {"samples": 3, "seed": 1, "design": "latin", "run": "r", "weights_sha256": "w"}
     return Classifier(None, None, {}, None, Wording(), **{**settings, **changes})
 
@@ -120,7 +120,7 @@ def test_weights_are_those_of_adapter_posterior_and_members(tmp_path):
 
 
 def test_rows_are_known_by_question_and_choices():
-    """Which rule.json keeps: the same digests in every version."""
+    """rule.json keeps these digests: every version must make the same."""
     one = Example("A prompt", 0, "1", ("b", "a"), "é?")
     digest = rule.row_digests([one])
     assert digest == "273de7d0b852328d"

@@ -118,8 +118,8 @@ def test_a_merged_draw_of_a_posterior():
     assert loader.endswith('\n\nmodel = AutoModelForCausalLM.from_pretrained("m")\n')
 
 
-def test_what_some_runs_have_more():
-    """Of where they come from, in JSON, and of other data."""
+def test_optional_facts_are_on_the_card():
+    """Where a run comes from, as JSON, and its scores on other data."""
     more = {"prompt_template": "Frage: \u00e4 {prompt}", "init": {"run": "first", "seed": None}}
     made = card("mle", posterior="subspace", trained_as="map", imported={"from": "peft"}, **more)
     ood = {"n": 5, "acc": 0.25, "ece": 0.5, "nll": 2.0, "brier": 1.5, "auroc": 0.5}

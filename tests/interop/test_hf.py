@@ -183,7 +183,7 @@ class Continued(Net):
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
 def test_token_draws_go_on_behind_what_is_cached(name):
-    """By the mask of the whole rows, if it is given: the first one begins with two of padding."""
+    """A mask, if given, is that of the whole rows; row 0 begins with two tokens of padding."""
     attached = net(kind=Continued, sampling="token")
     whole, rest = logits(attached, noise=NOISE), TOKENS[:, 2:]
     cached = {name: SimpleNamespace(get_seq_length=lambda: 2), "noise": NOISE}
@@ -676,7 +676,7 @@ class Stub:
 
 
 @pytest.mark.parametrize("rate", [None, 0.5])
-def test_a_trainer_steps_under_its_draws_with_two_rates_and_bounds(monkeypatch, rate):
+def test_a_trainer_has_noise_for_each_step_two_rates_and_bounded_widths(monkeypatch, rate):
     monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(Trainer=Stub))
     attached = net(classes=CLASSES)
     args = SimpleNamespace(learning_rate=0.1, weight_decay=0.3, adam_epsilon=1e-3, world_size=1,

@@ -106,7 +106,7 @@ def test_a_run_says_what_it_was_made_of(base, tmp_path):
     assert facts.pop("adapter") == dataclasses.asdict(adapter) and facts == {**made, "layers": 9}
 
 
-def test_a_base_is_loaded_as_asked(base, tmp_path):
+def test_an_imports_base_has_the_dtype_and_device_given(base, tmp_path):
     source, _ = peft_folder(tmp_path / "peft", base)
     given = ("peft", source, base, tmp_path / "run", {}, {"model": str(base)})
     with pytest.raises(RuntimeError, match="device type at start of device string: nowhere"):

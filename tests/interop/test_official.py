@@ -52,7 +52,7 @@ def test_an_official_state_comes_in_with_all_its_values(base, tmp_path, method, 
 
 @pytest.mark.parametrize("method", ["scalabl", "blob"])
 def test_the_kl_of_another_distribution_is_not_known(base, tmp_path, method):
-    """Not the one under which SRC was trained."""
+    """The KL is recorded only if SRC was trained with this distribution."""
     torch.save(official_state(base, method), tmp_path / "state_dict.pt")
     options = {"method": "scalabl", "covariance": "full"}
     bring(base, tmp_path, tmp_path / "run", "bayesadapt", options)

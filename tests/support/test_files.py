@@ -104,7 +104,7 @@ def test_a_folder_is_made_with_its_parents_unless_it_is_there(tmp_path):
 
 
 def test_the_digest_of_a_file(tmp_path):
-    """Those of SHA-256's standard; a block at a time, and each is told of."""
+    """The digests are those of the SHA-256 standard; progress is told after each block."""
     path, told = tmp_path / "file", []
     path.write_bytes(b"abc")
     abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -60,7 +60,7 @@ def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
 
 
 def test_a_holder_that_has_not_said_who_it_is_holds_it(tmp_path):
-    """And a number that was left there is no part of the next one."""
+    """A number left in the file is overwritten."""
     (tmp_path / ".lock").write_text("")
     with open(tmp_path / ".lock") as held:
         fcntl.flock(held, fcntl.LOCK_EX)

@@ -144,7 +144,7 @@ def test_a_run_ends_when_its_checkpoint_is_on_disk(tmp_path, monkeypatch, steps)
     assert savepoints.load(tmp_path).done == 1
 
 
-def test_what_changes_no_function_may_be_another(tmp_path):
+def test_a_resumed_run_may_change_settings_that_leave_its_results_alone(tmp_path):
     fit(trainer(steps=1), tmp_path)
     for name, value in (
         ("checkpoint_every", 3), ("micro_batch", 2), ("recompute", True),

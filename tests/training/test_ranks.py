@@ -135,7 +135,7 @@ def test_without_torchrun_there_is_one_rank():
 
 
 @pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan"), float("inf"), 1000001.0])
-def test_a_timeout_that_cannot_be_is_refused(timeout):
+def test_a_timeout_out_of_range_is_refused(timeout):
     words = f"timeout must be above 0 s and at most 1e6 s, and is {timeout}"
     with pytest.raises(InputError, match=words), distributed.joined(CPU, timeout):
         pass
@@ -145,7 +145,7 @@ def test_a_timeout_that_cannot_be_is_refused(timeout):
 
 @pytest.fixture
 def joining(monkeypatch):
-    """What is asked of PyTorch, which does nothing."""
+    """The calls to PyTorch, recorded and not made."""
     calls = []
 
     def note(owner, name):

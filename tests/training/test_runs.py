@@ -32,7 +32,7 @@ def test_a_run_comes_back_as_it_was(tmp_path):
     assert torch.equal(loaded(tokens, noise=Noise(1, 1)), model(tokens, noise=Noise(1, 1)))
 
 
-def test_a_base_is_loaded_as_asked(tmp_path):
+def test_a_runs_base_has_the_dtype_and_device_given(tmp_path):
     base = tiny_folder(tmp_path / "base")
     model = add_adapters(Llama.from_pretrained(base, torch.bfloat16), AdapterConfig(rank=2))
     save_run(tmp_path / "run", model, {"model": str(base)})
