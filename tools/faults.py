@@ -107,8 +107,9 @@ TESTS = {
                     "threshold")},
     **{f"evaluation.{name}": ["evaluation/test_predict.py", "evaluation/test_classifier.py",
                               "evaluation/test_generate.py", "evaluation/test_evaluate.py",
-                              "app/cli/test_decisions.py", "app/cli/test_evaluate.py",
-                              "app/cli/test_mistakes.py"]
+                              "evaluation/test_answering.py", "evaluation/test_rule.py",
+                              "evaluation/test_stream.py", "app/cli/test_decisions.py",
+                              "app/cli/test_evaluate.py", "app/cli/test_mistakes.py"]
        for name in ("answering", "classifier", "evaluate", "generate", "predict", "rule",
                     "stream")},
     **{f"interop.{name}": ["interop/test_peft.py", "interop/test_official.py",
@@ -126,7 +127,8 @@ TESTS = {
     "data.text": ["data/test_text.py", "data/test_formats.py"],
     **{f"evaluation.{name}": ["evaluation/test_charts.py", "evaluation/test_plots.py",
                               "evaluation/test_report.py"] for name in ("charts", "plots")},
-    **{f"evaluation.{name}": ["app/study"] for name in ("papers", "tables")},
+    **{f"evaluation.{name}": ["evaluation/test_tables.py", "app/study"]
+       for name in ("papers", "tables")},
     **{f"app.{name}": [f"app/test_{name}.py"] for name in ("demo", "server", "workers")},
     "app.plan": ["app/test_plan.py", "app/cli/test_plan.py"],
     **{f"app.{name}": ["app/study", "app/cli/test_study.py"]
@@ -134,16 +136,16 @@ TESTS = {
            "config", "costs", "jobs", "methods", "paper", "plugins", "sets")))},
     **{f"app.cli.{name}": [f"app/cli/test_{test}.py" for test in tests.split()]
        for name, tests in {
-           "calibrate": "decisions serve mistakes", "conformance": "main mistakes",
+           "calibrate": "decisions serve mistakes", "conformance": "conformance main mistakes",
            "count": "count main mistakes", "demo": "demo options", "evaluate": "evaluate decisions",
-           "export": "runs posterior mistakes", "generate": "generate mistakes",
-           "import_": "runs posterior mistakes talk", "info": "info main",
+           "export": "export runs posterior mistakes", "generate": "generate mistakes",
+           "import_": "import runs posterior mistakes talk", "info": "info main",
            "loggers": "talk main", "options": "options mistakes train main",
            "output": "main talk", "parser": "options main mistakes", "plan": "plan mistakes",
            "posterior": "posterior posterior_answers mistakes", "predict": "predict mistakes",
            "runs": "runs predict mistakes", "serve": "serve mistakes", "study": "study mistakes",
            "talk": "talk train", "threshold": "decisions predict mistakes",
-           "train": "train talk mistakes runs", "verify": "main"}.items()},
+           "train": "train talk mistakes runs", "verify": "verify main"}.items()},
 }  # fmt: skip
 
 
