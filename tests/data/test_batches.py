@@ -249,6 +249,9 @@ def test_hold_out_takes_the_number_asked_for():
     assert hold_out(examples, 5, 0) == ([], examples) and hold_out(examples, 0, 0) == (examples, [])
     with pytest.raises(InputError, match="5 examples are too few to hold out 6"):
         hold_out(examples, 6, 0)
+
+
+def test_a_batch_has_a_row_at_least():
     with pytest.raises(InputError, match="batch must be at least 1, and is 0"):
         evaluation_batches(some_encoded([1]), 0)
 

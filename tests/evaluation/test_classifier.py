@@ -160,7 +160,7 @@ def test_mistakes_are_named(tickets, capsys):
 
 def test_a_run_is_opened_as_it_was_trained(tickets, capsys, monkeypatch):
     """It keeps dtype and quantisation. It goes to the given device, or to the CPU to be sharded."""
-    ok(f"{TICKETS} --dtype bfloat16 --quantize int8 --out run", capsys)
+    ok(f"{TICKETS} --steps 1 --dtype bfloat16 --quantize int8 --out run", capsys)
     (tickets / "model").rename("moved")
     real, asked = Llama.from_pretrained, []
 
@@ -177,7 +177,7 @@ def test_a_run_is_opened_as_it_was_trained(tickets, capsys, monkeypatch):
 
 
 def test_a_run_is_asked_as_its_rule_was_fitted(tickets, capsys):
-    ok(f"{TICKETS} --out run", capsys)
+    ok(f"{TICKETS} --steps 1 --out run", capsys)
     clf = scalabl_ref.load("run")
     assert (clf.samples, clf.seed, clf.design, clf.batch) == (10, 0, "independent", 1)
     fit = "calibrate --run run --data others.jsonl --samples 4 --seed 5 --design latin"

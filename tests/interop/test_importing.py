@@ -109,7 +109,7 @@ def test_a_run_says_what_it_was_made_of(base, tmp_path):
 def test_an_imports_base_has_the_dtype_and_device_given(base, tmp_path):
     source, _ = peft_folder(tmp_path / "peft", base)
     given = ("peft", source, base, tmp_path / "run", {}, {"model": str(base)})
-    with pytest.raises(RuntimeError, match="device type at start of device string: nowhere"):
+    with pytest.raises(RuntimeError, match="nowhere"):
         import_adapter(*given, device="nowhere")
     import_adapter(*given, dtype=torch.bfloat16)
     half = Llama.from_pretrained(base, torch.bfloat16)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -87,7 +86,7 @@ def test_a_near_name_is_proposed_or_all_are_listed():
 def test_signals_are_handled_within_the_block_alone(signum):
     before, caught = signal.getsignal(signum), []
     with pytest.raises(KeyError), on_signals(lambda number, _: caught.append(number)):
-        os.kill(os.getpid(), signum)
+        signal.raise_signal(signum)
         raise KeyError
     assert caught == [signum] and signal.getsignal(signum) is before
 

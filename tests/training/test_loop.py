@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
-import time
+from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -36,7 +35,7 @@ def test_resuming_repeats_the_uninterrupted_run_to_the_bit(tmp_path, objective, 
 
     def interrupt(record):
         if record["step"] == stop - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(Interrupted, match=f"SIGTERM after {stop} steps"):
         fit(trainer(objective=objective), tmp_path / "parts", on_step=interrupt)
@@ -99,7 +98,7 @@ def test_a_damaged_log_does_not_stop_a_run(tmp_path, end, kept):
 def test_ctrl_c_checkpoints_too(tmp_path):
     before = signal.getsignal(signal.SIGINT)  # ignored, where the suite runs in the background
     with pytest.raises(Interrupted) as caught:
-        fit(trainer(), tmp_path, on_step=lambda record: os.kill(os.getpid(), signal.SIGINT))
+        fit(trainer(), tmp_path, on_step=lambda record: signal.raise_signal(signal.SIGINT))
     assert caught.value.signum == signal.SIGINT
     assert signal.getsignal(signal.SIGINT) is before
     assert (
@@ -128,20 +127,26 @@ def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
 @pytest.mark.parametrize("steps", [1, 12])
 def test_a_run_ends_when_its_checkpoint_is_on_disk(tmp_path, monkeypatch, steps):
     """Written beside the training, at its end or after a signal in its first step."""
-    write = savepoints.save_tensors
+    write, result, waited, written = savepoints.save_tensors, Future.result, threading.Event(), []
 
     def slow(*arguments):
-        time.sleep(0.2)
+        waited.wait(1)  # a run that does not wait has ended by then
         write(*arguments)
+        written.append(1)
+
+    def wait(future):
+        waited.set()
+        return result(future)
 
     def stop(record):
         if steps > 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(savepoints, "save_tensors", slow)
+    monkeypatch.setattr(Future, "result", wait)
     with pytest.raises(Interrupted) if steps > 1 else nullcontext():
         fit(trainer(steps=steps), tmp_path, on_step=stop, beside=True)
-    assert savepoints.load(tmp_path).done == 1
+    assert written and savepoints.load(tmp_path).done == 1
 
 
 def test_a_resumed_run_may_change_settings_that_leave_its_results_alone(tmp_path):

@@ -39,7 +39,7 @@ def test_a_runs_base_has_the_dtype_and_device_given(tmp_path):
     assert (
         load_run(tmp_path / "run", dtype=torch.bfloat16).model.norm.weight.dtype == torch.bfloat16
     )
-    with pytest.raises(RuntimeError, match="device type at start of device string: nowhere"):
+    with pytest.raises(RuntimeError, match="nowhere"):
         load_run(tmp_path / "run", device="nowhere")
 
 

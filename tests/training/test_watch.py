@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import time
 from dataclasses import replace
@@ -116,7 +115,7 @@ def test_the_best_step_survives_an_interruption(tmp_path, stop):
 
     def interrupt(record):
         if record["step"] == stop - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     parts = tmp_path / "parts"
     with pytest.raises(Interrupted):
