@@ -93,6 +93,52 @@ def test_bad_input_is_the_package_s_error(core):
         core.add_update(*t, 0.5, noise=NOISE, draws=torch.zeros(1, dtype=torch.int64))
 
 
+NAMES = ("y", "x", "A", "B", "s", "sigma")
+OUTPUTS = ("grad_x", "grad_A", "grad_B", "grad_s", "grad_sigma")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_array_has_its_shape_and_dtype(core, name):
+    """A longer array, one of more dimensions and one of wider numbers are refused by name."""
+    right = operands()
+    # The rows, the inputs and the rank are those of x and A: another array is then at fault.
+    named = {"x": "y|A", "A": "A|B"}.get(name, name)
+    place = NAMES.index(name)
+    for wrong, message in (
+        (torch.zeros([size + 1 for size in right[place].shape]), "shape"),
+        (right[place][None], "dimension"),
+        (right[place].double(), "dtype"),
+    ):
+        given = [*right[:place], wrong, *right[place + 1 :]]
+        at_fault = name if message == "dimension" else named
+        for first in ("y", "grad_y"):
+            with pytest.raises(InputError, match=f"^({at_fault.replace('y', first)}): .*{message}"):
+                if first == "y":
+                    core.add_update(*given, 0.5)
+                else:
+                    core.update_gradients(*given, 0.5)
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_every_gradient_has_its_shape_and_dtype(core, name):
+    t = operands()
+    like = t[1 + OUTPUTS.index(name)]
+    for wrong, message in (
+        (torch.zeros([size + 1 for size in like.shape]), "shape"),
+        (torch.zeros(like.shape, dtype=torch.float64), "dtype"),
+    ):
+        with pytest.raises(InputError, match=f"^{name}: .*{message}"):
+            core.update_gradients(*t, 0.5, **{name: wrong})
+
+
+@pytest.mark.parametrize("name", ["groups", "draws"])
+def test_groups_and_draws_are_int64(core, name):
+    with pytest.raises(InputError, match=f"^{name}: dtype must be int64"):
+        core.add_update(
+            *operands(), 0.5, noise=NOISE, **{name: torch.zeros(ROWS, dtype=torch.int32)}
+        )
+
+
 # --- Capsules made by hand ------------------------------------------------------------------------
 
 
