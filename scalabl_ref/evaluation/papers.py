@@ -124,7 +124,8 @@ def _latex_verdict(verdict: Row | str | None) -> str:
     if "p" not in verdict:
         return latex(verdict["word"])
     difference, low, high = (f"{verdict[key]:+.3f}" for key in ("difference", "low", "high"))
-    return f"${difference}$ $[{low}, {high}]$, $p = {verdict['p']:.3f}$: {latex(verdict['word'])}"
+    p = "p < 0.001" if verdict["p"] < 0.001 else f"p = {verdict['p']:.3f}"
+    return f"${difference}$ $[{low}, {high}]$, ${p}$: {latex(verdict['word'])}"
 
 
 def _number(value: float, sd: float) -> str:

@@ -224,7 +224,7 @@ MARKDOWN = """\
 
 
 def test_every_cell_of_the_tables_for_papers():
-    better = r"$-0.500$ $[-0.625, -0.375]$, $p = 0.000$: better"
+    better = "$-0.500$ $[-0.625, -0.375]$, $p < 0.001$: better"
     meanings = MEANINGS.replace("%", r"\%")
     latex = LATEX.replace("MEANINGS", meanings).replace("BETTER", better)
     assert papers.paper_table(PAPER, "latex") == latex
@@ -233,6 +233,14 @@ def test_every_cell_of_the_tables_for_papers():
     assert papers.paper_table(PAPER, "markdown") == MARKDOWN + caption
     whole = {**PAPER, "study": {**PAPER["study"], "limit": None}}
     assert "train.jsonl, all training rows." in papers.paper_table(whole, "markdown")
+
+
+@pytest.mark.parametrize(
+    ("p", "told"), [(0.00099, "p < 0.001"), (0.001, "p = 0.001"), (0.0316, "p = 0.032")]
+)
+def test_a_small_p_is_no_zero_in_latex(p, told):
+    verdict = [{**entry, "p": p} if "p" in entry else entry for entry in VERDICT]
+    assert f", ${told}$: better" in papers.paper_table({**PAPER, "verdict": verdict}, "latex")
 
 
 def test_results_that_lack_what_a_table_needs_are_refused(tmp_path):
