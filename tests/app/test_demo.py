@@ -209,7 +209,7 @@ def test_each_model_has_its_own_questions(tmp_path, monkeypatch):
     assert not (tmp_path / "other").exists()
 
 
-def test_settings_are_long_enough_for_wrong_labels():
+def test_each_model_has_its_own_training_settings():
     tiny = TrainConfig(beta=5, seed=3, steps=400, batch=32, lr=1e-2, variational_lr=4e-2)
     other = TrainConfig(beta=5, seed=3, steps=100, batch=8, lr=1e-3, variational_lr=1e-2)
     assert demo._training("tiny", None, 3) == tiny

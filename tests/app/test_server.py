@@ -269,7 +269,7 @@ REFUSED = {
 
 
 def test_bad_requests_are_refused_with_a_reason(clf):
-    limits = Limits(body=300_000, characters=100, waiting=3, seconds=0.05)
+    limits = Limits(body=300_000, characters=100, waiting=3, seconds=0.5)
 
     async def use(app):
         found = {name: await call(app, body) for name, (body, _) in REFUSED.items()}
@@ -293,7 +293,7 @@ def test_bad_requests_are_refused_with_a_reason(clf):
         "too many texts": "expected 1 to 3 texts",
         "a long choice": "a text has more than 100 characters",
         "a long body": "the body has more than 300,000 bytes",
-        "slow": "the body took more than 0.05 s",
+        "slow": "the body took more than 0.5 s",
         "cut": "the connection ended within the body",
     }
     assert {name: found[name][2]["error"] for name in said} == said

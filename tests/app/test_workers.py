@@ -121,4 +121,7 @@ def test_a_fault_of_ours_is_a_traceback(capfd):
 def test_there_are_limits(most):
     with pytest.raises(InputError, match=f"at least 1 and at most 256, not {most}"):
         Workers(most)
+
+
+def test_256_jobs_are_allowed():
     assert Workers(256)

@@ -14,6 +14,7 @@ import pytest
 
 import scalabl_ref
 from scalabl_ref.app import cli
+from scalabl_ref.app.cli.threshold import _lines
 from scalabl_ref.data import load, split
 from scalabl_ref.evaluation import classifier, metrics, rule, stream
 from scalabl_ref.evaluation.sequential import Auto
@@ -170,9 +171,7 @@ def test_where_no_threshold_keeps_its_promise_all_go_to_a_human(trained, capsys)
     assert {row["decision"] for row in rows("next.csv")} == {""}
 
 
-def test_rows_that_a_promise_would_need_are_told(capsys):
-    from scalabl_ref.app.cli.threshold import _lines
-
+def test_rows_that_a_promise_would_need_are_told():
     args = Namespace(accuracy=0.9, confidence=0.95)
     table = [(0.8, Threshold(0.7, 0.5, 20, 18, 0.81), None), (0.9, None, 1234),
              (0.99, None, MOST_ROWS + 1)]  # fmt: skip

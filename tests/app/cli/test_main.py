@@ -71,12 +71,15 @@ def test_options_have_the_defaults_that_their_help_tells(capsys, monkeypatch, na
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit):
         cli.main([name, "--help"])
-    found = {}
+    (commands,) = cli._parser(name)._subparsers._group_actions
+    actions, found = commands.choices[name]._option_string_actions, {}
     for option in re.split(r"^  (?=-)", capsys.readouterr().out, flags=re.M)[1:]:
         told = re.findall(r"\(default: (.*?)\)", option)
         assert len(told) < 2, option
         if told and " " not in told[0]:
-            found[re.findall(r"--([\w-]+)", option)[0]] = told[0]
+            key = re.findall(r"--([\w-]+)", option)[0]
+            found[key], default = told[0], actions[f"--{key}"].default
+            assert default is None or type(default)(told[0]) == default, key
     assert found.pop("device") == "cpu" and found.pop("seed", "0") == "0"
     assert found == dict(pair.split() for pair in DEFAULTS.get(name, "").split(", ") if pair)
 

@@ -60,7 +60,8 @@ def test_a_plan_is_for_the_work_and_the_rates_that_are_given(capsys):
     assert lines[0] == "llama-2-7b: 3 rows of 50 tokens per step and device"
     assert lines[1] == "rank 4, q_proj lm_head; GB on each of 1,"
     found = plan(given, capsys)
-    for line, each in zip(lines[5:], found["plans"], strict=False):
+    rows = lines[5 : 5 + len(found["plans"])]
+    for line, each in zip(rows, found["plans"], strict=True):
         sizes = (each[name] / 1e9 for name in ("base", "activations", "workspace", "peak"))
         marks = ["fits"] * each["fits"] + ["<-"] * (found["best"] == without_fits(each))
         cells = [*(f"{size:.2f}" for size in sizes), f"{each['seconds']:.3g}", *marks]

@@ -193,7 +193,7 @@ def test_what_a_run_and_its_answers_record(tmp_path):
     (trial,) = study.tried("ensemble")
     assert (about["method"], about["trial"], about["seed"]) == ("ensemble", trial, 0)
     assert about["train_seconds"] == sum(info["seconds"] for info in runs)
-    assert about["fit_seconds"] > 0 and 0 < about["answer_seconds"] < 60 and about["widths"] == {}
+    assert about["fit_seconds"] > 0 and about["answer_seconds"] > 0 and about["widths"] == {}
     assert about["peak_bytes"] >= max(info["peak_bytes"] for info in runs)
     row = results["methods"]["ensemble"]
     for key in ("train_seconds", "fit_seconds", "answer_seconds", "peak_bytes", "parameters"):
@@ -288,7 +288,9 @@ def test_what_is_there_is_not_done_again(tmp_path, monkeypatch):
             patch.setattr(kind, "run", lambda self: calls.append(self))
         again = run_study(Study.read(path), out)
     assert calls == [] and again == first
-    for about in out.glob("answers/*/answers.json"):  # as if killed before it was written
+    abouts = list(out.glob("answers/*/answers.json"))
+    assert abouts
+    for about in abouts:  # as if killed before it was written
         about.unlink()
     third = run_study(Study.read(path), out)["methods"]["mle"]
     assert third["replicates"] == first["methods"]["mle"]["replicates"]
