@@ -197,7 +197,7 @@ def test_a_table_of_texts_and_labels(work, capsys):
     for name in ("set.csv", "set.txt"):
         (work / name).write_text("body,label,sort\n" + rows)
     (work / "sst2").write_text("0 poor\n1 fine\n")
-    train = TRAIN.replace("train.jsonl", "set.csv --text-column body")
+    train = TRAIN.replace("train.jsonl", "set.csv --text-column body") + " --steps 1"
     unnamed = train.replace(" --text-column body", "")
     assert "set.csv: no column is called text, " in refused(unnamed, capsys)
     assert "2 to 26 different labels in 'sort', found 1" in refused(
@@ -246,7 +246,7 @@ def test_a_table_that_lacks_a_label_is_asked_with_all(work, capsys):
 
 
 def test_numbers_that_are_none_are_refused(work, capsys):
-    ok(TRAIN, capsys)
+    ok(TRAIN + " --steps 1", capsys)
     evaluate = "evaluate --run run --data test.jsonl"
     for batch in ("0", "-3"):
         assert "batch must be at least 1" in refused(f"{evaluate} --batch {batch}", capsys)

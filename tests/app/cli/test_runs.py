@@ -50,7 +50,7 @@ def test_a_runs_facts_are_checked_before_its_base_is_read(work, capsys):
 
 def test_a_moved_base_is_found_by_model(work, capsys):
     """By every command that opens a run."""
-    ok(f"{TRAIN} --method mle --head full", capsys)
+    ok(f"{TRAIN} --method mle --head full --steps 1", capsys)
     (work / "model").rename(work / "elsewhere")
     said = refused("evaluate --run run --data test.jsonl", capsys)
     gone = f"run: its base model {work / 'model'} is not there: give --model FOLDER, its folder now"
@@ -86,7 +86,7 @@ def test_a_folder_in_use_is_refused_at_once(work, capsys):
 
 def test_what_ranks_cannot_do_is_refused(work, capsys, monkeypatch):
     """The ranks are pretended ones."""
-    ok(f"{TRAIN} --method mle", capsys)
+    ok(f"{TRAIN} --method mle --steps 1", capsys)
     monkeypatch.setattr(ranks, "need_ranks", lambda: None)
     for option in ("--shard", "--offload-weights"):
         said = refused(f"evaluate --model model --data test.jsonl {option}", capsys)

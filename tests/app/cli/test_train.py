@@ -16,6 +16,7 @@ import time
 import pytest
 import torch
 
+from scalabl_ref import InputError
 from scalabl_ref.data import split
 from scalabl_ref.support.tensors import load_tensors, save_tensors
 
@@ -71,15 +72,18 @@ def test_a_run_records_the_settings_that_are_given(work, capsys):
     assert tuple(facts(work / "next")["train"][key] for key in keys) == official
 
 
-@pytest.mark.parametrize("option", ["", " --checkpoints-beside"])
-def test_checkpoints_are_written_beside_if_asked(work, capsys, monkeypatch, option):
+def test_checkpoints_are_written_beside_if_asked(work, capsys, monkeypatch):
     module, asked = importlib.import_module("scalabl_ref.app.cli.train"), []
-    real = module.fit
-    names = list(inspect.signature(real).parameters)
-    monkeypatch.setattr(module, "fit", lambda *given: asked.append(
-        dict(zip(names, given, strict=False))) or real(*given))  # fmt: skip
-    ok(TRAIN + option, capsys)
-    assert [given["beside"] for given in asked] == [bool(option)]
+    parameters = inspect.signature(module.fit)
+
+    def stops(*given):
+        asked.append(parameters.bind(*given).arguments["beside"])
+        raise InputError("stop")
+
+    monkeypatch.setattr(module, "fit", stops)
+    for option in ("", " --checkpoints-beside"):
+        assert refused(TRAIN + option, capsys) == "error: stop\n"
+    assert asked == [False, True]
 
 
 def test_a_bfloat16_base_keeps_float32_adapters(work, capsys):

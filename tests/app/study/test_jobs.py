@@ -252,16 +252,19 @@ def test_replicates_have_runs_of_their_own_where_they_draw_rows(tmp_path):
 
 
 def test_the_base_is_loaded_as_the_study_and_its_command_say(tmp_path, monkeypatch):
-    asked, real = [], Llama.from_pretrained
+    asked = []
 
-    def loads(folder, dtype, device):
+    def stops(folder, dtype, device):
         asked.append((folder, dtype, device))
-        return real(folder, dtype)
+        raise InputError("stop")
 
-    monkeypatch.setattr(Llama, "from_pretrained", loads)
-    study = quick(tmp_path, dtype="bfloat16")
-    run_study(study, tmp_path / "out", device="cuda:1")
-    assert asked == [(study.model, torch.bfloat16, "cuda:1")] * 2  # to train, and to answer
+    monkeypatch.setattr(Llama, "from_pretrained", stops)
+    study, out = quick(tmp_path, dtype="bfloat16"), tmp_path / "out"
+    with pytest.raises(InputError, match="stop"):  # to train
+        run_study(study, out, device="cuda:1")
+    with pytest.raises(InputError, match="stop"):  # to answer
+        Job(study, "mle", {"lr": 0.01}, 0, ("test",), out, "cuda:1").run()
+    assert asked == [(study.model, torch.bfloat16, "cuda:1")] * 2
 
 
 def test_the_precision_of_laplaces_prior_is_the_trials_or_the_evidences(done):

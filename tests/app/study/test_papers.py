@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import sys
 from xml.etree import ElementTree
 
 import pytest
@@ -19,6 +20,7 @@ from scalabl_ref.evaluation import metrics, papers
 from scalabl_ref.evaluation.tables import table
 from scalabl_ref.support.tensors import load_tensors, save_tensors
 
+from ..commands import ok, refused, run
 from .studies import config
 
 
@@ -117,6 +119,38 @@ def test_figures_show_all_replicates(finished, tmp_path, capsys):
         labels.append(answers["labels"])
     ece = metrics.ece(torch.cat(probs), torch.cat(labels), 15)
     assert f"scalabl: ECE {ece:.3f}" in (tmp_path / "figures/reliability-scalabl.svg").read_text()
+
+
+def test_the_command_says_what_it_made(finished, tmp_path, capsys, monkeypatch):
+    """And --json has the table, or the files of the figures."""
+    monkeypatch.chdir(tmp_path)
+    study = f"study --out {finished[1]}"
+    text = said(capsys, *study.split(), "--table", "csv")
+    assert ok(f"{study} --table csv", capsys) == {"table": text}
+    assert run(f"{study} --table t.csv", capsys)[1] == "written: t.csv\n"
+    figures = ["f/nll.svg", "f/reliability-mle.svg", "f/reliability-scalabl.svg"]
+    assert ok(f"{study} --figures f", capsys) == {"figures": figures}
+    assert run(f"{study} --figures f", capsys)[1] == "written: 3 figures in f\n"
+    monkeypatch.setitem(sys.modules, "svglib.svglib", None)
+    assert "PDF needs svglib" in refused(f"{study} --figures f --pdf", capsys)
+
+
+def test_settings_of_the_file_must_be_those_of_the_results(finished, tmp_path, capsys):
+    """FILE may be given too. Its paths may be gone; its settings must be the same."""
+    path, out = finished
+    study, other = json.loads(path.read_text()), tmp_path / "study.json"
+    moved = {**study, "model": "gone", "train": "gone.jsonl"}
+    for changes, differs in (
+        ({"ood": {"other": {"path": "gone.jsonl", "limit": 5}}}, ""),
+        ({"ood": {"other": {"path": "gone.jsonl", "limit": 4}}}, "ood differs"),
+        ({"samples": 3}, "samples differs"),
+    ):
+        other.write_text(json.dumps({**moved, **changes}))
+        command = f"study {other} --out {out} --table csv"
+        if differs:
+            assert f"another study than {other}: {differs}" in refused(command, capsys)
+        else:
+            assert run(command, capsys)[0] == 0
 
 
 def test_figures_are_of_the_answers_that_were_scored(finished, tmp_path, monkeypatch):
