@@ -129,7 +129,7 @@ def plain_lora(questions: list, steps: int, seed: int) -> dict[str, torch.Tensor
 
 
 def test_the_rows_are_what_the_runs_answer(tmp_path, monkeypatch):
-    """Of 20 training, 40 held-out and 15 test questions of a seed, asked again with its runs."""
+    """The saved runs give the same rows again: 20 training, 40 held-out and 15 test questions."""
     counts = {"TRAIN_EXAMPLES": 20, "HELD_OUT": 40, "TEST_EXAMPLES": 15, "EARLY": 3}
     for name, count in counts.items():
         monkeypatch.setattr(demo, name, count)
@@ -186,7 +186,7 @@ def test_the_rows_are_what_the_runs_answer(tmp_path, monkeypatch):
 
 
 class Asked(Exception):
-    """Instead of a training."""
+    """Raised where the training would start."""
 
 
 def test_each_model_has_its_own_questions(tmp_path, monkeypatch):

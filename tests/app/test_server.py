@@ -165,8 +165,8 @@ def test_waiting_requests_are_answered_together(clf):
             assert status == 200 and abs(got - want) <= rounding(torch.float32, 64)
 
 
-def test_texts_fill_a_batch_and_not_requests(clf):
-    """Three texts wait, then two, then one: the first five go together, as three are too few."""
+def test_a_batch_is_counted_in_texts_not_requests(clf):
+    """Three texts are fewer than a batch of four, so the next request's two join them."""
     gate = slow(clf, 4)
 
     async def use(app):

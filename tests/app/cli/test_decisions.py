@@ -72,7 +72,7 @@ def test_a_temperature_is_kept_and_applied(trained, capsys):
     digest = hashlib.sha256((trained / "fit.jsonl").read_bytes()).hexdigest()
     assert (told["data"], told["data_sha256"]) == ("fit.jsonl", digest)
     _, out, _ = run("calibrate --run run --data fit.jsonl --samples 3", capsys)
-    assert out.splitlines()[-3:] == [  # the second fit is of the same answers, without the first
+    assert out.splitlines()[-3:] == [  # the second fit does not apply the first
         f"temperature {told['value']:.4f}, fitted on 60 rows of fit.jsonl",
         *(f"{name.upper()} {told[name][0]:.4f} before, {told[name][1]:.4f} after"
           for name in ("nll", "ece")),
@@ -126,7 +126,7 @@ def test_a_threshold_is_kept_and_decides(trained, capsys):
     )
     _, out, _ = run(bold.removesuffix(" --confidence 0.2"), capsys)
     lines = out.splitlines()
-    assert lines[2].split() == [  # below a warning and the heads
+    assert lines[2].split() == [  # after a warning and the column heads
         "0.1", f"{kept['value']:.4f}", f"{kept['coverage']:.1%}", f"{kept['bound']:.4f}"
     ]  # fmt: skip
     assert lines[-2:] == [
@@ -238,7 +238,7 @@ def test_draws_are_as_many_as_by_default_or_as_the_rule_has(trained, capsys):
 
 
 def test_seed_and_design_are_those_of_the_fit(trained, capsys):
-    """In `calibrate` and `threshold`, which keep them; every command then needs the same."""
+    """`calibrate` and `threshold` keep them; the later commands give the same."""
     draws = "--samples 3 --seed 5 --design latin"
     told = ok(f"calibrate --run run --data fit.jsonl {draws}", capsys)["temperature"]
     how = rule.read_rule("run")["how"]

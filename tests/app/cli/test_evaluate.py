@@ -147,7 +147,7 @@ def test_others_results_are_not_written_over(work, capsys):
     assert ok(f"{again} --force", capsys)["n"] == 9
 
 
-def test_people_are_told_what_the_json_says(work, capsys):
+def test_the_text_has_the_numbers_of_the_json(work, capsys):
     ok(f"{TRAIN} --holdout 0.25", capsys)
     evaluate = "evaluate --run run --data test.jsonl --ood train.jsonl --temperature --samples 3"
     found = ok(f"{evaluate} --bins 7 --batch 5", capsys)

@@ -1,4 +1,4 @@
-"""`scalabl export`: what its options say is what is written."""
+"""`scalabl export` writes what its options ask for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from scalabl_ref.support.tensors import load_tensors
 from ..commands import TRAIN, ok, run
 
 
-def test_draws_are_of_the_seed_and_have_a_folder_each(work, capsys):
+def test_each_draw_of_a_seed_gets_its_own_folder(work, capsys):
     ok(f"{TRAIN} --lr 0.02 --init-sigma 1", capsys)
     export = "export --run run --to peft --samples 2 --out"
     told = ok(f"{export} five --seed 5", capsys)

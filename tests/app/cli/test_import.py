@@ -30,7 +30,7 @@ def test_an_official_adapter_has_the_scaling_and_the_answers_that_are_given(work
     assert ok("predict --run given --prompt hello", capsys)["choices"] == ["x", "y", "z"]
 
 
-def test_widths_start_from_the_seed_and_the_base_has_the_dtype(work, capsys):
+def test_the_seed_sets_the_first_widths_and_dtype_the_base(work, capsys):
     peft_folder(work / "peft", "model")
     command = "import peft --from peft --model model"
     for out, more in (("a", ""), ("b", " --seed 0"), ("c", " --seed 1"), ("d", " --method mle")):

@@ -218,7 +218,7 @@ def test_a_table_of_texts_and_labels(work, capsys):
     assert ok(f"{evaluate} set.csv --ood sst2 --ood-format sst2", capsys)["ood"]["n"] == 2
     (work / "set.jsonl").write_text('{"prompt": "text 3"}\n')
     answers = []
-    for data in ("set.csv", "set.txt --format csv", "set.jsonl"):  # the column is of csv alone
+    for data in ("set.csv", "set.txt --format csv", "set.jsonl"):  # only csv uses the column
         ok(f"predict --run run --samples 2 --data {data} --out {len(answers)}.csv", capsys)
         answers.append((work / f"{len(answers)}.csv").read_text().splitlines()[1:])
     assert len(answers[0]) == 8 and answers[0] == answers[1]
@@ -238,7 +238,7 @@ def test_a_table_that_lacks_a_label_is_asked_with_all(work, capsys):
     assert [json.loads(a)["label"] for a in answers] == [1, 2]
     assert [json.loads(a)["id"] for a in answers] == ["r1", "r2"]
     (work / "one.jsonl").write_text('{"prompt": "text 1", "label": "y queue"}\n')
-    ok("evaluate --run run --data one.jsonl --samples 0", capsys)  # the columns are of csv alone
+    ok("evaluate --run run --data one.jsonl --samples 0", capsys)  # only csv uses the columns
     (row,) = (work / "run/predictions.jsonl").read_text().splitlines()
     assert json.loads(row)["label"] == 1
     (work / "new.csv").write_text("body,queue\nt,w queue\n")

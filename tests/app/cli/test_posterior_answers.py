@@ -96,7 +96,7 @@ def test_laplace(work, capsys):
     }  # fmt: skip
 
 
-def test_a_posterior_is_told_and_recorded_with_its_runs(work, capsys):
+def test_a_posterior_names_the_runs_it_was_made_from(work, capsys):
     told = ok("posterior ensemble --run run0 run1 --out both", capsys)
     assert told == {"run": "both", "made_by": "ensemble", "from": ["run0", "run1"]}
     record = json.loads((work / "both" / "run.json").read_text())

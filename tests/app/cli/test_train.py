@@ -31,7 +31,7 @@ def test_seeds_decide_everything(work, capsys):
 
 
 def test_a_seed_decides_which_rows_are_held_out(work, capsys):
-    """In training, and where the held-out rows are used again: as if both were files."""
+    """Training and later fits use the rows that two separate files would have."""
     rows = [json.loads(line) for line in (work / "train.jsonl").read_text().splitlines()]
     for name, part in zip(("rest", "held"), split(rows, 0.25, 3), strict=True):
         (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))

@@ -1,4 +1,4 @@
-"""`scalabl verify`: what it tells of its checks. tests/verify has those."""
+"""`scalabl verify` prints the results of its checks; tests/verify tests the checks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LINES = {
         ([WRONG, LEFT_OUT, RIGHT], None),
     ],
 )
-def test_checks_are_told_and_those_that_fail_make_it_fail(capsys, monkeypatch, results, end):
+def test_verify_prints_each_check_and_fails_if_one_fails(capsys, monkeypatch, results, end):
     module, given = importlib.import_module("scalabl_ref.app.cli.verify"), []
     monkeypatch.setattr(
         module, "verify", lambda op, device: given.append((op, str(device))) or results

@@ -105,7 +105,7 @@ def test_a_setting_that_some_methods_heed_is_theirs(tmp_path):
     assert beta == {"scalabl": trials["scalabl"]["beta"], "map": 2, "dropout": 2}
 
 
-def test_settings_of_a_trial_come_before_a_methods_a_variants_and_the_studys(tmp_path):
+def test_settings_come_from_trial_then_method_then_variant_then_study(tmp_path):
     methods = ["mle", "dropout", "mle stopped early", "scalabl", "ensemble of scalabl"]
     settings = {"rank": 3, "sampling": "batch", "steps": 6, "batch": 4}
     variants = {"a": {"rank": 1, "sampling": "example"}, "b": {}}
@@ -149,15 +149,15 @@ def test_sets_have_as_many_rows_as_their_limits_say(tmp_path):
     assert rows(held) == {"train": 10, "validation": 4, "test": 6, "shifted": 4, "other": 5}
 
 
-def test_too_few_rows_for_the_sets_are_refused_by_the_files_name(tmp_path):
+def test_too_few_rows_are_refused_and_the_file_is_named(tmp_path):
     for few in ({"validation": 20}, {"validation": 21}, {"limit": 4, "held_out": 13}):
         with pytest.raises(InputError, match="train.jsonl: 20 rows are too few for the study's s"):
             encoded_sets(quick(tmp_path, **few), [])
     assert encoded_sets(quick(tmp_path, limit=4, held_out=12), [])
 
 
-def test_columns_are_those_of_the_sets_in_the_studys_format(tmp_path):
-    """A set out of distribution has its usual ones."""
+def test_column_options_apply_to_training_and_test_files(tmp_path):
+    """Other sets keep the default columns."""
     other = questions_file(tmp_path / "plain.jsonl", rows=6)
     columns = {"text_column": "question", "label_column": "answer"}
     study = quick(tmp_path, **columns, ood={"other": {"path": str(other)}})
@@ -185,8 +185,8 @@ def test_labels_are_those_of_the_training_file(tmp_path):
     assert found["other"].labels[2] >= 3 and found["train"].wording.names == ("a", "b", "c")
 
 
-def test_a_row_that_cannot_be_encoded_is_of_the_training_file(tmp_path):
-    """Also where it is among those that are set apart."""
+def test_a_bad_validation_row_is_named_by_its_training_file(tmp_path):
+    """Validation rows come from that file."""
     study, path = quick(tmp_path), tmp_path / "train.jsonl"
     prompt = encoded_sets(study, ["validation"])["validation"].examples[0].prompt
     row = next(

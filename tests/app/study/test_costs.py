@@ -64,7 +64,7 @@ def test_the_cost_told_first_is_what_is_done(tmp_path):
     ],
 )  # fmt: skip
 def test_passes_are_counted_by_method(method, once, each):
-    """Of 7 draws and 3 classes: a forward pass for each draw, or one and a backward for each."""
+    """7 draws, 3 classes: a forward pass for each draw, or one and a backward for each class."""
     assert _passes(method, 7, 3) == (once, each)
 
 
@@ -75,9 +75,10 @@ def test_a_study_of_float32_has_four_bytes_a_weight(tmp_path):
 
 
 def machine(monkeypatch, others: float, threads: int = 1, first: float = 0.02) -> list[int]:
-    """Let products of 1024 rows take `first` s of each thread's time. Returns the sizes, as asked.
+    """Let products of 1024 rows take `first` s of each thread's time.
 
     Of ten products, nine wait for other programs, `others` times as long as they compute.
+    Returns the sizes that were multiplied.
     """
     sizes: list[int] = []
     clock = SimpleNamespace(wall=0.0, cpu=0.0, calls=0)

@@ -127,7 +127,7 @@ def test_parameters_count_all_that_answering_needs(done):
 
 
 def test_draws_are_those_of_the_method(done):
-    """Of logits 1000, of the model as many as the study says, one for each member of ensembles."""
+    """1000 of logits; of models as many as the study says; of an ensemble, one for each member."""
     config, out, results = done
     draws = dict.fromkeys(config.methods, 2)
     draws |= {name: 1000 for name in draws if name.startswith(("laplace", "subspace"))}
@@ -236,12 +236,12 @@ def test_a_change_makes_anew_what_depends_on_it(tmp_path, monkeypatch):
 
 
 def test_only_settings_that_differ_from_their_defaults_make_a_name():
-    """So a new one changes no name."""
+    """So a new setting renames no finished run."""
     assert _set(TrainConfig(steps=TrainConfig.steps, lr=0.5)) == {"lr": 0.5}
 
 
 def test_replicates_have_runs_of_their_own_where_they_draw_rows(tmp_path):
-    """The seed of a run is a part of its name anyway; that of its rows only then."""
+    """A run's name always has its seed, and its rows' seed only if replicates draw rows."""
 
     def names(**changes):
         study = quick(tmp_path, **changes)

@@ -77,7 +77,7 @@ def test_openbookqa_is_tested_on_seven_other_sets(tmp_path):
 
 
 def test_every_task_has_its_own_files(tmp_path):
-    """A test set is a development set where test labels are not public."""
+    """Where test labels are not public, the development set is the test set."""
     tests = {"winogrande": "dev", "boolq": "dev", "arc": "Test", "openbookqa": "test"}
     for parts in (*paper.TASKS.values(), *paper.OUT_OF_DISTRIBUTION.values()):
         for file in parts[:-1]:

@@ -211,7 +211,7 @@ def test_trials_cover_the_ranges_and_are_shared(tmp_path):
 
 
 def test_trials_and_ranges_are_those_of_finished_studies():
-    """Or they would be trained anew when they are continued."""
+    """With other values a continued study would train again."""
     assert random_trials(METHODS["dropout"].tuned, 3) == [
         {"lr": 0.00136, "dropout": 0.333},
         {"lr": 0.00505, "dropout": 0.442},
