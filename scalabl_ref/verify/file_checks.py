@@ -158,6 +158,10 @@ def folders_of_hugging_face(_: Op, device: torch.device) -> Errors:
         kind = values["model_type"]
         read = LlamaConfig.from_hf(values)
         yield exact(read == config, f"{kind}: {read}")
+        if rope := dict(values.get("rope_scaling", ())):  # an older version's name of the kind
+            rope["type"] = rope.pop("rope_type")
+            older = LlamaConfig.from_hf({**values, "rope_scaling": rope})
+            yield exact(older == config, f"{kind}: rope_scaling with a type")
         if read != config:
             continue
         written = config.to_hf()

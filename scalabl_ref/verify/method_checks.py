@@ -9,6 +9,7 @@ gradients. All is in float64, except for TFB, which keeps adapters in float32.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -37,7 +38,7 @@ from ..model.attach import Linear, add_adapters
 from ..model.config import LlamaConfig
 from ..model.llama import Llama
 from . import reference
-from .check import Check, Errors, Op, ratio
+from .check import Check, Errors, Op, exact, ratio
 
 EPS, EPS_32 = torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps
 # Roundings behind a number of the small model: about five sums of at most 16 terms in its block and
@@ -246,6 +247,8 @@ def thinned(adapter: Adapter, noise: Noise, group: int) -> list[Tensor]:
 
 def blob_kl(_: Op, device: torch.device) -> Errors:
     """The sum over entries, and its gradient by hand."""
+    for method, width in (("blob", 0.2), ("scalabl", 1.0)):
+        yield exact(AdapterConfig(method).sigma_p == width, f"the default prior of {method}")
     for prior_std in (0.2, 1.0):
         model = layers(device, method="blob", prior_std=prior_std)
         kl, expected, size = complexity(model), 0.0, 0.0
@@ -673,6 +676,10 @@ def laplace_logits(_: Op, device: torch.device) -> Errors:
         yield distance(mean, logits, NETWORK * EPS)
         yield distance(got, covariance, inverse)
         yield distance(draw, expected, inverse * condition)
+        if case[0] == "last":  # two directions of each of five prompts: rank 10 keeps them all
+            seen = [prompts(device, 5, case[2])]
+            cut = Laplace.fit(model, seen, rank=10, precision=PRECISION, curvature="last")
+            yield distance(cut.logits(model, batch)[1], covariance, inverse)
 
 
 def square_root(matrix: Tensor) -> Tensor:
@@ -766,9 +773,10 @@ def subspace_logits(_: Op, device: torch.device) -> Errors:
 
 def subspace_evidence(_: Op, device: torch.device) -> Errors:
     """By a dense determinant; and lambda_g |s_g|^2 is the trace of group g in Sigma H."""
-    for groups in GROUPS:
-        _model, posterior, H, log_likelihood = scaled(device, groups)
-        precision, s = posterior.precision.to(H), posterior.scales.to(H)
+    for groups, factor in itertools.product(GROUPS, (1.0, 4.0)):
+        _model, fitted, H, log_likelihood = scaled(device, groups)
+        posterior = fitted.scaled(factor)
+        precision, s = factor * fitted.precision.to(H), posterior.scales.to(H)
         prior = torch.diag(precision)
         log_ratio = torch.linalg.slogdet(H + prior)[1] - torch.linalg.slogdet(prior)[1]
         penalty = precision * s.square()
@@ -776,7 +784,7 @@ def subspace_evidence(_: Op, device: torch.device) -> Errors:
         eps = NETWORK * (1 + float(H.trace() / precision.min())) * EPS  # by the condition
         size = abs(log_likelihood) + float(penalty.sum() + log_ratio)
         yield abs(posterior.log_evidence() - expected) / (eps * size)
-        if groups == "all":
+        if groups == "all" or factor != 1:  # these precisions are not the best ones
             continue
         determined = torch.linalg.solve(H + prior, H).diagonal()
         layers = [name.rpartition(".")[2] if groups == "target" else name

@@ -7,12 +7,14 @@ import statistics
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.noise import Noise
 from ..core.objective import class_logits
 from ..evaluation import decisions, metrics
 from ..evaluation.inference import difference, holm, non_inferior, student_quantile
+from ..evaluation.quadrature import integrate
 from ..evaluation.sequential import Auto, predict_auto
 from ..evaluation.threshold import lower_bound, threshold
 from . import reference
@@ -249,6 +251,25 @@ def least_wealth(own: list[list[float]], leader: int, tolerance: float = 0.3) ->
     return min(found)
 
 
+def exact_prediction(_: Op, device: torch.device) -> Errors:
+    """Averages over a fine grid of the logits' two differences, whose tails weigh below 1e-14."""
+    mean, factor = draws(3, 3, 3), 0.4 * draws(4, 3, 3, 4) + 1
+    found = integrate(mean.to(device), factor.to(device))
+    axis = torch.linspace(-8, 8, 129, dtype=WIDE)
+    grid = torch.cartesian_prod(axis, axis)
+    weight = (-grid.square().sum(1) / 2).exp()
+    weight /= weight.sum()
+    for row in range(3):
+        moved = factor[row, 1:] - factor[row, :1]
+        moves = grid @ torch.linalg.cholesky(moved @ moved.T).T
+        logits = F.pad(mean[row, 1:] - mean[row, 0] + moves, (1, 0))
+        each = logits.log_softmax(1)
+        probs = weight @ each.exp()
+        within = weight @ -(each.exp() * each).sum(1)
+        got = torch.cat([found.probs[row].cpu(), found.expected_entropy[row].cpu()[None]])
+        yield ratio(got, torch.cat([probs, within[None]]), torch.ones(4), 5e-5, f"row {row}")
+
+
 SCORE_CHECKS = [
     Check(
         "scores by loops", "risk by coverage, bins, entropy, AUROC, temperature", scores_by_loops
@@ -257,4 +278,5 @@ SCORE_CHECKS = [
     Check("decisions", "tables of answers; thresholds by exact binomial tests", decided_by_loops),
     Check("comparisons", "Holm, Student, two-way intervals of a difference", compared),
     Check("as many as needed", "(22) draws until an answer is settled", as_many_as_needed),
+    Check("exact prediction", "(8) the softmax averaged over a grid of logits", exact_prediction),
 ]

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core.adapter import Adapter, SubspaceAdapter, adapters
 from ..core.config import AdapterConfig
 from ..core.layer import SAMPLING
-from ..core.noise import FIRST_TRAINING_DRAW, Noise, philox_words
+from ..core.noise import FIRST_TRAINING_DRAW, Noise, philox_words, token_groups
 from ..core.objective import Batch, class_logits
 from ..data import Encoded, TrainingOrder, collate, evaluation_batches
 from ..evaluation.generate import TEXT_STREAM, choose, generate, warped
@@ -139,6 +139,8 @@ def order_of_data(_: Op, device: torch.device) -> Errors:
 def draw_by_draw(_: Op, device: torch.device) -> Errors:
     """A prediction of five draws is the mean of five passes; a row alone has the same."""
     batch = prompts(device, 4, 4, first=3)
+    tokens = token_groups(torch.arange(3)[:, None], torch.arange(5), 5).flatten().tolist()
+    yield exact(tokens == list(range(15)), "ids of the tokens of three rows")
     for method in ("scalabl", "blob", "dropout"):
         for sampling in SAMPLING:
             settings: dict[str, Any] = {"dropout": 0.3} if method == "dropout" else {}
@@ -313,6 +315,9 @@ def cut_heads(_: Op, device: torch.device) -> Errors:
             yield exact(model.lm_head.weight.dtype == torch.float32, f"a head in {cut.dtype}")
             size = full.abs().max().expand_as(full)
             yield ratio(cut, full, size, 2 * 16 * EPS_32 + stored, f"{dtype}, tied: {tied}")
+    # Its rank may be above the number of tokens.
+    wide = add_adapters(model, AdapterConfig(rank=4, targets=("lm_head",)))
+    yield exact(adapters(wide)["lm_head"].B.shape == (3, 4), "an adapter of rank 4")
 
 
 def set_means(_: Op, device: torch.device) -> Errors:

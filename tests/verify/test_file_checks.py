@@ -27,6 +27,8 @@ FAULTS = {
     "one head_dim for all": (
         "model.config:LlamaConfig.from_hf", 'config.get("head_dim") or config',
         'config.get("head_dim") and 4 or config', "folders of models"),
+    "no older name of a RoPE scaling": (
+        "model.config:RopeConfig.from_hf", ' or given.get("type")', "", "folders of models"),
     "norms exchanged": (
         "support.folders:hf_to_ours", "_HF_TO_OURS.get(part, part)",
         '{**_HF_TO_OURS, "q_norm": "k_norm", "k_norm": "q_norm"}.get(part, part)',

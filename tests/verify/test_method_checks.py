@@ -54,6 +54,8 @@ def with_config(function, **changes):
 
 # --- BLoB -----------------------------------------------------------------------------------------
 
+fault("BLoB: a prior of 1", "methods.blob:BlobAdapter.prior_std", "BLoB, KL")(1.0)
+
 ONE_FOR_ALL = {"sampling": lambda sampling: "batch"}
 flipout, signs = blob.FlipoutAdapter.forward, blob.FlipoutAdapter.signs
 fault("one sign pattern", "methods.blob:FlipoutAdapter.signs", "BLoB")(
@@ -142,6 +144,7 @@ def _(model, batches, draws):
 
 covariance, fit = laplace.Curvature.covariance, laplace.Laplace.fit
 matrices, tokens = laplace._matrices, laplace._tokens
+eigen = laplace._Moments.eigen
 optimise = laplace.Laplace.optimise_prior
 
 
@@ -180,6 +183,12 @@ def _(self):
     values, vectors = torch.linalg.eigh(F)
     one = torch.ones(1, 1).double()
     return {laplace.JOINT: laplace.Curvature(vectors, one, values.clamp(min=0)[:, None])}
+
+
+@fault("Laplace: roots of a cut factor's eigenvalues", "methods.laplace:_Moments.eigen", "Laplace")
+def _(self):
+    vectors, values = eigen(self)
+    return vectors, values.sqrt() if self.rank < len(self.sum) else values
 
 
 @fault("Laplace: scaling left out", "methods.laplace:_matrices", "Laplace")
@@ -249,6 +258,13 @@ def _(self, x):
 @fault("subspace: one draw for all", "methods.subspace:Noise.normal", "subspace")
 def _(self, layer, groups, rank, draws=None):
     return normal(self, layer, torch.zeros_like(groups), rank, draws)
+
+
+@fault("subspace: eigenvalues times the factor", "methods.subspace:Subspace.scaled",
+       "subspace, evidence")  # fmt: skip
+def _(self, factor):
+    precision, values = self.precision * factor, self.values * factor
+    return dataclasses.replace(self, precision=precision, values=values)
 
 
 @fault("subspace: the layers apart", "methods.subspace:whitened", "subspace, evidence")

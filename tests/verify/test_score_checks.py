@@ -59,6 +59,9 @@ FAULTS = {
     "half of the draws": (
         "evaluation.sequential:Auto.looks", "self.most // 2", "self.most // 4",
         "as many as needed"),
+    "directions that the softmax does not see": (
+        "evaluation.quadrature:integrate", "factor - factor.mean(1, keepdim=True)", "factor",
+        "exact prediction"),
 }  # fmt: skip
 
 
