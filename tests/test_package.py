@@ -133,6 +133,7 @@ sr.Noise("zero", 1)  # the one mistake
 """
 
 
+@pytest.mark.slow
 def test_a_users_type_checker_sees_the_types(tmp_path):
     """Of the package as it is installed, in a folder that is none of the repository's.
 
