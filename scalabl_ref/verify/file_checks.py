@@ -19,10 +19,12 @@ from ..data.formats import load
 from ..data.prompts import Wording
 from ..data.tokenizer import load_tokenizer
 from ..interop.exporting import Trained
+from ..interop.importing import start_from
 from ..interop.peft import read_peft, write_peft
 from ..model.attach import Linear, add_adapters
 from ..model.config import LlamaConfig, RopeConfig
 from ..model.llama import Llama
+from ..support.errors import InputError
 from ..support.tensors import load_tensors, open_tensors, save_tensors
 from ..training.runs import load_run, save_run
 from .check import Check, Errors, Op, exact, ratio
@@ -113,6 +115,11 @@ def loras_of_peft(_: Op, device: torch.device) -> Errors:
                 tensors, _facts = load_tensors(Path(folder) / "adapter_model.safetensors")
                 back = read_peft(Path(folder), base_model(device))[1]
             yield exact(len(tensors) == 2 * len(back) == 2 * len(own), f"{config}: tensors")
+            try:
+                start_from(model, dict(list(back.items())[1:]), "a part")
+                yield exact(False, f"{config}: begun from a part of its layers")
+            except InputError as error:
+                yield exact("has no adapter of" in str(error), f"{config}: {error}")
             scaling = facts["lora_alpha"] / facts["r"]
             for place, adapter in back.items():
                 name = f"base_model.model.{in_hugging_face(place)}.lora_"
@@ -192,7 +199,7 @@ def in_hugging_face(name: str) -> str:
 
 # --- Files of questions ---------------------------------------------------------------------------
 
-TEXTS = ['one, "two"', "a line\nand another", "ü \U0001f600", " spaces  kept", "plain"]
+TEXTS = ['one, "two"', "a line\nand another", "ü \U0001f600", " spaces  kept", "a {question}"]
 NAMES = ("no", "yes", "maybe")
 
 
@@ -200,7 +207,7 @@ def questions_read(_: Op, device: torch.device) -> Errors:
     """The same rows from a table and from lines of JSON; their prompts and tokens."""
     rows = [(text, NAMES[2 * i % 3]) for i, text in enumerate(TEXTS)]
     quoted = [(text.replace('"', '""'), label) for text, label in rows]
-    table = "text,label\r\n" + "".join(f'"{text}",{label}\r\n' for text, label in quoted)
+    table = "Text,LABEL\r\n" + "".join(f'"{text}",{label}\r\n' for text, label in quoted)
     lines = "".join(json.dumps({"prompt": t, "label": n}) + "\n" for t, n in rows)
     with tempfile.TemporaryDirectory() as name:
         found = []

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.adapter import Adapter, SubspaceAdapter, adapters
+from ..core.adapter import Adapter, SubspaceAdapter, adapter_state, adapters
 from ..core.config import AdapterConfig
 from ..core.layer import SAMPLING
 from ..core.noise import FIRST_TRAINING_DRAW, Noise, philox_words, token_groups
@@ -31,6 +31,7 @@ from ..model.config import LlamaConfig
 from ..model.llama import Llama
 from ..training import savepoints
 from ..training.trainer import TrainConfig, Trainer
+from ..training.watch import Watch
 from . import reference
 from .check import Check, Errors, Op, exact, ratio
 from .method_checks import (
@@ -106,6 +107,31 @@ def steps_told(_: Op, device: torch.device) -> Errors:
         for name, value in right.items():  # sums of a few numbers in float64: 16 roundings
             got, expected = torch.tensor([record[name], value], dtype=torch.float64)
             yield ratio(got, expected, expected.abs(), 16 * EPS, f"step {step}: {name}")
+
+
+def best_step(_: Op, device: torch.device) -> Errors:
+    """Scores of held-out rows by hand; the adapters of the step with the lowest NLL come back."""
+    run = new_trainer(device, "scalabl", steps=6)
+    held = prompts(torch.device("cpu"), 5, 4, first=30)
+    rows = [row[:n] for row, n in zip(held.tokens.tolist(), held.lengths.tolist(), strict=True)]
+    watch = Watch(Encoded(rows, held.labels.tolist(), list(CLASSES)), every=1, keep=True)
+    told, states = [], []
+    for step in range(7):
+        if step == 6:  # far from every other
+            fill(run.adapters, 7)
+        else:
+            run.step()
+        log_p = torch.log_softmax(mean_logits(run.model, held.to(device)), -1)
+        told.append(-float(log_p[torch.arange(5), held.labels].mean()))
+        states.append({n: value.clone() for n, value in adapter_state(run.model).items()})
+        score = watch.look(run.model, step + 1)
+        yield exact(abs(score.nll - told[-1]) <= NETWORK * EPS * abs(told[-1]), f"step {step}: nll")
+        right = float((log_p.argmax(1) == held.labels).double().mean())
+        yield exact(score.accuracy == right, f"step {step}: accuracy")
+    watch.give_back(run.model)
+    best = told.index(min(told))
+    same = [torch.equal(value, states[best][n]) for n, value in adapter_state(run.model).items()]
+    yield exact(watch.step == best + 1 and all(same), f"step {best + 1} of {told}")
 
 
 def order_of_data(_: Op, device: torch.device) -> Errors:
@@ -341,6 +367,7 @@ def set_means(_: Op, device: torch.device) -> Errors:
 USE_CHECKS = [
     Check("continued training", "a run stopped and resumed has the bits of a whole one", continued),
     Check("records of steps", "(4), (5) NLL row by row, accuracy, KL, rate", steps_told),
+    Check("best step", "the lowest NLL of held-out rows under the mean", best_step),
     Check("order of data", "each epoch has every row once", order_of_data),
     Check("draw by draw", "(8), (9) draws together, rows together, or alone", draw_by_draw),
     Check("text", "(8) decoding from the mixture, without a cache", text_without_a_cache),

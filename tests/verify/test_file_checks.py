@@ -51,6 +51,11 @@ FAULTS = {
         "AdapterConfig(**{**facts.adapter, 'prior_std': 1.0})", "runs on disk"),
     "names from the last to the first": (
         "data.formats:_names", "sorted(found)", "sorted(found)[::-1]", "questions"),
+    "names of columns in small letters alone": (
+        "data.formats:_column", "name.lower() in usual", "name in usual", "questions"),
+    "a part of the layers": (
+        "interop.importing:start_from", "own.keys() ^ found.keys()", "found.keys() - own.keys()",
+        "LoRAs of PEFT"),
     "cut on the right": (
         "data.batches:_rows", "row[len(row) - (limit - start) :]", "row[start:limit]",
         "questions"),
