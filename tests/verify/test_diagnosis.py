@@ -48,10 +48,10 @@ BOTH = [(name, level, precision) for name, level in NAMED for precision in ("flo
 # Its results differ in digits that float32 does not have.
 BOTH.remove(("angle not reduced as an integer", "normals", "float32"))
 SLOWEST = [each for each in BOTH if each[1:] == ("subspace", "float32")]
-CASES = [pytest.param(*each, marks=[pytest.mark.slow] * (each in SLOWEST)) for each in BOTH]
+TRIED = [pytest.param(*each, marks=[pytest.mark.slow] * (each in SLOWEST)) for each in BOTH]
 
 
-@pytest.mark.parametrize(("name", "level", "precision"), CASES)
+@pytest.mark.parametrize(("name", "level", "precision"), TRIED)
 def test_a_fault_is_named(tmp_path, name, level, precision):
     (fault,) = (fault for fault in FAULTS if fault.name == name)
     grades, outputs = diagnosed(tmp_path, fault, [level], precision)
