@@ -38,6 +38,7 @@ def failed(results) -> set[str]:
     return {result.name for result in results if not result.passed}
 
 
+@pytest.mark.slow
 def test_what_is_right_passes_without_the_core(monkeypatch):
     """With it: `test_command`."""
     monkeypatch.setattr(native, "core", lambda: None)

@@ -47,8 +47,8 @@ NAMED = [
 BOTH = [(name, level, precision) for name, level in NAMED for precision in ("float32", "float64")]
 # Its results differ in digits that float32 does not have.
 BOTH.remove(("angle not reduced as an integer", "normals", "float32"))
-SLOWEST = [each for each in BOTH if each[1:] == ("subspace", "float32")]
-TRIED = [pytest.param(*each, marks=[pytest.mark.slow] * (each in SLOWEST)) for each in BOTH]
+# The same faults are named in float32, by the slow tests.
+TRIED = [pytest.param(*each, marks=[pytest.mark.slow] * (each[2] == "float32")) for each in BOTH]
 
 
 @pytest.mark.parametrize(("name", "level", "precision"), TRIED)
