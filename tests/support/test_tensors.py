@@ -120,6 +120,7 @@ def test_what_can_take_the_place_of_a_tensor():
         (large[:1], floats, None, r"has shape \(1,\), expected \(2,\)"),
         (large, floats, torch.float16, "has NaN or infinite values"),
         (-large / 0, floats, None, "has NaN or infinite values"),
+        (large.log(), floats, None, "has NaN or infinite values"),  # -inf and a number
         (large.long(), floats, None, "is torch.int64, expected floats of 16 bits or more"),
         (large.to(torch.float8_e5m2), floats, None, "is torch.float8_e5m2, expected floats of 16"),
         (large.int(), integers, None, "is torch.int32, expected torch.int64"),

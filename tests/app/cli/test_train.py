@@ -147,6 +147,15 @@ def test_bad_weights_are_named(work, capsys):
     assert "model.safetensors: not a valid safetensors file" in refused(TRAIN, capsys)
 
 
+def test_options_come_before_those_of_the_run_it_starts_from(work, capsys):
+    ok(f"{TRAIN} --alpha 3 --targets q_proj v_proj --steps 1", capsys)
+    begun = NEXT.replace("--rank 2", "--rank 4")
+    ok(f"{begun} --init run --targets q_proj v_proj --steps 1", capsys)
+    adapter = facts(work / "next")["adapter"]
+    assert (adapter["rank"], adapter["alpha"]) == (4, 3.0)
+    assert adapter["targets"] == ["q_proj", "v_proj"]
+
+
 def test_a_run_is_not_overwritten(work, capsys):
     """Trained, or made otherwise: by training, from its own values, or by making a posterior."""
     ok(f"{TRAIN} --method mle", capsys)
