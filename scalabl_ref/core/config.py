@@ -88,9 +88,14 @@ class AdapterConfig:
             raise InputError(f"targets is empty: expected some of {' '.join(TARGETS)}")
 
     @property
+    def lora_alpha(self) -> float:
+        """alpha, as given or by default."""
+        return 2 * self.rank if self.alpha is None else self.alpha
+
+    @property
     def scaling(self) -> float:
         """c = alpha / rank."""
-        return (2 * self.rank if self.alpha is None else self.alpha) / self.rank
+        return self.lora_alpha / self.rank
 
     @property
     def sigma_p(self) -> float:

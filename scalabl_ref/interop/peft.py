@@ -33,7 +33,7 @@ def write_peft(folder: Path, lora: Lora, config: AdapterConfig, base: str) -> No
         for side, value in zip("AB", pair, strict=True)
     }
     write_tensors(folder / PEFT_WEIGHTS[0], tensors)
-    alpha = 2 * config.rank if config.alpha is None else config.alpha
+    alpha = config.lora_alpha
     values = {
         "base_model_name_or_path": base,
         "bias": "none",

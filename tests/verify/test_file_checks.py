@@ -34,9 +34,7 @@ FAULTS = {
         '{**_HF_TO_OURS, "q_norm": "k_norm", "k_norm": "q_norm"}.get(part, part)',
         "folders of models"),
     "alpha for scaling": (
-        "interop.peft:write_peft",
-        "2 * config.rank if config.alpha is None else config.alpha", "config.scaling",
-        "LoRAs of PEFT"),
+        "interop.peft:write_peft", "config.lora_alpha", "config.scaling", "LoRAs of PEFT"),
     "a draw of another layer": (
         "core.adapter:SubspaceAdapter.lora_A", "noise.normal(self.layer, 1", "noise.normal(0, 1",
         "LoRAs of PEFT"),
