@@ -115,11 +115,6 @@ def loras_of_peft(_: Op, device: torch.device) -> Errors:
                 tensors, _facts = load_tensors(Path(folder) / "adapter_model.safetensors")
                 back = read_peft(Path(folder), base_model(device))[1]
             yield exact(len(tensors) == 2 * len(back) == 2 * len(own), f"{config}: tensors")
-            try:
-                start_from(model, dict(list(back.items())[1:]), "a part")
-                yield exact(False, f"{config}: begun from a part of its layers")
-            except InputError as error:
-                yield exact("has no adapter of" in str(error), f"{config}: {error}")
             scaling = facts["lora_alpha"] / facts["r"]
             for place, adapter in back.items():
                 name = f"base_model.model.{in_hugging_face(place)}.lora_"
@@ -131,6 +126,11 @@ def loras_of_peft(_: Op, device: torch.device) -> Errors:
             with torch.no_grad():
                 got, right = (class_logits(m, batch, noise) for m in (plain, model))
             yield ratio(got, right, right.abs().max(), NETWORK * EPS_32, f"{config}: {noise}")
+        try:
+            start_from(model, dict(list(back.items())[1:]), "a part")
+            yield exact(False, f"{config}: begun from a part of its layers")
+        except InputError as error:
+            yield exact("has no adapter of" in str(error), f"{config}: {error}")
 
 
 # Contents of config.json, and the configuration that each describes.

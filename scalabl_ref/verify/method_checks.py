@@ -9,7 +9,6 @@ gradients. All is in float64, except for TFB, which keeps adapters in float32.
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -773,26 +772,26 @@ def subspace_logits(_: Op, device: torch.device) -> Errors:
 
 def subspace_evidence(_: Op, device: torch.device) -> Errors:
     """By a dense determinant; and lambda_g |s_g|^2 is the trace of group g in Sigma H."""
-    for groups, factor in itertools.product(GROUPS, (1.0, 4.0)):
+    for groups in GROUPS:
         _model, fitted, H, log_likelihood = scaled(device, groups)
-        posterior = fitted.scaled(factor)
-        precision, s = factor * fitted.precision.to(H), posterior.scales.to(H)
-        prior = torch.diag(precision)
-        log_ratio = torch.linalg.slogdet(H + prior)[1] - torch.linalg.slogdet(prior)[1]
-        penalty = precision * s.square()
-        expected = log_likelihood - float(penalty.sum() + log_ratio) / 2
-        eps = NETWORK * (1 + float(H.trace() / precision.min())) * EPS  # by the condition
-        size = abs(log_likelihood) + float(penalty.sum() + log_ratio)
-        yield abs(posterior.log_evidence() - expected) / (eps * size)
-        if groups == "all" or factor != 1:  # these precisions are not the best ones
+        best, squares = fitted.precision.to(H), fitted.scales.to(H).square()
+        for factor in (1.0, 4.0):
+            precision = factor * best
+            prior = torch.diag(precision)
+            log_ratio = torch.linalg.slogdet(H + prior)[1] - torch.linalg.slogdet(prior)[1]
+            subtracted = float((precision * squares).sum() + log_ratio)
+            eps = NETWORK * (1 + float(H.trace() / precision.min())) * EPS  # by the condition
+            got, expected = fitted.scaled(factor).log_evidence(), log_likelihood - subtracted / 2
+            yield abs(got - expected) / (eps * (abs(log_likelihood) + subtracted))
+        if groups == "all":
             continue
-        determined = torch.linalg.solve(H + prior, H).diagonal()
+        determined = torch.linalg.solve(H + torch.diag(best), H).diagonal()
         layers = [name.rpartition(".")[2] if groups == "target" else name
-                  for name, count in posterior.sizes.items() for _ in range(count)]  # fmt: skip
+                  for name, count in fitted.sizes.items() for _ in range(count)]  # fmt: skip
         for group in set(layers):
             own = torch.tensor([name == group for name in layers], device=H.device)
             # The search ends with a step of 1e-9 in log lambda.
-            yield abs(float((determined - penalty)[own].sum())) / (1e-8 * int(own.sum()))
+            yield abs(float((determined - best * squares)[own].sum())) / (1e-8 * int(own.sum()))
 
 
 METHOD_CHECKS = [

@@ -55,11 +55,15 @@ SHAPE = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=12, num_hidd
 # --- Training -------------------------------------------------------------------------------------
 
 
+def encoded(batch: Batch) -> Encoded:
+    """Its rows without their padding."""
+    rows = [row[:n] for row, n in zip(batch.tokens.tolist(), batch.lengths.tolist(), strict=True)]
+    return Encoded(rows, batch.labels.tolist(), list(CLASSES))
+
+
 def new_trainer(device: torch.device, method: str, **settings: Any) -> Trainer:
     """Of 7 rows of three or four tokens, in batches of 3 and micro-batches of 2."""
-    batch = prompts(torch.device("cpu"), 7, 4)
-    rows = [row[:n] for row, n in zip(batch.tokens.tolist(), batch.lengths.tolist(), strict=True)]
-    data = Encoded(rows, batch.labels.tolist(), list(CLASSES))
+    data = encoded(prompts(torch.device("cpu"), 7, 4))
     config = TrainConfig(batch=3, micro_batch=2, lr=0.02, seed=5, warmup=0.3, **settings)
     model = small_model(device, method=method)
     return Trainer(model, data, config, collector=Swag() if config.swag else None)
@@ -113,8 +117,7 @@ def best_step(_: Op, device: torch.device) -> Errors:
     """Scores of held-out rows by hand; the adapters of the step with the lowest NLL come back."""
     run = new_trainer(device, "scalabl", steps=6)
     held = prompts(torch.device("cpu"), 5, 4, first=30)
-    rows = [row[:n] for row, n in zip(held.tokens.tolist(), held.lengths.tolist(), strict=True)]
-    watch = Watch(Encoded(rows, held.labels.tolist(), list(CLASSES)), every=1, keep=True)
+    watch = Watch(encoded(held), every=1, keep=True)
     told, states = [], []
     for step in range(7):
         if step == 6:  # far from every other
