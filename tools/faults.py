@@ -131,9 +131,9 @@ TESTS = {
        for name in ("papers", "tables")},
     **{f"app.{name}": [f"app/test_{name}.py"] for name in ("demo", "server", "workers")},
     "app.plan": ["app/test_plan.py", "app/cli/test_plan.py"],
-    **{f"app.{name}": ["app/study", "app/cli/test_study.py"]
-       for name in ("configs", *(f"study.{part}" for part in (
-           "config", "costs", "jobs", "methods", "paper", "plugins", "sets")))},
+    "app.configs": ["app/cli/test_count.py"],
+    **{f"app.study.{name}": ["app/study", "app/cli/test_study.py"]
+       for name in ("config", "costs", "jobs", "methods", "paper", "plugins", "sets")},
     **{f"app.cli.{name}": [f"app/cli/test_{test}.py" for test in tests.split()]
        for name, tests in {
            "calibrate": "decisions serve mistakes", "conformance": "conformance main mistakes",

@@ -89,12 +89,8 @@ def test_a_start_without_one_of_its_tensors_is_refused(base, tmp_path):
 def test_a_run_says_what_it_was_made_of(base, tmp_path):
     source, _ = peft_folder(tmp_path / "peft", base)
     info = {"model": str(base), "format": "arc", "note": 1}
-    options = {
-        "method": None,
-        "rank": 9,
-        "alpha": 1.0,
-        "targets": ("k_proj",),
-    }  # those of SRC count
+    # The rank, alpha and targets of SRC count.
+    options = {"method": None, "rank": 9, "alpha": 1.0, "targets": ("k_proj",)}
     facts = import_adapter("peft", source, base, tmp_path / "run", options, info)
     weights = (source / "adapter_model.safetensors").read_bytes()
     digest = hashlib.sha256(weights).hexdigest()
