@@ -41,7 +41,7 @@ from torch import Tensor
 
 from ..support.errors import InputError
 
-COVERAGES = tuple(percent / 100 for percent in range(25, 101, 5))
+COVERAGES = range(25, 101, 5)  # percent
 USUAL = (0.9, 0.95, 0.99)  # accuracies of which reports and `scalabl threshold` tell
 MOST_ROWS = 1_000_000  # that `rows_needed` proposes
 POWER = 0.8  # probability of a threshold with as many rows as `rows_needed` proposes
@@ -105,13 +105,13 @@ def rows_needed(
     rows, fewest = len(right), fewest_rows(accuracy, level)
     if right.all():
         return max(rows + 1, fewest)
-    wrong, least = _wrong(confidence, right), math.ceil(COVERAGES[0] * rows)
+    wrong, least = _wrong(confidence, right), math.ceil(COVERAGES[0] * rows / 100)
     counts = torch.arange(1, rows + 1)
     if (wrong / counts)[least - 1 :].min() >= 1 - accuracy:
         return None
     rates = ((wrong + 1) / (counts + 1)).flip(0).cummin(0).values.flip(0)
     for count in _proposals(rows, fewest) if rates[least - 1] < 1 - accuracy else ():
-        first = max(math.ceil(COVERAGES[0] * count), fewest)
+        first = max(math.ceil(COVERAGES[0] * count / 100), fewest)
         rate = float(rates[-(-first * rows // count) - 1])  # of the same share of these rows
         if binomial_tail(first, most_wrong(first, 1 - accuracy, 1 - level), rate) >= POWER:
             return count
@@ -130,7 +130,7 @@ def _proposals(rows: int, fewest: int) -> list[int]:
 def best_share(confidence: Tensor, right: Tensor) -> tuple[int, int]:
     """The most confident rows that are right most often, at least the first of COVERAGES: how many
     they are, and how many of them are right. Arguments as for `threshold`."""
-    wrong, least = _wrong(confidence, right), math.ceil(COVERAGES[0] * len(right))
+    wrong, least = _wrong(confidence, right), math.ceil(COVERAGES[0] * len(right) / 100)
     rows = least + int((wrong / torch.arange(1, len(right) + 1))[least - 1 :].argmin())
     return rows, rows - int(wrong[rows - 1])
 
@@ -176,8 +176,8 @@ def _candidates(
     confidence, order = confidence.double().sort(descending=True)
     correct, rows = right[order].long().cumsum(0), len(right)
     last = None
-    for share in COVERAGES:
-        place = max(math.ceil(share * rows), fewest_rows(accuracy, level))
+    for percent in COVERAGES:
+        place = max(math.ceil(percent * rows / 100), fewest_rows(accuracy, level))
         if place > rows:
             return
         least = float(confidence[place - 1])

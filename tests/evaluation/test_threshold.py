@@ -132,6 +132,12 @@ def test_candidates_are_tested_from_the_strictest_on():
     assert most_wrong(400, 0.05, 0.05) > 10 and threshold(sure, right) is None
 
 
+def test_a_candidate_has_its_share_of_the_rows_and_none_more():
+    """0.55 * 100 is above 55 in floats."""
+    sure = torch.arange(100, 0, -1, dtype=torch.float64)
+    assert threshold(sure / 100, sure > 45, 0.9, 0.9)[2:4] == (55, 55)
+
+
 def test_rows_of_equal_confidence_stay_together():
     sure = torch.tensor([1.0] * 150 + [0.5] * 50, dtype=torch.float64)
     right = torch.ones(200, dtype=torch.bool)

@@ -85,7 +85,7 @@ def _lines(
         lines += [
             f"At best {best_right / best:.1%} are right, among the {best} most confident. More "
             "rows do not raise that.",
-            f"A threshold answers at least {COVERAGES[0]:.0%} of the rows.",
+            f"A threshold answers at least {COVERAGES[0]}% of the rows.",
         ]
     if chosen:
         lines.append(
