@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from torch import Tensor
 
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 FILE = "rule.json"
 ANSWER, HUMAN = "answer", "human"
 FEW = 50  # rows, fewer than which are worth a warning
-_HOW: dict[str, Any] = {"weights_sha256": str, "samples": Any, "seed": int, "design": str}
+_DRAWS = int | Literal["exact"] | dict[str, float]  # the last are the fields of an `Auto`
+_HOW: dict[str, Any] = {"weights_sha256": str, "samples": _DRAWS, "seed": int, "design": str}
 _FIT = {"n": int, "data": str, "data_sha256": str, "rows": str}  # rows: `row_digests` of them
 _PARTS: dict[str, dict[str, Any]] = {
     "temperature": {**_FIT, "value": float, "nll": list[float], "ece": list[float]},
@@ -58,6 +59,7 @@ def read_rule(run: Path | str) -> Rule:
             if (part or name == "how") and set(part) != set(types):
                 raise InputError(f"{name} must have the keys {', '.join(types)}")
             check(part, types, f"{name}: ")
+        samples_of(rule)
     except InputError as error:
         raise InputError(f"{path}: {error}: remove it with `scalabl calibrate --run {run} "
                          "--clear`") from None  # fmt: skip
@@ -110,11 +112,15 @@ def weights_sha256(run: Path | str) -> str:
 
 
 def samples_of(rule: Rule | None) -> Samples | None:
-    """The draws that a rule was fitted with; None without a rule."""
+    """The draws that a rule was fitted with; None without a rule. Raises InputError for those of
+    an `Auto` that cannot be one."""
     if not rule:
         return None
     samples = rule["how"]["samples"]
-    return Auto(**samples) if isinstance(samples, dict) else samples
+    if not isinstance(samples, dict):
+        return samples
+    check(samples, get_type_hints(Auto), "how: samples: ")
+    return Auto(**samples)
 
 
 def ruled(clf: Classifier, rule: Rule | None, own_wording: bool = True) -> Classifier:

@@ -48,6 +48,8 @@ def test_a_rule_comes_back_as_it_was_written(tmp_path):
 @pytest.mark.parametrize(
     ("part", "change"),
     [("how", {}), ("how", None), ("how", {**HOW, "more": 1}), ("how", {**HOW, "seed": "1"}),
+     ("how", {**HOW, "samples": "auto"}), ("how", {**HOW, "samples": {"error": "0.1"}}),
+     ("how", {**HOW, "samples": {"most": 10.5}}), ("how", {**HOW, "samples": {"least": 2}}),
      ("temperature", {**TEMPERATURE, "nll": 1.0}), ("temperature", {"value": 1.0}),
      ("threshold", {**THRESHOLD, "answered": None}), ("threshold", {**THRESHOLD, "more": 1}),
      ("threshold", {"value": 0.5}), ("more", {})],
