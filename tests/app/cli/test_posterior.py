@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from scalabl_ref.app.cli import posterior
+
 from ...ranks import on_ranks
 from ..commands import TRAIN, contents, facts, ok, refused, scores
 
@@ -128,6 +130,25 @@ def test_the_mean_of_a_subspace_posterior_is_exported(work, capsys):
     assert made["log_evidence"] == pytest.approx(facts(work / "new")["log_evidence"], rel=1e-4)
     words = refused("export --run new --to peft --out no --samples 2", capsys)
     assert "export its mean" in words
+
+
+def test_questions_per_pass_and_the_seed_are_the_commands(work, capsys, monkeypatch):
+    ok(f"{TRAIN} --method mle --lr 0.05 --holdout 0.5", capsys)
+    sizes, seeds = [], []
+    batched, chosen = posterior.evaluation_batches, posterior.validated
+
+    def batches(encoded, size):
+        sizes.append(size)
+        return batched(encoded, size)
+
+    def validated(made, model, held_out, seed):
+        seeds.append(seed)
+        return chosen(made, model, held_out, seed)
+
+    monkeypatch.setattr(posterior, "evaluation_batches", batches)
+    monkeypatch.setattr(posterior, "validated", validated)
+    ok(f"{SUBSPACE} --precision validation --validation test.jsonl --batch 3 --seed 7", capsys)
+    assert sizes == [3, 3] and seeds == [7]
 
 
 def made_on_a_rank(folder):
