@@ -210,6 +210,14 @@ def cut_the_manifest(folder: Path) -> None:
     os.truncate(folder / "manifest.json", 30)
 
 
+def move_a_file_out(folder: Path) -> None:
+    """The manifest names it where it is now, outside of the checkpoint."""
+    path = max(folder.glob("*.safetensors"))
+    outside = path.rename(folder.with_suffix(".safetensors"))
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(path.name, f"../{outside.name}"))
+
+
 def put(name: str, value: object) -> Callable[[Path], None]:
     """The manifest with another value, of a kind that it cannot have."""
 
@@ -233,7 +241,8 @@ def finished(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "damage", [cut, flip, lose_a_file, lose_the_manifest, cut_the_manifest, *MANIFESTS]
+    "damage",
+    [cut, flip, lose_a_file, move_a_file_out, lose_the_manifest, cut_the_manifest, *MANIFESTS],
 )
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_serves(tmp_path, finished, damage):
     shutil.copytree(finished, tmp_path / "run")
