@@ -131,11 +131,13 @@ def test_a_pass_keeps_less_of_what_needs_no_gradient():
     assert head < last < first < second == third
 
 
-def test_memory_is_the_sum_of_its_parts():
+@pytest.mark.parametrize("tied", [False, True])
+def test_memory_is_the_sum_of_its_parts(tied):
     """The base's bytes by its parameters; sharding and checkpointing take away what they should."""
-    work = Workload(SHAPE, 4, 32, AdapterConfig(rank=4))
+    shape = dataclasses.replace(SHAPE, tie_word_embeddings=tied)
+    work = Workload(shape, 4, 32, AdapterConfig(rank=4))
     for base, (dtype, kind) in BASES.items():
-        model = Llama(SHAPE, dtype=dtype).init_random_()
+        model = Llama(shape, dtype=dtype).init_random_()
         if kind:
             quantize_model(model, kind)
         model.trim_head([1, 2])
@@ -145,7 +147,7 @@ def test_memory_is_the_sum_of_its_parts():
         parts = plan.base + plan.adapters + plan.activations + plan.workspace
         assert 0 < plan.peak - parts < 1e9  # the program
         assert memory(work, base, checkpointing=True).activations < plan.activations
-        assert memory(work, base, shards=4).base < plan.base + 3 * SHAPE.vocab_size * 64 * 4
+        assert memory(work, base, shards=4).base < plan.base + 3 * shape.vocab_size * 64 * 4
         offloaded, spread = memory(work, base, offloaded=True), memory(work, base, shards=4)
         assert 4 * (spread.base - offloaded.base) == own
     sizes = [memory(work, base).base for base in BASES]
