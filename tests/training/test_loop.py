@@ -7,7 +7,7 @@ import signal
 import threading
 from concurrent.futures import Future
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from scalabl_ref.core.adapter import adapter_state
 from scalabl_ref.support.errors import Interrupted
 from scalabl_ref.training import savepoints
 from scalabl_ref.training.loop import fit
+from scalabl_ref.training.trainer import TrainConfig
 
 from ..models import tiny_data, trainer
 
@@ -150,11 +151,13 @@ def test_a_run_ends_when_its_checkpoint_is_on_disk(tmp_path, monkeypatch, steps)
 
 
 def test_a_resumed_run_may_change_settings_that_leave_its_results_alone(tmp_path):
+    """Those alone: a checkpoint keeps all others, and a resumed run must have them."""
     fit(trainer(steps=1), tmp_path)
-    for name, value in (
-        ("checkpoint_every", 3), ("micro_batch", 2), ("recompute", True),
-        ("offload_activations", True), ("compile", True),
-    ):  # fmt: skip
+    free = {"checkpoint_every": 3, "micro_batch": 2, "recompute": True,
+            "offload_activations": True, "compile": True}  # fmt: skip
+    kept = json.loads(next(tmp_path.glob("checkpoint/*/manifest.json")).read_text())["identity"]
+    assert {*kept["train"]} == {f.name for f in fields(TrainConfig)} - {*free} | {"dtype", "init"}
+    for name, value in free.items():
         made, done = trainer(steps=1), []
         made.config = replace(made.config, **{name: value})
         fit(made, tmp_path, resume=True, on_start=done.append)
@@ -179,6 +182,7 @@ def test_resuming_something_else_is_refused(tmp_path):
     data = tiny_data()
     for change, message in (
         ({"lr": 0.5}, r"train.lr was 0.01 and now is 0.5"),
+        ({"steps": 13}, r"train.steps was 12 and now is 13"),
         ({"model": {"rank": 2}}, r"adapter.rank was 3 and now is 2"),
         ({"model": {"seed": 1}}, "model differs"),
         ({"data": tiny_data(seed=1)}, "data differs"),
