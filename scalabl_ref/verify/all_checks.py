@@ -39,7 +39,8 @@ def run(check: Check, op: Op, device: torch.device) -> Result:
     try:
         errors = list(check.run(op, device))
         # No NaN is the largest of others, and no comparison is no success.
-        worst = max((Error(math.inf) if math.isnan(e) else e for e in errors), default=math.inf)
+        worst = max(errors, key=lambda e: math.inf if math.isnan(e) else e, default=math.inf)
+        worst = Error(math.inf, getattr(worst, "place", "")) if math.isnan(worst) else worst
         note = getattr(worst, "place", "") if worst > 1 else ""
     except LeftOut as reason:
         worst, note = 0.0, f"left out: {reason}"

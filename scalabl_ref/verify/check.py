@@ -83,6 +83,25 @@ def exact(right: bool, place: str = "") -> Error:
     return Error(0.0 if right else math.inf, place)
 
 
+def same(got: Tensor, expected: Tensor, case: str) -> Error:
+    """The error of tensors that must have the same bits; place: the first element that differs."""
+    if (got.shape, got.dtype) != (expected.shape, expected.dtype):
+        kinds = (f"{tuple(t.shape)} of {t.dtype}" for t in (got, expected))
+        return exact(False, f"{case}: {', expected '.join(kinds)}")
+    bits = {4: torch.int32, 8: torch.int64}[got.element_size()]
+    differ = (got.view(bits) != expected.view(bits)).nonzero().tolist()
+    if not differ:
+        return exact(True)
+    at = tuple(differ[0])
+    values = f"got {got[at].item()!r}, expected {expected[at].item()!r}"
+    return exact(False, f"{case}: element {at}: {values}")
+
+
+def near(got: float, expected: float, bound: float, case: str) -> Error:
+    """The error of one number."""
+    return Error(abs(got - expected) / bound, f"{case}: got {got!r}, expected {expected!r}")
+
+
 def normal_limit(rate: float) -> float:
     """t with P(|z| > t) = rate for a standard normal z."""
     return -float(torch.special.ndtri(torch.tensor(rate / 2, dtype=torch.float64)))

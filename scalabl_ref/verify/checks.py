@@ -44,8 +44,10 @@ from .check import (
     LeftOut,
     Op,
     exact,
+    near,
     normal_limit,
     ratio,
+    same,
 )
 from .known_answers import box_muller_answers, philox_answers
 from .method_checks import EPS, NETWORK, fill
@@ -323,7 +325,14 @@ def unbiased_gradient(op: Op, device: torch.device) -> Errors:
     probability .999.
     """
     scores = gradient_scores(op, device, Noise(1, 2), 100_000)
-    yield from (scores.abs() / normal_limit(FALSE_FAILURE / len(scores))).tolist()
+    yield from in_standard_errors(("gradient of s", "gradient of sigma"), scores)
+
+
+def in_standard_errors(names: tuple[str, ...], scores: Tensor) -> Errors:
+    """The errors of deviations given in standard errors, one for each name."""
+    limit = normal_limit(FALSE_FAILURE / len(names))
+    for name, score in zip(names, scores.tolist(), strict=True):
+        yield near(score, 0.0, limit, f"{name}, in standard errors")
 
 
 def gradient_scores(op: Op, device: torch.device, noise: Noise, n: int) -> Tensor:
@@ -392,13 +401,15 @@ OP_CHECKS = [
 
 def known_answers(_: Op, device: torch.device) -> Errors:
     """The file's answers, in Python and in the native core."""
-    for body in (philox, native.core()):
+    for name, body in (("plain Python", philox), ("native core", native.core())):
         if body is None:
             continue
         for p in philox_answers():
-            yield exact(tuple(body.philox4x32(p.counter, p.key, p.rounds)) == p.words)
+            words = torch.tensor(body.philox4x32(p.counter, p.key, p.rounds))
+            yield same(words, torch.tensor(p.words), f"{name}: {p}")
         for b in box_muller_answers():
-            yield exact(tuple(body.box_muller(*b.words)) == b.normals)
+            z = torch.tensor(body.box_muller(*b.words), dtype=torch.float64)
+            yield same(z, torch.tensor(b.normals, dtype=torch.float64), f"{name}: {b}")
 
 
 def normals_bit_for_bit(_: Op, device: torch.device) -> Errors:
@@ -412,17 +423,18 @@ def normals_bit_for_bit(_: Op, device: torch.device) -> Errors:
     ):
         got = Noise(seed, draw).normal(layer, ids, 9, draws)
         each = (more if draws is not None else 0 * ids).tolist()
-        slow = [philox.normal_row(seed, draw + d, layer, g, 9)
-                for g, d in zip(ids.tolist(), each, strict=True)]  # fmt: skip
-        right = got == torch.tensor(slow, dtype=torch.float64).float()
-        yield from map(exact, right.flatten().tolist())
+        for row, g, d in zip(got, ids.tolist(), each, strict=True):
+            slow = torch.tensor(philox.normal_row(seed, draw + d, layer, g, 9), dtype=torch.float64)
+            at = f"seed {seed}, draw {draw + d}, layer {layer}, group {g}"
+            yield same(row, slow.float(), f"{Noise.normals.__module__}: {at}")
 
 
 def moments(_: Op, device: torch.device) -> Errors:
     """`moment_scores` of 2^20 normals. A deviation of 9.6 / 2^10 of its unit is seen with
     probability .999: .01 in the mean, .013 in the variance, .09 in the fourth moment."""
-    scores = moment_scores(Noise(2024, 7), 2**20)
-    yield from (scores.abs() / normal_limit(FALSE_FAILURE / len(scores))).tolist()
+    names = ("mean", "variance", "third moment", "fourth moment",
+             "correlation of components", "correlation of groups")  # fmt: skip
+    yield from in_standard_errors(names, moment_scores(Noise(2024, 7), 2**20))
 
 
 def moment_scores(noise: Noise, n: int) -> Tensor:
@@ -439,21 +451,22 @@ def moment_scores(noise: Noise, n: int) -> Tensor:
 def kl_values(_: Op, device: torch.device) -> Errors:
     """Check values; loops; zero at the prior; the mean of log q - log p by quadrature."""
     s, sigma = torch.tensor([0.3, -0.4]).double().exp(), torch.tensor([0.05, 0.2]).double()
-    yield abs(float(kl_forward(s, sigma, 1.0)) - 4.762118) / 1e-4
-    yield abs(float(kl_official(s, sigma, 1.0)) - 576.935180) / 1e-2
+    yield near(float(kl_forward(s, sigma, 1.0)), 4.762118, 1e-4, "forward: check value")
+    yield near(float(kl_official(s, sigma, 1.0)), 576.935180, 1e-2, "official: check value")
     nodes, weights = reference.gauss_hermite(40)
     zero, one = torch.zeros(2).double(), torch.ones(2).double()
     pairs = [(s, sigma), (zero, one), (3 * one, 2 * one)]
     for mean, sd in pairs:
-        for function, slow in ((kl_forward, reference.kl_forward),
-                               (kl_official, reference.kl_official)):  # fmt: skip
+        at = f"s {mean.tolist()}, sigma {sd.tolist()}"
+        for name, function, slow in (("forward", kl_forward, reference.kl_forward),
+                                     ("official", kl_official, reference.kl_official)):  # fmt: skip
             value, expected = float(function(mean, sd, 1.0)), slow(mean, sd, 1.0)
-            yield abs(value - expected) / (1e-14 * (10 + abs(expected)))
+            yield near(value, expected, 1e-14 * (10 + abs(expected)), f"{name}: {at}")
         w = mean + sd * nodes[:, None]  # from q
         log_ratio = -sd.log() - nodes[:, None] ** 2 / 2 + w**2 / 2
         mean_ratio = float((weights @ log_ratio).sum())
-        error = abs(float(kl_forward(mean, sd, 1.0)) - mean_ratio)
-        yield error / (1e-12 * (10 + abs(mean_ratio)))
+        value, bound = float(kl_forward(mean, sd, 1.0)), 1e-12 * (10 + abs(mean_ratio))
+        yield near(value, mean_ratio, bound, f"forward, by quadrature: {at}")
 
 
 def mixture(_: Op, device: torch.device) -> Errors:
@@ -461,8 +474,8 @@ def mixture(_: Op, device: torch.device) -> Errors:
     logits = 5 * torch.randn(7, 11, 4, generator=torch.Generator().manual_seed(1)).double()
     expected = reference.predictive(logits)
     for name, value in predictive(torch.log_softmax(logits, -1))._asdict().items():
-        error = (value - torch.tensor(expected[name], dtype=torch.float64)).abs()
-        yield from (error / 1e-14).flatten().tolist()
+        right = torch.tensor(expected[name], dtype=torch.float64)
+        yield ratio(value, right, torch.ones(()), 1e-14, name)
 
 
 # --- Checks of the fast bodies against the plain ones ------------------------------------------
@@ -482,7 +495,7 @@ def same_op(op: Op, device: torch.device) -> Errors:
         quick, plain = in_both(op_and_gradients, case)
         eps, size = 4 * terms(case) * torch.finfo(case.x.dtype).eps, sizes(case, direction(case))
         for name, expected in plain.items():
-            yield ratio(quick[name], expected, size[name], eps)
+            yield ratio(quick[name], expected, size[name], eps, f"{name} of {case}")
 
 
 def plain_loops(core: Any) -> SimpleNamespace:
@@ -523,9 +536,10 @@ def same_noise(_: Op, device: torch.device) -> Errors:
     for seed, draw, layer in ((0, 0, 0), (2**64 - 1, 2**32 - 3, 2**32 - 2), (12345, 678, 90)):
         for rank in (1, 4, 9):
             quick, plain = in_both(Noise(seed, draw).normal, layer, ids, rank, draws)
-            yield exact(torch.equal(quick.view(torch.int32), plain.view(torch.int32)))
+            at = f"fast body: seed {seed}, draw {draw} + {draws.tolist()}, layer {layer}, groups"
+            yield same(quick, plain, f"{at} {ids.tolist()}, rank {rank}")
         quick, plain = in_both(philox_words, seed, 2**62 + draw, 13)
-        yield exact(torch.equal(quick, plain))
+        yield same(quick, plain, f"fast body: words of seed {seed}, stream 2^62 + {draw}")
 
 
 def same_model(_: Op, device: torch.device) -> Errors:
@@ -533,9 +547,11 @@ def same_model(_: Op, device: torch.device) -> Errors:
     for sampling in SAMPLING:
         for call in model_calls(device):
             quick, plain = in_both(logits_and_gradients, device, sampling, call)
-            for got, expected in zip(quick, plain, strict=True):
+            for number, (got, expected) in enumerate(zip(quick, plain, strict=True)):
+                what = f"gradient {number}" if number else "logits"
+                at = f"{what}, sampling {sampling}, called with {', '.join(call) or 'tokens'}"
                 # A second block doubles what it inherits, and so does the backward pass.
-                yield ratio(got, expected, expected.abs().max(), 4 * NETWORK * EPS)
+                yield ratio(got, expected, expected.abs().max(), 4 * NETWORK * EPS, at)
 
 
 def model_calls(device: torch.device) -> list[dict[str, Any]]:

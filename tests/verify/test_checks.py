@@ -17,8 +17,12 @@ import torch.nn.functional as F
 
 from scalabl_ref import InputError, Noise, fast, subspace_lora_linear
 from scalabl_ref.app import cli
+from scalabl_ref.core import philox
+from scalabl_ref.core.adapter import SubspaceAdapter
+from scalabl_ref.core.layer import subspace_lora_linear as plain_op
 from scalabl_ref.fast import native
 from scalabl_ref.fast.rows import PackedBlock
+from scalabl_ref.verify import checks
 from scalabl_ref.verify.all_checks import load_op, run, verify
 from scalabl_ref.verify.check import FALSE_FAILURE, Check
 from scalabl_ref.verify.checks import (
@@ -166,6 +170,96 @@ def test_the_worst_element_is_named():
     )
     assert found, forward.note
     assert float(found[2]) - float(found[3]) == pytest.approx(5.0, abs=1e-4)
+
+
+def last_bit(body):
+    """The last number of what the body gives, one unit in the last place too large."""
+
+    def wrong(*arguments):
+        *others, last = body(*arguments)
+        return *others, last + 1 if isinstance(last, int) else math.nextafter(last, math.inf)
+
+    return wrong
+
+
+def next_normal(body):
+    def wrong(*arguments):
+        z = body(*arguments).clone()
+        z[-1, -1] = z[-1, -1].nextafter(torch.tensor(9.0))
+        return z
+
+    return wrong
+
+
+NUMBERS = r"got (nan|-?[\d.e-]+), expected (-?[\d.e-]+)"
+# A fault in a body, the check, and its words: the body, the coordinates, the element.
+WORDS = {
+    "philox4x32": (
+        philox, "philox4x32", last_bit, "Philox",
+        r"plain Python: PhiloxAnswer\(rounds=\d+, counter=.*, key=.*\): element \(3,\): ",
+    ),
+    "box_muller": (
+        philox, "box_muller", last_bit, "Philox",
+        r"plain Python: BoxMullerAnswer\(words=\(\d+, \d+\), .*\): element \(1,\): ",
+    ),
+    "normals": (
+        Noise, "normals", next_normal, "normals",
+        r"tests\S+: seed 0, draw 0, layer 0, group 77: element \(8,\): ",
+    ),
+    "fast normals": (
+        fast, None, next_normal, "fast noise",
+        r"fast body: seed 0, draw 0 \+ .*, layer 0, groups .*, rank 1: element \(4, 0\): ",
+    ),
+    "op": (
+        checks, "op_and_gradients", lambda body: lambda *a: body(*a) | {
+            "sigma": body(*a)["sigma"] * (2 if SubspaceAdapter.op is plain_op else 1)}, "fast op",
+        r"sigma of float\d\d x \(.*\), d_out \d+, .*: element \(\d+,\): ",
+    ),
+    "model": (
+        checks, "logits_and_gradients", lambda body: lambda device, sampling, call: [
+            t * (2 if SubspaceAdapter.op is plain_op and i == 2 and "mask" in call else 1)
+            for i, t in enumerate(body(device, sampling, call))], "fast model",
+        r"gradient 2, sampling \w+, called with mask, last_only: element \(.*\): ",
+    ),
+    "moments": (
+        Noise, "normals", lambda body: lambda *a: body(*a) + 1, "moments",
+        r"third moment, in standard errors: ",
+    ),
+    "forward KL": (
+        checks, "kl_forward", lambda body: lambda *a: body(*a) + 1, "KL",
+        r"forward: s \[0.0, 0.0\], sigma \[1.0, 1.0\]: ",
+    ),
+    "official KL": (
+        checks, "kl_official", lambda body: lambda *a: body(*a) * (1 + 1e-9), "KL",
+        r"official: s \[.*\], sigma \[.*\]: ",
+    ),
+    "no number": (
+        checks, "kl_official", lambda body: lambda *a: math.nan, "KL",
+        r"official: check value: ",
+    ),
+    "mixture": (
+        checks, "predictive", lambda body: lambda logits: body(logits)._replace(
+            entropy=body(logits).entropy + F.one_hot(torch.tensor(3), 11)), "mixture",
+        r"entropy: element \(3,\): ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_failure_says_body_place_and_values(name, monkeypatch):
+    owner, attribute, fault, check, words = WORDS[name]
+    if attribute is None:
+        wrong = staticmethod(fault(fast.FAST[0].__func__))
+        monkeypatch.setattr(fast, "FAST", (wrong, *fast.FAST[1:]))
+    elif owner is Noise:
+        monkeypatch.setattr(Noise, attribute, staticmethod(fault(getattr(Noise, attribute))))
+    else:
+        monkeypatch.setattr(owner, attribute, fault(getattr(owner, attribute)))
+    (check,) = (own for own in OWN_CHECKS if own.name == check)
+    result = run(check, None, CPU)
+    assert not result.passed and result.cases
+    found = re.fullmatch(words + NUMBERS, result.note)
+    assert found and found[1] != found[2], result.note
 
 
 def test_a_frozen_weight_needs_no_gradient():
