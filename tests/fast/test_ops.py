@@ -360,6 +360,14 @@ def wide_case(rows=(3, 50), d_in=1500, d_out=1100, rank=8, dtype=torch.float32, 
     )  # fmt: skip
 
 
+def assert_near(got, expected, allowed, about: str) -> None:
+    """A failure names the place of the first wrong element, and both values there."""
+    wrong = (~((got.double() - expected).abs() <= allowed)).nonzero()  # NaN is wrong too
+    for first in map(tuple, wrong[:1].tolist()):
+        values = f"{got[first].item():.9g}, expected {expected[first].item():.9g}"
+        raise AssertionError(f"{about}: {len(wrong)} wrong, the first at {first}: {values}")
+
+
 @needs_core
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank", [1, 8, 13, 256])
@@ -370,12 +378,13 @@ def test_large_shapes_are_as_accurate(dtype, rank):
     plain = outputs_and_gradients(case, composition, direction)
     ours = outputs_and_gradients(case, subspace_lora_linear, direction)
     sizes = op_sizes(case, direction)
+    shapes = f"{tuple(case.x.shape)} to {len(case.weight)}, rank {rank}"
     for name, expected in truth.items():
-        error = (ours[name].double() - expected).abs().max()
         # So many elements leave little to luck: one rounding is all that is allowed beside.
         terms = case.longest_sum() if dtype == torch.float64 else 1
         allowed = no_worse_than(plain[name], expected, dtype, terms, sizes[name])
-        assert error <= allowed, name
+        about = f"{name}, {dtype}, {shapes}, {native.core().isa()}"
+        assert_near(ours[name], expected, allowed, about)
 
 
 @needs_core

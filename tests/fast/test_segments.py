@@ -11,7 +11,13 @@ from scalabl_ref import Noise, subspace_lora_linear
 
 from ..strategies import DTYPES, OpCase
 from ..tolerances import no_worse_than, op_sizes
-from .test_ops import composition, direction_of, needs_core, outputs_and_gradients
+from .test_ops import (
+    assert_near,
+    composition,
+    direction_of,
+    needs_core,
+    outputs_and_gradients,
+)
 
 pytestmark = needs_core
 # Rows, sampling and ids: 2, 2, 2, 5 and 1 segments, of rows that no tile of rows divides.
@@ -38,13 +44,6 @@ def case_of(rows: str, dtype: torch.dtype, d_in=130, d_out=97, rank=13) -> OpCas
         sigma=normal(rank).exp(), scaling=0.75, noise=Noise(3, 4), layer=9, sampling=sampling,
         groups=groups, draws=None,
     )  # fmt: skip
-
-
-def assert_near(got, expected, allowed, about: str) -> None:
-    """A failure names the place of the first wrong element."""
-    wrong = ((got.double() - expected).abs() > allowed).nonzero()
-    first = tuple(wrong[0].tolist()) if len(wrong) else ()
-    assert not len(wrong), f"{about}: {len(wrong)} wrong, the first at {first}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
