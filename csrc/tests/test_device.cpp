@@ -100,6 +100,7 @@ void test_absent_outputs() {
 int main() {
     test_noise();
     compare_all(forward, backward);
+    compare_uneven_rows(forward, backward);
     test_absent_outputs();
     compare_whole_numbers(forward, backward);
     return end_of_checks();
