@@ -431,7 +431,8 @@ Hypothesis draws 20 examples, the same every time, and slow tests of the C++ cor
 left out: the suite itself is the stricter. A process that crashes, or takes more than twice the
 processor's time of the tests without a change, has noticed too.
 Score: noticed / (tried - unobservable), {date.today():%Y-%m}; a module's row is of its last run.
-Where fewer than all mutants were tried, every sixth was.
+Where fewer than all mutants were tried, the row is a sample: every sixth was tried. Its score is an
+estimate of the score of all.
 
 | module | mutants | tried | noticed | unobservable | not noticed | score |
 |---|---|---|---|---|---|---|
