@@ -21,6 +21,9 @@ worst case is named, with the element, its value and the right one. For instance
 
 x is (..., d_in), weight (d_out, d_in), bias (d_out,) or None, A (r, d_in), B (d_out, r), s and
 sigma (r,). A function that gives no gradient of weight and bias, as of frozen ones, passes too.
+
+On a machine with other work, set OMP_WAIT_POLICY=passive in the environment: GNU's OpenMP threads
+then sleep while they wait, and the checks can take a quarter of the time.
 """
 
 from __future__ import annotations
