@@ -28,12 +28,13 @@ from scalabl_ref import (
     elbo,
     kl_forward,
     kl_official,
-    philox4x32,
 )
+from scalabl_ref.core import philox
 from scalabl_ref.core.adapter import SubspaceAdapter, initial_matrix, initial_values
+from scalabl_ref.core.noise import plain_normals
 from scalabl_ref.core.objective import Batch
-from scalabl_ref.core.philox import box_muller
 from scalabl_ref.core.predictive import predictive
+from scalabl_ref.fast import native, normals
 from scalabl_ref.methods import subspace
 from scalabl_ref.methods.evidence import best_precision
 from scalabl_ref.methods.laplace import LOGITS_LAYER
@@ -72,6 +73,18 @@ def op(case, t, dtype, bug):
     return dict(zip(leaves, gradients, strict=True))
 
 
+def noise_body():
+    """The functions of words behind the noise that is in place: plain ones, or the core's."""
+    return philox if Noise.normals is plain_normals else native.core() or philox
+
+
+def pairs_of_normals(words):
+    """Normals (n, 2) of pairs of words: by the core, on tensors, or by plain Python."""
+    if Noise.normals is not plain_normals and native.core() is None:
+        return torch.stack(normals.box_muller(*words.cpu().T), 1)
+    return tensor([noise_body().box_muller(a, b) for a, b in words.tolist()])
+
+
 def port(folder, dtype, bug=lambda call: {}, levels=None):
     """Results of the package's own functions, on the device of --device."""
     out = {}
@@ -83,10 +96,10 @@ def port(folder, dtype, bug=lambda call: {}, levels=None):
             continue
         if level == "philox":
             rows = zip(t["counter"].tolist(), t["key"].tolist(), strict=True)
-            result = {"words": torch.tensor([philox4x32(c, k, p["rounds"]) for c, k in rows])}
+            words = [noise_body().philox4x32(c, k, p["rounds"]) for c, k in rows]
+            result = {"words": torch.tensor(words)}
         elif case["id"] == "box-muller":
-            z = [box_muller(a, b) for a, b in t["words"].tolist()]
-            result = {"normals": torch.tensor(z, dtype=torch.float64).to(dtype)}
+            result = {"normals": pairs_of_normals(t["words"]).to(dtype)}
         elif level == "normals":
             eps = Noise(int(p["seed"]), p["draw"]).normal(p["layer"], t["groups"], p["rank"])
             result = {"eps": eps}
