@@ -101,8 +101,8 @@ def port(folder, dtype, bug=lambda call: {}, levels=None):
         elif case["id"] == "box-muller":
             result = {"normals": pairs_of_normals(t["words"]).to(dtype)}
         elif level == "normals":
-            eps = Noise(int(p["seed"]), p["draw"]).normal(p["layer"], t["groups"], p["rank"])
-            result = {"eps": eps}
+            at = (p["layer"], t["groups"], p["rank"], t.get("draws"))
+            result = {"eps": Noise(int(p["seed"]), p["draw"]).normal(*at)}
         elif level.startswith("op"):
             result = op(case, t, dtype, bug)
         elif level == "KL":
@@ -275,10 +275,11 @@ def page_box_muller(p, t):
 
 def page_noise(p, t):
     seed, rows = int(p["seed"]), []
-    for group in t["groups"]:
+    for group, later in zip(t["groups"], t.get("draws", [0] * len(t["groups"])), strict=True):
         row = []
         for j in range(-(-p["rank"] // 4)):
-            w = block([j, group, p["layer"], p["draw"]], [seed % 2**32, seed // 2**32], 10)
+            counter = [j, group, p["layer"], p["draw"] + later]
+            w = block(counter, [seed % 2**32, seed // 2**32], 10)
             row += exact_normals(w[0], w[1]) + exact_normals(w[2], w[3])
         rows.append([float32(z) for z in row[: p["rank"]]])
     return {"eps": rows}

@@ -114,6 +114,12 @@ def _noise_faults() -> Iterator[Fault]:
         "uniform of 24 bits": lambda a, b: box_muller(a // 256 * 256, b),
         "angle turned by half": lambda a, b: box_muller(a, (b + half) % WORD),
     })  # fmt: skip
+    eps = reference.eps_of_group
+    yield from _each(NOISE[:1], "eps_of_group", {
+        "draws of rows ignored": lambda noise, i, g, rank, later=0: eps(noise, i, g, rank),
+        "draws of rows in the place of the draw": lambda noise, i, g, rank, later=0: (
+            eps(Noise(noise.seed, later), i, g, rank) if later else eps(noise, i, g, rank)),
+    })  # fmt: skip
     yield from _each(NOISE[:1], "box_muller", {
         "normals rounded to float32 before step 5": lambda a, b: _single(*box_muller(a, b)),
         "angle not reduced as an integer": _plain_angle,
@@ -261,6 +267,15 @@ def _kl_faults() -> Iterator[Fault]:
          lambda s, v, p: log(p / v) + (v**2 + s**2) / p**2 - 0.5,
          lambda s, v, p: log(v / p) + (p**2 + s**2) / v**2 - 0.5),
     })  # fmt: skip
+    for small in (1e-6, 1e-8, 1e-12):
+        yield from _each(levels, lambda terms: _kl(forward=terms[0], official=terms[1]), {
+            f"KL: {small:g} added to sigma in the logarithm": (
+             lambda s, v, p, e=small: log(p / (v + e)) + (v**2 + s**2) / (2 * p**2) - 0.5,
+             lambda s, v, p, e=small: log((v + e) / p) + (p**2 + s**2) / (2 * v**2) - 0.5),
+            f"KL: {small:g} added to the denominator": (
+             lambda s, v, p, e=small: log(p / v) + (v**2 + s**2) / (2 * p**2 + e) - 0.5,
+             lambda s, v, p, e=small: log(v / p) + (p**2 + s**2) / (2 * v**2 + e) - 0.5),
+        })  # fmt: skip
     yield Fault("KL: mean over the components", levels, {
         "kl_forward": lambda s, sigma, p: forward(s, sigma, p) / len(s),
         "kl_official": lambda s, sigma, p: official(s, sigma, p) / len(s)})  # fmt: skip
@@ -640,8 +655,12 @@ def _step_faults() -> Iterator[Fault]:
                 bounded(values, p) if p["objective"] == other else values)})  # fmt: skip
     yield Fault("bound on log s too", STEP, {
         "bounded": lambda values, p: {
-            n: v.clamp(min=-20 if n.endswith("log_sigma") else 0) if ".log_" in n else v
-            for n, v in values.items()}})  # fmt: skip
+            n: v.clamp(min=-20) if ".log_" in n else v for n, v in values.items()}})  # fmt: skip
+    for high in (0.0, 0.5):
+        yield Fault(f"log sigma at most {high:g}", STEP, {
+            "bounded": lambda values, p, high=high: {
+                n: v.clamp(max=high) if n.endswith("log_sigma") else v
+                for n, v in bounded(values, p).items()}})  # fmt: skip
     yield Fault("dropped Jacobian of exp", STEP, {
         "positive": lambda v: v + (v.exp() - v).detach(),
         "kl_gradients": lambda values, kl, prior: {

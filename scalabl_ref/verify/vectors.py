@@ -105,6 +105,22 @@ def _normals() -> Iterator[Vector]:
             {"groups": groups},
             {"eps": Output(z, 2, z.abs())},
         )  # fmt: skip
+    yield _draws()
+
+
+def _draws() -> Vector:
+    """Rows of several draws in one call; two rows have one group, and two have one draw."""
+    seed, draw, layer, rank = 2**63 + 11, 3, 9, 5
+    groups, draws = torch.tensor([7, 7, 0, 2**32 - 1]), torch.tensor([0, 5, 2**31, 5])
+    pairs = zip(groups.tolist(), draws.tolist(), strict=True)
+    z = tensor([reference.eps_of_group(Noise(seed, draw), layer, g, rank, d) for g, d in pairs])
+    return Vector(
+        "noise-draws", "normals", "docs/conformance.md: a draw for each row",
+        ["draws ignored", "draws for draw, and not added to it"],
+        {"seed": str(seed), "draw": draw, "layer": layer, "rank": rank},
+        {"groups": groups, "draws": draws},
+        {"eps": Output(z, 2, z.abs())},
+    )  # fmt: skip
 
 
 # Leading dimensions, d_in, d_out, rank, scaling, whether there is a bias.
@@ -177,6 +193,7 @@ def _kl() -> Iterator[Vector]:
         "check": ([0.3, -0.4], [math.log(0.05), math.log(0.2)], 1.0),
         "prior": ([-30.0, -30.0], [0.0, 0.0], 1.0),
         "wide": ([1.0, 0.0, -1.0], [0.5, 0.0, -3.0], 0.25),
+        "narrow": ([-0.5, 0.0], [-28 * math.log(2), -20 * math.log(2)], 1.0),  # bound: e^-20
     }
     for name, (log_s, log_sigma, prior) in points.items():
         s, sigma = tensor(log_s), tensor(log_sigma)
@@ -191,7 +208,8 @@ def _kl() -> Iterator[Vector]:
             ).sum()
             yield Vector(
                 f"kl-{kl}-{name}", "KL", "(5)" if kl == "forward" else "(6)",
-                ["KL in the other direction", "variance for standard deviation", "half left out"],
+                ["KL in the other direction", "variance for standard deviation", "half left out",
+                 "a small number added to sigma, or to a denominator"],
                 {"prior_std": prior, "kl": kl}, {"s": s, "sigma": sigma},
                 {"kl": Output(tensor(value), 16, magnitude)},
             )  # fmt: skip
@@ -483,7 +501,8 @@ def _training_step(only: str = "") -> Iterator[Vector]:
             f"step-{id}", "training step", "(1) to (7), AdamW",
             ["bias correction off by one", "decay coupled to the gradient", "KL / N left out",
              "the draw follows the row and not the example", "last token of the padding",
-             "dropped Jacobian of exp", "one rate for all", "log sigma not bounded"],
+             "dropped Jacobian of exp", "one rate for all", "log sigma not bounded",
+             "log sigma bounded above", "log s bounded too"],
             {**p, **_shape(config)},
             {**STEP_BATCH,
              "inverse_frequencies": config.rope.inverse_frequencies(config.head_dim).double(),
@@ -541,6 +560,8 @@ def _adapter_values(w: Weights, kl: str) -> Weights:
         shape = {"A": (2, d_in), "B": (d_out, 2)}.get(part, (2,))
         mean = -1.5 if part == "log_sigma" else 0.0
         values[f"{name}.{part}"] = _random(1600 + index, *shape, times=0.5, plus=mean)
+    values["layers.0.attn.v_proj.log_sigma"][1] = 1.0  # log sigma has no upper bound,
+    values["layers.0.attn.v_proj.log_s"][1] = -21.0  # and log s no lower one
     if kl == "forward":  # widths below their bound, and less below it than a KL step may bring
         values["lm_head.log_sigma"][0] = -20.5
         values["layers.1.attn.v_proj.log_sigma"][1] = _single(torch.tensor(-20.0 - 1 / 256))

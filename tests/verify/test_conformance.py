@@ -61,9 +61,9 @@ def test_a_port_of_the_page_alone_passes(kit, tmp_path, precision):
     grades = grade(kit, tmp_path, port_of_the_page(kit), precision)
     assert [g for g in grades if not g.passed] == []
     levels = {"philox", "normals", "schedules", "metrics"}
-    assert sum(case["level"] in levels for case, _ in cases(kit)) == 21
+    assert sum(case["level"] in levels for case, _ in cases(kit)) == 22
     assert sum(case["level"] == "subspace" for case, _ in cases(kit)) == 8
-    assert len(grades) == 21 + 7  # its model is left out
+    assert len(grades) == 22 + 7  # its model is left out
 
 
 def moved(noise, seed=0, draw=0):
@@ -291,7 +291,7 @@ def test_command(kit, tmp_path, capsys):
     save_tensors(tmp_path / "o.safetensors", results.items())
     assert cli.main(["conformance", "check", str(kit), str(tmp_path / "o.safetensors")]) == 0
     total = sum(1 for _ in cases(kit))
-    expected = f"6 of 6 cases passed, float32; {total - 6} not attempted; kit {KIT_VERSION}, SHA"
+    expected = f"8 of 8 cases passed, float32; {total - 8} not attempted; kit {KIT_VERSION}, SHA"
     assert expected in capsys.readouterr().out
     swapped = {k: results[k.replace("forward", "official")] for k in results if "forward" in k}
     save_tensors(tmp_path / "o.safetensors", swapped.items())
@@ -302,7 +302,7 @@ def test_command(kit, tmp_path, capsys):
         cli.main(["conformance", "check", str(kit), str(tmp_path / "o.safetensors"), "--json"]) == 1
     )
     report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
-    assert report["cases"][0]["worst"] is None and len(report["not_attempted"]) == total - 6
+    assert report["cases"][0]["worst"] is None and len(report["not_attempted"]) == total - 8
     capsys.readouterr()
     assert cli.main(["conformance", "check", str(kit)]) == 2
     assert "needs a file of OUTPUTS" in capsys.readouterr().err

@@ -46,9 +46,9 @@ static struct noise noise_of(const struct kit_case *c)
 
 static void run_normals(const struct kit_case *c)
 {
-    struct noise noise;
+    struct noise noise, own;
     size_t n, rank, i;
-    const uint32_t *groups;
+    const uint32_t *groups, *draws;
     double *eps;
 
     if (has_output(c, "normals")) {
@@ -59,9 +59,12 @@ static void run_normals(const struct kit_case *c)
     n = shaped(c, "groups", 1)->count;
     rank = whole(c, "rank", 1);
     groups = words_of(c, "groups", n);
+    draws = has_input(c, "draws") ? words_of(c, "draws", n) : NULL;
     eps = pool_doubles(c->pool, product(n, rank));
     for (i = 0; i < n; i++) {
-        noise_normal(&noise, word(c, "layer"), groups[i], rank, eps + i * rank);
+        own = noise;
+        own.draw += draws == NULL ? 0 : draws[i];
+        noise_normal(&own, word(c, "layer"), groups[i], rank, eps + i * rank);
     }
     store2(c, "eps", n, rank, eps);
 }

@@ -86,9 +86,13 @@ def box_muller(a, b):
 
 
 def normal(seed, draw, layer, groups, rank):
-    """eps in float32, a row of `rank` normals for every element of `groups`."""
-    blocks = jnp.arange(-(-rank // 4))
-    pairs = words(seed, blocks, groups.reshape(-1, 1), layer, draw).reshape(-1, 2)
+    """eps in float32, a row of `rank` normals for every element of `groups`.
+
+    draw: one for all rows, or of the shape of `groups`.
+    """
+    blocks, draw = jnp.arange(-(-rank // 4)), jnp.broadcast_to(jnp.asarray(draw), groups.shape)
+    at = (groups.reshape(-1, 1), layer, draw.reshape(-1, 1))
+    pairs = words(seed, blocks, *at).reshape(-1, 2)
     eps = box_muller(*pairs.T).astype(jnp.float32).reshape(groups.size, -1)
     return eps[:, :rank].reshape(*groups.shape, rank)
 
@@ -458,7 +462,9 @@ def gaussian(p, t):
 CASES = {
     "philox": lambda p, t: {"words": philox(t["counter"].T, t["key"].T, p["rounds"])},
     "box-muller": lambda p, t: {"normals": box_muller(*t["words"].T)},
-    "noise": lambda p, t: {"eps": normal(p["seed"], p["draw"], p["layer"], t["groups"], p["rank"])},
+    "noise": lambda p, t: {
+        "eps": normal(p["seed"], p["draw"] + t.get("draws", 0), p["layer"], t["groups"], p["rank"])
+    },
     "op-forward": lambda p, t: {"y": linear(t["x"], t | noise(p, t))},
     "op-backward": op_backward,
     "kl": lambda p, t: {"kl": complexity(t["s"], t["sigma"], p["prior_std"], p["kl"])},
