@@ -99,6 +99,10 @@ def _noise_faults() -> Iterator[Fault]:
         "layer and group exchanged": lambda n, d, i, g, k: (n, d, g, i, k),
         "draw and group exchanged": lambda n, d, i, g, k: (n, g, i, d, k),
         "seed cut to 32 bits": lambda n, d, i, g, k: (n % WORD, d, i, g, k),
+        "seed cut to 63 bits": lambda n, d, i, g, k: (n % 2**63, d, i, g, k),
+        "seed rounded to a double": lambda n, d, i, g, k: (int(float(n)) % WORD**2, d, i, g, k),
+        "group rounded to float32": lambda n, d, i, g, k: (
+            n, d, i, int(_single(float(g))[0]) % WORD, k),
         "halves of the seed exchanged": lambda n, d, i, g, k: (
             n % WORD * WORD + n // WORD, d, i, g, k),
         "one draw for all groups": lambda n, d, i, g, k: (n, d, i, 0, k),
@@ -123,12 +127,28 @@ def _noise_faults() -> Iterator[Fault]:
     yield from _each(NOISE[:1], "box_muller", {
         "normals rounded to float32 before step 5": lambda a, b: _single(*box_muller(a, b)),
         "angle not reduced as an integer": _plain_angle,
+        "normals in float32, angle not reduced as an integer": _single_normals(quarters=False),
+        "normals in float32": _single_normals(quarters=True),
     })  # fmt: skip
 
 
-def _single(*values: float) -> tuple[float, float]:
-    first, second = torch.tensor(values, dtype=torch.float32).double().tolist()
-    return first, second
+def _single(*values: float) -> list[float]:
+    return torch.tensor(values, dtype=torch.float32).tolist()
+
+
+def _single_normals(quarters: bool) -> Callable[[int, int], list[float]]:
+    """Two normals, every operation in float32. quarters: they are subtracted as integers."""
+
+    def box_muller(a: int, b: int) -> list[float]:
+        quarter = (b + 2**29) // 2**30 if quarters else 0
+        u, rest = torch.tensor([float(a), float(b - quarter * 2**30)], dtype=torch.float32)
+        radius, x = (-2 * ((u + 0.5) / WORD).log()).sqrt(), rest * (2 * math.pi / WORD)
+        cos, sin = x.cos(), x.sin()
+        for _ in range(quarter):
+            cos, sin = -sin, cos
+        return [float(radius * cos), float(radius * sin)]
+
+    return box_muller
 
 
 # --- The op -----------------------------------------------------------------------------------
@@ -293,12 +313,17 @@ def _elbo(change: Callable[..., tuple[float, float, float]]) -> dict[str, Any]:
     return {"elbo": wrong}
 
 
-def _log_of_softmax(logits: Tensor, labels: Tensor, pairs: Any, prior: float, beta: float, n: int,
-                    kl: str = "forward") -> tuple[float, float, float]:  # fmt: skip
-    p = logits.softmax(-1)[torch.arange(len(labels)), labels]
-    nll = float(-p.log().mean())
-    divergence = sum(getattr(reference, f"kl_{kl}")(s, v, prior) for s, v in pairs)
-    return nll + beta * divergence / n, nll, divergence
+def _log_of_softmax(small: float) -> Callable[..., tuple[float, float, float]]:
+    """The NLL from the logarithm of a softmax and a small number."""
+
+    def elbo(logits: Tensor, labels: Tensor, pairs: Any, prior: float, beta: float, n: int,
+             kl: str = "forward") -> tuple[float, float, float]:  # fmt: skip
+        p = logits.softmax(-1)[torch.arange(len(labels)), labels]
+        nll = float(-(p + small).log().mean())
+        divergence = sum(getattr(reference, f"kl_{kl}")(s, v, prior) for s, v in pairs)
+        return nll + beta * divergence / n, nll, divergence
+
+    return elbo
 
 
 def _objective_faults() -> Iterator[Fault]:
@@ -312,7 +337,8 @@ def _objective_faults() -> Iterator[Fault]:
     })  # fmt: skip
     right = reference.elbo
     yield from _each(("ELBO",), "elbo", {
-        "logarithm of a softmax that is 0": _log_of_softmax,
+        "logarithm of a softmax that is 0": _log_of_softmax(0.0),
+        "logarithm of a softmax + 1e-12": _log_of_softmax(1e-12),
         "KL of one layer only": lambda logits, labels, pairs, *rest: (
             right(logits, labels, pairs[:1], *rest)),
     })  # fmt: skip
@@ -351,14 +377,14 @@ def _start_faults() -> Iterator[Fault]:
 
 
 def _schedule_faults() -> Iterator[Fault]:
-    right, weight = reference.warmup, reference.kl_weight
+    right = reference.warmup
 
-    def rise(count: Callable[[int, float], int]) -> dict[str, Any]:
+    def rise(count: Callable[[int, float], float]) -> dict[str, Any]:
         """The factor with another number of steps of the rise."""
 
         def factor(step: int, steps: int, share: float) -> float:
             up = count(steps, share)
-            return step / up if step < up else (steps - step) / max(1, steps - up)
+            return step / max(1, up) if step < up else (steps - step) / max(1, steps - up)
 
         return {"warmup": factor}
 
@@ -368,7 +394,10 @@ def _schedule_faults() -> Iterator[Fault]:
     levels = ("schedules", *STEP)
     yield Fault("warm-up steps rounded to the nearest", levels, rise(lambda n, w: round(n * w)))
     yield Fault("warm-up steps rounded up", levels, rise(lambda n, w: math.ceil(n * w)))
+    yield Fault("warm-up steps not rounded", levels, rise(lambda n, w: n * w))
     yield Fault("warm-up steps in float32", levels[:1], rise(single))
+    yield Fault("one warm-up step at least", levels[:1],
+                rise(lambda n, w: max(1, math.floor(n * w))))  # fmt: skip
     yield Fault("warm-up left out", levels, rise(lambda n, w: 0))
     yield from _each(levels, "warmup", {
         "warm-up off by one": lambda i, n, w: right(i + 1, n, w),
@@ -378,8 +407,16 @@ def _schedule_faults() -> Iterator[Fault]:
             right(i, n, w) if i < math.floor(n * w) else (n - i) / n),
     })  # fmt: skip
 
-    def period(n: int, batch: int, power: float = 8.0) -> int:
-        return math.floor(100 * n ** (math.pi / power) / batch)
+    yield from _weight_faults(levels)
+
+
+def _weight_faults(levels: tuple[str, ...]) -> Iterator[Fault]:
+    weight = reference.kl_weight
+
+    def period(
+        n: int, batch: int, power: float = 8.0, whole: Callable[..., int] = math.floor
+    ) -> int:
+        return whole(100 * n ** (math.pi / power) / batch)
 
     yield Fault("period of 0: max(1, M) left out", levels[:1], {
         "kl_period": period,
@@ -387,6 +424,8 @@ def _schedule_faults() -> Iterator[Fault]:
     yield from _each(levels, "kl_period", {
         "period not divided by the batch": lambda n, batch: period(n, 1),
         "period with another power of N": lambda n, batch: max(1, period(n, batch, 4.0)),
+        "period rounded to the nearest": lambda n, batch: max(1, period(n, batch, whole=round)),
+        "period rounded up": lambda n, batch: max(1, period(n, batch, whole=math.ceil)),
     })  # fmt: skip
     yield from _each(levels, "kl_weight", {
         "KL weights counted from 0": lambda i, M: weight(i, M) / 2,
@@ -469,6 +508,8 @@ def _metric_faults() -> Iterator[Fault]:
     })  # fmt: skip
     yield from _each(levels, "ece", {
         "ECE without division by N": lambda p, labels, n: ece(p, labels, n) * len(labels),
+        "ECE always in 10 bins": lambda p, labels, n: ece(p, labels, 10),
+        "ECE always in 15 bins": lambda p, labels, n: ece(p, labels, 15),
         "ECE: the mean over bins": lambda p, labels, n: ece(p, labels, n) * len(labels) / n,
     })  # fmt: skip
     yield Fault("ties to the last class", levels,
@@ -520,13 +561,18 @@ def _model_faults() -> Iterator[Fault]:
         "eps outside the root": lambda w, n, x, eps: (
             x / (x.square().mean(-1, keepdim=True).sqrt() + eps) * w[f"{n}.weight"]),
         "eps 1e-6": lambda w, n, x, eps: norm(w, n, x, 1e-6),
+        "weight 1 + w": lambda w, n, x, eps: norm(
+            {f"{n}.weight": 1 + w[f"{n}.weight"]}, n, x, eps),
     }, "RMSNorm: ")  # fmt: skip
-    yield from _each(
-        (*levels, *STEP),
-        lambda other: {"head_norm": lambda w, n, x, eps: norm(w, n, x, other)},
-        {"left out": 0.0, "1e-6": 1e-6, "1e-5": 1e-5},
-        "q_norm and k_norm: eps ",
-    )
+
+    def head_eps(names: tuple[str, ...]) -> Callable[[float], dict[str, Any]]:
+        return lambda other: {"head_norm": lambda w, n, x, eps: norm(
+            w, n, x, other if n.endswith(names) else eps)}  # fmt: skip
+
+    others = {"left out": 0.0, "1e-6": 1e-6, "1e-5": 1e-5}
+    for names in (("q_norm", "k_norm"), ("q_norm",), ("k_norm",)):
+        prefix = f"{' and '.join(names)}: eps "
+        yield from _each((*levels, *STEP), head_eps(names), others, prefix)
     yield from _each(levels, "rotate", {
         "neighbouring pairs": interleaved,
         "turned backwards": lambda x, f: rotate(x, -f),
@@ -597,15 +643,43 @@ def _optimizer_faults() -> Iterator[Fault]:
         "moments not stored": lambda x, m, v, g, rate, p: (right(x, m, v, g, rate, p)[0], m, v),
         "moments stored with their bias corrected": corrected,
     }, "AdamW: ")  # fmt: skip
+    yield from _decay_faults()
     next_step = formulas.next_step
+    yield Fault("AdamW: t counted from the step at which it starts", STEP, {
+        "next_step": lambda p: {**next_step(p), "taken": p.get("taken", 0) + 1},
+        "adamw": lambda x, m, v, g, rate, p: right(
+            x, m, v, g, rate, {**p, "step": p.get("taken", 0)})})  # fmt: skip
     for name in ("step", "draw"):
         yield Fault(f"the same {name} again in the next step", STEP, {
             "next_step": lambda p, name=name: {**next_step(p), name: p[name]}})  # fmt: skip
 
 
+def _decay_faults() -> Iterator[Fault]:
+    right, rate_of = formulas.adamw, formulas.rate_of
+
+    def decayed(scales: bool) -> Callable[..., Any]:
+        """The decay of log_s and log_sigma alone, or of A and B alone."""
+
+        def adamw(x: Tensor, m: Tensor, v: Tensor, g: Tensor, rate: float, p: Any) -> Any:
+            of_scales = rate == rate_of(".log_", p)  # their rate is another than that of A and B
+            return right(x, m, v, g, rate, p if of_scales == scales else {**p, "weight_decay": 0.0})
+
+        return adamw
+
+    def after(x: Tensor, m: Tensor, v: Tensor, g: Tensor, rate: float, p: Any) -> Any:
+        x, m, v = right(x, m, v, g, rate, {**p, "weight_decay": 0.0})
+        return x * (1 - rate * p["weight_decay"]), m, v
+
+    yield from _each(STEP, "adamw", {
+        "decay after the step": after,
+        "decay of A and B alone": decayed(scales=False),
+        "decay of log s and log sigma alone": decayed(scales=True),
+    }, "AdamW: ")  # fmt: skip
+
+
 def _step_faults() -> Iterator[Fault]:
     share, rate_of = formulas.kl_share, formulas.rate_of
-    kl_move, bounded, gradients = formulas.kl_move, formulas.bounded, formulas.kl_gradients
+    kl_move, gradients = formulas.kl_move, formulas.kl_gradients
     yield from _optimizer_faults()
     yield from _each(STEP, "kl_share", {
         "KL not divided by N": lambda p: share(p) * p["num_examples"],
@@ -634,12 +708,23 @@ def _step_faults() -> Iterator[Fault]:
         ": kl_lr .002": lambda values, p, rows: kl_move(values, {**p, "kl_lr": 0.002}, rows),
         ": the official derivative for either KL": lambda values, p, rows: (
             kl_move(values, {**p, "kl": "official"}, rows)),
+        ": the forward derivative for either KL": lambda values, p, rows: (
+            kl_move(values, {**p, "kl": "forward"}, rows)),
         ": without the warm-up factor": divided(lambda p, rows: (
             reference.warmup(p["step"], p["steps"], p["warmup"]))),
         ": without pi": divided(lambda p, rows: (
             reference.kl_weight(p["step"], reference.kl_period(p["num_examples"], rows)))),
         ": period of N alone": lambda values, p, rows: kl_move(values, p, 1),
     }, "official step")  # fmt: skip
+    yield Fault("dropped Jacobian of exp", STEP, {
+        "positive": lambda v: v + (v.exp() - v).detach(),
+        "kl_gradients": lambda values, kl, prior: {
+            n: g / values[n].exp() for n, g in gradients(values, kl, prior).items()}})  # fmt: skip
+    yield from _bound_faults()
+
+
+def _bound_faults() -> Iterator[Fault]:
+    kl_move, bounded = formulas.kl_move, formulas.bounded
 
     def moved(values: Any, p: Any, rows: int) -> Any:
         move = kl_move(values, p, rows)
@@ -661,14 +746,20 @@ def _step_faults() -> Iterator[Fault]:
             "bounded": lambda values, p, high=high: {
                 n: v.clamp(max=high) if n.endswith("log_sigma") else v
                 for n, v in bounded(values, p).items()}})  # fmt: skip
-    yield Fault("dropped Jacobian of exp", STEP, {
-        "positive": lambda v: v + (v.exp() - v).detach(),
-        "kl_gradients": lambda values, kl, prior: {
-            n: g / values[n].exp() for n, g in gradients(values, kl, prior).items()}})  # fmt: skip
 
 
 def _gradient_faults() -> Iterator[Fault]:
-    found = formulas.nll_and_gradients
+    found, move = formulas.nll_and_gradients, formulas.kl_move
+    before: dict[str, Tensor] = {}
+
+    def kept(config: Any, w: Any, batch: Any, values: dict[str, Tensor], p: Any) -> Any:
+        before.update(values)
+        return found(config, w, batch, values, p)
+
+    yield Fault("official step: at the values before AdamW's step", STEP, {
+        "nll_and_gradients": kept,
+        "kl_move": lambda values, p, rows: move(dict(before), p, rows)})  # fmt: skip
+    yield from _clipping_faults()
 
     def zeroed(part: str) -> Callable[..., Any]:
         def wrong(*given: Any) -> Any:
@@ -681,6 +772,35 @@ def _gradient_faults() -> Iterator[Fault]:
     for part in (".A", ".B", ".log_s", ".log_sigma"):
         yield Fault(f"step: no gradient of the NLL by {part[1:]}", STEP,
                     {"nll_and_gradients": zeroed(part)})  # fmt: skip
+
+
+def _clipping_faults() -> Iterator[Fault]:
+    found, right, of_kl = formulas.nll_and_gradients, formulas.adamw, formulas.kl_gradients
+    times = [1.0]
+
+    def clipped(config: Any, w: Any, batch: Any, values: Any, p: Any) -> Any:
+        nll, gradients, *sizes = kept(config, w, batch, values, p)
+        added = _kl_part(values, p, of_kl)
+        return nll, {n: times[0] * (g + added[n]) - added[n] for n, g in gradients.items()}, *sizes
+
+    def kept(config: Any, w: Any, batch: Any, values: Any, p: Any) -> Any:
+        nll, gradients, *sizes = found(config, w, batch, values, p)
+        added = _kl_part(values, p, of_kl)
+        norm = sum(float((g + added[n]).square().sum()) for n, g in gradients.items()) ** 0.5
+        times[0] = min(1.0, 1 / (norm + 1e-6))
+        return nll, gradients, *sizes
+
+    yield Fault("step: gradients clipped at norm 1", STEP, {"nll_and_gradients": clipped})
+    yield Fault("step: gradients clipped at norm 1 before AdamW alone", STEP, {
+        "nll_and_gradients": kept,
+        "adamw": lambda x, m, v, g, rate, p: right(x, m, v, times[0] * g, rate, p)})  # fmt: skip
+
+
+def _kl_part(values: Any, p: Any, of_kl: Callable[..., Any]) -> dict[str, Any]:
+    """What the KL adds to each gradient."""
+    share = formulas.kl_share(p)
+    found = of_kl(values, p["kl"], p["prior_std"])
+    return {name: share * found.get(name, 0.0) for name in values}
 
 
 def _draw_faults() -> Iterator[Fault]:
