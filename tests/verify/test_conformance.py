@@ -17,6 +17,7 @@ from scalabl_ref.app import cli
 from scalabl_ref.core import philox
 from scalabl_ref.core.noise import NOISE_VERSION
 from scalabl_ref.support.tensors import load_tensors, save_tensors
+from scalabl_ref.verify import reference
 from scalabl_ref.verify.conformance import KIT_VERSION, check, export, grade_case, identity
 from scalabl_ref.verify.known_answers import PhiloxAnswer, box_muller_answers, philox_answers
 
@@ -234,6 +235,20 @@ def test_every_output_is_graded(kit, tmp_path):
             assert [p.split(":")[0] for p in result.problems] == [output], case["id"]
             tried += 1
     assert tried == len(right)
+
+
+def test_edges_in_binary64_give_the_bins_of_every_case(kit):
+    """docs/conformance.md, "What the cases do not notice"."""
+
+    def by_edges(confidence, bins):
+        return sum(i / bins <= confidence for i in range(1, bins))
+
+    for case, t in cases(kit):
+        if case["id"].startswith("ece"):
+            for confidence in t["probs"].amax(1).tolist():
+                at = confidence, case["parameters"]["bins"]
+                assert by_edges(*at) == reference.bin_of(*at), (case["id"], at)
+    assert (by_edges(0.57, 100), reference.bin_of(0.57, 100)) == (57, 56)
 
 
 def test_inputs_are_numbers_that_float32_holds(kit):
