@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..data.tokenizer import LETTERS
 from ..support.files import atomic_write_text
 from . import decisions, metrics
 from .charts import (
@@ -310,7 +311,8 @@ def _error_table(probs: Tensor, labels: Tensor, rows: Mapping[str, Sequence]) ->
     confidence, chosen = decisions.most_probable(probs)
     lines = []
     for i in decisions.worst_errors(probs, labels):
-        choices = rows["choices"][i]
+        # A row may have fewer choices than there are classes.
+        choices = [*rows["choices"][i], *LETTERS[len(rows["choices"][i]) :]]
         names = [_cut(choices[int(k)], _NAME) for k in (labels[i], chosen[i])]
         cells = [Cell(_cut(rows["texts"][i], 240), css="text"), *map(Cell, names)]
         lines.append(Row(_cut(str(rows["ids"][i]), _NAME), [*cells, Cell(f"{confidence[i]:.3f}")]))

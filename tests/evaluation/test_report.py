@@ -466,6 +466,15 @@ def test_rows_with_choices_of_their_own_have_no_confusion_matrix(render):
     assert "The worst errors" in page.text("h2")
 
 
+def test_an_answer_beyond_a_rows_own_choices_is_its_letter(render):
+    probs = torch.tensor([[0.1, 0.2, 0.7], [0.9, 0.1, 0.0]], dtype=torch.float64)
+    given = rows(torch.tensor([0, 0]), ("red", "green", "blue"))
+    given["choices"][0] = ("red", "green")
+    one = {**model("m"), "probs": probs, "labels": torch.tensor([0, 0])}
+    page = check(render({"title": "t", "models": [one], "rows": given}))
+    assert "question 0 red C 0.700" in page.text("td")
+
+
 def test_long_texts_are_cut_and_no_error_is_said(render):
     probs = torch.tensor([[0.8, 0.2]] * 3, dtype=torch.float64)
     one = {"name": "m", "probs": probs, "labels": torch.tensor([0, 1, 0]), "metrics": {}}
