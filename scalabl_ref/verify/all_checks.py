@@ -12,13 +12,18 @@ from ..core.adapter import SubspaceAdapter
 from ..core.layer import subspace_lora_linear as plain_op
 from ..fast import native
 from ..support.errors import InputError
+from .answer_checks import ANSWER_CHECKS
 from .body_checks import BODY_CHECKS
 from .check import Check, Error, LeftOut, Op, Result
 from .checks import OP_CHECKS, OWN_CHECKS
+from .data_checks import DATA_CHECKS
 from .file_checks import FILE_CHECKS
+from .interop_checks import INTEROP_CHECKS
 from .level_checks import LEVEL_CHECKS
 from .method_checks import METHOD_CHECKS
+from .model_checks import MODEL_CHECKS
 from .score_checks import SCORE_CHECKS
+from .training_checks import TRAINING_CHECKS
 from .use_checks import USE_CHECKS
 
 
@@ -29,7 +34,8 @@ def verify(op: Op | None = None, device: torch.device | str = "cpu") -> list[Res
     check has failed. Gradients of weight and bias are left out if it gives none.
     """
     own = OWN_CHECKS + BODY_CHECKS + LEVEL_CHECKS + METHOD_CHECKS
-    own += USE_CHECKS + FILE_CHECKS + SCORE_CHECKS
+    own += USE_CHECKS + FILE_CHECKS + SCORE_CHECKS + MODEL_CHECKS + TRAINING_CHECKS
+    own += DATA_CHECKS + ANSWER_CHECKS + INTEROP_CHECKS
     checks = OP_CHECKS + (own if op is None else [])
     return [run(check, op or SubspaceAdapter.op, torch.device(device)) for check in checks]
 

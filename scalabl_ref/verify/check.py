@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..support.errors import InputError
+
 Op = Callable[..., Tensor]
 Errors = Iterator[float]  # of every comparison, over its bound: above 1 it failed
 FALSE_FAILURE = 1e-9  # of each statistical check: how often it fails a right function
@@ -100,6 +102,15 @@ def same(got: Tensor, expected: Tensor, case: str) -> Error:
 def near(got: float, expected: float, bound: float, case: str) -> Error:
     """The error of one number."""
     return Error(abs(got - expected) / bound, f"{case}: got {got!r}, expected {expected!r}")
+
+
+def refused(call: Callable[[], object], words: str) -> Error:
+    """The error of the claim that `call` raises an InputError that has these words."""
+    try:
+        call()
+    except InputError as error:
+        return exact(words in str(error), f"{words!r} is not in: {error}")
+    return exact(False, f"not refused: {words}")
 
 
 def normal_limit(rate: float) -> float:

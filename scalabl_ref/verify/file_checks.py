@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -241,14 +242,22 @@ def questions_read(_: Op, device: torch.device) -> Errors:
     yield exact(cut.cut == 5 and cut.left_out == 0, "prompts that were cut")
 
 
-def write_byte_tokenizer(folder: Path) -> None:
-    """tokenizer.json of one token a byte, ids 0 to 255, as other tools write it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def write_byte_tokenizer(
+    folder: Path, merges: Sequence[tuple[str, str]] = (), bos: str | None = None
+) -> None:
+    """tokenizer.json as other tools write it: a token for each byte, ids 0 to 255; then for each of
+    `merges`; then `bos`, which begins every text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    vocabulary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
+    ids = {piece: i for i, piece in enumerate(vocabulary)}
+    made = Tokenizer(models.BPE(ids, [*merges]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()
+    if bos:
+        made.add_special_tokens([bos])
+        special = [(bos, len(vocabulary))]
+        made.post_processor = processors.TemplateProcessing(f"{bos} $A", None, special)
     made.save(str(folder / "tokenizer.json"))
 
 

@@ -44,7 +44,7 @@ def test_verify_prints_each_check_and_fails_if_one_fails(capsys, monkeypatch, re
     table = [line for result in results for line in LINES[result]]
     assert lines[0].endswith(", on cpu") and lines[2 : 3 + len(table)] == [HEAD, *table]
     assert lines[3 + len(table) : -2] == (["", end] if end else [])
-    assert lines[-2].startswith("Not covered: tokenizers")
+    assert lines[-2].startswith("Not covered: charts")
     code, out, err = run("verify --json", capsys)
     report = json.loads(out)
     assert code == int(not end) and err.count("failed: ") == (end is None)
