@@ -11,24 +11,36 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from unittest import mock
 
 import torch
+from torch import Tensor
 
-from ..core.adapter import adapters
+from ..core.adapter import adapter_state, adapters
 from ..core.config import AdapterConfig
 from ..core.noise import Noise
 from ..core.objective import Batch, class_logits
 from ..core.predictive import Prediction
-from ..data import Columns, Example, Wording, question
+from ..data import Columns, Encoded, Example, Wording, collate, question
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..evaluation import metrics
-from ..evaluation.answering import Answers, chosen, draws_taken
-from ..evaluation.classifier import Classifier, Decision, default_samples, load
+from ..evaluation.answering import Answers, Samples, answer_encoded, chosen, draws_taken
+from ..evaluation.classifier import (
+    Classifier,
+    Decision,
+    Opened,
+    classifier,
+    default_samples,
+    load,
+)
 from ..evaluation.evaluate import check_results, results_folder, score
 from ..evaluation.generate import generate, pieces
+from ..evaluation.predict import predict
+from ..evaluation.quadrature import predict_exact
+from ..evaluation.report import document
 from ..evaluation.rule import (
     answered,
     calibrated,
@@ -42,17 +54,18 @@ from ..evaluation.rule import (
     weights_sha256,
     write_rule,
 )
-from ..evaluation.sequential import Auto
+from ..evaluation.sequential import Auto, predict_auto
 from ..evaluation.stream import Texts, predict_file
+from ..methods import Ensemble
 from ..model.attach import add_adapters
 from ..model.config import LlamaConfig
 from ..model.llama import Llama
 from ..support.tensors import save_tensors
-from ..training.runs import save_run
+from ..training.runs import run_facts, save_run
 from . import reference
 from .check import Check, Errors, Op, exact, ratio, refused
 from .file_checks import in_hugging_face, write_byte_tokenizer
-from .method_checks import EPS_32, NETWORK, draws, fill, small_model
+from .method_checks import CLASSES, EPS, EPS_32, NETWORK, draws, fill, small_model
 from .score_checks import at_most, near
 
 SHAPE = LlamaConfig(vocab_size=256, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
@@ -184,6 +197,53 @@ def texts_refused(clf: Classifier, wording: Wording) -> Errors:
         yield refused(lambda: clf(TEXTS[0], list("abcd")), "can answer 3 choices")
 
 
+def whole_sets(_: Op, device: torch.device) -> Errors:
+    """A set of prompts with numbers of draws, draws as needed, and none: each row by itself.
+
+    Also members of an ensemble; under an id that is the digest of its tokens.
+    """
+    tokens = [[3, 1, 4, 1], [5], [9, 2, 6], [5, 3], [5]]
+    data = Encoded(tokens, [0, 1, 2, 0, 1], list(CLASSES))
+    cases: list[tuple[tuple[str, ...], bool, tuple[Samples, ...]]] = [
+        (("q_proj", "lm_head"), False, (0, 3, Auto(0.2, 0.1, 20))),
+        (("lm_head",), False, ("exact",)), (("q_proj",), True, (3, 0)),
+    ]  # fmt: skip
+    for targets, posterior, some in cases:
+        model = small_model(device, targets=targets, method="scalabl")
+        ensemble = None
+        if posterior:
+            states = []
+            for seed in (4, 5):
+                fill(adapters(model).values(), seed)
+                states.append({n: v.clone() for n, v in adapter_state(model).items()})
+            ensemble = Ensemble(states)
+        for samples in some:
+            found = answer_encoded(model, data, samples, 7, 2, "", ensemble)
+            for i, row in enumerate(tokens):
+                digest = hashlib.sha256(",".join(str(t) for t in row).encode()).hexdigest()
+                ids = torch.tensor([int(digest[:16], 16) % 2**32])
+                one = replace(collate(data, [i]), ids=ids).to(device)
+                if isinstance(samples, Auto):
+                    right, taken, settled = predict_auto(model, one, samples, 7)
+                    counts = [int(cast(Tensor, t)[i]) for t in (found.draws, found.settled)]
+                    yield exact(counts == [int(taken), int(settled)], f"draws of row {i}: {counts}")
+                elif isinstance(samples, str):
+                    right = predict_exact(model, one)
+                else:
+                    right = predict(model, one, samples, 7, ensemble)
+                for name, value in right._asdict().items():
+                    got = getattr(found.prediction, name)[i : i + 1]
+                    near = torch.ones_like(value.cpu())
+                    case = f"{samples}, row {i}: {name}"
+                    yield ratio(got, value.cpu(), near, 16 * NETWORK * EPS, case)
+            yield exact(found.samples == samples or posterior, f"{samples}: {found.samples}")
+            yield exact(found.labels.tolist() == data.labels, f"{samples}: labels")
+    auto = partial(answer_encoded, model, data, Auto(), 7, 2, "", ensemble)
+    yield refused(auto, "give a number")
+    latin = partial(answer_encoded, model, data, "exact", 7, 2, "", None, "latin")
+    yield refused(latin, "need independent draws")
+
+
 # --- The rule -------------------------------------------------------------------------------------
 
 
@@ -298,6 +358,11 @@ def rules_on_disk(device: torch.device, fitted: dict, own: dict) -> Errors:
         write_rule(run.folder, {"how": {**facts, "samples": auto}, "threshold": threshold})
         clf = load(run.folder, device=device)
         yield exact(clf.samples == Auto(0.1, 0.05, 40) and clf.temperature is None, "auto draws")
+        opened = Opened(run.model, run.tokenizer, run_facts(run.folder), None)
+        other_words = partial(classifier, opened, run.folder, 4, 9, wording=LETTERS)
+        yield refused(other_words, "of the run's own prompts")
+        write_rule(run.folder, {"how": {k: v for k, v in facts.items() if k != "seed"}})
+        yield refused(lambda: read_rule(run.folder), "must have the keys")
         write_rule(run.folder, {**rule, "how": {**facts, "weights_sha256": "0"}})
         yield refused(lambda: load(run.folder), "is of other weights")
         write_rule(run.folder, rule)
@@ -419,6 +484,78 @@ def results(_: Op, device: torch.device) -> Errors:
         yield exact(got == Path("run") / place, f"folder of {data}: {got}")
 
 
+class Cells(HTMLParser):
+    """The words of every row of a page's tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = [[]]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "tr":
+            self.rows.append([])
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.rows[-1].append(data.strip())
+
+
+def pages(_: Op, device: torch.device) -> Errors:
+    """The report's tables: scores, confusion, each label, thresholds, errors, calibration."""
+    names, answers = ("left", "right", "up"), some_answers()
+    probs, labels = answers.prediction.probs, answers.labels
+    values = {**metrics.scores(probs, labels, 5), "aurc": metrics.risk_coverage(probs, labels).area}
+    ids = [f"id{i}" for i in range(40)]
+    rows = {"ids": ids, "texts": [f"text {i}" for i in range(40)], "choices": [names] * 40}
+    intervals = {name: (0.0, 1.0) for name in values}
+    model = {"name": "m", "probs": probs, "labels": labels, "metrics": values,
+             "intervals": intervals}  # fmt: skip
+    page = Cells()
+    page.feed(document({"title": "t", "about": {"bins": 5}, "models": [model], "rows": rows}))
+    found = [" ".join(row) for row in page.rows]
+    by_row = [
+        (max(p), p.index(max(p)), int(y)) for p, y in zip(probs.tolist(), labels, strict=True)
+    ]
+    for c, name in enumerate(names):
+        counts = [sum(r[1:] == (a, c) for r in by_row) for a in range(3)]
+        line = " ".join([name, *(str(n or "\u00b7") for n in counts)])
+        yield exact(any(f.startswith(line) for f in found), f"confusion: {line}")
+        hits, given = counts[c], sum(r[1] == c for r in by_row)
+        numbers = [hits / n if n else math.nan for n in (given, sum(counts), 0)][:2]
+        numbers.append(2 * hits / (given + sum(counts)))
+        shown = ["\u2013" if math.isnan(v) else f"{v:.3f}" for v in numbers]
+        line = " ".join([name, *shown, str(sum(counts))])
+        yield exact(line in found, f"scores of a label: {line}")
+    for accuracy in (90, 95, 99):
+        for least in sorted(r[0] for r in by_row):  # as many rows as are so often right
+            own = [r[1] == r[2] for r in by_row if r[0] >= least]
+            if 100 * sum(own) >= accuracy * len(own):
+                break
+        shares = 100 * len(own) / 40, 100 * sum(own) / len(own)
+        line = "{}\xa0% {:.3f} {} {:.1f}\xa0% {:.1f}\xa0% {}".format(
+            accuracy, math.floor(1000 * least) / 1000, len(own), *shares, own.count(False)
+        )
+        yield exact(any(f.startswith(line) for f in found), f"threshold: {line}")
+    wrong = [i for i in range(40) if by_row[i][1] != by_row[i][2]]
+    sure = sum(by_row[i][0] >= 0.9 for i in wrong)
+    line = f"{sure} of the 40 rows ({sure / 0.4:.1f}"
+    yield exact(any(line in f.replace("\xa0", " ") for f in found), f"sentence: {line}")
+    for i in sorted(wrong, key=lambda i: -by_row[i][0])[:10]:
+        confidence, answer, label = by_row[i]
+        line = f"id{i} text {i} {names[label]} {names[answer]} {confidence:.3f}"
+        yield exact(any(f.startswith(line) for f in found), f"error: {line}")
+    for b in range(5):
+        own = [r for r in by_row if b / 5 <= r[0] < (b + 1) / 5]
+        if own:
+            mean, hits = sum(r[0] for r in own) / len(own), sum(r[1] == r[2] for r in own)
+            line = f"{len(own)} {mean:.3f} {hits / len(own):.3f}"
+            yield exact(any(line in f for f in found), f"bin {b}: {line}")
+    scores = [f"{values[key]:.3f}" for key in ("acc", "ece", "nll", "brier", "aurc")]
+    whole = " ".join(f for f in found)
+    places = [whole.find(s) for s in scores]
+    yield exact(-1 not in places and places == sorted(places), f"scores {scores} at {places}")
+
+
 def predictions_of(path: Path, answers: Answers) -> Errors:
     p, by_hand = answers.prediction, choices_by_hand(answers)
     for i, line in enumerate(path.read_text().splitlines()):
@@ -461,8 +598,10 @@ def text_in_pieces(_: Op, device: torch.device) -> Errors:
 
 ANSWER_CHECKS = [
     Check("texts answered", "a run's files to decisions, draw by draw", texts_answered),
+    Check("whole sets", "numbers of draws, as needed, exact: row by row", whole_sets),
     Check("rules", "temperature, threshold: fitted, kept, refused", rules),
     Check("files of answers", "rows of .csv and .jsonl; interrupted, resumed", files_of_answers),
     Check("results", "metrics.json, predictions.jsonl, by loops", results),
+    Check("pages", "a report's tables, by loops over the rows", pages),
     Check("text in pieces", "whole characters, together the text; limits", text_in_pieces),
 ]

@@ -118,6 +118,10 @@ def public_sets(_: Op, device: torch.device) -> Errors:
             streamed = [(e.question, e.id) for _place, e in texts(path, format)]
             yield exact(streamed == [(t, id) for t, _a, id in rows], f"{format}: {streamed}")
             yield exact(len(load(path, format, limit=1)) == 1, f"{format}: limit")
+    with file_of("s.txt", "1 caf\u00e9\n\n5 bad\n".encode("latin-1")) as path:
+        first = load(path, "sst2", limit=1)[0]
+        yield exact(first.question == "caf\u00e9", f"Latin-1: {first.question}")
+        yield refused(lambda: load(path, "sst2"), "line 3: the label before the text")
     with file_of("w.jsonl", lines(WHO, {**WHO, "qID": "w2"})) as path:
         beside = path.with_name("w-labels.lst")
         beside.write_text("2\n1\n")
@@ -197,7 +201,16 @@ def own_rows(_: Op, device: torch.device) -> Errors:
     with file_of("l.jsonl", lines({"text": "p"}, {"prompt": "q", "text": "r"})) as path:
         plain = [e.question for _place, e in texts(path, "jsonl", names=("a", "b"))]
         yield exact(plain == ["p", "q"], f"texts without labels: {plain}")
+    with file_of("t.csv", "text\na\n\nb\n") as path:
+        one = [e.question for _place, e in texts(path, "csv", names=("x", "y"))]
+        yield exact(one == ["a", "b"], f"a column of texts: {one}")
+    with file_of("c.jsonl", lines({"prompt": "p", "choices": ["x", "y"], "label": 1})) as path:
+        own = load(path, "jsonl", names=["a", "b"])[0]
+        yield exact((own.choices, own.label) == (("x", "y"), 1), f"a row's own choices: {own}")
     wrong: list[tuple[str, str | bytes, str]] = [
+        ("j.jsonl", "\n", "holds no examples"),
+        ("t.csv", "text,label\n", "holds no examples"),
+        ("j.jsonl", '[{"prompt": "p", "label": "a"}, {"label": "b"}]', "entry 2: key 'prompt'"),
         ("t.csv", "text,label\na,b,c\nd,e\n", "line 2: expected 2 columns, found 3"),
         ("t.csv", "text,prompt,label\na,b,c\n", "2 columns are called"),
         ("t.csv", "text,label\n\n\na,b\n", "2 to 26 different labels"),
@@ -268,6 +281,13 @@ def prompts_by_hand(_: Op, device: torch.device) -> Errors:
         path.write_bytes(b"\xef\xbb\xbf{question} {1 2}\n\r\n")
         yield exact(read_template(path) == "{question} {1 2}\n", "one line break is cut")
     yield refused(lambda: Wording(style="chat", max_length=9), "cannot be cut")
+    yield refused(lambda: Wording(max_length=0), "at least 1 token")
+    yield exact(Wording(max_length=1).max_length == 1, "one token")
+    yield refused(lambda: Wording(drop_long=True), "needs a max_length")
+    mixed = [*PICK, question("q", ("it", "no"), "csv")]
+    yield refused(lambda: Wording().in_words(mixed), "the same choices in every row")
+    yield refused(lambda: Wording().in_words([question("q", ("A", "B"), "jsonl")]), "are letters")
+    yield refused(lambda: Wording(style="chat").word(PICK[0], None), "has no chat template")
     yield refused(lambda: question("q", ("one",), "csv"), "2 to 26 choices")
 
 
@@ -310,6 +330,7 @@ def answers_by_rule(_: Op, device: torch.device) -> Errors:
         (["Q:"], "AB", "alone", False, "alone", ["A", "B"]),
         (["Q:"], "AC", "auto", False, "alone", ["A", "C"]),  # " C" are two tokens, ":C" is one
         (["Q:", "R"], "AC", "bare", False, "alone", ["A", "C"]),
+        (["Q:"], ["Cat", "no"], "bare", True, "alone", ["C", "no"]),
         (["Q:"], ["no", "yes"], "bare", True, "bare", ["no", "ye"]),
         (["Q:"], ["no", "A bit"], "auto", True, "space", [SPACE + "no", A]),
     ]
@@ -333,6 +354,9 @@ def answers_by_rule(_: Op, device: torch.device) -> Errors:
     yield exact(data.wording.labels == "letters" and "same token" in (data.notice or ""), "auto")
     data = encode(PICK, found, classes=2, max_length=20, truncate=True)
     yield exact(data.tokens[0] == found.encode(LETTERED)[-20:] and data.cut == 2, "cut to 20")
+    whole = len(found.encode(LETTERED))
+    data = encode(PICK[:1], found, classes=2, max_length=whole)
+    yield exact(len(data.tokens[0]) == whole and data.cut == 0, "as long as the limit")
     for most, given in ((30, 20), (20, 30)):
         data = encode(PICK, found, max_length=most, truncate=True,
                       wording=Wording(labels="letters", max_length=given))  # fmt: skip
@@ -364,6 +388,9 @@ def tokens_and_texts(_: Op, device: torch.device) -> Errors:
     a, b = plain.encode("ab", bos=False)
     yield exact(plain.encode("ab") == [256, a, b], f"BOS: {plain.encode('ab')}")
     yield exact((plain.bos_id, plain.eos_id, plain.vocab_size) == (256, None, 257), "one file")
+    data = encode(PICK, plain, classes=2, max_length=9, truncate=True)
+    right = [256, *plain.encode(LETTERED, bos=False)[-8:]]
+    yield exact(data.tokens[0] == right, f"cut behind BOS: {data.tokens[0]}")
     names = {"<a>": 257, "<b>": 258, "<end>": 259, "<pad>": 260, "<x>": 261}
     own = {piece: found.token_id(piece) for piece in names}
     yield exact(own == names, f"ids of added tokens: {own}")
@@ -376,6 +403,8 @@ def tokens_and_texts(_: Op, device: torch.device) -> Errors:
     roles = {"eos_token": "<end>", "pad_token": "<pad>"}
     yield exact(found.special == roles, f"roles: {found.special}")
     yield exact(found.class_token_ids(2, "Q") == found.encode("AB", bos=False), "letters")
+    yield refused(lambda: found.class_token_ids("AA", "Q"), "are the same token")
+    yield refused(lambda: found.class_token_ids(27, "Q"), "letters for 26")
     yield refused(lambda: found.decode([-1]), "is negative")
     yield refused(lambda: found.encode("\ud800"), "surrogate")
 
@@ -436,7 +465,7 @@ def splits(_: Op, device: torch.device) -> Errors:
         yield exact(hold_out(rows, count, seed) == (rest, out), f"{count} held out")
     yield refused(lambda: split(rows, 0.01, 1), "does not split")
     yield refused(lambda: hold_out(rows, 24, 1), "too few")
-    for n, batch, seed in ((23, 4, 9), (70, 2, 2**50), (5, 9, 0)):
+    for n, batch, seed in ((23, 4, 9), (70, 2, 2**50), (5, 9, 0), (6, 1, 4)):
         lengths, steps = [3 + 5 * i % 7 for i in range(n)], -(-n // batch)
         window = max(1, min(16, steps // 4)) * batch
         for epoch in (0, 2):

@@ -83,14 +83,16 @@ def peft_settings(_: Op, device: torch.device) -> Errors:
     """Rank and scaling of each layer by patterns, rank-stabilised or not; layers chosen."""
     model = Llama(SHAPE, device=device).init_random_()
 
-    def read(changes: dict[str, Any], layers: dict[str, int], *more: str) -> Any:
+    def read(
+        changes: dict[str, Any], layers: dict[str, int], more: dict[str, Tensor] | None = None
+    ) -> Any:
         values = {k: v for k, v in {**PLAIN_LORA, **changes}.items() if v is not None}
         with tempfile.TemporaryDirectory() as name:
             (Path(name) / "adapter_config.json").write_text(json.dumps(values))
             tensors = {f"base_model.model.{in_hugging_face(n)}.lora_{side}.weight": value
                        for n, pair in lora_of(model, layers).items()
                        for side, value in zip("AB", pair, strict=True)}  # fmt: skip
-            tensors |= {f"base_model.model.{n}": model.embed_tokens.weight + 1 for n in more}
+            tensors |= {f"base_model.model.{n}": value for n, value in (more or {}).items()}
             save_tensors(Path(name) / "adapter_model.safetensors", tensors.items())
             return read_peft(Path(name), model)
 
@@ -107,7 +109,13 @@ def peft_settings(_: Op, device: torch.device) -> Errors:
             yield exact(same, f"{changes}: values of {name}")
     for changes, words in NO_PEFT:
         yield refused(partial(read, changes, RANKS), words)
-    yield refused(lambda: read({}, RANKS, "model.embed_tokens.weight"), "trained as well")
+    rows = model.embed_tokens.weight
+    name = "model.embed_tokens.weight"
+    yield exact(len(read({}, RANKS, {name: rows})[1]) == 3, "the base's own embedding")
+    wrong = (({name: rows + 1}, "trained as well"), ({name: rows[:9]}, "a vocabulary of 9"),
+             ({"model.x": rows}, "is not of a LoRA"))  # fmt: skip
+    for more, words in wrong:
+        yield refused(partial(read, {}, RANKS, more), words)
 
 
 def lora_of(model: Llama, ranks: dict[str, int]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -179,17 +187,21 @@ def exports(_: Op, device: torch.device) -> Errors:
                     yield exact(torch.equal(*head) == cut, f"other rows of the head, {case}")
                     stated = json.loads((folder / "config.json").read_text())
                     yield exact(not stated["tie_word_embeddings"], f"tied still, {case}")
-            half = Path(name) / "half"
-            export(run, half, "hf", dtype=torch.bfloat16)
-            exact_weights, _facts = load_tensors(folders[0] / "model.safetensors")
-            rounded, _facts = load_tensors(half / "model.safetensors")
-            for n, value in rounded.items():
-                off = (value.float() - exact_weights[n]).abs() <= exact_weights[n].abs() / 256
-                yield exact(value.dtype == torch.bfloat16 and bool(off.all()), f"{n} in bfloat16")
-            stated = json.loads((half / "config.json").read_text())["dtype"]
-            yield exact(stated == "bfloat16", f"dtype stated: {stated}")
-            yield refused(partial(export, run, half, "hf"), "exists already")
+            yield from halves(run, Path(name) / "half", folders[0]) if not tied else ()
             yield from posteriors_out(run, batch)
+
+
+def halves(run: Trained, half: Path, mean: Path) -> Errors:
+    """Merged weights that are rounded to bfloat16 once. mean: the folder of those in float32."""
+    export(run, half, "hf", dtype=torch.bfloat16)
+    exact_weights, _facts = load_tensors(mean / "model.safetensors")
+    rounded, _facts = load_tensors(half / "model.safetensors")
+    for n, value in rounded.items():
+        off = (value.float() - exact_weights[n]).abs() <= exact_weights[n].abs() / 256
+        yield exact(value.dtype == torch.bfloat16 and bool(off.all()), f"{n} in bfloat16")
+    stated = json.loads((half / "config.json").read_text())["dtype"]
+    yield exact(stated == "bfloat16", f"dtype stated: {stated}")
+    yield refused(partial(export, run, half, "hf"), "exists already")
 
 
 def posteriors_out(run: Trained, batch: Batch) -> Errors:

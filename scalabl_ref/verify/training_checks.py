@@ -215,6 +215,12 @@ def checkpoints(_: Op, device: torch.device) -> Errors:
             path = run / "checkpoint" / f"{done:08}" / right[1]
             path.write_bytes(path.read_bytes()[:-1] + b"?")
         yield refused(lambda: savepoints.load(run), "has changed since")
+        manifest = run / "checkpoint" / "99999999" / "manifest.json"
+        kept = json.loads(manifest.read_text())
+        changes: tuple[dict[str, Any], ...] = ({"done": 8}, {"files": {}}, {"identity": None})
+        for change in changes:
+            manifest.write_text(json.dumps({**kept, **change}))
+            yield refused(lambda: savepoints._read(manifest.parent), "not written by this program")
         (run / "checkpoint" / ".00000010.tmp").mkdir()
         (run / "checkpoint" / "notes").mkdir()
         savepoints.Saver(run).forget_after(99_999_999)
@@ -271,6 +277,9 @@ def parts_of_ranks(_: Op, device: torch.device) -> Errors:
     model = new_trainer(device, "scalabl", steps=4).model
     log_p = torch.log_softmax(mean_logits(model, collate(held, range(7)).to(device)), -1)
     labels = torch.tensor(held.labels)
+    watch = Watch(held, every=1)
+    steps = [(watch.look(model, done), watch.step)[1] for done in (1, 2)]
+    yield exact(steps == [1, 1], f"the first of equal steps: {steps}")
     nll, hits = -log_p[torch.arange(7), labels].mean(), log_p.argmax(1) == labels
     for count in (1, 2, 3):
         scores = []
@@ -279,10 +288,10 @@ def parts_of_ranks(_: Op, device: torch.device) -> Errors:
                 scores.append(torch.tensor(mean_model_score(model, held, 2), dtype=torch.float64))
         got, right = torch.stack(scores).sum(0), torch.stack([nll, hits.double().mean()])
         yield ratio(got, right, right, NETWORK * EPS, f"scores of {count} ranks")
-        for step in range(3 if count > 1 else 0):
-            for one, other in zip(added(device, step, count), added(device, step, 1), strict=True):
-                size = other.abs().max().expand_as(other)
-                yield ratio(one, other, size, 16 * NETWORK * EPS, f"{count} ranks, step {step}")
+    for step in range(3):
+        for one, other in zip(added(device, step, 3), added(device, step, 1), strict=True):
+            size = other.abs().max().expand_as(other)
+            yield ratio(one, other, size, 16 * NETWORK * EPS, f"3 ranks, step {step}")
 
 
 def added(device: torch.device, step: int, count: int) -> list[Tensor]:

@@ -104,6 +104,37 @@ FAULTS = {
     "the folder of checkpoints": (
         "evaluation.evaluate:results_folder", "if name != savepoints.FOLDER", "if True",
         "results"),
+    "other prompts": (
+        "evaluation.rule:ruled", "if not own_wording", "if False", "rules"),
+    "a part of a rule": (
+        "evaluation.rule:read_rule", "set(part) != set(types)", "False", "rules"),
+    "draws in other places": (
+        "evaluation.answering:answer_encoded", "counts[:, ids] = counted",
+        "counts[:, : len(ids)] = counted", "whole sets"),
+    "draws for settled": (
+        "evaluation.answering:_whole_batch", "torch.stack((taken, settled.long()))",
+        "torch.stack((settled.long(), taken))", "whole sets"),
+    "another seed": (
+        "evaluation.answering:_whole_batch", "predict_auto(model, batch, samples, seed)",
+        "predict_auto(model, batch, samples, 0)", "whole sets"),
+    "no posterior": (
+        "evaluation.answering:_whole_batch", "seed, posterior, design), 0",
+        "seed, None, design), 0", "whole sets"),
+    "answers and labels exchanged": (
+        "evaluation.decisions:confusion", "labels * count + most_probable(probs)[1]",
+        "labels + count * most_probable(probs)[1]", "pages"),
+    "recall for precision": (
+        "evaluation.report:_class_table", "(scores.precision, scores.recall, scores.f1)",
+        "(scores.recall, scores.precision, scores.f1)", "pages"),
+    "label and answer exchanged": (
+        "evaluation.report:_error_table", "(labels[i], chosen[i])", "(chosen[i], labels[i])",
+        "pages"),
+    "as few rows as possible": (
+        "evaluation.decisions:answered_at", "first = int(enough[0])", "first = int(enough[-1])",
+        "pages"),
+    "wrong and unsure": (
+        "evaluation.decisions:wrong_and_sure", "confidence >= sure", "confidence <= sure",
+        "pages"),
     "half a character": (
         "evaluation.generate:pieces", 'and not text.endswith("\\ufffd")', "", "text in pieces"),
     "beyond the model": (

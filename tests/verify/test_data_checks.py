@@ -66,6 +66,16 @@ FAULTS = {
         "tables and lines"),
     "letters from B on": (
         "data.prompts:_filled", "zip(LETTERS, choices", "zip(LETTERS[1:], choices", "prompts"),
+    "as long as the limit": (
+        "data.batches:_rows", "len(row) > limit", "len(row) >= limit", "answers"),
+    "BOS is not counted": (
+        "data.batches:_rows", "limit - start", "limit", "tokens"),
+    "no Latin-1": (
+        "data.formats:_reader", "other is text_rows", "False", "public sets"),
+    "given names for a row's own": (
+        "data.formats:_jsonl", 'and "choices" not in row', "", "tables and lines"),
+    "a token with the prompt's end": (
+        "data.answers:_first_tokens", "if tokens[: len(before)] != before or", "if", "answers"),
     "choices listed with words": (
         "data.prompts:Wording._text", 'template.replace("{choices}\\n", "")', "template",
         "prompts"),

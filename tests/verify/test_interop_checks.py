@@ -35,6 +35,9 @@ FAULTS = {
     "other weights were trained": (
         "interop.peft:_check_the_rest", "if not torch.equal(value.to(own), own)", "if False",
         "PEFT's settings"),
+    "another vocabulary": (
+        "interop.peft:_check_the_rest", "and len(value) != len(own)", "and False",
+        "PEFT's settings"),
     "alpha for scaling": (
         "interop.exporting:_write_merged", "trained.config.scaling", "trained.config.alpha",
         "exports"),

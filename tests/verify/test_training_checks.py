@@ -76,6 +76,11 @@ FAULTS = {
     "a later moment": (
         "training.savepoints:Saver.save", 'tensor.detach().to("cpu", copy=True)',
         "tensor.detach()", "checkpoints"),
+    "another step's manifest": (
+        "training.savepoints:_read", "done != int(folder.name)", "False", "checkpoints"),
+    "the last of equal steps": (
+        "training.watch:Watch.look", "score.nll < self.nll", "score.nll <= self.nll",
+        "parts of ranks"),
     "rows count twice": (
         "training.trainer:Trainer._accumulate_nll", "max(0, own - start)", "len(share)",
         "parts of ranks"),
