@@ -478,6 +478,12 @@ def results(_: Op, device: torch.device) -> Errors:
         check_results(folder, settings)
         for key in ("data_sha256", "adapter_sha256", "model"):
             yield refused(partial(check_results, folder, {**settings, key: "x"}), "of another")
+    taken = torch.arange(40)
+    auto = replace(inside, samples=Auto(0.1, 0.2, 50), draws=taken, settled=taken < 30)
+    m = score(info, auto, seed=4).metrics
+    right_auto = {"tolerance": 0.1, "error": 0.2, "most": 50, "mean_draws": 19.5, "open": 10}
+    yield exact(m["auto"] == right_auto and m["samples"] == "auto", f"draws as needed: {m}")
+    yield exact("design" not in m and m["bins"] == 15, "a design of draws as needed")
     places = {"a b.csv": "a_b", "checkpoint.csv": "checkpoint_data", "\u00fc-1.x.csv": "\u00fc-1_x"}
     for data, place in places.items():
         got = results_folder("run", data)

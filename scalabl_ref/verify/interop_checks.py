@@ -16,12 +16,13 @@ from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.adapter import SubspaceAdapter, adapters
 from ..core.config import AdapterConfig
 from ..core.layer import SAMPLING
-from ..core.noise import Noise
+from ..core.noise import FIRST_TRAINING_DRAW, Noise
 from ..core.objective import Batch, class_logits, complexity
 from ..interop import hf
 from ..interop.exporting import Trained, export
@@ -382,7 +383,8 @@ class Two(nn.Module):
         return self.lm_head
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
-        x = self.v_proj(torch.tanh(self.first(self.embed(input_ids))))
+        x = torch.tanh(self.first(self.embed(input_ids)))
+        x = self.v_proj(x.flatten(0, 1)).unflatten(0, input_ids.shape)  # as in layers of experts
         return SimpleNamespace(logits=self.lm_head(x))
 
 
@@ -423,6 +425,11 @@ def other_models(_: Op, device: torch.device) -> Errors:
     """Adapters on any nn.Linear: draws row by row, cut heads, predictions; saved and loaded."""
     ids = hf.layer_ids(Two())
     yield exact(ids == IDS, f"noise ids {ids}")
+    every = hf.attach(Two(), AdapterConfig(rank=2), targets="all-linear")
+    yield exact(every.targets == ("first", "v_proj"), f"all linear layers: {every.targets}")
+    few = hf.attach(Two(), AdapterConfig(rank=4), targets=["lm_head"], classes=(1, 2))
+    yield exact(adapters(few.model)["lm_head"].B.shape == (2, 4), "rank 4 for two classes")
+    yield from draws_of_a_trainer()
     groups = torch.tensor([7, 2])
     for sampling in SAMPLING:
         for classes in (None, (4, 0, 5)):
@@ -443,6 +450,11 @@ def other_models(_: Op, device: torch.device) -> Errors:
             plain = attached(TOKENS, noise=Noise(8, 3)).logits
             given = attached(TOKENS, noise=Noise(8, 3), groups=torch.arange(2)).logits
             yield exact(torch.equal(plain, given), f"{case}: ids by row")
+            padded, seen = F.pad(TOKENS[:1], (2, 0)), torch.tensor([[0, 0, 1, 1, 1]])
+            alone = attached(TOKENS[:1], noise=Noise(8, 3), groups=groups[:1]).logits
+            got = attached(padded, attention_mask=seen, noise=Noise(8, 3), groups=groups[:1])
+            size = alone.abs().max().expand_as(alone)
+            yield ratio(got.logits[:, 2:], alone, size, 1e-6, f"{case}: padded on the left")
             own = [a.scale() for a in adapters(model).values() if isinstance(a, SubspaceAdapter)]
             divergence = sum(reference.kl_forward(s, sigma, 1.0) for s, sigma in own)
             yield abs(float(hf.kl(attached)) - divergence) / (1e-6 * divergence)
@@ -464,6 +476,17 @@ def other_models(_: Op, device: torch.device) -> Errors:
                 other = Two()
                 other.first.weight.data *= 1.1
                 yield refused(partial(hf.load, other, name), "another base model")
+
+
+def draws_of_a_trainer() -> Errors:
+    """A draw of its own for each batch of each process: two batches a step, process 1 of 3."""
+    run: Any = hf._Draws()
+    run.args = SimpleNamespace(gradient_accumulation_steps=2, world_size=3, process_index=1)
+    found = []
+    for step in (0, 0, 1, 1, 2):
+        run.state = SimpleNamespace(global_step=step)
+        found.append(run._draw() - FIRST_TRAINING_DRAW)
+    yield exact(found == [1, 4, 7, 10, 13], f"draws of a trainer: {found}")
 
 
 def objective_of(attached: hf.Attached, divergence: float, case: str) -> Errors:

@@ -92,6 +92,8 @@ FAULTS = {
     "fitted on the test rows": (
         "evaluation.evaluate:_calibrated", "held_out.prediction.probs.log(), held_out.labels",
         "answers.prediction.probs.log(), answers.labels", "results"),
+    "settled for open": (
+        "evaluation.evaluate:score", "(~settled).sum()", "settled.sum()", "results"),
     "inside and outside exchanged": (
         "evaluation.evaluate:_out_of_distribution",
         "inside.prediction._asdict(), outside.prediction._asdict()",

@@ -103,6 +103,22 @@ FAULTS = {
         "torch.full((B,), T - 1)", "other models"),
     "any base": (
         "interop.hf:load", "if not all(_same", "if not True and all(_same", "other models"),
+    "ids token by token": (
+        "interop.hf:_Call.groups", "ids.repeat_interleave(self.T)", "ids.repeat(self.T)",
+        "other models"),
+    "one id for all": (
+        "interop.hf:_Call.groups", "torch.arange(self.B, device=x.device)",
+        "torch.zeros(self.B).long()", "other models"),
+    "places for positions": (
+        "interop.hf:_positions", "((mask != 0).long().cumsum(1) - 1).clamp(min=0)[:, -T:]",
+        "torch.arange(T)[None]", "other models"),
+    "the head as well": (
+        "interop.hf:_names", "and m is not head", "", "other models"),
+    "two batches of one draw": (
+        "interop.hf:_Draws._draw", "step * self.args.gradient_accumulation_steps + self._at[1]",
+        "step + self._at[1]", "other models"),
+    "batches of one step alike": (
+        "interop.hf:_Draws._draw", "place if step == self._at[0] else 0", "0", "other models"),
     "Llama's names are not known": (
         "interop.hf:layer_ids",
         "layer_id(name, target) if target in TARGETS else ELSEWHERE + place", "ELSEWHERE + place",
