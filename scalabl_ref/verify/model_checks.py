@@ -80,7 +80,7 @@ def rows_in_pieces(device: torch.device, samplings: tuple[str, ...]) -> Errors:
         yield ratio(last, right[:, -1], size[:, -1], 4 * NETWORK * EPS, f"{sampling}, last tokens")
         lengths = torch.tensor([2, 4, 1], device=device)
         ends = model(text, noise=Noise(3, 5), groups=groups, lengths=lengths, last_only=True)
-        expected = right[torch.arange(3), lengths.cpu() - 1]
+        expected = right[torch.arange(3, device=device), lengths - 1]
         yield ratio(ends, expected, size[:3, 0], 4 * NETWORK * EPS, f"{sampling}, ends")
         free = model(text, noise=Noise(3, 5))
         same = model(text, noise=Noise(3, 5), groups=torch.arange(3, device=device))
@@ -94,16 +94,16 @@ def inputs_refused(model: Llama, row: Tensor, seen: Tensor) -> Errors:
     yield refused(lambda: model(row[:, 5:], cache=cache), "holds padding")
     yield refused(lambda: model(row[:, :4], mask=seen, cache=cache), "9 tokens, but")
     cache = KVCache(2)
-    model(row[:, :5], lengths=torch.tensor([5, 4, 5]), cache=cache)
+    model(row[:, :5], lengths=torch.tensor([5, 4, 5], device=row.device), cache=cache)
     yield exact(cache.padded, "padding by lengths is not noted")
     cache = KVCache(2)
-    model(row[:, :5], lengths=torch.tensor([5, 5, 5]), cache=cache)
+    model(row[:, :5], lengths=torch.tensor([5, 5, 5], device=row.device), cache=cache)
     yield exact(not cache.padded and len(cache) == 5, "no padding, but noted")
     tokens = torch.zeros(1, 9, dtype=torch.int64, device=row.device)
     yield refused(lambda: model(tokens), "9 tokens, but")
     yield exact(model(tokens[:, 1:]).shape == (1, 8, 11), "as many tokens as positions")
     try:
-        Inputs(row, lengths=torch.ones(3), mask=seen).check(8)
+        Inputs(row, lengths=torch.ones(3, device=row.device), mask=seen).check(8)
         yield exact(False, "lengths and mask together")
     except ValueError:
         yield exact(True)
