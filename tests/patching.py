@@ -27,12 +27,16 @@ def rewrite(monkeypatch, target, old, new):
     names = vars(found)
     for part in path.split("."):
         found = getattr(found, part)
-    function = inspect.unwrap(found)
-    function = getattr(function, "__func__", function)
+    function = _plain(found)
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(old) == 1, (target, old, source.count(old))
     made: dict = {}
     exec("from __future__ import annotations\n" + source.replace(old, new), dict(names), made)
-    changed = inspect.unwrap(made[function.__name__])
-    changed = getattr(changed, "__func__", changed)
+    changed = _plain(made[function.__name__])
     monkeypatch.setattr(function, "__code__", changed.__code__)
+
+
+def _plain(found):
+    """The function of a method or a property, without its decorators."""
+    function = inspect.unwrap(getattr(found, "fget", found))
+    return getattr(function, "__func__", function)

@@ -12,6 +12,7 @@ from ..core.adapter import SubspaceAdapter
 from ..core.layer import subspace_lora_linear as plain_op
 from ..fast import native
 from ..support.errors import InputError
+from .adapter_checks import ADAPTER_CHECKS
 from .answer_checks import ANSWER_CHECKS
 from .body_checks import BODY_CHECKS
 from .check import Check, Error, LeftOut, Op, Result
@@ -33,7 +34,7 @@ def verify(op: Op | None = None, device: torch.device | str = "cpu") -> list[Res
     op: a function with the signature of `subspace_lora_linear`. If it raises an exception, the
     check has failed. Gradients of weight and bias are left out if it gives none.
     """
-    own = OWN_CHECKS + BODY_CHECKS + LEVEL_CHECKS + METHOD_CHECKS
+    own = OWN_CHECKS + BODY_CHECKS + LEVEL_CHECKS + ADAPTER_CHECKS + METHOD_CHECKS
     own += USE_CHECKS + FILE_CHECKS + SCORE_CHECKS + MODEL_CHECKS + TRAINING_CHECKS
     own += DATA_CHECKS + ANSWER_CHECKS + INTEROP_CHECKS
     checks = OP_CHECKS + (own if op is None else [])

@@ -105,12 +105,13 @@ def near(got: float, expected: float, bound: float, case: str) -> Error:
 
 
 def refused(call: Callable[[], object], words: str) -> Error:
-    """The error of the claim that `call` raises an InputError that has these words."""
+    """The error of the claim that a call ends with a ValueError whose message has these words."""
     try:
         call()
-    except InputError as error:
-        return exact(words in str(error), f"{words!r} is not in: {error}")
-    return exact(False, f"not refused: {words}")
+    except Exception as error:  # an InputError is a ValueError
+        right = isinstance(error, ValueError) and words in str(error)
+        return exact(right, f"{type(error).__name__}: {error}, in place of {words!r}")
+    return exact(False, f"accepted, in place of {words!r}")
 
 
 def normal_limit(rate: float) -> float:

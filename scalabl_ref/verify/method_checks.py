@@ -196,7 +196,7 @@ def slopes(function: Callable[[], Tensor], tensors: list[Tensor]) -> float:
         before = [tensor.clone() for tensor in tensors]
         for tensor, d in zip(tensors, direction, strict=True):
             tensor.add_(step * d)
-        value = function()
+        value = function().detach()
         for tensor, old in zip(tensors, before, strict=True):
             tensor.copy_(old)
         return value
