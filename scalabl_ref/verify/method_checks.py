@@ -81,14 +81,15 @@ def small_model(
     device: torch.device,
     targets: tuple[str, ...] = ("q_proj", "v_proj", "up_proj", "lm_head"),
     method: str = "mle",
+    rank: int = 2,
     **config: Any,
 ) -> Llama:
-    """A Llama of one block, three classes, and adapters of rank 2 with c = 1.5, in float64."""
+    """A Llama of one block, three classes, and adapters with c = 3 / rank, in float64."""
     shape = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
                         num_attention_heads=2, num_key_value_heads=1, head_dim=4,
                         max_position_embeddings=8)  # fmt: skip
     model = Llama(shape).init_random_(std=0.4).trim_head(CLASSES)
-    adapter = AdapterConfig(method, rank=2, alpha=3.0, targets=targets, **config)
+    adapter = AdapterConfig(method, rank, alpha=3.0, targets=targets, **config)
     add_adapters(model, adapter).double()
     fill(adapters(model).values(), 1)
     return model.to(device)
@@ -587,47 +588,64 @@ def expanded_blocks(model: Llama, batch: Batch) -> dict[str, Tensor]:
     Each prompt goes alone through the model, without padding. g is the gradient by zeros that are
     added to the layer's output.
     """
+    own, tokens = adapters(model), dict.fromkeys(adapters(model), 0)
+    left = {name: 0 * parts(a)["B"] @ parts(a)["B"].T for name, a in own.items()}
+    right = {name: 0 * parts(a)["A"].T @ parts(a)["A"] for name, a in own.items()}
+    for row, length in enumerate(batch.lengths.tolist()):
+        one = replace(batch.rows(torch.tensor([row])), tokens=batch.tokens[row, None, :length])
+        x, each = with_added(model, one)
+        for name, adapter in own.items():
+            for p, gradients in each:
+                for g in adapter.config.scaling * gradients[name]:
+                    left[name] += p * torch.outer(g, g)
+            for a in x[name]:
+                right[name] += torch.outer(a, a)
+                tokens[name] += 1
     blocks = {}
-    for name, adapter in adapters(model).items():
-        A, B = parts(adapter)["A"], parts(adapter)["B"]
-        left, right = (torch.zeros(d, d, dtype=torch.float64) for d in (len(B), A.shape[1]))
-        tokens = 0
-        for row, length in enumerate(batch.lengths.tolist()):
-            one = replace(batch.rows(torch.tensor([row])), tokens=batch.tokens[row, None, :length])
-            x, added, logits = with_added(model, one, name)
-            for log_p in logits[0].log_softmax(0):
-                [of_class] = torch.autograd.grad(log_p, added, retain_graph=True)
-                for g in adapter.config.scaling * of_class.reshape(-1, len(B)).cpu():
-                    left += log_p.exp().item() * torch.outer(g, g)
-            for a in x.reshape(-1, A.shape[1]).cpu():
-                right, tokens = right + torch.outer(a, a), tokens + 1
-        blocks[f"{name}.A"] = torch.kron(B.T @ left @ B, right / tokens)
-        blocks[f"{name}.B"] = torch.kron(left, A @ right @ A.T / tokens)
+    for name, adapter in own.items():
+        A, B, T = parts(adapter)["A"], parts(adapter)["B"], tokens[name]
+        blocks[f"{name}.A"] = torch.kron(B.T @ left[name] @ B, right[name] / T)
+        blocks[f"{name}.B"] = torch.kron(left[name], A @ right[name] @ A.T / T)
     return {name: block.to(batch.tokens.device) for name, block in blocks.items()}
 
 
-def with_added(model: Llama, batch: Batch, layer: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A layer's input, zeros that are added to its output, and the class logits."""
-    seen: list[Tensor] = []
+def with_added(
+    model: Llama, batch: Batch
+) -> tuple[dict[str, Tensor], list[tuple[float, dict[str, Tensor]]]]:
+    """Every adapted layer's inputs (T, d_in), for one prompt; and for each class its probability
+    and the gradients (T, d_out) of its log by zeros that are added to the layers' outputs."""
+    seen: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = {}
 
-    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        seen.extend((inputs[0].detach(), torch.zeros_like(output, requires_grad=True)))
-        return output + seen[1]
+    def add(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            seen[name] = inputs[0].detach().flatten(0, -2).cpu()
+            added[name] = torch.zeros_like(output, requires_grad=True)
+            return output + added[name]
 
-    with model.get_submodule(layer).register_forward_hook(add):
-        logits = class_logits(model, batch, None, padded=True)
-    return seen[0], seen[1], logits
+        return hook
+
+    handles = [model.get_submodule(n).register_forward_hook(add(n)) for n in adapters(model)]
+    [log_p] = class_logits(model, batch, None, padded=True).log_softmax(1)
+    for handle in handles:
+        handle.remove()
+    each = []
+    for one in log_p:
+        found = torch.autograd.grad(one, list(added.values()), retain_graph=True)
+        flat = {name: g.flatten(0, -2).cpu() for name, g in zip(added, found, strict=True)}
+        each.append((float(one.detach().exp()), flat))
+    return seen, each
 
 
 def jacobians(model: Llama, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits (B, C) and their gradients by A and B, (B, C, m, n): one example, one class a time."""
     weights = {f"{name}.{key}": adapter.get_parameter(key)
                for name, adapter in adapters(model).items() for key in "AB"}  # fmt: skip
-    logits, J = class_logits(model, batch, None), {}
-    for name, weight in weights.items():
-        each = [torch.autograd.grad(value, weight, retain_graph=True)[0]
-                for value in logits.flatten()]  # fmt: skip
-        J[name] = torch.stack(each).view(*logits.shape, *weight.shape)
+    logits = class_logits(model, batch, None)
+    each = [torch.autograd.grad(value, list(weights.values()), retain_graph=True)
+            for value in logits.flatten()]  # fmt: skip
+    J = {name: torch.stack(found).view(*logits.shape, *weights[name].shape)
+         for name, found in zip(weights, zip(*each, strict=True), strict=True)}  # fmt: skip
     return logits.detach(), J
 
 
