@@ -62,6 +62,80 @@ FAULTS = {
     "directions that the softmax does not see": (
         "evaluation.quadrature:integrate", "factor - factor.mean(1, keepdim=True)", "factor",
         "exact prediction"),
+    "0 log 0": (
+        "evaluation.metrics:entropy", "torch.special.xlogy(probs, probs)", "(probs * probs.log())",
+        "edges of scores"),
+    "the mean of the classes": (
+        "evaluation.metrics:_brier_rows", ".square().sum(1)", ".square().mean(1)",
+        "edges of scores"),
+    "the last bin is open": (
+        "evaluation.metrics:_bin_index", "max=bins - 1", "max=bins - 2", "edges of scores"),
+    "inside counts as outside": (
+        "evaluation.metrics:separation", "inside[name], outside[name]",
+        "outside[name], inside[name]", "edges of scores"),
+    "one label too many": (
+        "evaluation.metrics:answerable", "labels < probs.shape[1]", "labels <= probs.shape[1]",
+        "edges of scores"),
+    "one over the temperature": (
+        "evaluation.metrics:fit_temperature", "return min(max(1 / middle,",
+        "return min(max(middle,", "edges of scores"),
+    "ends rounded inwards": (
+        "evaluation.metrics:_percentiles", "math.floor(tail)", "math.ceil(tail)",
+        "edges of scores"),
+    "any bins": ("evaluation.metrics:checked_bins", "bins < 1", "bins < 0", "refused scores"),
+    "sums of any size": (
+        "evaluation.metrics:_checked_probs", "if off.any():", "if False:", "refused scores"),
+    "one label too many is taken": (
+        "evaluation.metrics:_checked_labels", "labels >= classes", "labels > classes",
+        "refused scores"),
+    "answered from above": (
+        "evaluation.decisions:answered_at", "flip(0).cumsum(0).flip(0)", "cumsum(0)", "decisions"),
+    "the fewest rows": (
+        "evaluation.decisions:answered_at", "int(enough[0])", "int(enough[-1])", "decisions"),
+    "sure from above": (
+        "evaluation.decisions:wrong_and_sure", "confidence >= sure", "confidence > sure + 0.05",
+        "decisions"),
+    "a row fewer, all right": (
+        "evaluation.threshold:fewest_rows", "math.ceil(", "math.floor(", "rows of thresholds"),
+    "as many errors as here": (
+        "evaluation.threshold:rows_needed", "(wrong + 1) / (counts + 1)", "wrong / counts",
+        "rows of thresholds"),
+    "power of a half": (
+        "evaluation.threshold:rows_needed", ">= POWER", ">= POWER / 2", "rows of thresholds"),
+    "wrong for right": (
+        "evaluation.threshold:best_share", "rows - int(wrong[rows - 1])", "int(wrong[rows - 1])",
+        "rows of thresholds"),
+    "ties are parted": (
+        "evaluation.threshold:_wrong", "confidence[:-1] == confidence[1:]",
+        "confidence[:-1] != confidence[:-1]", "rows of thresholds"),
+    "one-sided p": (
+        "evaluation.inference:difference", "2 * estimate", "1 * estimate", "comparisons"),
+    "the mean for the margin": (
+        "evaluation.inference:non_inferior", "estimate.tail(margin - estimate.mean)",
+        "estimate.tail(estimate.mean)", "comparisons"),
+    "both tails in one": (
+        "evaluation.inference:student_tail", "(1 - within) / 2", "1 - within", "comparisons"),
+    "a negative distance is a positive one": (
+        "evaluation.inference:_Estimate.tail", "return 1 - self.tail", "return self.tail",
+        "comparisons"),
+    "looks that double": (
+        "evaluation.sequential:Auto.looks", "at *= GROWTH", "at *= 2 * GROWTH", "draws at most"),
+    "one draw is enough": (
+        "evaluation.sequential:Auto.__post_init__", "self.most < 2", "self.most < 1",
+        "draws at most"),
+    "the order of the cut head": (
+        "evaluation.quadrature:head_gaussian", "B = B[batch.classes]",
+        "B = B[batch.classes.sort().values]", "exact heads"),
+    "the scaling left out": (
+        "evaluation.quadrature:head_gaussian", "head.config.scaling * ", "", "exact heads"),
+    "L transposed": (
+        "evaluation.quadrature:head_gaussian", "dim=1)", "dim=0)", "exact heads"),
+    "an average of the nodes": (
+        "evaluation.quadrature:gauss_hermite", "vectors[0].square()", "vectors[0].abs()",
+        "exact heads"),
+    "more directions than nodes": (
+        "evaluation.quadrature:integrate", "min(factor.shape[2], factor.shape[1] - 1)",
+        "factor.shape[2]", "exact prediction"),
 }  # fmt: skip
 
 
