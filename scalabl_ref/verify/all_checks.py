@@ -25,6 +25,7 @@ from .method_checks import METHOD_CHECKS
 from .model_checks import MODEL_CHECKS
 from .posterior_checks import POSTERIOR_CHECKS
 from .score_checks import SCORE_CHECKS
+from .study_checks import STUDY_CHECKS
 from .training_checks import TRAINING_CHECKS
 from .use_checks import USE_CHECKS
 
@@ -36,9 +37,8 @@ def verify(op: Op | None = None, device: torch.device | str = "cpu") -> list[Res
     check has failed. Gradients of weight and bias are left out if it gives none.
     """
     own = OWN_CHECKS + BODY_CHECKS + LEVEL_CHECKS + ADAPTER_CHECKS + METHOD_CHECKS
-    own = OWN_CHECKS + BODY_CHECKS + LEVEL_CHECKS + ADAPTER_CHECKS + METHOD_CHECKS
-    own += POSTERIOR_CHECKS + USE_CHECKS + FILE_CHECKS + SCORE_CHECKS + MODEL_CHECKS
-    own += TRAINING_CHECKS + DATA_CHECKS + ANSWER_CHECKS + INTEROP_CHECKS
+    own += POSTERIOR_CHECKS + USE_CHECKS + FILE_CHECKS + SCORE_CHECKS + STUDY_CHECKS
+    own += MODEL_CHECKS + TRAINING_CHECKS + DATA_CHECKS + ANSWER_CHECKS + INTEROP_CHECKS
     checks = OP_CHECKS + (own if op is None else [])
     return [run(check, op or SubspaceAdapter.op, torch.device(device)) for check in checks]
 

@@ -6,11 +6,15 @@ cache.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, cast
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -24,16 +28,18 @@ from ..core.objective import Batch, class_logits
 from ..data import Encoded, TrainingOrder, collate, evaluation_batches
 from ..evaluation.generate import TEXT_STREAM, choose, generate, warped
 from ..evaluation.predict import predict, predict_all
-from ..fast.quantize import KINDS, LEVELS, QuantizedLinear, quantize
+from ..fast import quantize as quantize_module
+from ..fast.quantize import AT_ONCE, KINDS, LEVELS, QuantizedLinear, quantize, quantize_model, whole
 from ..methods import Swag
 from ..model.attach import Linear, add_adapters
 from ..model.config import LlamaConfig
 from ..model.llama import Llama
+from ..model.weights import block_linears
 from ..training import savepoints
 from ..training.trainer import TrainConfig, Trainer
 from ..training.watch import Watch
 from . import reference
-from .check import Check, Errors, Op, exact, ratio
+from .check import Check, Errors, Op, exact, ratio, refused
 from .method_checks import (
     CLASSES,
     EPS,
@@ -302,12 +308,14 @@ def codes_by_hand(_: Op, device: torch.device) -> Errors:
         like = Linear(columns, 5, bias=True, device=device)
         like.get_parameter("bias").data = bias.to(device)
         layer, leaf = QuantizedLinear(like, codes, scale), x.to(device, copy=True).requires_grad_()
-        y = layer(leaf)
-        slope = torch.autograd.grad(y, leaf, u.to(device))[0]
-        with torch.no_grad():
-            quick = layer(leaf)
         right, back = x.double() @ values.T + bias.double(), u.double() @ values
-        results = (y, right, columns), (quick, right, columns), (slope, back, 5)
+        results = []
+        for at_once in (AT_ONCE, 2 * columns):  # a weight whole, and in parts
+            with mock.patch.object(quantize_module, "AT_ONCE", at_once):
+                y = layer(leaf)
+                results.append((torch.autograd.grad(y, leaf, u.to(device))[0], back, 5))
+                with torch.no_grad():
+                    results += [(y, right, columns), (layer(leaf), right, columns)]
         for got, expected, terms in results:
             # sums of so many terms, whose errors are of random sign, times 8
             size = expected.square().mean().sqrt()
@@ -324,6 +332,83 @@ def decoded(codes: Tensor, scale: Tensor, columns: int) -> tuple[Tensor, Tensor,
     wide = scale.double().repeat_interleave(64, 1)[:, :columns]
     levels = torch.tensor(rows, dtype=torch.float64)[:, :columns]
     return levels * wide, wide, torch.tensor(LEVELS, dtype=torch.float64)
+
+
+def published_levels(_: Op, device: torch.device) -> Errors:
+    """The levels of nf4: quantiles of a normal, of 8 shares on one side and 9 on the other.
+
+    QLoRA's code: the shares go in equal steps from 0.9677083 to a half, and the largest is 1.
+    """
+    bell, most = NormalDist(), 0.9677083
+    above = [bell.inv_cdf(most - (most - 0.5) * i / 8) for i in range(8)]
+    below = [-bell.inv_cdf(most - (most - 0.5) * i / 7) for i in range(7)]
+    right = [value / above[0] for value in sorted([*above, 0.0, *below])]
+    for level, value in zip(LEVELS, right, strict=True):
+        yield abs(level - value) / 3e-7  # of numbers in float32
+    codes, scale = quantize(torch.zeros(2, 70, device=device), "nf4")
+    yield exact(not whole(codes, scale, 70, torch.float32).any(), "a weight of zeros")
+    for kind in KINDS:
+        made, of = (
+            quantize(torch.empty(5, 130, device="meta"), kind),
+            quantize(draws(1, 5, 130), kind),
+        )
+        same = [(a.shape, a.dtype) for a in made] == [(a.shape, a.dtype) for a in of]
+        yield exact(same and made.codes.is_meta, f"{kind} of a weight without values")
+        yield refused(
+            partial(whole, *of, 131 if kind == "int8" else 200, torch.float32), "do not fit"
+        )
+    yield refused(lambda: quantize(draws(1, 5, 6), "int4"), "int4")
+
+
+def quantised_model(_: Op, device: torch.device) -> Errors:
+    """Layers of the blocks alone, with adapters, in several dtypes.
+
+    The model has the logits, and its adapters the gradients, of the one with the decoded weights.
+    """
+    batch = prompts(device, 3, 4)
+    for kind, dtype in itertools.product(KINDS, (torch.float64, torch.float32)):
+        model = full_model(device).to(dtype)
+        plain = copy.deepcopy(model)
+        for _name, linear in block_linears(plain):
+            codes, scale = quantize(linear.weight.detach(), kind)
+            values, _scales, _levels = decoded(codes.cpu(), scale.cpu(), linear.d_in)
+            linear.weight.data = values.to(device, dtype)
+        quantize_model(model, kind)
+        changed = [n for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]
+        linears = [n for n, m in plain.layers.named_modules() if isinstance(m, Linear)]
+        right = [f"layers.{n}" for n in linears]
+        yield exact(changed == right and model.quantized == kind, f"{changed}")
+        yield refused(partial(quantize_model, model, kind), "already")
+        truth = logits_and_slopes(plain, batch)
+        size = max(t.abs().max() for t in truth)
+        for got, expected in zip(logits_and_slopes(model, batch), truth, strict=True):
+            yield ratio(
+                got, expected, size, 4 * NETWORK * torch.finfo(dtype).eps, f"{kind}, {dtype}"
+            )
+    weight = draws(1, 7, 130).float()
+    for kind, dtype in itertools.product(KINDS, (torch.bfloat16, torch.float16, torch.float32)):
+        codes, scale = quantize(weight, kind)
+        values, scales, _choices = decoded(codes, scale, 130)
+        factor = scales.to(dtype).double()
+        rounded = ((values / scales).to(dtype).double() * factor).to(dtype)
+        got = whole(codes.to(device), scale.to(device), 130, dtype).cpu()
+        yield exact(torch.equal(got, rounded), f"{kind} in {dtype}")
+        like = Linear(130, 7, device=device)
+        layer = QuantizedLinear(like, codes.to(device), scale.to(device))
+        yield refused(partial(layer, torch.zeros(2, 129, device=device)), "columns")
+        with torch.autocast(device.type, torch.bfloat16):
+            y = layer(draws(2, 3, 130).float().to(device))
+        yield exact(y.dtype == torch.bfloat16, f"autocast to {y.dtype}")
+
+
+def logits_and_slopes(model: Llama, batch: Batch) -> list[Tensor]:
+    """Logits with and without a graph, and the slopes of the adapters."""
+    with torch.no_grad():
+        quick = class_logits(model, batch, Noise(1, 2))
+    logits = class_logits(model, batch, Noise(1, 2))
+    leaves = [p for a in adapters(model).values() for p in a.parameters()]
+    slopes = torch.autograd.grad(logits, leaves, draws(9, *logits.shape).to(logits))
+    return [t.detach().cpu() for t in (quick, logits, *slopes)]
 
 
 def cut_heads(_: Op, device: torch.device) -> Errors:
@@ -375,6 +460,8 @@ USE_CHECKS = [
     Check("draw by draw", "(8), (9) draws together, rows together, or alone", draw_by_draw),
     Check("text", "(8) decoding from the mixture, without a cache", text_without_a_cache),
     Check("quantised weights", "int8 and nf4: codes, products, gradients", codes_by_hand),
+    Check("nf4's levels", "quantiles of a normal; shapes; what does not fit", published_levels),
+    Check("quantised model", "the logits and slopes of the decoded weights", quantised_model),
     Check("cut heads", "the logits of the classes' tokens", cut_heads),
     Check("means taken over", "c B A of another scaling or rank", set_means),
 ]

@@ -69,6 +69,19 @@ FAULTS = {
     "bias left out": (
         "fast.quantize:_product", "whole(code, factor, d_in, x.dtype), b)",
         "whole(code, factor, d_in, x.dtype), None)", "quantised weights"),
+    "thresholds nearer to the higher level": (
+        "fast.quantize:quantize", "(low + high) / 2", "(low + 2 * high) / 3", "quantised weights"),
+    "slopes of the first columns": (
+        "fast.quantize:_Product.backward", "part = codes[:, first:after], scale",
+        "part = codes[:, : after - first], scale", "quantised weights"),
+    "one group too few": (
+        "fast.quantize:_Product.backward", "slice(first // GROUP, -(-after // GROUP))",
+        "slice(0, -(-(after - first) // GROUP))", "quantised weights"),
+    "one bias for all outputs": (
+        "fast.quantize:_product", "bias.to(x.dtype).split(rows)", "itertools.repeat(bias[:1])",
+        "quantised weights"),
+    "a model that does not say so": (
+        "fast.quantize:quantize_model", "model.quantized = kind", "pass", "quantised model"),
     "the best step is not copied": (
         "training.watch:Watch.look", 'value.detach().to("cpu", copy=True)', "value.detach().cpu()",
         "best step"),

@@ -37,8 +37,8 @@ from . import runs
 from .output import Result, say
 
 NOT_COVERED = (
-    "Not covered: charts, models of transformers, several processes, studies, the server, the "
-    "command line. The test suite covers them."
+    "Not covered: charts, models of transformers, several processes, how studies run, the server, "
+    "the command line. The test suite covers them."
 )
 NOT_OF_OP = "Not covered: all but the layer. `scalabl conformance` has cases for the rest."
 
