@@ -220,6 +220,7 @@ def laplace_answers(_: Op, device: torch.device) -> Errors:
     numbers = 15 * sum(weight.numel() for weight in weights_of(model).values())
     with mock.patch.object(laplace_module, "MOST_NUMBERS", numbers):
         fit([seen], curvature="exact")
+    yield exact(fit([seen], rank=1, precision=1e-9).precision == 1e-9, "the least rank")
     with mock.patch.object(laplace_module, "MOST_NUMBERS", numbers - 1):
         yield refused(partial(fit, [seen], curvature="exact"), "more than")
     with torch.no_grad():

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -92,8 +94,10 @@ def scores_of(probs: Tensor, labels: Tensor, bins: int) -> dict[str, float]:
 def study(_: Op, device: torch.device) -> Errors:
     """A study's averages and verdicts; and sets that replicates answered differently."""
     with tempfile.TemporaryDirectory() as name:
-        folders, found = write(Path(name))
+        with mock.patch.object(os, "fsync"):  # which is slow, and these files are read at once
+            folders, found = write(Path(name))
         results = summary(folders, VALIDATION, 6, ("other",), ("harder",), FAMILIES)
+        yield from page(folders, found, results)
         probs, labels = found["ours"][1]["harder"]
         others = {"probs": probs, "labels": (labels + 1) % CLASSES}
         save_tensors(Path(name) / "ours/1/harder.safetensors", others.items())
@@ -201,6 +205,47 @@ def as_tested(
         if of_p >= 0.05:
             word = "no worse" if score == "nll" and of_margin < 0.05 else "not told apart"
         yield exact(entry["word"] == word, f"{case}: {entry['word']}, not {word}")
+
+
+def page(folders: dict[str, list[Path]], found: Found, results: dict[str, Any]) -> Errors:
+    """What the page of a study is given: all replicates together, spreads, tables, plots."""
+    facts = {"model": "a/base", "train": "a/rows.csv", "limit": 9, "samples": 4, "bins": 6,
+             "ood": ["other"]}  # fmt: skip
+    given: list[dict[str, Any]] = []
+    with mock.patch.object(tables, "write_report", lambda path, page: given.append(page)):
+        own = {name: folders[name] for name in ("ours", "sure")}
+        tables.write_page(Path("page.html"), {**results, "study": facts}, own)
+    about = {"model": "base", "data": "rows.csv", "training examples": 9, "replicates": 3,
+             "samples": 4, "bins": 6}  # fmt: skip
+    yield exact(given[0]["about"] == about, f"facts {given[0]['about']}")
+    for model in given[0]["models"]:
+        each = [found[model["name"]][n]["test"] for n in MADE[model["name"]][2]]
+        yield exact(torch.equal(model["probs"], torch.cat([p for p, _ in each])), "all answers")
+        yield exact(torch.equal(model["labels"], torch.cat([y for _, y in each])), "all labels")
+        scores = [scores_of(p, y, 6) for p, y in each]
+        for name in metrics.SCORES:
+            values = [one[name] for one in scores]
+            yield near(model["metrics"][name], fmean(values), f"{name} of {model['name']}")
+            ends = zip(model["intervals"][name], (min(values), max(values)), strict=True)
+            for got, right in ends:
+                yield near(got, right, f"spread of {name}")
+    parts = (["All scores"], "test set"), (["Shifted: harder"], "harder")
+    titles = []
+    for begin, on in parts:
+        titles += begin
+        for ours, family in (("ours", "all"), ("second", "few")):
+            titles += [f"{ours}{t} on the {on}, among {family}" for t in ("", SCALED)]
+        titles += [f"All pairs on the {on}"]
+    titles += ["Out of distribution: other", "Cost"]
+    sheets = {sheet["title"]: sheet for sheet in given[0]["tables"]}
+    yield exact(list(sheets) == titles, f"tables {list(sheets)}")
+    lengths = [len(sheets[title]["rows"]) for title in (*titles[:6], *titles[-2:])]
+    yield exact(lengths == [12, 3, 3, 2, 2, 24, 6, 6], f"rows {lengths}")
+    first, second = given[0]["plots"]
+    rows = results["methods"]
+    yield exact(first["series"] == [(n, [(r["ece"], r["acc"])]) for n, r in rows.items()], "ECE")
+    widths = [(name, [(0, rows[name]["widths"]["lm_head"])]) for name in MADE]
+    yield exact(second["series"] == widths, f"widths {second['series']}")
 
 
 def printed(_: Op, device: torch.device) -> Errors:

@@ -48,6 +48,13 @@ FAULTS = {
     "the test set's scores": (
         "evaluation.tables:table", '{method: row["shifted"][name] for',
         "{method: row for", "tables of a study"),
+    "labels of one replicate": (
+        "evaluation.tables:write_page", "labels.repeat(len(each))", "labels", "a study"),
+    "the least for the greatest": (
+        "evaluation.tables:write_page", "max(s[key] for s", "min(s[key] for s", "a study"),
+    "accuracy against itself": (
+        "evaluation.tables:_plots", '(row["ece"], row["acc"])', '(row["acc"], row["acc"])',
+        "a study"),
 }  # fmt: skip
 
 
