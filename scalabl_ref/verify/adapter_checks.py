@@ -27,7 +27,7 @@ from ..methods.tfb import TfbAdapter
 from ..model.attach import Linear
 from ..model.llama import Llama
 from . import reference
-from .check import Check, Errors, Op, exact, ratio, refused
+from .check import Check, Errors, Op, exact, near, ratio, refused
 from .method_checks import (
     EPS,
     EPS_32,
@@ -42,7 +42,7 @@ from .method_checks import (
     small_model,
 )  # fmt: skip
 
-SMALL = {"rank": 2, "targets": ("q_proj",)}
+SUMS = NETWORK * EPS  # of numbers behind which there is a small model
 KINDS: list[dict[str, Any]] = [
     {"method": "scalabl"}, {"covariance": "full"}, {"method": "point"}, {"method": "blob"},
     {"method": "mle"}, {"method": "map"}, {"method": "dropout"},
@@ -206,7 +206,7 @@ def objective(_: Op, device: torch.device) -> Errors:
         labels = batch.labels.cpu()
         right = reference.elbo(logits, labels, gaussians, prior_std, beta, count, kl)
         for name, got, value in zip(found._fields, found, right, strict=True):
-            yield near(float(got), value, 1 + sum(map(abs, right)), f"{kl}: {name}")
+            yield near(float(got), value, SUMS * (1 + sum(map(abs, right))), f"{kl}: {name}")
     values = []
     for kind in KINDS:
         pair = layers(device, **kind)
@@ -220,7 +220,9 @@ def objective(_: Op, device: torch.device) -> Errors:
         pair = layers(device, method="point", prior_std=prior_std)
         own = [v for a in adapters(pair).values() for v in parts(a)["log_s"].tolist()]
         total = sum(math.exp(2 * v) for v in own) / (2 * prior_std**2)
-        yield near(float(complexity(pair).detach()), total, total, "the scales' density of a point")
+        yield near(
+            float(complexity(pair).detach()), total, SUMS * total, "the scales' density of a point"
+        )
     fitted = layers(device, method="scalabl", prior="layer")
     yield refused(lambda: complexity(fitted, "official"), "fitted by the forward KL")
     yield refused(lambda: complexity(fitted, cast(Any, "other")), "kl must be one of")
@@ -238,21 +240,16 @@ def by_row(model: Llama, batch: Any, noise: Noise | None) -> Tensor:
     return torch.cat(found).cpu()
 
 
-def near(got: float, expected: float, size: float, case: str) -> float:
-    one, other, bound = (torch.tensor(t, dtype=torch.float64) for t in (got, expected, size))
-    return ratio(one, other, bound, NETWORK * EPS, case)
-
-
 def certain_answers(_: Op, device: torch.device) -> Errors:
     """(8), (9) where probabilities are 0: 0 log 0 = 0, and two sure draws that differ."""
     zero = torch.tensor([[[0.0, -math.inf, -math.inf]], [[-math.inf, 0.0, -math.inf]]])
     found = predictive(zero.double())
     yield exact(found.expected_entropy.tolist() == [0.0], "entropy of sure draws")
-    yield near(float(found.entropy), math.log(2), 1, "entropy")
-    yield near(float(found.mutual_information), math.log(2), 1, "mutual information")
-    yield near(float(found.probs[0, 0]), 0.5, 1, "a half")
+    yield near(float(found.entropy), math.log(2), SUMS, "entropy")
+    yield near(float(found.mutual_information), math.log(2), SUMS, "mutual information")
+    yield near(float(found.probs[0, 0]), 0.5, SUMS, "a half")
     weights = torch.tensor([0.25, 0.75], dtype=torch.float64)
-    yield near(float(predictive(zero.double(), weights).probs[0, 1]), 0.75, 1, "weighted")
+    yield near(float(predictive(zero.double(), weights).probs[0, 1]), 0.75, SUMS, "weighted")
 
 
 # --- The op ---------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from ..methods.subspace import Curvature, points_of, validated
 from ..methods.tfb import TfbAdapter, largest
 from ..model.llama import Llama
 from .adapter_checks import KINDS
-from .check import Check, Errors, Op, exact, ratio, refused
+from .check import Check, Errors, Op, exact, near, ratio, refused
 from .method_checks import (
     EPS,
     EPS_32,
@@ -131,7 +131,7 @@ def laplace_options(_: Op, device: torch.device) -> Errors:
                 value = found.log_likelihood - at * found.squares / 2 - log_ratio / 2
                 size = abs(found.log_likelihood) + at * found.squares + log_ratio
                 given = fitted.log_evidence(None if at == 4.0 else at)
-                yield abs(given - value) / (eps * size)
+                yield near(given, value, eps * size, f"{case}: evidence")
     yield exact(Laplace.fit(small_model(device), [seen]).precision == 1, "the precision of mle")
     by_default = Laplace.fit(model, [seen]).logits(model, other)[1]
     expand = Laplace.fit(model, [seen], "all", curvature="expand").logits(model, other)[1]
@@ -202,7 +202,7 @@ def laplace_answers(_: Op, device: torch.device) -> Errors:
         each = [math.exp(m / math.sqrt(1 + math.pi * float(covariance[row, c, c]) / 8))
                 for c, m in enumerate(mean[row].tolist())]  # fmt: skip
         for got, value in zip(found, each, strict=True):
-            yield abs(got - value / sum(each)) / (100 * EPS)
+            yield near(got, value / sum(each), 100 * EPS, f"probit of row {row}")
     fit = partial(Laplace.fit, model)
     calls: list[tuple[Callable[[], object], str]] = [
         (partial(fit, [seen], cast(Any, "first")), "layers"),
@@ -271,7 +271,7 @@ def subspace_options(_: Op, device: torch.device) -> Errors:
     yield exact(D == 7 and len(curvature.scales) == D, f"{len(curvature.scales)} scales")
     yield distance(curvature.H, H, NETWORK * EPS)
     log_p = logits.log_softmax(1)[torch.arange(7), seen.labels].sum()
-    yield abs(curvature.log_likelihood - float(log_p)) / (NETWORK * EPS * 7)
+    yield near(curvature.log_likelihood, float(log_p), 7 * NETWORK * EPS, "log-likelihood")
     some = torch.linspace(0.3, 2.0, D, dtype=torch.float64)
     for precision, directions in ((0.7, None), (0.7, 3), (some, None), (some, 1), (some, 99)):
         posterior = curvature.posterior(precision, directions=directions)
@@ -297,7 +297,7 @@ def subspace_options(_: Op, device: torch.device) -> Errors:
     yield exact(len(set(whole.precision.tolist())) == 1, "one precision for all by default")
     M = torch.linalg.solve(H.cpu() + whole.precision.diag(), H.cpu()).diagonal()
     left = (M - whole.precision * whole.scales.square()).sum()
-    yield abs(float(left)) / (1e-8 * D)
+    yield near(float(left), 0.0, 1e-8 * D, "slope of the evidence")
     yield exact(whole.predicts == "linear", "linear by default")
 
 

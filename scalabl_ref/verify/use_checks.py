@@ -39,7 +39,7 @@ from ..training import savepoints
 from ..training.trainer import TrainConfig, Trainer
 from ..training.watch import Watch
 from . import reference
-from .check import Check, Errors, Op, exact, ratio, refused
+from .check import Check, Errors, Op, exact, near, ratio, refused
 from .method_checks import (
     CLASSES,
     EPS,
@@ -344,7 +344,7 @@ def published_levels(_: Op, device: torch.device) -> Errors:
     below = [-bell.inv_cdf(most - (most - 0.5) * i / 7) for i in range(7)]
     right = [value / above[0] for value in sorted([*above, 0.0, *below])]
     for level, value in zip(LEVELS, right, strict=True):
-        yield abs(level - value) / 3e-7  # of numbers in float32
+        yield near(level, value, 3e-7, "a level of nf4")  # of numbers in float32
     codes, scale = quantize(torch.zeros(2, 70, device=device), "nf4")
     yield exact(not whole(codes, scale, 70, torch.float32).any(), "a weight of zeros")
     for kind in KINDS:
