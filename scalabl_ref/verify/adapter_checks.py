@@ -19,7 +19,7 @@ from ..core.adapter import Adapter, SubspaceAdapter, adapters, initial_matrix
 from ..core.config import ADAPTERS, COVARIANCES, AdapterConfig
 from ..core.layer import subspace_lora_linear as plain_op
 from ..core.noise import Keys, Noise, philox_words, token_groups
-from ..core.objective import complexity, elbo
+from ..core.objective import KLS, complexity, elbo
 from ..core.predictive import predictive
 from ..fast.designs import Design, DesignedNoise
 from ..methods.full import FullAdapter
@@ -207,6 +207,15 @@ def objective(_: Op, device: torch.device) -> Errors:
         right = reference.elbo(logits, labels, gaussians, prior_std, beta, count, kl)
         for name, got, value in zip(found._fields, found, right, strict=True):
             yield near(float(got), value, SUMS * (1 + sum(map(abs, right))), f"{kl}: {name}")
+    s, sigma = draws(1, 9).exp().float(), draws(2, 9).exp().float()
+    for kl, slow in (("forward", reference.kl_forward), ("official", reference.kl_official)):
+        by_loops = slow(s, sigma, 0.7)
+        yield near(
+            float(KLS[kl](s, sigma, 0.7)),
+            by_loops,
+            SUMS * by_loops,
+            f"{kl} KL of numbers in float32",
+        )
     values = []
     for kind in KINDS:
         pair = layers(device, **kind)
@@ -228,7 +237,9 @@ def objective(_: Op, device: torch.device) -> Errors:
     yield refused(lambda: complexity(fitted, cast(Any, "other")), "kl must be one of")
     several = torch.nn.ModuleList(linear for linear, _value in values)
     total = sum(value for _linear, value in values)
-    yield near(float(complexity(several).detach()), total, abs(total), "adapters of all kinds")
+    yield near(
+        float(complexity(several).detach()), total, SUMS * abs(total), "adapters of all kinds"
+    )
 
 
 def by_row(model: Llama, batch: Any, noise: Noise | None) -> Tensor:

@@ -120,6 +120,9 @@ def edges_of_scores(_: Op, device: torch.device) -> Errors:
     for name, right in (("acc", 0.5), ("brier", (0 + 2 + 0.5 + 0.56) / 4), ("nll", math.inf)):
         got = metrics.scores(probs, labels)[name]
         yield near(got, right, name) if name != "nll" else exact(got == math.inf, "no answer")
+    narrow, answers = predictions()[0].float(), predictions()[1]
+    for name, value in reference.scores(narrow.double(), answers).items():
+        yield near(metrics.scores(narrow, answers)[name], value, f"{name} of float32")
     bins = metrics.reliability(probs, labels, 4)
     yield exact(bins.rows.tolist() == [0, 1, 1, 2], f"bins {bins.rows.tolist()}")
     yield exact(bool(bins.accuracy[0].isnan()), "an empty bin")
