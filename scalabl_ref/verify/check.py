@@ -9,8 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..support.errors import InputError
-
 Op = Callable[..., Tensor]
 Errors = Iterator[float]  # of every comparison, over its bound: above 1 it failed
 FALSE_FAILURE = 1e-9  # of each statistical check: how often it fails a right function
