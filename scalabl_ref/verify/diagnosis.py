@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,59 +19,120 @@ from .vectors import one
 Case = dict[str, Any]
 Alike = dict[str, dict[str, list[str]]]  # faults by case and output, the likeliest first
 SEARCHES = 2  # cases of a level that are compared with all faults; others, with those found
+SHARE = 0.8  # of the wrong outputs of the first failing level, which a likely fault gives
 
 
-def alike(
+class Diagnosis(NamedTuple):
+    """alike: the faults that give a port's wrong outputs.
+
+    likely: those that give nearly all wrong outputs of the first failing level. spared: a case of
+    that level that each of them would spoil and the port has right, if there is one.
+    """
+
+    alike: Alike
+    likely: list[str]
+    spared: str = ""
+
+
+def diagnose(
     folder: Path | str, outputs: Path | str, grades: list[Grade], precision: str = "float32"
-) -> Alike:
-    """The faults of the catalogue that give a port's wrong outputs, for each case and output.
+) -> Diagnosis:
+    """Compare a port's wrong outputs with those of every fault of the catalogue.
 
     Arguments as those of `conformance.check`, and its grades.
     """
     cases = {case["id"]: case for case in read_json(Path(folder) / "manifest.json")["cases"]}
     truth, _ = load_tensors(Path(folder) / "vectors.safetensors")
     theirs, _ = load_tensors(Path(outputs))
+    found, suspects = _search(cases, grades, truth, theirs, precision)
+    level = next((grade.level for grade in grades if not grade.passed), "")
+    first = [grade for grade in grades if grade.level == level]
+    here, counts = _counts(found, first), _counts(found, grades)
+    enough = SHARE * sum(map(_comparable, first))
+
+    def spared(fault: Fault, by: list[Grade]) -> str:
+        of = ((grade, cases[grade.id]) for grade in by)
+        return next((grade.id for grade, case in of
+                     if _spoilt(given(fault, case), case, grade, truth)), "")  # fmt: skip
+
+    likely = [f for f in suspects if 0 < here[f.name] >= enough]
+    likely = [f for f in likely if not spared(f, first)] or likely
+    most = max(((here[f.name], counts[f.name]) for f in likely), default=(0, 0))
+    likely = [f for f in likely if (here[f.name], counts[f.name]) == most]
+    if len(likely) > 1:  # some may spoil what is right at other levels
+        likely = [f for f in likely if not spared(f, grades)] or likely
+    order = [f.name for f in likely]
+    for each in found.values():
+        for names in each.values():
+            names.sort(key=lambda name: (name not in order, -counts[name]))
+    return Diagnosis(found, order, spared(likely[0], first) if likely else "")
+
+
+def _search(
+    cases: dict[str, Case],
+    grades: list[Grade],
+    truth: dict[str, Tensor],
+    theirs: dict[str, Tensor],
+    precision: str,
+) -> tuple[Alike, list[Fault]]:
+    """The faults of `Diagnosis.alike`, by case and output, and all of them.
+
+    At each level a fault must give half of what it spoils there: a few equal outputs, such as
+    gradients near 0, are a coincidence.
+    """
     found: Alike = {}
     suspects: list[Fault] = []
-    searches = Counter[str]()
+    searches, balance = Counter[str](), Counter[tuple[str, str]]()
     for grade in grades:
         case = cases[grade.id]
         wrong = _wrong(case, grade, truth, theirs)
-        same = [(f, _same(f, case, grade, truth, wrong, precision)) for f in suspects if wrong]
-        if wrong and not any(names for _, names in same) and searches[grade.level] < SEARCHES:
+        same = {f.name: _same(f, case, grade, truth, wrong, precision) for f in suspects if wrong}
+        if wrong and not any(names for names, _ in same.values()):
+            if searches[grade.level] < SEARCHES:
+                same = {f.name: _same(f, case, grade, truth, wrong, precision) for f in FAULTS}
             searches[grade.level] += 1
-            same = [(f, _same(f, case, grade, truth, wrong, precision)) for f in FAULTS]
-        if any(names for _, names in same):
-            of = {n: [f.name for f, names in same if n in names] for n in wrong}
-            found[grade.id] = {n: names for n, names in of.items() if names}
-            known = {f.name for f, names in same if names} | {f.name for f in suspects}
-            suspects = [fault for fault in FAULTS if fault.name in known]
-    counts = _counts(found)
-    tied = [fault for fault in suspects if counts[fault.name] == max(counts.values())]
-    refuted: set[str] = set()
-    if len(tied) > 1:  # they may give a wrong result in a case that the port has right
-        right = [cases[grade.id] for grade in grades if grade.passed]
-        refuted = {f.name for f in tied if any(_fails(f, case, truth) for case in right)}
-    for each in found.values():
-        for output, names in each.items():
-            left = [name for name in names if name not in refuted] or names
-            each[output] = sorted(left, key=lambda name: -counts[name])
-    return found
+        for name, (names, others) in same.items():
+            balance[grade.level, name] += len(names) - others
+        of = {n: [name for name, (names, _) in same.items() if n in names] for n in wrong}
+        found[grade.id] = {n: names for n, names in of.items() if names}
+        known = {name for name, (names, _) in same.items() if names} | {f.name for f in suspects}
+        suspects = [fault for fault in FAULTS if fault.name in known]
+    for grade in grades:
+        kept = {n: [name for name in names if balance[grade.level, name] >= 0]
+                for n, names in found[grade.id].items()}  # fmt: skip
+        found[grade.id] = {n: names for n, names in kept.items() if names}
+    return {id: each for id, each in found.items() if each}, suspects
 
 
-def _counts(found: Alike) -> Counter[str]:
-    """How many outputs each fault gives."""
-    return Counter(name for case in found.values() for names in case.values() for name in names)
+def _counts(found: Alike, grades: list[Grade]) -> Counter[str]:
+    """How many outputs of these cases each fault gives."""
+    cases = [found.get(grade.id, {}) for grade in grades]
+    return Counter(name for case in cases for names in case.values() for name in names)
 
 
-def _fails(fault: Fault, case: Case, truth: dict[str, Tensor]) -> bool:
-    """Whether a case notices a fault, by the bounds of float32."""
+def _comparable(grade: Grade) -> int:
+    """How many wrong outputs are there and have the right shape: their problems give numbers."""
+    return sum(problem.split()[0].endswith(":") for problem in grade.problems)
+
+
+def given(fault: Fault, case: Case) -> dict[str, Tensor]:
+    """What a port with this fault stores for a case; nothing for a case of another kit."""
     if case["level"] not in fault.levels:
-        return False
-    with fault.applied():
-        outputs = one(case["level"], case["id"]).outputs
-    values = {case["outputs"][name]["tensor"]: out.value for name, out in outputs.items()}
-    return not grade_case(case, truth, values, "float32").passed
+        return {}
+    try:
+        with fault.applied():
+            outputs = one(case["level"], case["id"]).outputs
+    except StopIteration:
+        return {}
+    return {case["outputs"][name]["tensor"]: out.value for name, out in outputs.items()}
+
+
+def _spoilt(
+    values: dict[str, Tensor], case: Case, grade: Grade, truth: dict[str, Tensor]
+) -> set[str]:
+    """Where a fault's values are wrong and the port is right, by the bounds of float32."""
+    right = grade_case(case, truth, values, "float32").right if values else grade.right
+    return set(grade.right) - set(right)
 
 
 Wrong = dict[str, tuple[Tensor, Tensor, Tensor]]  # got, expected, terms times size
@@ -91,26 +153,25 @@ def _wrong(case: Case, grade: Grade, truth: dict[str, Tensor], theirs: dict[str,
 
 def _same(
     fault: Fault, case: Case, grade: Grade, truth: dict[str, Tensor], wrong: Wrong, precision: str
-) -> list[str]:
-    """The wrong outputs that this fault gives; none if it would spoil an output that is right."""
-    if grade.level not in fault.levels:
-        return []
-    try:
-        with fault.applied():
-            outputs = one(grade.level, grade.id).outputs
-    except StopIteration:  # a case of another version of the kit
-        return []
-    values = {case["outputs"][name]["tensor"]: out.value for name, out in outputs.items()}
-    if set(grade.right) - set(grade_case(case, truth, values, "float32").right):
-        return []
-    names = []
+) -> tuple[list[str], int]:
+    """The wrong outputs that this fault gives, and the number of others that it would spoil.
+
+    None if it would spoil an output that is right.
+    """
+    values = given(fault, case)
+    if not values:
+        return [], 0
+    spoilt = _spoilt(values, case, grade, truth)
+    names, others = [], len(spoilt)
     for name, (got, expected, bound) in wrong.items():
-        value = outputs[name].value.double()
+        value = values[case["outputs"][name]["tensor"]].double()
         times = max(1.0, float(value.abs().max() / expected.abs().max().clamp(min=1e-300)))
         near = 2 * times * PRECISIONS[precision] * bound
-        if _close(got, value, near) and not _close(value, expected, near):
-            names.append(name)
-    return names
+        if not _close(value, expected, near):
+            equal = _close(got, value, near) and not spoilt
+            names += [name] * equal
+            others += not equal
+    return names, others
 
 
 def _close(a: Tensor, b: Tensor, bound: Tensor) -> bool:
@@ -122,30 +183,86 @@ def _close(a: Tensor, b: Tensor, bound: Tensor) -> bool:
 
 # --- Words ------------------------------------------------------------------------------------
 
+WAY = ("op", "training step")  # levels with intermediate values
+STEP = {  # kinds of a step's outputs in the order of computation, and what to look at
+    "nll": "the forward pass",
+    "kl": "the KL",
+    "loss": "how nll and kl are joined",
+    "gradient.*": "the backward pass and the derivative of the KL",
+    "after.exp_avg*": "the moments of AdamW",
+    "after.*": "the update: AdamW, the KL step of the official objective, the bound",
+}
 
-def summary(folder: Path | str, grades: list[Grade], found: Alike) -> list[str]:
-    """Lines: where a port fails first, and what explains most."""
+
+def summary(
+    folder: Path | str, grades: list[Grade], found: Diagnosis, precision: str = "float32"
+) -> list[str]:
+    """Lines: where a port fails first, what is wrong there, and what explains it."""
     failed = [grade for grade in grades if not grade.passed]
     if not failed:
         return []
     cases = {case["id"]: case for case in read_json(Path(folder) / "manifest.json")["cases"]}
     level = failed[0].level
-    graded = [grade for grade in grades if grade.level == level]
-    wrong = [grade for grade in graded if not grade.passed]
-    text = f"first failing level: {level}, {len(wrong)} of {len(graded)} cases"
-    right = [_facts(cases[grade.id]) for grade in graded if grade.passed]
-    common = set.intersection(*(_facts(cases[grade.id]) for grade in wrong)) - set().union(*right)
-    if common and right:
-        fact = min(common, key=lambda fact: (fact != "noise", fact))
-        text += f", all with {fact}; without it all are right"
+    wrong = [grade for grade in failed if grade.level == level]
+    right = [grade for grade in grades if grade.level == level and grade.passed]
+    text = f"first failing level: {level}, {len(wrong)} of {len(wrong) + len(right)} cases"
+    fact = _fact([cases[grade.id] for grade in wrong], [cases[grade.id] for grade in right])
+    if fact:
+        text += f", exactly those {fact}"
+    elif right and min(len(wrong), len(right)) < 4:
+        few = min(wrong, right, key=len)
+        text += f" ({'all but ' * (few is right)}{', '.join(grade.id for grade in few)})"
     lines = [f"{text}: start there"]
-    counts = _counts(found)
-    if counts:
-        most = max(counts.values())
-        names = [name for name, count in counts.items() if count == most]
-        total = sum(len(cases[grade.id]["outputs"]) - len(grade.right) for grade in failed)
-        lines.append(f"most likely: {any_of(names)} gives {most} of {total} wrong outputs")
+    lines += _outputs(wrong, bool(right), cases) + _causes(wrong, failed, found)
+    if level.startswith(WAY):
+        option = "" if precision == "float32" else f" --precision {precision}"
+        lines.append("to find the first value on the way that is wrong: scalabl conformance "
+                     f"compare {wrong[0].id} VALUES.safetensors{option}")  # fmt: skip
     return lines
+
+
+def _causes(wrong: list[Grade], failed: list[Grade], found: Diagnosis) -> list[str]:
+    """The likely faults; without one, what the wrong cases were made to catch."""
+    total = sum(map(_comparable, wrong))
+    if not total:  # outputs are missing, or have another shape
+        return []
+    if not found.likely:
+        caught = "; ".join(dict.fromkeys(fault for grade in wrong for fault in grade.catches))
+        return ["no mistake of the catalogue explains it alone; these cases were made to catch:",
+                f"    {caught}"]  # fmt: skip
+    here, everywhere = _counts(found.alike, wrong), _counts(found.alike, failed)
+    name = found.likely[0]
+    gives = f"{any_of(found.likely)} gives {here[name]} of {total} wrong outputs"
+    if found.spared:
+        return [f"in part of the cases: {gives}, and would spoil {found.spared}, which is right"]
+    if len(failed) > len(wrong):
+        gives += f" of this level, {everywhere[name]} of {sum(map(_comparable, failed))} in all"
+    return [f"most likely: {gives}"]
+
+
+def _outputs(wrong: list[Grade], some_right: bool, cases: dict[str, Case]) -> list[str]:
+    """Which outputs are wrong in some of these cases, and which in none."""
+    step = wrong[0].level == "training step"
+    once = [grade for grade in wrong if cases[grade.id]["parameters"].get("repeat", 1) == 1]
+    if step and some_right and not once:
+        return ["one step is right: look at what it hands to the next: moments, step, draw"]
+    kinds = {
+        grade.id: {name: _kind(name) if step else name for name in cases[grade.id]["outputs"]}
+        for grade in once or wrong
+    }
+    every = [kind for kinds_ in kinds.values() for kind in kinds_.values()]
+    bad = {k for grade in once or wrong for n, k in kinds[grade.id].items() if n not in grade.right}
+    order = [k for k in (STEP if step else dict.fromkeys(every)) if k in every]
+    good = [kind for kind in order if kind not in bad]
+    first = next(kind for kind in order if kind in bad)
+    text = f"wrong: {', '.join(kind for kind in order if kind in bad)}"
+    text += f"; right: {', '.join(good)}" if good else ""
+    return [f"{text}: look at {STEP[first]}" if step else text] if len(order) > 1 else []
+
+
+def _kind(name: str) -> str:
+    """The kind of a step's output."""
+    return next(kind for kind in STEP if name.startswith(kind.rstrip("*")))
 
 
 def any_of(names: list[str]) -> str:
@@ -153,9 +270,25 @@ def any_of(names: list[str]) -> str:
     return " or ".join(f"*{name}*" for name in names[:3])
 
 
-def _facts(case: Case) -> set[str]:
+def _fact(wrong: list[Case], right: list[Case]) -> str:
+    """What sets two or more wrong cases apart from all right ones, in words, or nothing."""
+    if len(wrong) < 2 or not right:
+        return ""
+    facts = _facts(wrong[0])
+    for some in (*((fact,) for fact in facts), *combinations(facts, 2)):
+        if all(set(some) <= set(_facts(case)) for case in wrong) and not any(
+            set(some) <= set(_facts(case)) for case in right
+        ):
+            return " and ".join(some)
+    return ""
+
+
+def _facts(case: Case) -> list[str]:
     """What can set some cases of a level apart from others."""
-    p = {k: v for k, v in case["parameters"].items() if k not in ("seed", "draw", "layer")}
-    facts = {f"{k} {v}" for k, v in p.items() if isinstance(v, (str, float, int))}
-    facts |= {f"an input {name}" for name in case["inputs"]}
-    return facts | ({"noise"} if case["parameters"].get("seed") is not None else {"no noise"})
+    p = case["parameters"]
+    facts = ["without noise" if p["seed"] is None else "with noise"] if "seed" in p else []
+    facts += ["with groups given"] if "groups" in case["inputs"] else []
+    facts += ["with qk_norm"] if p.get("qk_norm") else []
+    return facts + [
+        f"with {name} {p[name]}" for name in ("sampling", "objective", "kl") if name in p
+    ]

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from ...support.errors import InputError
 from ...verify.conformance import Grade, check, export, identity
-from ...verify.diagnosis import alike, any_of, summary
+from ...verify.diagnosis import Diagnosis, any_of, diagnose, summary
 from ...verify.intermediates import compare
 from .output import Result, say
+
+MOST = 6  # of the wrong outputs of a case
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,19 +45,21 @@ def run(args: argparse.Namespace) -> Result:
         return _compare(args)
     grades, left_out = check(args.folder, args.outputs, args.precision)
     failed = [grade for grade in grades if not grade.passed]
-    found = alike(args.folder, args.outputs, grades, args.precision) if failed else {}
-    for line in summary(args.folder, grades, found):
+    found = Diagnosis({}, [])
+    if failed:
+        found = diagnose(args.folder, args.outputs, grades, args.precision)
+    for line in summary(args.folder, grades, found, args.precision):
         say(args, line)
     say(args, f"{'case':32} error / bound, 1 is the limit")
     for grade in failed[:1] if args.first else grades:
-        _say(args, grade, found.get(grade.id, {}))
+        _say(args, grade, found.alike.get(grade.id, {}))
     missing = f"; {len(left_out)} not attempted" if left_out else ""
     version, sha256 = identity(args.folder)
     passed = f"{len(grades) - len(failed)} of {len(grades)} cases passed, {args.precision}"
     say(args, f"{passed}{missing}; kit {version}, SHA-256 {sha256}")
     if args.all and left_out:
         say(args, f"not attempted, a failure with --all: {', '.join(left_out)}")
-    cases = [{**grade._asdict(), "passed": grade.passed, "alike": found.get(grade.id, {})}
+    cases = [{**grade._asdict(), "passed": grade.passed, "alike": found.alike.get(grade.id, {})}
              for grade in grades]  # fmt: skip
     return {"kit": version, "sha256": sha256, "cases": cases, "not_attempted": left_out,
             "failed": len(failed),
@@ -82,11 +86,18 @@ def _say(args: argparse.Namespace, grade: Grade, faults: dict[str, list[str]]) -
     """One case. Its error is of no use where an output is missing or has another shape."""
     error = f"{grade.worst:10.2g}" if grade.passed or grade.worst > 1 else f"{'-':>10}"
     say(args, f"{grade.id:32} {error}  {'ok' if grade.passed else 'FAILED'}")
+    same: dict[tuple[str, ...], list[str]] = {}
     for output, names in faults.items():
-        say(args, f"    your {output} equals what {any_of(names)} gives")
-    for problem in grade.problems:
+        same.setdefault(tuple(names), []).append(output)
+    for likely, outputs in same.items():
+        more = f" and {len(outputs) - MOST} others" if len(outputs) > MOST else ""
+        verb = "equals" if len(outputs) == 1 else "equal"
+        text = f"{', '.join(outputs[:MOST])}{more} {verb}"
+        say(args, f"    your {text} what {any_of(list(likely))} gives")
+    for problem in grade.problems[:MOST]:
         say(args, f"    {problem}")
+    if len(grade.problems) > MOST:
+        say(args, f"    and {len(grade.problems) - MOST} more outputs: --json lists them")
     if not grade.passed:
         few = ", ".join(grade.right) if len(grade.right) < 8 else f"{len(grade.right)} others"
-        right = f"; right: {few}" if grade.right else ""
-        say(args, f"    {grade.covers}; it catches {', '.join(grade.catches)}{right}")
+        say(args, f"    {grade.covers}{f'; right: {few}' if few else ''}")
