@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import time
+from dataclasses import fields
 
 import torch
 
@@ -16,7 +18,7 @@ from .adapter_checks import ADAPTER_CHECKS
 from .answer_checks import ANSWER_CHECKS
 from .body_checks import BODY_CHECKS
 from .check import Check, Error, LeftOut, Op, Result
-from .checks import OP_CHECKS, OWN_CHECKS
+from .checks import OP_CHECKS, OWN_CHECKS, Case
 from .data_checks import DATA_CHECKS
 from .file_checks import FILE_CHECKS
 from .interop_checks import INTEROP_CHECKS
@@ -28,6 +30,8 @@ from .score_checks import SCORE_CHECKS
 from .study_checks import STUDY_CHECKS
 from .training_checks import TRAINING_CHECKS
 from .use_checks import USE_CHECKS
+
+ARGUMENTS = tuple(field.name for field in fields(Case))  # of the op, in their order
 
 
 def verify(op: Op | None = None, device: torch.device | str = "cpu") -> list[Result]:
@@ -60,7 +64,10 @@ def run(check: Check, op: Op, device: torch.device) -> Result:
 
 
 def load_op(name: str) -> Op:
-    """The function that "module:function" names. Raises InputError if there is none."""
+    """The function that "module:function" names.
+
+    Raises InputError if there is none, or if it cannot be called as the checks call it.
+    """
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise InputError(f"--against {name}: expected module:function")
@@ -70,6 +77,20 @@ def load_op(name: str) -> Op:
         raise InputError(f"--against {name}: {error}") from None
     if not callable(function):
         raise InputError(f"--against {name}: is not callable")
+    try:
+        parameters = inspect.signature(function)
+    except (TypeError, ValueError):  # of a builtin: its calls will tell
+        return function
+    try:
+        parameters.bind(**dict.fromkeys(ARGUMENTS))
+        places = parameters.bind(*ARGUMENTS).arguments
+        swapped = [at for at, given in places.items() if isinstance(given, str) and at != given]
+        problem = f"{swapped[0]} is in another place" if swapped else ""
+    except TypeError as error:
+        problem = str(error)
+    if problem:
+        wanted = ", ".join(ARGUMENTS)
+        raise InputError(f"--against {name}: {problem}; it must take {wanted}, in this order")
     return function
 
 

@@ -25,7 +25,8 @@ class GradientCheck(NamedTuple):
     """The gradient of one input.
 
     worst: the largest error over its bound, above 1: failed. element: an index whose derivative is
-    wrong, with the function's and the right one in got and expected; None if it passed.
+    wrong, with the function's and the right one in got and expected; None if it passed, and if the
+    function gives no gradient at all, as of a frozen input: note says so, and worst is infinite.
     """
 
     name: str
@@ -33,6 +34,7 @@ class GradientCheck(NamedTuple):
     element: tuple[int, ...] | None = None
     got: float | None = None
     expected: float | None = None
+    note: str = ""
 
     @property
     def passed(self) -> bool:
@@ -109,15 +111,11 @@ class _Line:
         with torch.no_grad():
             return self.function(**{**self.inputs, self.name: v})
 
-    def gradient(self, u: Tensor) -> Tensor:
-        """J' u, as the function gives it. Raises InputError if it gives none."""
+    def gradient(self, u: Tensor) -> Tensor | None:
+        """J' u, as the function gives it; None if it gives none."""
         leaf = self.at.clone().requires_grad_()
         y = self.function(**{**self.inputs, self.name: leaf})
-        if y.requires_grad:
-            (found,) = torch.autograd.grad(y, leaf, u, allow_unused=True)
-            if found is not None:
-                return found
-        raise InputError(f"the function gives no gradient of {self.name}")
+        return torch.autograd.grad(y, leaf, u, allow_unused=True)[0] if y.requires_grad else None
 
     def slope(self, u: Tensor, d: Tensor) -> tuple[float, float]:
         """<u, J d> by differences, and a bound on its error."""
@@ -148,6 +146,8 @@ class _Line:
 
     def check(self, u: Tensor, d: Tensor) -> GradientCheck:
         gradient = self.gradient(u)
+        if gradient is None:
+            return GradientCheck(self.name, torch.inf, note="the function gives no gradient of it")
         worst = self.error(u, d, gradient)
         if worst <= 1:
             return GradientCheck(self.name, worst)

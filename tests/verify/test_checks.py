@@ -401,7 +401,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     (tmp_path / "theirs.py").write_text(
         "from scalabl_ref import subspace_lora_linear as ours\n"
         "def op(*a, **k):\n    k['scaling'] = 1.0\n    return ours(*a, **k)\n"
-        "def broken(**k):\n    raise RuntimeError('no such kernel')\n"
+        "def broken(*a, **k):\n    raise RuntimeError('no such kernel')\n"
     )
     monkeypatch.chdir(tmp_path)
     assert cli.main(["verify", "--against", "theirs:op"]) == 1
@@ -413,3 +413,39 @@ def test_command(tmp_path, monkeypatch, capsys):
         assert cli.main(["verify", "--against", name]) == 2
     with pytest.raises(InputError, match="is not callable"):
         load_op("math:pi")
+
+
+WANTED = (
+    "; it must take x, weight, bias, A, B, s, sigma, scaling, noise, layer, sampling, groups, in"
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ("x, weight, bias, A, B, s, sigma, scaling, noise, layer=0, sampling=''",
+         "got an unexpected keyword argument 'groups'"),
+        ("x, weight, bias, A, B, s, sigma, scaling, noise, layer, sampling, groups, more",
+         "missing a required argument: 'more'"),
+        ("x, weight, bias, A, B, s, sigma, scaling, noise, *, layer=0, sampling='', groups=None",
+         "too many positional arguments"),
+        ("x, weight, bias, B, A, s, sigma, scaling, noise, layer=0, sampling='', groups=None",
+         "B is in another place"),
+    ],
+)  # fmt: skip
+def test_another_signature_is_refused_at_once(tmp_path, monkeypatch, capsys, arguments, problem):
+    """And not by every check, one after the other."""
+    (tmp_path / "mistaken.py").write_text(f"def op({arguments}): raise AssertionError")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mistaken", raising=False)
+    assert cli.main(["verify", "--against", "mistaken:op"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and f"--against mistaken:op: {problem}{WANTED}" in err
+
+
+@pytest.mark.parametrize("arguments", ["*given, **more", "x, weight, *rest, **more"])
+def test_an_op_that_takes_anything_is_not_refused(tmp_path, monkeypatch, arguments):
+    (tmp_path / "anything.py").write_text(f"def op({arguments}): return 1")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "anything", raising=False)
+    assert load_op("anything:op")(1, 2) == 1

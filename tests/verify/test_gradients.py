@@ -102,5 +102,15 @@ def test_what_cannot_be_checked_is_refused():
         check_grads(lambda x: x.float(), {"x": x})
     with pytest.raises(InputError, match="another result"):
         check_grads(lambda x: x * torch.rand(3, dtype=torch.float64), {"x": x})
-    with pytest.raises(InputError, match="no gradient of y"):
-        check_grads(lambda x, y: x + y.detach(), {"x": x, "y": x})
+
+
+def test_an_input_without_a_gradient_fails_alone():
+    """Frozen, or cut off by mistake: the others are checked all the same."""
+    x = torch.ones(3, dtype=torch.float64)
+    for function in (lambda y, x: x + y.detach(), lambda y, x: y.detach() * x):
+        y, right = check_grads(function, {"y": x, "x": x})
+        assert (y.name, y.worst, y.element) == ("y", math.inf, None) and not y.passed
+        assert y.note == "the function gives no gradient of it"
+        assert right.name == "x" and right.passed and right.note == ""
+    (alone,) = check_grads(lambda y: y.detach(), {"y": x})  # nothing has a gradient
+    assert alone.note and not alone.passed
