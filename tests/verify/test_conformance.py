@@ -320,4 +320,4 @@ def test_command(kit, tmp_path, capsys):
     assert report["cases"][0]["worst"] is None and len(report["not_attempted"]) == total - 8
     capsys.readouterr()
     assert cli.main(["conformance", "check", str(kit)]) == 2
-    assert "needs a file of OUTPUTS" in capsys.readouterr().err
+    assert "conformance check needs DIR OUTPUTS" in capsys.readouterr().err

@@ -161,4 +161,4 @@ def test_command(tmp_path, capsys):
         with pytest.raises(InputError, match=f"{absent}: no case with intermediate values; those"):
             compare(absent, file)
     assert cli.main(["conformance", "compare", name]) == 2
-    assert "conformance compare needs a file of OUTPUTS" in capsys.readouterr().err
+    assert "conformance compare needs CASE VALUES" in capsys.readouterr().err

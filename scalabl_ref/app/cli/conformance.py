@@ -1,6 +1,7 @@
 """Test vectors for an implementation in another framework or language (docs/conformance.md).
-`export DIR` writes them and that page; `check DIR OUTPUTS` grades a port's results and names likely
-faults; `compare CASE VALUES` says which intermediate value of a case is the first that is wrong."""
+`export` writes them, and that page, to a new folder DIR. `check` grades a port's OUTPUTS by those
+in DIR, and names likely faults. `compare` takes a port's intermediate VALUES of one case, and says
+which is the first that is wrong."""
 
 from __future__ import annotations
 
@@ -13,20 +14,23 @@ from ...verify.diagnosis import Diagnosis, any_of, diagnose, summary
 from ...verify.intermediates import compare
 from .output import Result, say
 
+USAGE = """scalabl conformance export DIR
+       scalabl conformance check DIR OUTPUTS [--precision P] [--first] [--all]
+       scalabl conformance compare CASE VALUES [--precision P]"""
+NEEDED = {"export": "DIR", "check": "DIR OUTPUTS", "compare": "CASE VALUES"}  # by action
 MOST = 6  # of the wrong outputs of a case
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = USAGE
     add = parser.add_argument
-    add("action", choices=("export", "check", "compare"),
-        help="export: write the vectors to DIR; check: grade OUTPUTS by those in DIR; compare: "
-        "grade the intermediate values of one case")  # fmt: skip
-    add("folder", type=Path, metavar="DIR",
-        help="folder of the vectors; compare: a case: op-forward-*, op-backward-*, step-*"
-    )  # fmt: skip
-    add("outputs", type=Path, nargs="?", metavar="OUTPUTS",
-        help="check: the port's results, safetensors with tensors named CASE/OUTPUT; compare: its "
-        "intermediate values, named as in docs/conformance.md")  # fmt: skip
+    add("action", choices=NEEDED)
+    add("folder", type=Path, metavar="DIR|CASE",
+        help="export: the folder to write; check: the folder of the vectors; compare: no folder "
+        "but the id of a case, op-forward-*, op-backward-* or step-*")  # fmt: skip
+    add("outputs", type=Path, nargs="?", metavar="OUTPUTS|VALUES",
+        help="a safetensors file; check: the port's results, with tensors named CASE/OUTPUT; "
+        "compare: its intermediate values, named as in docs/conformance.md")  # fmt: skip
     add("--precision", choices=("float32", "float64"), default="float32",
         help="the port's precision, whose eps (2^-23, 2^-52) sets the bounds")  # fmt: skip
     add("--first", action="store_true", help="check: print the first case that fails, and no other")
@@ -35,12 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     if args.action == "export":
+        if args.outputs:
+            raise InputError(f"conformance export needs DIR alone, and not {args.outputs} too")
         count = export(args.folder, page=True)
         version, sha256 = identity(args.folder)
         say(args, f"written: {count} cases to {args.folder}; kit {version}, SHA-256 {sha256}")
         return {"cases": count, "folder": str(args.folder), "kit": version, "sha256": sha256}
     if args.outputs is None:
-        raise InputError(f"conformance {args.action} needs a file of OUTPUTS")
+        raise InputError(f"conformance {args.action} needs {NEEDED[args.action]}")
     if args.action == "compare":
         return _compare(args)
     grades, left_out = check(args.folder, args.outputs, args.precision)

@@ -39,3 +39,15 @@ def test_a_port_is_held_to_the_precision_that_is_given(tmp_path, capsys, precisi
     save_tensors(file, {"u": values["u"], "h": values["h"] * (1 + 1e-9)}.items())
     code, out, _ = run(f"conformance compare {name} {file} {option} --json", capsys)
     assert code == (not right) and json.loads(out)["first_wrong"] == (None if right else "h")
+
+
+def test_help_has_a_line_for_each_action(capsys):
+    with pytest.raises(SystemExit):
+        run("conformance --help", capsys)
+    usage = capsys.readouterr().out.partition("\n\n")[0].split("scalabl conformance ")[1:]
+    precision = "[--precision P]"
+    assert [" ".join(line.split()) for line in usage] == [
+        "export DIR",
+        f"check DIR OUTPUTS {precision} [--first] [--all]",
+        f"compare CASE VALUES {precision}",
+    ]

@@ -333,7 +333,9 @@ MISTAKES = [
     ("study study.json",
      "scalabl study: the following arguments are required: --out: usage: scalabl study [FILE] "
      "--out FOLDER [options]; --help lists them"),
-    ("conformance check folder", "conformance check needs a file of OUTPUTS"),
+    ("conformance check folder", "conformance check needs DIR OUTPUTS"),
+    ("conformance compare step-three", "conformance compare needs CASE VALUES"),
+    ("conformance export new file", "conformance export needs DIR alone, and not file too"),
     ("conformance check absent theirs.safetensors", "absent/manifest.json: no such file"),
     ("export --run mle --to peft --out new --samples 3",
      "mle: method mle has no draws: leave --samples out"),
