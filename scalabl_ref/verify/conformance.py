@@ -13,6 +13,8 @@ import difflib
 import hashlib
 import json
 import math
+import posixpath
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +33,13 @@ FORMAT = "scalabl-conformance"
 VERSION = 1  # of the files' format
 KIT_VERSION = 6  # of the cases: docs/conformance.md, "Changes of the kit"
 PAGE = Path(__file__).with_name("conformance.md")  # docs/conformance.md
+PORTS = Path(__file__).with_name("ports")  # tests/ports
+TEMPLATES = (
+    *(f"templates/{name}" for name in ("port.py", "port.rs", "levels.c")),
+    *(f"c99/{name}.c" for name in ("port", "case", "json", "support", "tensors")),
+    *(f"c99/{name}.h" for name in ("levels", "case", "json", "support", "tensors")),
+)
+WRITTEN = {f"tests/ports/{Path(name).parent}" for name in TEMPLATES}  # folders of the repository
 PRECISIONS = {"float32": 2.0**-23, "float64": 2.0**-52}
 
 
@@ -85,7 +94,8 @@ def export(folder: Path | str, page: bool = False) -> int:
     """Write the kit to a new folder; returns the number of cases.
 
     Files: manifest.json, vectors.safetensors, SHA256 (of both, see `identity`), schema.json and
-    constants.json. page: conformance.md too. Raises InputError if `folder` exists.
+    constants.json. page: conformance.md too, and the templates of ports in the folder `ports`.
+    Raises InputError if `folder` exists.
     """
     tensors: dict[str, Tensor] = {}
     cases = []
@@ -121,8 +131,22 @@ def export(folder: Path | str, page: bool = False) -> int:
             atomic_write_text(temporary / f"{name}.json", json.dumps(value, indent=1) + "\n")
         atomic_write_text(temporary / "SHA256", _sha256(temporary) + "\n")
         if page:
-            copy_file(PAGE, temporary / PAGE.name)
+            atomic_write_text(temporary / PAGE.name, _alone(PAGE.read_text(encoding="utf-8")))
+            for name in TEMPLATES:
+                (temporary / "ports" / name).parent.mkdir(parents=True, exist_ok=True)
+                copy_file(PORTS / name, temporary / "ports" / name)
     return len(cases)
+
+
+def _alone(page: str) -> str:
+    """The page outside the repository: its links to files there become their paths."""
+
+    def path(link: re.Match[str]) -> str:
+        target = posixpath.normpath(f"docs/{link[1]}")
+        inside = target.removeprefix("tests/")
+        return f"[{inside}]({inside})" if target in WRITTEN else f"`{target}`"
+
+    return re.sub(r"\[[^][\n]+\]\((?!https?:)([^)]+)\)", path, page)
 
 
 def identity(folder: Path | str) -> tuple[int, str]:

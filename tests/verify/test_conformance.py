@@ -301,7 +301,14 @@ def test_command(kit, tmp_path, capsys):
     for file in kit.iterdir():
         assert (tmp_path / "v" / file.name).read_bytes() == file.read_bytes()
     page = (tmp_path / "v" / "conformance.md").read_text(encoding="utf-8")
-    assert page == (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)]+)\)", page)
+    assert links and all((tmp_path / "v" / link).is_dir() for link in links)
+    assert "those of `docs/method.md`" in page
+    original = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
+    changed = {a for a, b in zip(page.split("\n"), original.split("\n"), strict=True) if a != b}
+    assert len(changed) == sum("](" in line for line in original.split("\n"))
+    for path in re.findall(r"`((?:docs|scalabl_ref|tests)/[\w/.]+)`", "\n".join(changed)):
+        assert (ROOT / path).exists(), path
     results = port(kit, torch.float32, levels={"KL"})
     save_tensors(tmp_path / "o.safetensors", results.items())
     assert cli.main(["conformance", "check", str(kit), str(tmp_path / "o.safetensors")]) == 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 
-from scalabl_ref.verify.conformance import check
+from scalabl_ref.verify.conformance import check, export
 
 from ..conftest import ROOT
 
@@ -44,3 +45,23 @@ def test_compiled(tmp_path, build):
         pytest.skip(f"{build[0]} is not installed")
     run(*build, "-o", str(tmp_path / "port"))
     passes(tmp_path, str(tmp_path / "port"))
+
+
+def test_the_export_has_all_that_a_template_needs(tmp_path):
+    """Each is built as its first lines say, and reads the kit beside it."""
+    export(tmp_path / "kit", page=True)
+    folder = tmp_path / "kit" / "ports" / "templates"
+    assert {file.name for file in folder.iterdir()} == {"levels.c", "port.py", "port.rs"}
+    ports = [(sys.executable, "-S", "-E", str(folder / "port.py"))]
+    for name in ("levels.c", "port.rs"):
+        comment = "".join((folder / name).read_text().splitlines(keepends=True)[:6])
+        command = re.search(r"((?:cc|rustc) (?:.*\\\n)*.*)", comment)[1]
+        words = re.sub(r"\\\n \*", "", command).split()
+        if shutil.which(words[0]):
+            words += ["-o", "port"] if words[0] == "rustc" else []
+            done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr
+            (folder / "port").rename(tmp_path / words[0])
+            ports.append((str(tmp_path / words[0]),))
+    for port in ports:
+        passes(tmp_path, *port)

@@ -1,6 +1,6 @@
 //! A port begins here: reads the cases, computes the level philox, and stores the results.
 //!
-//!     rustc -O port.rs
+//!     rustc --edition 2021 -O port.rs
 //!     ./port VECTORS_DIR RESULTS.safetensors
 //!
 //! The standard library alone. Add each level to `run_case`. A malformed file ends in a panic.
