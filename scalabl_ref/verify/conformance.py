@@ -285,6 +285,11 @@ def _share(got: Tensor, expected: Tensor, bound: Tensor) -> Tensor:
     return torch.where(got.double().isfinite(), share, math.inf)
 
 
+def worst_share(got: Tensor, expected: Tensor, bound: Tensor) -> float:
+    """The largest error over its bound."""
+    return float(_share(got, expected, bound).max()) if got.numel() else 0.0
+
+
 def _report(got: Tensor, expected: Tensor, share: Tensor, bound: Tensor, precision: str) -> str:
     """The place of the worst error, and a possible explanation."""
     at = tuple(int(i) for i in torch.unravel_index(share.argmax(), share.shape))

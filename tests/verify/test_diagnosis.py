@@ -82,6 +82,23 @@ def test_a_fault_is_named(tmp_path, name, level, precision):
     assert f"*{name}*" in line
 
 
+SAMPLE = FAULTS[::12]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_nearly_every_fault_is_named_first(tmp_path, precision):
+    """Of every twelfth fault, in a port that does all levels."""
+    levels, first, tied, failed = {case["level"] for case in CASES}, [], [], 0
+    for fault in SAMPLE:
+        grades, outputs = diagnosed(tmp_path, fault, levels, precision)
+        failed += any(not grade.passed for grade in grades)
+        likely, spared = diagnose(KIT, outputs, grades, precision)[1:]
+        if not spared and fault.name in likely:
+            (tied if likely[1:] else first).append(fault.name)
+    assert failed >= len(SAMPLE) - 1 and len(first) >= 0.9 * failed, (first, tied)
+
+
 def test_the_summary_says_where_to_start(tmp_path, capsys):
     (fault,) = (fault for fault in FAULTS if fault.name == "group off by one")
     grades, outputs = diagnosed(tmp_path, fault, ["KL", "op forward"], "float32")
