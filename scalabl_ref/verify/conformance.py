@@ -250,7 +250,7 @@ def grade_case(
             problems.append(f"{name} is missing")
             continue
         got, expected = theirs[output["tensor"]], truth[output["tensor"]]
-        size = truth[output["size"]] if isinstance(output["size"], str) else output["size"]
+        size = size_of(output, truth)
         error, problem = grade_output(got, expected, output["terms"], size, precision)
         worst = max(worst, error)
         if problem:
@@ -259,6 +259,11 @@ def grade_case(
             right.append(name)
     about = (case["id"], case["level"], case["covers"], case["catches"])
     return Grade(*about, worst, problems, right)
+
+
+def size_of(output: dict[str, Any], truth: dict[str, Tensor]) -> Tensor | float:
+    """The size of an output of the manifest."""
+    return truth[output["size"]] if isinstance(output["size"], str) else output["size"]
 
 
 def grade_output(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..support.files import read_json
 from ..support.tensors import load_tensors
-from .conformance import PRECISIONS, Grade, grade_case, worst_share
+from .conformance import PRECISIONS, Grade, grade_output, size_of, worst_share
 from .faults import FAULTS, Fault
 from .vectors import one
 
@@ -53,7 +53,7 @@ def diagnose(
     def spared(fault: Fault, by: list[Grade]) -> str:
         of = ((grade, cases[grade.id]) for grade in by)
         return next((grade.id for grade, case in of
-                     if _spoilt(given(fault, case), case, grade, truth)), "")  # fmt: skip
+                     if _spoils(given(fault, case), case, grade, truth)), "")  # fmt: skip
 
     likely = [f for f in suspects if 0 < here[f.name] >= enough]
     likely = [f for f in likely if not spared(f, first)] or likely
@@ -127,12 +127,14 @@ def given(fault: Fault, case: Case) -> dict[str, Tensor]:
     return {case["outputs"][name]["tensor"]: out.value for name, out in outputs.items()}
 
 
-def _spoilt(
-    values: dict[str, Tensor], case: Case, grade: Grade, truth: dict[str, Tensor]
-) -> set[str]:
-    """Where a fault's values are wrong and the port is right, by the bounds of float32."""
-    right = grade_case(case, truth, values, "float32").right if values else grade.right
-    return set(grade.right) - set(right)
+def _spoils(values: dict[str, Tensor], case: Case, grade: Grade, truth: dict[str, Tensor]) -> bool:
+    """Whether a fault's values are wrong where the port is right, by the bounds of float32."""
+    for name in grade.right if values else ():
+        output = case["outputs"][name]
+        value, expected = values[output["tensor"]], truth[output["tensor"]]
+        if grade_output(value, expected, output["terms"], size_of(output, truth), "float32")[1]:
+            return True
+    return False
 
 
 Wrong = dict[str, tuple[Tensor, Tensor, Tensor]]  # got, expected, terms times size
@@ -145,8 +147,7 @@ def _wrong(case: Case, grade: Grade, truth: dict[str, Tensor], theirs: dict[str,
         got, expected = theirs.get(output["tensor"]), truth[output["tensor"]]
         if name in grade.right or got is None or got.shape != expected.shape:
             continue
-        size = truth[output["size"]] if isinstance(output["size"], str) else output["size"]
-        bound = torch.as_tensor(size).double() * output["terms"]
+        bound = torch.as_tensor(size_of(output, truth)).double() * output["terms"]
         out[name] = got.double(), expected.double(), bound.expand(expected.shape)
     return out
 
@@ -156,13 +157,12 @@ def _same(
 ) -> tuple[list[str], int]:
     """The wrong outputs that this fault gives, and the number of others that it would spoil.
 
-    None if it would spoil an output that is right.
+    None, and one, if it would spoil an output that is right.
     """
     values = given(fault, case)
-    if not values:
-        return [], 0
-    spoilt = _spoilt(values, case, grade, truth)
-    names, others = [], len(spoilt)
+    if not values or _spoils(values, case, grade, truth):
+        return [], int(bool(values))
+    names, others = [], 0
     for name, (got, expected, bound) in wrong.items():
         value = values[case["outputs"][name]["tensor"]].double()
         if value.shape != expected.shape:  # a fault may move the steps of a schedule
@@ -171,8 +171,9 @@ def _same(
         times = max(1.0, float(value.abs().max() / expected.abs().max().clamp(min=1e-300)))
         bound = PRECISIONS[precision] * bound
         near = 2 * (times * bound + PRECISIONS[precision] * value.abs())
-        left = worst_share(got, value, bound) <= worst_share(got, expected, bound) / 2
-        equal = left and _close(got, value, near) and not spoilt
+        equal = _close(got, value, near) and (
+            worst_share(got, value, bound) <= worst_share(got, expected, bound) / 2
+        )
         if equal or worst_share(value, expected, bound) > 1:
             names += [name] * equal
             others += not equal
