@@ -87,16 +87,18 @@ SAMPLE = FAULTS[::12]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "float64"])
-def test_nearly_every_fault_is_named_first(tmp_path, precision):
-    """Of every twelfth fault, in a port that does all levels."""
-    levels, first, tied, failed = {case["level"] for case in CASES}, [], [], 0
+def test_nearly_every_fault_is_named_alone(tmp_path, precision):
+    """Every twelfth fault, in a port that does all levels; docs/verification.md has all."""
+    levels = {case["level"] for case in CASES}
+    alone, tied, failed = [], [], 0
     for fault in SAMPLE:
         grades, outputs = diagnosed(tmp_path, fault, levels, precision)
         failed += any(not grade.passed for grade in grades)
-        likely, spared = diagnose(KIT, outputs, grades, precision)[1:]
-        if not spared and fault.name in likely:
-            (tied if likely[1:] else first).append(fault.name)
-    assert failed >= len(SAMPLE) - 1 and len(first) >= 0.9 * failed, (first, tied)
+        found = diagnose(KIT, outputs, grades, precision)
+        if fault.name in found.likely and not found.spared:
+            (tied if found.likely[1:] else alone).append(fault.name)
+    assert failed >= len(SAMPLE) - 1
+    assert len(alone) + len(tied) == failed and len(alone) >= 0.9 * failed, (alone, tied)
 
 
 def test_the_summary_says_where_to_start(tmp_path, capsys):
@@ -209,11 +211,11 @@ def test_a_fault_of_a_later_level_is_not_likely(tmp_path):
     fault = Fault("?", ("normals", *OP), {"normal": lambda n, *at: normal(n % 2**60, *at)})
     grades, outputs = diagnosed(tmp_path, fault, ["normals", "op forward"], "float32")
     found = diagnose(KIT, outputs, grades, "float32")
-    assert found.alike["op-forward-batch-1"] == {"y": ["seed cut to 32 bits"]}
+    assert "seed cut to 32 bits" in found.alike["op-forward-batch-1"]["y"]
     assert "noise-615" not in found.alike and found.likely == []
     lines = summary(KIT, grades, found)
-    assert lines[0] == "first failing level: normals, 1 of 4 cases (noise-615): start there"
-    assert lines[1] == NONE
+    assert lines[0].startswith("first failing level: normals, ") and "(noise-615" in lines[0]
+    assert NONE in lines
 
 
 def test_of_two_mistakes_at_once_each_is_named_but_none_is_likely(tmp_path):
@@ -224,6 +226,17 @@ def test_of_two_mistakes_at_once_each_is_named_but_none_is_likely(tmp_path):
     assert names[0] in found.alike["auroc"]["auroc"]
     assert found.alike["scores"] == {"brier": [names[1]]} and found.likely == []
     assert NONE in summary(KIT, grades, found)
+
+
+def test_a_fault_that_moves_a_schedules_steps_is_no_obstacle(tmp_path):
+    """Its weights have another shape than those of a port, whose steps are the kit's."""
+    _, outputs = diagnosed(tmp_path, Fault("none", (), {}), ["schedules"], "float64")
+    tensors, _ = load_tensors(outputs)
+    tensors["kl-weight-20-16/period"] += 5
+    tensors["kl-weight-20-16/weight"] *= 1.5
+    save_tensors(outputs, tensors.items())
+    grades, _ = check(KIT, outputs, "float64")
+    assert diagnose(KIT, outputs, grades, "float64") == ({}, [], "")
 
 
 def test_a_few_equal_outputs_are_a_coincidence(tmp_path):
@@ -253,10 +266,11 @@ def test_what_is_not_in_the_catalogue_has_no_name(tmp_path):
     grades, outputs = diagnosed(tmp_path, fault, ["KL"], "float32")
     found = diagnose(KIT, outputs, grades, "float32")
     assert found == ({}, [], "")
-    assert summary(KIT, grades, found) == [
-        "first failing level: KL, 6 of 6 cases: start there", NONE,
-        "    KL in the other direction; variance for standard deviation; half left out",
-    ]  # fmt: skip
+    start, none, caught = summary(KIT, grades, found)
+    assert start == f"first failing level: KL, {len(grades)} of {len(grades)} cases: start there"
+    assert none == NONE and caught.startswith(
+        "    KL in the other direction; variance for standard"
+    )
 
 
 def test_a_result_that_is_hardly_wrong_has_no_name(tmp_path):
