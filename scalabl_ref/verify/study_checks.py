@@ -239,7 +239,8 @@ def page(folders: dict[str, list[Path]], found: Found, results: dict[str, Any]) 
     titles += ["Out of distribution: other", "Cost"]
     sheets = {sheet["title"]: sheet for sheet in given[0]["tables"]}
     yield exact(list(sheets) == titles, f"tables {list(sheets)}")
-    lengths = [len(sheets[title]["rows"]) for title in (*titles[:6], *titles[-2:])]
+    some = [title for title in (*titles[:6], *titles[-2:]) if title in sheets]
+    lengths = [len(sheets[title]["rows"]) for title in some]
     yield exact(lengths == [12, 3, 3, 2, 2, 24, 6, 6], f"rows {lengths}")
     first, second = given[0]["plots"]
     rows = results["methods"]
