@@ -67,8 +67,10 @@ NAMED = [
 BOTH = [(name, level, precision) for name, level in NAMED for precision in ("float32", "float64")]
 # Its results differ in digits that float32 does not have.
 BOTH.remove(("angle not reduced as an integer", "normals", "float32"))
+LONG = "subspace: derivative by log s", "from step to step", "all but one"  # each takes 10 s
 # The same faults are named in float32, by the slow tests.
-TRIED = [pytest.param(*each, marks=[pytest.mark.slow] * (each[2] == "float32")) for each in BOTH]
+TRIED = [pytest.param(*each, marks=[pytest.mark.slow] * (each[2] == "float32" or each[0] in LONG))
+         for each in BOTH]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "level", "precision"), TRIED)
@@ -178,7 +180,9 @@ WHERE = {  # a fault, its level, and the lines that say where it is
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WHERE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=[pytest.mark.slow] * (each in LONG)) for each in WHERE]
+)
 def test_the_summary_says_what_the_wrong_cases_share(tmp_path, name):
     """And what of their outputs is wrong. None of these mistakes is in the catalogue but one."""
     fault, level, expected = WHERE[name]
