@@ -77,6 +77,18 @@ def test_agrees_with_the_formula(core, dtype, own):
         assert error <= 16 * torch.finfo(min(value.dtype, dtype, key=bits)).eps
 
 
+@pytest.mark.parametrize("place", range(5))
+def test_a_gradient_alone_is_the_one_among_all(core, place):
+    grad_y, *t = operands()
+    like = dict(zip(OUTPUTS, t, strict=True))
+    among = {name: torch.zeros_like(value) for name, value in like.items()}
+    core.update_gradients(grad_y, *t, 0.5, noise=NOISE, **among)
+    name = OUTPUTS[place]
+    alone = torch.zeros_like(like[name])
+    core.update_gradients(grad_y, *t, 0.5, noise=NOISE, **{name: alone})
+    assert torch.equal(alone, among[name]) and alone.any()
+
+
 def bits(dtype):
     return torch.finfo(dtype).bits
 
