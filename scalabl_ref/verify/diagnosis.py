@@ -26,7 +26,7 @@ class Diagnosis(NamedTuple):
     """alike: the faults that give a port's wrong outputs.
 
     likely: those that give nearly all wrong outputs of the first failing level. spared: a case of
-    that level that each of them would spoil and the port has right, if there is one.
+    that level with a right output that the first of them would spoil; empty if there is none.
     """
 
     alike: Alike
@@ -222,7 +222,7 @@ def summary(
     lines += _outputs(wrong, bool(right), cases) + _causes(wrong, failed, found)
     if level.startswith(WAY):
         option = "" if precision == "float32" else f" --precision {precision}"
-        lines.append("to find the first value on the way that is wrong: scalabl conformance "
+        lines.append("to find the first wrong intermediate value: scalabl conformance "
                      f"compare {wrong[0].id} VALUES.safetensors{option}")  # fmt: skip
     return lines
 
@@ -240,7 +240,8 @@ def _causes(wrong: list[Grade], failed: list[Grade], found: Diagnosis) -> list[s
     name = found.likely[0]
     gives = f"{any_of(found.likely)} gives {here[name]} of {total} wrong outputs"
     if found.spared:
-        return [f"in part of the cases: {gives}, and would spoil {found.spared}, which is right"]
+        return [f"perhaps in a part of your code: {gives}; in all of it, the mistake would spoil "
+                f"a right output of {found.spared}"]  # fmt: skip
     if len(failed) > len(wrong):
         gives += f" of this level, {everywhere[name]} of {sum(map(_comparable, failed))} in all"
     return [f"most likely: {gives}"]
@@ -251,7 +252,7 @@ def _outputs(wrong: list[Grade], some_right: bool, cases: dict[str, Case]) -> li
     step = wrong[0].level == "training step"
     once = [grade for grade in wrong if cases[grade.id]["parameters"].get("repeat", 1) == 1]
     if step and some_right and not once:
-        return ["one step is right: look at what it hands to the next: moments, step, draw"]
+        return ["single steps are right: look at the values handed on (moments, step, draw)"]
     kinds = {
         grade.id: {name: _kind(name) if step else name for name in cases[grade.id]["outputs"]}
         for grade in once or wrong

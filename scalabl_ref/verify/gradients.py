@@ -24,9 +24,10 @@ EPS = torch.finfo(torch.float64).eps
 class GradientCheck(NamedTuple):
     """The gradient of one input.
 
-    worst: the largest error over its bound, above 1: failed. element: an index whose derivative is
-    wrong, with the function's and the right one in got and expected; None if it passed, and if the
-    function gives no gradient at all, as of a frozen input: note says so, and worst is infinite.
+    worst: the largest error over its bound; above 1 the check has failed. element: an index whose
+    derivative is wrong; got and expected: the function's derivative there, and the right one. The
+    three are None if the check passed. They are None too if the function gives no gradient of the
+    input: then worst is infinite, and note says so.
     """
 
     name: str

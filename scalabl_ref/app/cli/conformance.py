@@ -1,7 +1,7 @@
 """Test vectors for an implementation in another framework or language (docs/conformance.md).
-`export` writes them, and that page, to a new folder DIR. `check` grades a port's OUTPUTS by those
-in DIR, and names likely faults. `compare` takes a port's intermediate VALUES of one case, and says
-which is the first that is wrong."""
+`export` writes them, that page and templates of ports to a new folder DIR. `check` grades a port's
+OUTPUTS by those in DIR, and names likely faults. `compare` takes a port's intermediate VALUES of
+one case, and names the first wrong one."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ...verify.diagnosis import Diagnosis, any_of, diagnose, summary
 from ...verify.intermediates import compare
 from .output import Result, say
 
-USAGE = """scalabl conformance export DIR
-       scalabl conformance check DIR OUTPUTS [--precision P] [--first] [--all]
-       scalabl conformance compare CASE VALUES [--precision P]"""
+USAGE = """scalabl conformance export DIR [--json]
+       scalabl conformance check DIR OUTPUTS [--precision P] [--first] [--all] [--json]
+       scalabl conformance compare CASE VALUES [--precision P] [--json]"""
 NEEDED = {"export": "DIR", "check": "DIR OUTPUTS", "compare": "CASE VALUES"}  # by action
 MOST = 6  # of the wrong outputs of a case
 

@@ -23,7 +23,7 @@ x is (..., d_in), weight (d_out, d_in), bias (d_out,) or None, A (r, d_in), B (d
 sigma (r,). A function that gives no gradient of weight and bias, as of frozen ones, passes too.
 
 On a machine with other work, set OMP_WAIT_POLICY=passive in the environment: GNU's OpenMP threads
-then sleep while they wait, and the checks can take a quarter of the time.
+then sleep while they wait, and do not spin. This can make the checks four times as fast.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from . import runs
 from .output import Result, say
 
 NOT_COVERED = (
-    "Not covered: charts, models of transformers, several processes, how studies run, the server, "
-    "the command line. The test suite covers them."
+    "Not covered: charts, models of the library transformers, several processes, how studies run, "
+    "the server, the command line. The test suite covers them."
 )
 NOT_OF_OP = "Not covered: all but the layer. `scalabl conformance` has cases for the rest."
 

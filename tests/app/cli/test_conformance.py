@@ -47,7 +47,7 @@ def test_help_has_a_line_for_each_action(capsys):
     usage = capsys.readouterr().out.partition("\n\n")[0].split("scalabl conformance ")[1:]
     precision = "[--precision P]"
     assert [" ".join(line.split()) for line in usage] == [
-        "export DIR",
-        f"check DIR OUTPUTS {precision} [--first] [--all]",
-        f"compare CASE VALUES {precision}",
+        "export DIR [--json]",
+        f"check DIR OUTPUTS {precision} [--first] [--all] [--json]",
+        f"compare CASE VALUES {precision} [--json]",
     ]
