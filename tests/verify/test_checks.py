@@ -51,6 +51,12 @@ def test_what_is_right_passes_without_the_core(monkeypatch):
     assert {result.name for result in results if not result.cases} == {"core's loops"}
 
 
+@pytest.mark.slow
+def test_what_is_right_passes_on_the_plain_bodies():
+    with fast.plain():
+        assert failed(results := verify()) == set(), [r for r in results if not r.passed]
+
+
 # The statistics of verify, under other seeds; verify itself checks them at the seeds it has.
 ZTest(
     "verify: moments",

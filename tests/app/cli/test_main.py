@@ -19,6 +19,8 @@ from scalabl_ref import Llama, __version__
 from scalabl_ref.app import cli
 from scalabl_ref.app.cli import info
 from scalabl_ref.support.tensors import load_pickle
+from scalabl_ref.verify import all_checks
+from scalabl_ref.verify.check import Result
 
 from ...conftest import ROOT
 from ...models import TINY
@@ -92,9 +94,11 @@ def test_options_have_the_defaults_that_their_help_tells(capsys, monkeypatch, na
         "evaluate --run run --data test.jsonl --temperature --ood test.jsonl --samples 2",
     ],
 )  # fmt: skip
-def test_tables_fit_eighty_columns(work, capsys, command):
+def test_tables_fit_eighty_columns(work, capsys, monkeypatch, command):
     if "--run run" in command:
         ok(f"{TRAIN} --holdout 0.25", capsys)
+    done = (0.5, 1, 0.1)  # a check's error, comparisons and seconds: its table is looked at alone
+    monkeypatch.setattr(all_checks, "run", lambda check, *_: Result(*check[:2], *done))
     code, out, _ = run(command, capsys)
     assert code == 0 and "[" in out or "evaluate" not in command
     table = [line for line in out.splitlines() if not line.startswith(("written", "answer tokens"))]
