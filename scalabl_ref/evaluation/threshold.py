@@ -105,13 +105,13 @@ def rows_needed(
     rows, fewest = len(right), fewest_rows(accuracy, level)
     if right.all():
         return max(rows + 1, fewest)
-    wrong, least = _wrong(confidence, right), math.ceil(COVERAGES[0] * rows / 100)
+    wrong, least = _wrong(confidence, right), _rows_of(COVERAGES[0], rows)
     counts = torch.arange(1, rows + 1)
     if (wrong / counts)[least - 1 :].min() >= 1 - accuracy:
         return None
     rates = ((wrong + 1) / (counts + 1)).flip(0).cummin(0).values.flip(0)
     for count in _proposals(rows, fewest) if rates[least - 1] < 1 - accuracy else ():
-        first = max(math.ceil(COVERAGES[0] * count / 100), fewest)
+        first = max(_rows_of(COVERAGES[0], count), fewest)
         rate = float(rates[-(-first * rows // count) - 1])  # of the same share of these rows
         if binomial_tail(first, most_wrong(first, 1 - accuracy, 1 - level), rate) >= POWER:
             return count
@@ -130,7 +130,7 @@ def _proposals(rows: int, fewest: int) -> list[int]:
 def best_share(confidence: Tensor, right: Tensor) -> tuple[int, int]:
     """The most confident rows that are right most often, at least the first of COVERAGES: how many
     they are, and how many of them are right. Arguments as for `threshold`."""
-    wrong, least = _wrong(confidence, right), math.ceil(COVERAGES[0] * len(right) / 100)
+    wrong, least = _wrong(confidence, right), _rows_of(COVERAGES[0], len(right))
     rows = least + int((wrong / torch.arange(1, len(right) + 1))[least - 1 :].argmin())
     return rows, rows - int(wrong[rows - 1])
 
@@ -165,6 +165,11 @@ def _check(confidence: Tensor, right: Tensor, accuracy: float, level: float) -> 
         )
 
 
+def _rows_of(percent: int, rows: int) -> int:
+    """At least this share of the rows, and exactly it where it is a whole number."""
+    return math.ceil(percent * rows / 100)
+
+
 def _candidates(
     confidence: Tensor, right: Tensor, accuracy: float, level: float
 ) -> Iterator[tuple[float, int, int]]:
@@ -177,7 +182,7 @@ def _candidates(
     correct, rows = right[order].long().cumsum(0), len(right)
     last = None
     for percent in COVERAGES:
-        place = max(math.ceil(percent * rows / 100), fewest_rows(accuracy, level))
+        place = max(_rows_of(percent, rows), fewest_rows(accuracy, level))
         if place > rows:
             return
         least = float(confidence[place - 1])
