@@ -65,8 +65,8 @@ from ..training.runs import run_facts, save_run
 from . import reference
 from .check import Check, Errors, Op, exact, ratio, refused
 from .file_checks import in_hugging_face, write_byte_tokenizer
-from .method_checks import CLASSES, EPS, EPS_32, NETWORK, draws, fill, small_model
-from .score_checks import at_most, near
+from .method_checks import CLASSES, EPS, NEAR, NETWORK, draws, fill, small_model
+from .score_checks import at_most, near_sum
 
 SHAPE = LlamaConfig(vocab_size=256, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
                     num_attention_heads=2, num_key_value_heads=1, head_dim=4,
@@ -75,7 +75,6 @@ WORDS = Wording("{question}:", labels="words", answer_tokens="bare", names=("no"
 LETTERS = Wording("{question}\n{choices}\nIt is", labels="letters", answer_tokens="bare")
 TEXTS = ["a", "what is it", "\u00fc, so", "what is"]
 # One pass of this model in float32, its logits and the scores made of them.
-NEAR = 4 * NETWORK * EPS_32
 
 
 class Run(NamedTuple):
@@ -301,7 +300,7 @@ def rules(_: Op, device: torch.device) -> Errors:
     facts = own["answered"], own["right"], own["n"], own["accuracy"], own["level"]
     yield exact(facts == (len(kept), sum(kept), 40, 0.3, 0.9), f"threshold: {own}")
     tail = at_most(len(kept), len(kept) - sum(kept), 1 - own["bound"])
-    yield near(tail, 0.1, "the bound of the threshold")
+    yield near_sum(tail, 0.1, "the bound of the threshold")
     targets = [p[0] for p in promises(answers, 0.3, 0.9)]
     yield exact(targets == sorted({0.3, *targets}) and len(targets) > 1, f"promises of {targets}")
     yield from digests()
@@ -455,16 +454,16 @@ def results(_: Op, device: torch.device) -> Errors:
         right["ece"] = reference.ece(table, inside.labels, 6)
         right["aurc"] = metrics.risk_coverage(table, inside.labels).area
         for key, value in right.items():
-            yield near(values[key], value, key)
+            yield near_sum(values[key], value, key)
     yield exact((m["temperature"]["value"], m["temperature"]["n_fit"]) == (one, 25), "temperature")
     yield exact(m["decision"] == answered(inside, 0.6), "decision")
     known = [i for i, label in enumerate(outside.labels.tolist()) if label < 3]
     yield exact((m["ood"]["n"], m["ood"]["n_scored"]) == (25, len(known)), "rows out of it")
     right = reference.scores(outside.prediction.probs[known], outside.labels[known])
-    yield near(m["ood"]["acc"], right["acc"], "accuracy out of it")
+    yield near_sum(m["ood"]["acc"], right["acc"], "accuracy out of it")
     both = torch.cat([p.entropy, outside.prediction.entropy])
     foreign = torch.arange(65) >= 40
-    yield near(m["ood"]["auroc_entropy"], reference.auroc(both, foreign.long()), "AUROC")
+    yield near_sum(m["ood"]["auroc_entropy"], reference.auroc(both, foreign.long()), "AUROC")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         found.write(folder)

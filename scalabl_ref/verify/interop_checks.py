@@ -38,10 +38,9 @@ from ..training.runs import load_run, run_facts, save_run
 from . import reference
 from .check import Check, Errors, Op, exact, ratio, refused
 from .file_checks import in_hugging_face, write_byte_tokenizer
-from .method_checks import EPS, EPS_32, NETWORK, draws, fill, normals
+from .method_checks import EPS, EPS_32, NEAR, draws, fill, normals
 from .use_checks import SHAPE
 
-NEAR = 4 * NETWORK * EPS_32
 SMALL = replace(SHAPE, num_hidden_layers=1)
 WIDE = replace(SMALL, vocab_size=256)
 

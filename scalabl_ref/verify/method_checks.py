@@ -43,6 +43,7 @@ EPS, EPS_32 = torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps
 # Roundings behind a number of the small model: about five sums of at most 16 terms in its block and
 # as many around it. Each at most doubles the error of its input, on both sides.
 NETWORK = 2 * 2 * 2 * 5 * 16
+NEAR = 4 * NETWORK * EPS_32  # of what is computed in float32
 STEP = 2.0**-16  # of differences
 CLASSES = (3, 5, 7)
 

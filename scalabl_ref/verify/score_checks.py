@@ -60,7 +60,7 @@ def by_rows(probs: Tensor, labels: Tensor) -> list[Row]:
             for p, label in zip(probs.tolist(), labels.tolist(), strict=True)]  # fmt: skip
 
 
-def near(got: float, expected: float, case: str) -> float:
+def near_sum(got: float, expected: float, case: str) -> float:
     """Numbers of about size 1: two sums of 60 rounded terms, on both sides."""
     one, other = (torch.tensor(t, dtype=WIDE) for t in (got, expected))
     return ratio(one, other, torch.ones((), dtype=WIDE), 2 * 2 * 60 * EPS, case)
@@ -81,31 +81,31 @@ def scores_by_loops(_: Op, device: torch.device) -> Errors:
     curve = metrics.risk_coverage(probs, labels)
     risks = [sum(wrong[: k + 1]) / (k + 1) for k in range(n)]
     for k, risk in enumerate(risks):
-        yield near(float(curve.risk[k]), risk, f"risk of {k + 1} rows")
-        yield near(float(curve.coverage[k]), (k + 1) / n, "coverage")
-    yield near(curve.area, sum(risks) / n, "area under it")
+        yield near_sum(float(curve.risk[k]), risk, f"risk of {k + 1} rows")
+        yield near_sum(float(curve.coverage[k]), (k + 1) / n, "coverage")
+    yield near_sum(curve.area, sum(risks) / n, "area under it")
     bins = metrics.reliability(probs, labels, 5)
     for b in range(5):
         own = [r for r in rows if b / 5 <= r[2] < (b + 1) / 5]
         yield exact(int(bins.rows[b]) == len(own), f"rows of bin {b}")
         if own:
             sure, right = sum(r[2] for r in own), sum(r[3] == r[1] for r in own)
-            yield near(float(bins.confidence[b]), sure / len(own), "confidence")
-            yield near(float(bins.accuracy[b]), right / len(own), f"accuracy of bin {b}")
+            yield near_sum(float(bins.confidence[b]), sure / len(own), "confidence")
+            yield near_sum(float(bins.accuracy[b]), right / len(own), f"accuracy of bin {b}")
     expected = reference.scores(probs, labels) | {"ece": reference.ece(probs, labels, 5)}
     values, each = metrics.scores(probs, labels, 5), metrics.per_question(probs, labels, 5)
     for name, value in expected.items():
-        yield near(values[name], value, name)
-        yield near(float(each[name].mean()), value, f"{name}, mean over rows")
+        yield near_sum(values[name], value, name)
+        yield near_sum(float(each[name].mean()), value, f"{name}, mean over rows")
     for entropy, row in zip(metrics.entropy(probs).tolist(), rows, strict=True):
-        yield near(entropy, -sum(p * math.log(p) for p in row[0] if p), "entropy")
+        yield near_sum(entropy, -sum(p * math.log(p) for p in row[0] if p), "entropy")
     warm = metrics.apply_temperature(probs, 2.5)
     for got, row in zip(warm.tolist(), rows, strict=True):
         powers = [p**0.4 for p in row[0]]
         for one, power in zip(got, powers, strict=True):
-            yield near(one, power / sum(powers), "temperature")
+            yield near_sum(one, power / sum(powers), "temperature")
     columns = probs[:, 0], labels.clamp(max=1)
-    yield near(metrics.auroc(*columns), reference.auroc(*columns), "AUROC")
+    yield near_sum(metrics.auroc(*columns), reference.auroc(*columns), "AUROC")
 
 
 def edges_of_scores(_: Op, device: torch.device) -> Errors:
@@ -116,21 +116,21 @@ def edges_of_scores(_: Op, device: torch.device) -> Errors:
     probs = torch.tensor([[1, 0, 0], [0, 1, 0], [0.5, 0.5, 0], [0.4, 0.2, 0.4]], dtype=WIDE)
     labels = torch.tensor([0, 2, 1, 0])
     yield exact(metrics.entropy(probs)[:2].tolist() == [0.0, 0.0], "entropy of sure rows")
-    yield near(float(metrics.entropy(probs)[2]), math.log(2), "entropy")
+    yield near_sum(float(metrics.entropy(probs)[2]), math.log(2), "entropy")
     for name, right in (("acc", 0.5), ("brier", (0 + 2 + 0.5 + 0.56) / 4), ("nll", math.inf)):
         got = metrics.scores(probs, labels)[name]
-        yield near(got, right, name) if name != "nll" else exact(got == math.inf, "no answer")
+        yield near_sum(got, right, name) if name != "nll" else exact(got == math.inf, "no answer")
     narrow, answers = predictions()[0].float(), predictions()[1]
     for name, value in reference.scores(narrow.double(), answers).items():
-        yield near(metrics.scores(narrow, answers)[name], value, f"{name} of float32")
+        yield near_sum(metrics.scores(narrow, answers)[name], value, f"{name} of float32")
     bins = metrics.reliability(probs, labels, 4)
     yield exact(bins.rows.tolist() == [0, 1, 1, 2], f"bins {bins.rows.tolist()}")
     yield exact(bool(bins.accuracy[0].isnan()), "an empty bin")
-    yield near(metrics.ece(probs, labels, 4), (0.6 + 0.5 + 1) / 4, "ECE")
+    yield near_sum(metrics.ece(probs, labels, 4), (0.6 + 0.5 + 1) / 4, "ECE")
     by_default = metrics.ece(probs, labels, 15)
     for got in (metrics.ece(probs, labels), metrics.scores(probs, labels)["ece"],
                 float(metrics.per_question(probs, labels)["ece"].mean())):  # fmt: skip
-        yield near(got, by_default, "fifteen bins by default")
+        yield near_sum(got, by_default, "fifteen bins by default")
     known = metrics.answerable(probs, torch.tensor([0, 3, 2, 4]))
     yield exact(known.tolist() == [True, False, True, False], "answers among the classes")
     inside = {"entropy": torch.tensor([1.0, 2.0]), "mutual_information": torch.tensor([0.1, 0.5])}
@@ -139,7 +139,7 @@ def edges_of_scores(_: Op, device: torch.device) -> Errors:
     told = metrics.separation(inside, outside)
     yield exact(told.keys() == apart.keys(), f"separation of {sorted(told)}")
     for name, value in apart.items():
-        yield near(told[name], value, name)
+        yield near_sum(told[name], value, name)
     sure = torch.tensor([[4.0, 0.0]] * 4, dtype=WIDE)
     for hits, right_one in ((4, 0.05), (1, 20.0), (3, 4 / math.log(3))):
         fitted = metrics.fit_temperature(sure, (torch.arange(4) >= hits).long())
@@ -211,7 +211,7 @@ def intervals(_: Op, device: torch.device) -> Errors:
     for name, function in functions.items():
         one = metrics.bootstrap_interval(function, probs, labels, replicates=200, seed=3)
         for a, b in zip(at_once[name], one, strict=True):
-            yield near(a, b, f"interval of {name}")
+            yield near_sum(a, b, f"interval of {name}")
     low, high = metrics.bootstrap_intervals(probs, labels, replicates=4000)["nll"]
     each = metrics.per_question(probs, labels)["nll"]
     width = 1.96 * float(each.std()) / math.sqrt(len(each))
@@ -236,7 +236,7 @@ def decided_by_loops(_: Op, device: torch.device) -> Errors:
         given, there = sum(r[3] == c for r in rows), sum(r[1] == c for r in rows)
         expected = there, hits / given, hits / there, 2 * hits / (given + there)
         for name, column, value in zip(scores._fields, scores, expected, strict=True):
-            yield near(float(column[c]), value, f"{name} of class {c}")
+            yield near_sum(float(column[c]), value, f"{name} of class {c}")
     for accuracy in (0.3, 0.62, 0.8, 0.95, 1.0):
         best = None
         for least in sorted({r[2] for r in rows}):
@@ -247,7 +247,7 @@ def decided_by_loops(_: Op, device: torch.device) -> Errors:
         told = decisions.answered_at(probs, labels, accuracy)
         yield exact((told and tuple(told)) == best, f"answered at {accuracy}: {told}, {best}")
         if told:
-            yield near(told.accuracy, told.right / told.rows, "accuracy of the answered")
+            yield near_sum(told.accuracy, told.right / told.rows, "accuracy of the answered")
     sure = decisions.wrong_and_sure(probs, labels)
     yield exact(sure == sum(r[3] != r[1] and r[2] >= 0.9 for r in rows), "sure from 0.9 on")
     yield refused(lambda: decisions.answered_at(2 * probs, labels, 0.9), "sum")
@@ -258,7 +258,7 @@ def decided_by_loops(_: Op, device: torch.device) -> Errors:
     yield exact(lower_bound(40, 0, 0.9) == 0, "the bound of none right")
     for hits in range(8, 41, 8):
         bound = lower_bound(40, hits, 0.9)
-        yield near(at_most(40, 40 - hits, 1 - bound), 0.1, "Clopper-Pearson")
+        yield near_sum(at_most(40, 40 - hits, 1 - bound), 0.1, "Clopper-Pearson")
     with_ties = [i % 67 / 67 for i in range(200)], [i % 67 > 14 or i % 3 == 0 for i in range(200)]
     late_errors = [1 - i / 200 for i in range(200)], [not 50 < i < 58 for i in range(200)]
     for confidence, correct in (with_ties, late_errors):
@@ -269,8 +269,8 @@ def decided_by_loops(_: Op, device: torch.device) -> Errors:
             got = found and (found.confidence, found.answered, found.right)
             if found:
                 tail = at_most(found.answered, found.answered - found.right, 1 - found.bound)
-                yield near(tail, 0.1, "bound")
-                yield near(found.coverage, found.answered / 200, "coverage")
+                yield near_sum(tail, 0.1, "bound")
+                yield near_sum(found.coverage, found.answered / 200, "coverage")
             yield exact(got == best, f"threshold of {accuracy}: {got}, expected {best}")
 
 
@@ -286,7 +286,7 @@ def rows_of_thresholds(_: Op, device: torch.device) -> Errors:
                 right = max(allowed, default=-1)
                 yield exact(most_wrong(n, rate, alpha) == right, f"{n} rows at {rate}: {alpha}")
             for k in (-1, 0, n // 2, n, n + 3):
-                yield near(binomial_tail(n, k, rate), at_most(n, min(k, n), rate), "a tail")
+                yield near_sum(binomial_tail(n, k, rate), at_most(n, min(k, n), rate), "a tail")
     confidence, correct = [i // 2 / 40 for i in range(80)], [i % 9 != 0 for i in range(80)]
     columns = torch.tensor(confidence, dtype=WIDE), torch.tensor(correct)
     shares = []
@@ -371,7 +371,7 @@ def compared(_: Op, device: torch.device) -> Errors:
     for p, right in (([0.02, 0.3, 0.004, 0.9, 0.01], [0.06, 0.6, 0.02, 0.9, 0.04]),
                      ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]), ([0.6, 0.7], [1, 1])):  # fmt: skip
         for got, expected in zip(holm(p), right, strict=True):
-            yield near(got, expected, f"Holm of {p}")
+            yield near_sum(got, expected, f"Holm of {p}")
     tables = ((0.975, 4, 2.776445), (0.95, 1, 6.313752), (0.975, 30, 2.042272), (0.9, 2, 1.885618))
     for q, freedom, value in tables:
         yield abs(student_quantile(q, freedom) - value) / 1e-6
@@ -382,11 +382,11 @@ def compared(_: Op, device: torch.device) -> Errors:
                     ("rest", both + draws(3, 4, 50))):  # fmt: skip
         found = difference(d + 3, 0 * d, 0.95)
         mean, reach = reach_by_loops(d.tolist(), 3.182446, 1.959964)
-        yield near(found.mean, 3 + mean, f"{case}: mean")
+        yield near_sum(found.mean, 3 + mean, f"{case}: mean")
         for end in (found.high - found.mean, found.mean - found.low):
             yield abs(end / reach - 1) / 1e-6
         one, other = non_inferior(d, 0 * d, 0.5, 0.95), difference(d, 0 * d, 0.9)
-        yield near(one.limit, other.high, f"{case}: limit of non-inferiority")
+        yield near_sum(one.limit, other.high, f"{case}: limit of non-inferiority")
         for shift in (0.0, 0.3, -0.6):
             there = difference(d + shift, 0 * d)
             ends = difference(d + shift, 0 * d, 1 - there.p)
@@ -443,7 +443,8 @@ def as_many_as_needed(_: Op, device: torch.device) -> Errors:
             yield exact(int(taken[row]) == count, f"{case}: {int(taken[row])} draws, not {count}")
             pairs = zip(each[0::2, row][:odd].mean(0), each[1::2, row][:even].mean(0), strict=True)
             for c, (one, other) in enumerate(pairs):
-                yield near(float(found.probs[row, c]), float(one + other) / 2, f"{case}: class {c}")
+                average = float(one + other) / 2
+                yield near_sum(float(found.probs[row, c]), average, f"{case}: class {c}")
             wealth = least_wealth(own[:count], int(found.probs[row].argmax()))
             yield exact(bool(settled[row]) == (wealth >= 2 / error), f"{case}: wealth {wealth:.3g}")
 

@@ -27,7 +27,7 @@ from ..support.tensors import save_tensors
 from . import reference
 from .check import Check, Errors, Op, exact, refused
 from .method_checks import draws
-from .score_checks import near
+from .score_checks import near_sum
 
 SETS = ("validation", "test", "harder", "other")
 ROWS, CLASSES = 40, 3
@@ -116,22 +116,22 @@ def averages(found: Found, rows: dict[str, Any]) -> Errors:
             each = {n: scores_of(*own[told], 6) for n, own in found[method].items()}
             for score in metrics.SCORES:
                 case, values = f"{method}, {told}: {score}", [s[score] for s in each.values()]
-                yield near(part[score], fmean(values), case)
+                yield near_sum(part[score], fmean(values), case)
                 deviation = stdev(values) if len(values) > 1 else 0.0
-                yield near(part["sd"][score], deviation, f"{case}, deviation")
+                yield near_sum(part["sd"][score], deviation, f"{case}, deviation")
                 for one in part["replicates"]:
-                    yield near(one[score], each[one["replicate"]][score], f"{case}, {one}")
+                    yield near_sum(one[score], each[one["replicate"]][score], f"{case}, {one}")
         numbers = list(found[method])
         costs = {"parameters": 1200, "draws": 4, "peak_bytes": (7 - min(numbers)) * 10**6,
                  "train_seconds": 3 + fmean(numbers),
                  "fit_seconds": fmean([0.0 if n == 1 else 0.5 + n for n in numbers]),
                  "answer_seconds": 0.01 * (1 + fmean(numbers))}  # fmt: skip
         for key, value in costs.items():
-            yield near(row[key], value, f"{method}: {key}")
-        yield near(row["widths"]["lm_head"], 0.25 * fmean(numbers), f"{method}: widths")
+            yield near_sum(row[key], value, f"{method}: {key}")
+        yield near_sum(row["widths"]["lm_head"], 0.25 * fmean(numbers), f"{method}: widths")
         yield exact(("ood" in row) == (SCALED not in method), f"{method}: other sets")
         for key, value in (apart(found[method]) if "ood" in row else {}).items():
-            yield near(row["ood"]["other"][key], value, f"{method}: {key}")
+            yield near_sum(row["ood"]["other"][key], value, f"{method}: {key}")
 
 
 def apart(own: dict[int, dict[str, tuple[Tensor, Tensor]]]) -> dict[str, float]:
@@ -199,7 +199,7 @@ def as_tested(
         if score == "nll":
             values |= {"limit": test[1].limit, "p_margin": of_margin}
         for key, value in values.items():
-            yield near(entry[key], value, f"{case}: {key}")
+            yield near_sum(entry[key], value, f"{case}: {key}")
         larger = test[0].mean > 0
         word = "better" if larger == (score == "acc") else "worse"
         if of_p >= 0.05:
@@ -225,10 +225,10 @@ def page(folders: dict[str, list[Path]], found: Found, results: dict[str, Any]) 
         scores = [scores_of(p, y, 6) for p, y in each]
         for name in metrics.SCORES:
             values = [one[name] for one in scores]
-            yield near(model["metrics"][name], fmean(values), f"{name} of {model['name']}")
+            yield near_sum(model["metrics"][name], fmean(values), f"{name} of {model['name']}")
             ends = zip(model["intervals"][name], (min(values), max(values)), strict=True)
             for got, right in ends:
-                yield near(got, right, f"spread of {name}")
+                yield near_sum(got, right, f"spread of {name}")
     parts = (["All scores"], "test set"), (["Shifted: harder"], "harder")
     titles = []
     for begin, on in parts:
